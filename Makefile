@@ -1,0 +1,54 @@
+# Everything runs in a virtual environment that is made on first use; nothing else has to be installed or set.
+#
+#   make demo    train, test and predict on real handwritten digits; writes runs/demo/demo.png
+#   make test    the test suite             make test ARGS="-k resume"
+#   make check   lint, format, types, layers
+#   make bench   every row of benchmarks/README.md
+#   make docs    this documentation as pages in site/
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMPS := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench docs clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# One stamp per set of extras: made once, made again when the requirements change.
+$(STAMPS)/%: pyproject.toml constraints.txt
+	@test -x $(PY) || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing fulmen[$*] into $(VENV)"
+	@$(PIP) --editable '.[$*]'
+	@mkdir -p $(STAMPS) && touch '$@'
+
+demo: $(STAMPS)/examples,tensorboard
+	@$(PY) examples/mnist_autoencoder.py $(ARGS)
+
+test: $(STAMPS)/test
+	@$(PY) -m pytest $(ARGS)
+
+check: $(STAMPS)/check
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports
+
+format: $(STAMPS)/check
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(STAMPS)/test
+	@$(PY) -m benchmarks $(ARGS)
+
+docs: $(STAMPS)/docs
+	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
+
+clean:
+	rm -rf $(VENV) runs site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,16 @@
+"""Every benchmark, one after the other: ``python -m benchmarks [--package NAME] [--quick]``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+NAMES = ("calls", "imports", "overhead", "autoencoder", "memory")
+
+if __name__ == "__main__":
+    failed = []
+    for name in NAMES:
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")

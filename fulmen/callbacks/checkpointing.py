@@ -1,0 +1,490 @@
+"""Callbacks that write checkpoints: `ModelCheckpoint` by plan, `OnExceptionCheckpoint` when a run breaks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fulmen.callbacks.callback import Callback
+from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
+from fulmen.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
+from fulmen.utilities.types import TrainerFn
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from fulmen.module import LightningModule
+    from fulmen.trainer import Trainer
+
+# `{name}` or `{name:format}` in a file name.
+_FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+
+_STATE_OF_FOLDER = ("best_model_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path")
+_STATE = ("monitor", "best_model_path", "current_score", "dirpath", *_STATE_OF_FOLDER)
+
+
+class Checkpoint(Callback):
+    """Marks a callback that writes checkpoints: it runs after all others and is in `trainer.checkpoint_callbacks`."""
+
+    monitors = True
+
+
+class ModelCheckpoint(Checkpoint):
+    """Writes checkpoints during fit and keeps the best or the newest of them.
+
+    **When.** At most one of ``every_n_epochs`` (1 if none is given), ``every_n_train_steps`` (optimizer steps) and
+    ``train_time_interval``. Epochs are looked at after training or after validation (``save_on_train_epoch_end``); None
+    means after training, unless validation runs inside of epochs, by the clock, or not in every epoch. A save by step
+    or time waits for validation when ``monitor`` has no value yet, or validation comes next and gives it a new one.
+
+    **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``.
+    What has to make room is removed after the new file was written. ``best_model_path``, ``best_model_score``,
+    ``best_k_models`` and ``last_model_path`` tell what there is.
+
+    Args:
+        dirpath: folder or URL; by default ``<save_dir>/<name>/<version>/checkpoints`` of the first logger, or
+            ``checkpoints`` in ``default_root_dir``.
+        filename: may contain logged names, ``"{epoch}-{val_loss:.2f}"``. A name with a slash makes a folder, unless
+            ``auto_insert_metric_name=False``: then only the value is written.
+        verbose: tell about every decision at level INFO.
+        save_last: also write ``last.ckpt`` whenever a checkpoint is written; ``"link"`` makes it a symbolic link.
+        save_on_exception: write one more file when the run breaks.
+        mode: whether the smallest ("min") or the largest ("max") value of ``monitor`` is best.
+        enable_version_counter: add ``-v1``, ``-v2``, … instead of overwriting a file of the same name.
+    """
+
+    CHECKPOINT_JOIN_CHAR: ClassVar[str] = "-"
+    CHECKPOINT_EQUALS_CHAR: ClassVar[str] = "="
+    CHECKPOINT_NAME_LAST: ClassVar[str] = "last"
+    FILE_EXTENSION: ClassVar[str] = ".ckpt"
+    STARTING_VERSION: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_top_k: int = 1,
+        save_on_exception: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+    ) -> None:
+        _check(monitor, save_top_k, mode, every_n_train_steps, every_n_epochs, train_time_interval)
+        self.dirpath = None if dirpath is None else _normal_folder(dirpath)
+        self.filename = None if filename is None else os.fspath(filename)
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_last = save_last
+        self.save_top_k = save_top_k
+        self.save_on_exception = save_on_exception
+        self.save_weights_only = save_weights_only
+        self.mode = mode
+        self.auto_insert_metric_name = auto_insert_metric_name
+        no_trigger = every_n_train_steps is None and every_n_epochs is None and train_time_interval is None
+        self._every_n_epochs = 1 if no_trigger else every_n_epochs or 0
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._train_time_interval = train_time_interval
+        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._enable_version_counter = enable_version_counter
+
+        self.current_score: Tensor | None = None
+        self.best_model_score: Tensor | None = None
+        self.best_model_path = ""
+        self.best_k_models: dict[str, Tensor] = {}
+        self.kth_best_model_path = ""
+        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.last_model_path = ""
+
+        self._watches_batches = self._every_n_train_steps > 0 or train_time_interval is not None
+        self._last_global_step_saved = 0  # nothing is worth saving before the first step
+        self._last_checkpoint_saved = ""
+        self._last_time_checked: float | None = None
+        self._deferred = False  # a save by step or time waits for the validation that follows
+        self._validated = False
+        self._warnings = WarningCache()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            monitor=self.monitor,
+            mode=self.mode,
+            every_n_train_steps=self._every_n_train_steps,
+            every_n_epochs=self._every_n_epochs,
+            train_time_interval=self._train_time_interval,
+        )
+
+    @property
+    def every_n_epochs(self) -> int | None:
+        """A checkpoint is due after every that many epochs; 0 means never."""
+        return self._every_n_epochs
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or _folder_of_run(trainer))
+        if self.save_last == "link" and is_remote(self.dirpath):
+            raise ValueError(
+                explain(
+                    what=f"`ModelCheckpoint(save_last='link')` cannot be used with `dirpath={self.dirpath}`.",
+                    why="Only local file systems have symbolic links.",
+                    fix="Use `save_last=True`, which writes a full copy.",
+                )
+            )
+        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0:
+            files = get_filesystem(self.dirpath)
+            if files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
+                rank_zero_warn(f"The checkpoint directory {self.dirpath} exists and is not empty.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_time_checked = time.monotonic()
+        self._deferred = self._validated = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._watches_batches or not self._batch_due(trainer) or self._idle(trainer):
+            return
+        self._deferred = self.monitor is not None and (
+            self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
+        )
+        if not self._deferred:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validated = True
+        deferred = self._deferred and self.monitor in trainer.callback_metrics
+        after_validation = not _saves_after_training(trainer, self._save_on_train_epoch_end)
+        if (deferred or (after_validation and _epoch_due(trainer, self._every_n_epochs))) and not self._idle(trainer):
+            self._deferred = False
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What validation left waiting is settled here, if only by the complaint that `monitor` does not exist.
+        deferred, self._deferred = self._deferred, False
+        after_training = _saves_after_training(trainer, self._save_on_train_epoch_end)
+        if (deferred or (after_training and _epoch_due(trainer, self._every_n_epochs))) and not self._idle(trainer):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        nothing_written = not self._last_checkpoint_saved or self.save_top_k == 0
+        if self.save_last and nothing_written and not self._idle(trainer):
+            self._write_last(trainer, _metrics_of(trainer))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not self.save_on_exception or self._idle(trainer):
+            return
+        metrics = _metrics_of(trainer)
+        filepath = self._free_path(trainer, metrics)
+        self._save_checkpoint(trainer, filepath)
+        if self.save_last:
+            self._write_last(trainer, metrics)
+        rank_zero_info(f"{type(exception).__name__} was raised: {exception}. Saved a checkpoint to {filepath}")
+
+    def _idle(self, trainer: Trainer) -> bool:
+        """Is this no moment to write files: not training for real, or already saved at this step?"""
+        return (
+            bool(trainer.fast_dev_run)
+            or trainer.state.fn != TrainerFn.FITTING
+            or trainer.sanity_checking
+            or self._last_global_step_saved == trainer.global_step
+        )
+
+    def _batch_due(self, trainer: Trainer) -> bool:
+        if self._every_n_train_steps:
+            return trainer.global_step % self._every_n_train_steps == 0
+        assert self._train_time_interval is not None
+        now, before = time.monotonic(), self._last_time_checked
+        due = before is None or now - before >= self._train_time_interval.total_seconds()
+        # Clocks differ: the first rank decides for all.
+        due = trainer.strategy.broadcast(due)
+        if due:
+            self._last_time_checked = now
+        return due
+
+    def _save(self, trainer: Trainer) -> None:
+        """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
+        if self.save_top_k == 0:
+            return
+        metrics = _metrics_of(trainer)
+        if self.monitor is None:
+            previous = self.best_model_path
+            self.best_model_path = self._free_path(trainer, metrics, replaces=previous)
+            self._save_checkpoint(trainer, self.best_model_path)
+            if self.save_top_k == 1:
+                self._make_room(trainer, previous, self.best_model_path)
+        elif not self._keep_if_best(trainer, metrics):
+            return
+        if self.save_last:
+            self._write_last(trainer, metrics)
+
+    def _keep_if_best(self, trainer: Trainer, metrics: dict[str, Any]) -> bool:
+        if self.monitor not in metrics:
+            message = _missing_monitor(self.monitor, metrics)
+            if self._validated:
+                raise MisconfigurationException(message)
+            # It may be a value of the validation that has yet to run.
+            self._warnings.warn(message)
+            return False
+        where = f"Epoch {metrics['epoch']}, global step {metrics['step']}: {self.monitor!r}"
+        # sync: the decision needs the number; kept on the CPU so that the stored state loads anywhere
+        current = torch.as_tensor(metrics[self.monitor]).detach().cpu().clone()
+        if not self.check_monitor_top_k(trainer, current):
+            if self.verbose:
+                rank_zero_info(f"{where} was not in top {self.save_top_k}")
+            return False
+        scores, k = self.best_k_models, self.save_top_k if self.save_top_k > 0 else len(self.best_k_models) + 1
+        # Removed from the list before the write, so that the file does not name what it replaces …
+        displaced = self.kth_best_model_path if len(scores) >= k else ""
+        scores.pop(displaced, None)
+        filepath = self._free_path(trainer, metrics, replaces=displaced)
+        worst_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        self.current_score = scores[filepath] = worst_score if current.isnan() else current
+        best, worst = (min, max) if self.mode == "min" else (max, min)
+        self.best_model_path = best(scores, key=scores.__getitem__)
+        self.best_model_score = scores[self.best_model_path]
+        if len(scores) >= k:
+            self.kth_best_model_path = worst(scores, key=scores.__getitem__)
+            self.kth_value = scores[self.kth_best_model_path]
+        if self.verbose:
+            reached = f"reached {current:.5f} (best {self.best_model_score:.5f})"
+            rank_zero_info(f"{where} {reached}, saving model to {filepath!r} as top {k}")
+        self._save_checkpoint(trainer, filepath)
+        # … and from the disk after it.
+        self._make_room(trainer, displaced, filepath)
+        return True
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Does ``current`` belong to the best ``save_top_k``? Ranks must agree; equal values do not displace."""
+        if current is None:
+            return False
+        if self.save_top_k == -1:
+            return True
+        better = len(self.best_k_models) < self.save_top_k
+        if not better:
+            kth = self.best_k_models[self.kth_best_model_path]
+            better = bool(current < kth) if self.mode == "min" else bool(current > kth)
+        return trainer.strategy.reduce_boolean_decision(better)
+
+    def _write_last(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+        filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
+        previous, self.last_model_path = self.last_model_path, filepath
+        if self.save_last == "link" and self._last_checkpoint_saved not in ("", filepath):
+            if trainer.is_global_zero:
+                _link(self._last_checkpoint_saved, filepath)
+            trainer.strategy.barrier("ModelCheckpoint.link")
+        else:
+            self._save_checkpoint(trainer, filepath)
+        self._make_room(trainer, previous, filepath)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Writes one file and tells the loggers; every file comes through here."""
+        trainer.save_checkpoint(filepath, self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Removes one file; every removal comes through here."""
+        trainer.strategy.remove_checkpoint(filepath)
+
+    def _make_room(self, trainer: Trainer, previous: str, current: str) -> None:
+        """Removes ``previous`` unless that is the new file, the one being resumed from, or outside of ``dirpath``."""
+        resumed = trainer.ckpt_path
+        if not previous or previous == current or (resumed and _absolute(previous) == _absolute(resumed)):
+            return
+        if _absolute(previous).startswith(os.path.join(_absolute(self.dirpath or ""), "")):
+            self._remove_checkpoint(trainer, previous)
+
+    def _free_path(
+        self, trainer: Trainer, metrics: Mapping[str, Any], replaces: str = "", template: str | None = None
+    ) -> str:
+        """Where the next file goes; ``replaces`` is about to be removed, so its name is free."""
+        # Metrics, and so names, may differ between ranks: those of the first rank count for all.
+        share, version = trainer.strategy.broadcast, self.STARTING_VERSION
+        filepath, replaces = share((self.format_checkpoint_name(metrics, template), replaces))
+        while self._enable_version_counter and filepath != replaces and self.file_exists(filepath, trainer):
+            filepath = share(self.format_checkpoint_name(metrics, template, ver=version))
+            version += 1
+        return filepath
+
+    def file_exists(self, filepath: str | os.PathLike, trainer: Trainer) -> bool:
+        """Does the first rank see this file? All ranks must ask."""
+        return trainer.strategy.broadcast(get_filesystem(filepath).exists(os.fspath(filepath)))
+
+    def format_checkpoint_name(
+        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+    ) -> str:
+        """The path of a checkpoint with these metrics; names that are not among them count as 0.
+
+        >>> ModelCheckpoint(filename="{epoch}-{val_loss:.2f}").format_checkpoint_name({"epoch": 1, "val_loss": 0.126})
+        'epoch=1-val_loss=0.13.ckpt'
+        """
+
+        def fill(field: re.Match[str]) -> str:
+            name, how = field[1], field[2] or ""
+            value = metrics.get(name, 0)
+            text = format(value.item() if isinstance(value, Tensor) else value, how)
+            return f"{name}{self.CHECKPOINT_EQUALS_CHAR}{text}" if self.auto_insert_metric_name else text
+
+        template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
+        parts = [prefix, _FIELD.sub(fill, template), None if ver is None else f"v{ver}"]
+        name = self.CHECKPOINT_JOIN_CHAR.join(part for part in parts if part) + self.FILE_EXTENSION
+        return os.path.join(self.dirpath, name) if self.dirpath else name
+
+    def to_yaml(self, filepath: str | os.PathLike | None = None) -> None:
+        """Lists ``best_k_models`` in a YAML file, by default ``best_k_models.yaml`` in ``dirpath``."""
+        path = os.path.join(self.dirpath or "", "best_k_models.yaml") if filepath is None else os.fspath(filepath)
+        ensure_dir(os.path.dirname(path) or ".")
+        with get_filesystem(path).open(path, "w") as file:
+            for checkpoint, score in self.best_k_models.items():
+                number = json.dumps(score.item()).replace("Infinity", ".inf")
+                file.write(f"{json.dumps(checkpoint)}: {number}\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in _STATE}, "best_k_models": dict(self.best_k_models)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before = state_dict.get("dirpath", self.dirpath)
+        if self.dirpath == before:
+            for name in _STATE_OF_FOLDER:
+                setattr(self, name, state_dict.get(name, getattr(self, name)))
+        else:
+            rank_zero_warn(
+                explain(
+                    what=f"Checkpoints go to {self.dirpath!r} now, and went to {before!r} in the checkpoint being loaded.",
+                    why="Files of another folder are not managed, so only `best_model_path` is taken over.",
+                    fix="Use the same `dirpath` to go on where the run stopped.",
+                )
+            )
+        self.best_model_path = state_dict["best_model_path"]
+
+
+class OnExceptionCheckpoint(Checkpoint):
+    """Writes one checkpoint when a run breaks, and removes it when a later run ends normally.
+
+    While it is among the callbacks, ``trainer.fit(ckpt_path=None)`` resumes from that file if it exists.
+    """
+
+    FILE_EXTENSION: ClassVar[str] = ".ckpt"
+
+    def __init__(self, dirpath: str | os.PathLike, filename: str = "on_exception") -> None:
+        if not filename:
+            raise ValueError("`OnExceptionCheckpoint(filename='')` names no file. Leave it out or give a name.")
+        self.dirpath = dirpath
+        self.filename = filename
+
+    @property
+    def ckpt_path(self) -> str:
+        """The file that is written."""
+        return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
+
+    def on_exception(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        trainer.save_checkpoint(self.ckpt_path)
+
+    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        trainer.strategy.remove_checkpoint(self.ckpt_path)
+
+
+def _check(monitor: str | None, top_k: int, mode: str, steps: int | None, epochs: int | None, interval: Any) -> None:
+    counts = {"every_n_train_steps": steps or 0, "every_n_epochs": epochs or 0}
+    chosen = {name: value for name, value in {**counts, "train_time_interval": interval}.items() if value}
+    problems = (
+        (mode not in ("min", "max"), f"`mode={mode!r}` is not known. Use 'min' or 'max'."),
+        (top_k < -1, f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep."),
+        (
+            monitor is None and top_k > 1,
+            f"`save_top_k={top_k}` without a `monitor` cannot tell which files are the best ones. "
+            "Pass `monitor='name_of_a_logged_value'`, or `save_top_k=-1` to keep all.",
+        ),
+        (min(counts.values()) < 0, f"{counts}: intervals must be 0 (never) or more."),
+        (
+            len(chosen) > 1,
+            f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
+            "Add a second `ModelCheckpoint` for the other.",
+        ),
+    )
+    for wrong, message in problems:
+        if wrong:
+            raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
+
+
+def _normal_folder(dirpath: str | os.PathLike) -> str:
+    path = os.fspath(dirpath)
+    return path if is_remote(path) else os.path.realpath(os.path.expanduser(local_path(path)))
+
+
+def _folder_of_run(trainer: Trainer) -> str:
+    """The folder of the first logger's run, or one in `default_root_dir`."""
+    if not trainer.loggers:
+        return os.path.join(trainer.default_root_dir, "checkpoints")
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+    return os.path.join(root, str(logger.name), version, "checkpoints")
+
+
+def _epoch_due(trainer: Trainer, every: int) -> bool:
+    return every >= 1 and (trainer.current_epoch + 1) % every == 0
+
+
+def _metrics_of(trainer: Trainer) -> dict[str, Any]:
+    """The logged values with "epoch" and "step", which a user may have logged too."""
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    metrics["epoch"] = int(metrics.get("epoch", trainer.current_epoch))
+    metrics["step"] = int(metrics.get("step", trainer.global_step))
+    return metrics
+
+
+def _missing_monitor(monitor: str | None, metrics: Mapping[str, Any]) -> str:
+    return explain(
+        what=f"`ModelCheckpoint(monitor={monitor!r})`: no such name was logged.{suggestion(str(monitor), metrics)}",
+        why=f"Checkpoints cannot be compared without it; there are {list(metrics)}.",
+        fix=f"Call `self.log({monitor!r}, value)` in the LightningModule, or monitor one of these names.",
+    )
+
+
+def _saves_after_training(trainer: Trainer, choice: bool | None) -> bool:
+    """Are epochs looked at in `on_train_epoch_end` (else in `on_validation_end`)?"""
+    if choice is not None:
+        return choice
+    if trainer.val_check_time_s is not None or trainer.check_val_every_n_epoch != 1:
+        return False
+    return trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches)
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    return os.fspath(path) if is_remote(path) else str(Path(local_path(path)).absolute())
+
+
+def _link(target: str, link: str) -> None:
+    """Makes ``link`` a relative symbolic link, or a copy where links are not possible; what was there is replaced."""
+    if os.path.isdir(link) and not os.path.islink(link):
+        shutil.rmtree(link)
+    temporary = f"{link}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        os.symlink(os.path.relpath(target, os.path.dirname(link)), temporary)
+    except OSError:
+        shutil.copytree(target, temporary) if os.path.isdir(target) else shutil.copy(target, temporary)
+    os.replace(temporary, link)

@@ -1,0 +1,191 @@
+"""`EarlyStopping`: ends training when a logged value has stopped getting better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fulmen.callbacks.callback import Callback
+from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
+from fulmen.utilities.types import TrainerFn
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+    from fulmen.trainer import Trainer
+
+
+class EarlyStoppingReason(Enum):
+    """Which rule ended training."""
+
+    NOT_STOPPED = 0
+    STOPPING_THRESHOLD = 1
+    DIVERGENCE_THRESHOLD = 2
+    PATIENCE_EXHAUSTED = 3
+    NON_FINITE_METRIC = 4
+
+
+class EarlyStopping(Callback):
+    """Sets ``trainer.should_stop`` once ``monitor`` has not improved ``patience`` times in a row.
+
+    It looks after every training epoch, or after every validation when that does not run once per epoch. The trainer
+    still completes ``min_epochs`` and ``min_steps``. Several ranks stop together as soon as one of them wants to.
+
+    Args:
+        monitor: a logged name.
+        min_delta: what counts as an improvement: a change by more than this.
+        patience: checks without improvement; 0 means the same as 1.
+        strict: a ``monitor`` nobody logged is an error, else it is ignored (with a warning if ``verbose``).
+        check_finite: stop as well when the value becomes NaN or infinite.
+        stopping_threshold: stop as soon as the value is better than this.
+        divergence_threshold: stop as soon as the value is worse than this.
+        log_rank_zero_only: with ``verbose``, only the first rank speaks.
+
+    `state_dict` contains ``patience``, so a resumed run keeps the one it was started with.
+    """
+
+    monitors = True
+
+    mode_dict: ClassVar[dict[str, Callable[[Any, Any], Tensor]]] = {"min": torch.lt, "max": torch.gt}
+    order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
+
+    def __init__(
+        self,
+        monitor: str,
+        min_delta: float = 0.0,
+        patience: int = 3,
+        verbose: bool = False,
+        mode: str = "min",
+        strict: bool = True,
+        check_finite: bool = True,
+        stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None,
+        check_on_train_epoch_end: bool | None = None,
+        log_rank_zero_only: bool = False,
+    ) -> None:
+        if mode not in self.mode_dict:
+            raise MisconfigurationException(f"`EarlyStopping(mode={mode!r})` is not known. Use 'min' or 'max'.")
+        self.monitor = monitor
+        self.min_delta = min_delta if mode == "max" else -min_delta
+        self.patience = patience
+        self.verbose = verbose
+        self.mode = mode
+        self.strict = strict
+        self.check_finite = check_finite
+        self.stopping_threshold = stopping_threshold
+        self.divergence_threshold = divergence_threshold
+        self.log_rank_zero_only = log_rank_zero_only
+        self._check_on_train_epoch_end = check_on_train_epoch_end
+
+        self.wait_count = 0
+        self.stopped_epoch = 0
+        self.best_score = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        self.stopping_reason_message: str | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    @property
+    def monitor_op(self) -> Callable[[Any, Any], Tensor]:
+        """``monitor_op(a, b)``: is ``a`` better than ``b``?"""
+        return self.mode_dict[self.mode]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._check_on_train_epoch_end is None:
+            once_per_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+            self._check_on_train_epoch_end = once_per_epoch and trainer.val_check_time_s is None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._check_on_train_epoch_end:
+            self._check(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._check_on_train_epoch_end:
+            self._check(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            self._miss_monitor(list(metrics))
+            return
+        # sync: the rules need the number
+        reason, message = self._judge(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
+        stop = reason is not EarlyStoppingReason.NOT_STOPPED
+        if stop:
+            self.stopping_reason, self.stopping_reason_message = reason, message
+        if message and self.verbose:
+            self._tell(trainer, message)
+        if trainer.strategy.reduce_boolean_decision(stop, all=False):
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+
+    def _judge(self, current: Tensor) -> tuple[EarlyStoppingReason, str | None]:
+        """Applies the rules in their order; also counts, and remembers the best value."""
+        is_better, name = self.monitor_op, f"`{self.monitor}`"
+        stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
+        if self.check_finite and not torch.isfinite(current):
+            message = f"{name} is {current}, which is not finite; the best value was {self.best_score:.3f}. Stopping."
+            return EarlyStoppingReason.NON_FINITE_METRIC, message
+        if stop_at is not None and is_better(current, stop_at):
+            message = f"{name} is good enough: {current} {self.order_dict[self.mode]} {stop_at}. Stopping."
+            return EarlyStoppingReason.STOPPING_THRESHOLD, message
+        if diverged_at is not None and is_better(-current, -diverged_at):
+            worse = self.order_dict["max" if self.mode == "min" else "min"]
+            message = f"{name} has diverged: {current} {worse} {diverged_at}. Stopping."
+            return EarlyStoppingReason.DIVERGENCE_THRESHOLD, message
+        if is_better(current - self.min_delta, self.best_score):
+            gain = abs(self.best_score - current)
+            by = f" by {gain:.3f} (`min_delta` is {abs(self.min_delta)})" if gain.isfinite() else ""
+            self.best_score, self.wait_count = current.clone(), 0
+            return EarlyStoppingReason.NOT_STOPPED, f"{name} improved{by}; the best value is {current:.3f} now."
+        self.wait_count += 1
+        if self.wait_count < self.patience:
+            return EarlyStoppingReason.NOT_STOPPED, None
+        message = (
+            f"{name} did not improve in the last {self.wait_count} checks; the best value was {self.best_score:.3f}."
+        )
+        return EarlyStoppingReason.PATIENCE_EXHAUSTED, f"{message} Stopping."
+
+    def _miss_monitor(self, known: list[str]) -> None:
+        message = explain(
+            what=f"`EarlyStopping(monitor={self.monitor!r})`: no such name was logged.{suggestion(self.monitor, known)}",
+            why=f"Without its value there is nothing to decide on; there are {known}.",
+            fix=f"Call `self.log({self.monitor!r}, value)` in the LightningModule, or monitor one of these names.",
+        )
+        if self.strict:
+            raise RuntimeError(message)
+        if self.verbose:
+            rank_zero_warn(message, category=RuntimeWarning)
+
+    def _tell(self, trainer: Trainer, message: str) -> None:
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        if not (rank and self.log_rank_zero_only):
+            log.info(rank_prefixed_message(message, None if self.log_rank_zero_only else rank))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "wait_count": self.wait_count,
+            "stopped_epoch": self.stopped_epoch,
+            "best_score": self.best_score,
+            "patience": self.patience,
+            "stopping_reason": self.stopping_reason.value,
+            "stopping_reason_message": self.stopping_reason_message,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.wait_count = state_dict["wait_count"]
+        self.stopped_epoch = state_dict["stopped_epoch"]
+        self.best_score = state_dict["best_score"]
+        self.patience = state_dict["patience"]
+        # Files of older versions do not say why training stopped.
+        self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
+        self.stopping_reason_message = state_dict.get("stopping_reason_message")

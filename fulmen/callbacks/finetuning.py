@@ -1,0 +1,239 @@
+"""Callbacks that train a part of the module first and the rest later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import Module, ModuleDict, Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from fulmen.callbacks.callback import Callback
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+    from fulmen.trainer import Trainer
+
+    Modules = Module | Iterable["Modules"]
+
+
+def multiplicative(epoch: int) -> float:
+    """Doubles the learning rate in every epoch."""
+    return 2.0
+
+
+class BaseFinetuning(Callback):
+    """Base class: freeze layers in `freeze_before_training`, hand them to an optimizer in `finetune_function`.
+
+    Give the optimizer only what is trainable at the start (``filter(lambda p: p.requires_grad, self.parameters())``).
+    The groups added later are part of the checkpoint and added again when a run resumes::
+
+        class UnfreezeAtTen(BaseFinetuning):
+            def freeze_before_training(self, pl_module):
+                self.freeze(pl_module.encoder)
+
+            def finetune_function(self, pl_module, epoch, optimizer):
+                if epoch == 10:
+                    self.unfreeze_and_add_param_group(pl_module.encoder, optimizer)
+    """
+
+    def __init__(self) -> None:
+        # Per optimizer, its groups with the names of their parameters in the place of the parameters.
+        self._internal_optimizer_metadata: dict[int, list[dict[str, Any]]] = {}
+        self._resumed = False
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        """Freezes what is not trained at first; called in `setup`, before optimizers exist."""
+        raise NotImplementedError
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
+        """Unfreezes what is due; called at the start of every epoch, once per optimizer."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flatten_modules(modules: Modules) -> list[Module]:
+        """All modules inside that have no children, or parameters of their own."""
+        if isinstance(modules, ModuleDict):
+            modules = modules.values()
+        if isinstance(modules, Module):
+            found = list(modules.modules())
+        else:
+            found = [module for part in modules for module in BaseFinetuning.flatten_modules(part)]
+        return [module for module in found if not list(module.children()) or module._parameters]
+
+    @staticmethod
+    def filter_params(
+        modules: Modules, train_bn: bool = True, requires_grad: bool = True
+    ) -> Generator[Parameter, None, None]:
+        """The parameters that do (or do not) require gradients, with or without those of batch norm."""
+        for module in BaseFinetuning.flatten_modules(modules):
+            if train_bn or not isinstance(module, _BatchNorm):
+                yield from (p for p in module.parameters(recurse=False) if p.requires_grad == requires_grad)
+
+    @staticmethod
+    def make_trainable(modules: Modules) -> None:
+        """Undoes `freeze`."""
+        for module in BaseFinetuning.flatten_modules(modules):
+            _set_trainable(module, True)
+
+    @staticmethod
+    def freeze_module(module: Module) -> None:
+        """Freezes the parameters the module holds itself, and the running statistics of a batch norm."""
+        _set_trainable(module, False)
+
+    @staticmethod
+    def freeze(modules: Modules, train_bn: bool = True) -> None:
+        """Freezes everything inside; batch norm goes on learning unless ``train_bn=False``."""
+        for module in BaseFinetuning.flatten_modules(modules):
+            _set_trainable(module, train_bn and isinstance(module, _BatchNorm))
+
+    @staticmethod
+    def filter_on_optimizer(optimizer: Optimizer, params: Iterable[Parameter]) -> list[Parameter]:
+        """Those of ``params`` the optimizer does not have yet; warns if it has some."""
+        params = list(params)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in params if id(p) not in known]
+        if len(new) < len(params):
+            rank_zero_warn(
+                explain(
+                    what=f"{len(params) - len(new)} of the parameters to unfreeze are in the optimizer already and skipped.",
+                    why="An optimizer takes each parameter once.",
+                    fix="In `configure_optimizers`, use `filter(lambda p: p.requires_grad, self.parameters())`.",
+                )
+            )
+        return new
+
+    @staticmethod
+    def unfreeze_and_add_param_group(
+        modules: Modules,
+        optimizer: Optimizer,
+        lr: float | None = None,
+        initial_denom_lr: float = 10.0,
+        train_bn: bool = True,
+    ) -> None:
+        """Unfreezes and adds a group, with ``lr`` or that of the first group divided by ``initial_denom_lr``."""
+        BaseFinetuning.make_trainable(modules)
+        found = BaseFinetuning.filter_params(modules, train_bn=train_bn, requires_grad=True)
+        new = BaseFinetuning.filter_on_optimizer(optimizer, found)
+        if new:
+            rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else lr
+            optimizer.add_param_group({"params": new, "lr": rate})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
+            raise NotImplementedError(
+                f"`{type(self).__name__}` cannot be used with DeepSpeed, whose optimizers take no further groups."
+            )
+        if stage == "fit":
+            self.freeze_before_training(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._resumed:
+            return
+        self._resumed = False
+        # The state of the optimizers, which is loaded next, has the groups that were added before it was stored.
+        parameters = dict(pl_module.named_parameters())
+        for idx, groups in self._internal_optimizer_metadata.items():
+            trainer.optimizers[idx].param_groups = [
+                {**group, "params": [parameters[name] for name in group["params"]]} for group in groups
+            ]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for idx, optimizer in enumerate(trainer.optimizers):
+            self.finetune_function(pl_module, trainer.current_epoch, optimizer)
+            stored = self._internal_optimizer_metadata.setdefault(idx, [])
+            added = optimizer.param_groups[len(stored) :]
+            if added:
+                names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+                stored += [{**group, "params": [names[id(p)] for p in group["params"]]} for group in added]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"internal_optimizer_metadata": self._internal_optimizer_metadata}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = True
+        self._internal_optimizer_metadata = state_dict["internal_optimizer_metadata"]
+
+
+class BackboneFinetuning(BaseFinetuning):
+    """Trains everything but ``pl_module.backbone`` first, and the backbone with its own learning rate later.
+
+    Args:
+        unfreeze_backbone_at_epoch: from the start of this epoch on the backbone is trained, …
+        lambda_func: … and in every later epoch its learning rate is multiplied by ``lambda_func(epoch + 1)``.
+        backbone_initial_ratio_lr: its first learning rate, as a part of that of the first group, …
+        backbone_initial_lr: … or as a number.
+        should_align: never let it be larger than that of the first group.
+        train_bn: whether batch norm is trained, before and after.
+        verbose: tell the learning rates in every epoch, rounded to ``rounding`` digits.
+    """
+
+    def __init__(
+        self,
+        unfreeze_backbone_at_epoch: int = 10,
+        lambda_func: Callable[[int], float] = multiplicative,
+        backbone_initial_ratio_lr: float = 10e-2,
+        backbone_initial_lr: float | None = None,
+        should_align: bool = True,
+        initial_denom_lr: float = 10.0,
+        train_bn: bool = True,
+        verbose: bool = False,
+        rounding: int = 12,
+    ) -> None:
+        super().__init__()
+        self.unfreeze_backbone_at_epoch = unfreeze_backbone_at_epoch
+        self.lambda_func = lambda_func
+        self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
+        self.backbone_initial_lr = backbone_initial_lr
+        self.should_align = should_align
+        self.initial_denom_lr = initial_denom_lr
+        self.train_bn = train_bn
+        self.verbose = verbose
+        self.rounding = rounding
+        self.previous_backbone_lr: float | None = None
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        if not isinstance(getattr(pl_module, "backbone", None), Module):
+            raise MisconfigurationException(
+                explain(
+                    what=f"`BackboneFinetuning`: `{type(pl_module).__name__}` has no module called `backbone`.",
+                    why="That is the part which is frozen at first.",
+                    fix="Name it `self.backbone`, or derive from `BaseFinetuning` to choose other layers.",
+                )
+            )
+        self.freeze(pl_module.backbone, train_bn=self.train_bn)
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
+        if epoch < self.unfreeze_backbone_at_epoch:
+            return
+        current = optimizer.param_groups[0]["lr"]
+        if epoch == self.unfreeze_backbone_at_epoch:
+            initial = self.backbone_initial_lr
+            lr = current * self.backbone_initial_ratio_lr if initial is None else initial
+            self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr, self.initial_denom_lr, self.train_bn)
+        else:
+            assert self.previous_backbone_lr is not None
+            lr = self.previous_backbone_lr * self.lambda_func(epoch + 1)
+            lr = min(lr, current) if self.should_align else lr
+            optimizer.param_groups[-1]["lr"] = lr
+        self.previous_backbone_lr = lr
+        if self.verbose:
+            rates = [round(float(rate), self.rounding) for rate in (current, lr)]
+            rank_zero_info(f"Current lr: {rates[0]}, backbone lr: {rates[1]}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.previous_backbone_lr = state_dict["previous_backbone_lr"]
+        super().load_state_dict(state_dict)
+
+
+def _set_trainable(module: Module, trainable: bool) -> None:
+    if isinstance(module, _BatchNorm):
+        module.track_running_stats = trainable
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(trainable)

@@ -1,0 +1,117 @@
+"""`ModelSummary` and `RichModelSummary`: the table of layers printed when fit starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fulmen.callbacks.callback import Callback
+from fulmen.utilities import model_summary as summaries
+from fulmen.utilities.optional import require
+from fulmen.utilities.rank_zero import rank_zero_info
+from fulmen.utilities.tables import rich_console, text_table
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+    from fulmen.trainer import Trainer
+
+
+class ModelSummary(Callback):
+    """Logs a table of the model's layers at the start of fit.
+
+    Args:
+        max_depth: 1 shows the direct children, -1 everything, 0 switches the table off.
+        summarize_kwargs: go to `summarize` as they are.
+    """
+
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
+        self._max_depth = max_depth
+        self._summarize_kwargs = summarize_kwargs
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._max_depth:
+            return
+        # On every process: the forward pass of an example may need all of them.
+        sharded = getattr(trainer.strategy, "zero_stage_3", False)
+        kind = summaries.DeepSpeedSummary if sharded else summaries.ModelSummary
+        summary = kind(pl_module, max_depth=self._max_depth)
+        if trainer.is_global_zero:
+            self.summarize(
+                summary.columns(),
+                summary.total_parameters,
+                summary.trainable_parameters,
+                summary.model_size,
+                summary.total_training_modes,
+                summary.total_flops,
+                **self._summarize_kwargs,
+            )
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Shows the table; override it to show it differently. ``summary_data`` are the columns, with their headers."""
+        numbers = totals(total_parameters, trainable_parameters, model_size, total_training_modes, total_flops)
+        footer = "\n".join(f"{number:<10}{label}" for label, number in numbers)
+        rank_zero_info(f"\n{text_table(summary_data)}\n{footer}")
+
+
+class RichModelSummary(ModelSummary):
+    """Prints the table with Rich.
+
+    Args:
+        max_depth: as in `ModelSummary`.
+        summarize_kwargs: ``header_style``, Rich's style of the header row.
+
+    Raises:
+        ModuleNotFoundError: without Rich.
+    """
+
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
+        require("rich", "for `RichModelSummary`", minimum=">=10.2.2")
+        super().__init__(max_depth, **summarize_kwargs)
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        from rich.table import Table
+
+        table = Table(header_style=summarize_kwargs.get("header_style", "bold magenta"))
+        for header, _ in summary_data:
+            is_number = header in ("Params", "FLOPs", "Params per Device")
+            table.add_column(header.strip(), justify="right" if is_number else "left", no_wrap=header == "Name")
+        for row in zip(*(cells for _, cells in summary_data)):
+            table.add_row(*row)
+        console = rich_console()
+        console.print(table)
+        numbers = totals(total_parameters, trainable_parameters, model_size, total_training_modes, total_flops)
+        for label, number in numbers:
+            console.print(f"[bold]{label}[/]: {number}", highlight=False)
+
+
+def totals(
+    parameters: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int
+) -> list[tuple[str, str]]:
+    """The lines below the table: what is counted, and the number."""
+    count = summaries.get_human_readable_count
+    return [
+        ("Trainable params", count(trainable).strip()),
+        ("Non-trainable params", count(parameters - trainable).strip()),
+        ("Total params", count(parameters).strip()),
+        ("Total estimated model params size (MB)", summaries.get_formatted_model_size(megabytes)),
+        ("Modules in train mode", str(modes["train"])),
+        ("Modules in eval mode", str(modes["eval"])),
+        ("Total FLOPs", count(flops).strip()),
+    ]

@@ -1,0 +1,381 @@
+"""`ProgressBar`, and `TerminalProgressBar`: what the bars that draw in a terminal have in common."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import dataclass, field
+from datetime import timedelta
+from math import inf
+from time import monotonic
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fulmen.callbacks.callback import Callback
+from fulmen.utilities.rank_zero import WarningCache
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+    from fulmen.trainer import Trainer
+
+_warnings = WarningCache()
+
+SECONDS_BETWEEN_REDRAWS = 0.1
+# A slow terminal must not slow down training: at most this share of the time goes into drawing.
+SHARE_OF_TIME = 0.02
+# In a log file every epoch gets a line, but after so many lines at most one per second.
+UNHURRIED_LINES = 100
+
+# Kinds of bars besides "train": the property that describes one, and the trainer's that counts its batches.
+EVALUATIONS = {
+    "sanity": ("sanity_check_description", "num_sanity_val_batches"),
+    "validation": ("validation_description", "num_val_batches"),
+    "test": ("test_description", "num_test_batches"),
+    "predict": ("predict_description", "num_predict_batches"),
+}
+
+
+class ProgressBar(Callback):
+    """Base class for bars of your own: names, totals and metrics. Override the hooks in which you draw.
+
+    Bars are switched off with `disable()` on all processes but the first.
+    """
+
+    _trainer: Trainer | None = None
+    _current_eval_dataloader_idx: int | None = None
+    # While a bar is being redrawn, values that have not arrived from the device yet are not waited for.
+    _peeking = False
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            raise TypeError(f"`{type(self).__name__}` is not attached to a trainer yet; pass it in `callbacks=[...]`.")
+        return self._trainer
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+        if not trainer.is_global_zero:
+            self.disable()
+
+    def enable(self) -> None:
+        """Draw from now on."""
+        raise NotImplementedError
+
+    def disable(self) -> None:
+        """Draw nothing from now on."""
+        raise NotImplementedError
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print without disturbing the bar; arguments are those of the built-in function."""
+        builtins.print(*args, **kwargs)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+        """What is shown beside the bar; called only when it is redrawn. Override it to add, change or drop values."""
+        logged = trainer.book.peek() if self._peeking else trainer.progress_bar_metrics
+        standard = standard_metrics(trainer)
+        clash = sorted(standard.keys() & logged.keys())
+        if clash:
+            _warnings.warn(
+                f"The progress bar shows {clash} by itself, and `self.log(..., prog_bar=True)` with the same name "
+                "overwrites it. Log it under another name, or override `get_metrics`."
+            )
+        return {**standard, **logged}
+
+    def has_dataloader_changed(self, dataloader_idx: int) -> bool:
+        """Is this another loader than at the last call?"""
+        changed = self._current_eval_dataloader_idx != dataloader_idx
+        self._current_eval_dataloader_idx = dataloader_idx
+        return changed
+
+    def reset_dataloader_idx_tracker(self) -> None:
+        """Forget the loader: the next call of `has_dataloader_changed` says True."""
+        self._current_eval_dataloader_idx = None
+
+    sanity_check_description = property(lambda self: "Sanity Checking")
+    train_description = property(lambda self: "Training")
+    validation_description = property(lambda self: "Validation")
+    test_description = property(lambda self: "Testing")
+    predict_description = property(lambda self: "Predicting")
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Training batches of this epoch; inf when nobody knows."""
+        return self.trainer.num_training_batches
+
+    @property
+    def total_val_batches(self) -> int | float:
+        """Validation batches of all loaders in this epoch; 0 in epochs without validation."""
+        trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and every and (trainer.current_epoch + 1) % every:
+            return 0
+        return sum(self._sizes("sanity" if trainer.sanity_checking else "validation"))
+
+    @property
+    def total_val_batches_current_dataloader(self) -> int | float:
+        return self._size("sanity" if self.trainer.sanity_checking else "validation")
+
+    @property
+    def total_test_batches_current_dataloader(self) -> int | float:
+        return self._size("test")
+
+    @property
+    def total_predict_batches_current_dataloader(self) -> int | float:
+        return self._size("predict")
+
+    def _sizes(self, kind: str) -> list[int | float]:
+        """Batches of every loader."""
+        return getattr(self.trainer, EVALUATIONS[kind][1])
+
+    def _size(self, kind: str) -> int | float:
+        sizes = self._sizes(kind)
+        return sizes[self._current_eval_dataloader_idx or 0] if sizes else 0
+
+
+def standard_metrics(trainer: Trainer) -> dict[str, int | str]:
+    """What bars show without being asked: ``v_num``, the version of the logger (of a string its last four letters)."""
+    versions = list(dict.fromkeys(logger.version for logger in trainer.loggers if logger.version not in (None, "")))
+    if not versions:
+        return {}
+    version = versions[0] if len(versions) == 1 else "_".join(map(str, versions))
+    return {"v_num": version[-4:] if isinstance(version, str) else version}
+
+
+@dataclass
+class Track:
+    """How far the work is that one bar stands for."""
+
+    kind: str  # "train" or one of `EVALUATIONS`
+    description: str = ""
+    total: float = inf
+    done: int = 0
+    drawn: int = 0
+    first: int = 0  # where `started` was taken: a resumed epoch does not begin at 0
+    started: float = field(default_factory=monotonic)
+    fresh: bool = True  # description and total have not been drawn yet
+
+    @property
+    def seconds(self) -> float:
+        return monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Batches per second."""
+        return (self.done - self.first) / max(self.seconds, 1e-9)
+
+
+class TerminalProgressBar(ProgressBar):
+    """Decides when to redraw; subclasses only draw, with `_has_terminal`, `_open`, `_show` and `_close`.
+
+    Per batch this costs an assignment and a look at the clock. Where there is no terminal nothing is drawn, and a line
+    of text is printed at the end of each epoch. While the bar of training is open, one of validation may be below it.
+    """
+
+    monitors: ClassVar[bool] = True  # so that the last state of an epoch has what the module logs at its end
+    _seconds_between_redraws: float = SECONDS_BETWEEN_REDRAWS
+    _batches_between_redraws: int = 1
+
+    def __init__(self, refresh_rate: int, leave: bool) -> None:
+        super().__init__()
+        self._refresh_rate = refresh_rate
+        self._leave = leave
+        self._enabled = True
+        self._drawing = False
+        self._redraw_at = inf
+        self._train: Track | None = None
+        self._evaluation: Track | None = None
+        self._lines_printed = 0
+        self._line_due = 0.0
+
+    def _has_terminal(self) -> bool:
+        """Can a line be drawn again and again?"""
+        raise NotImplementedError
+
+    def _open(self, kind: str) -> None:
+        """Make a bar, without drawing it."""
+        raise NotImplementedError
+
+    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
+        """Draw a bar; None leaves its metrics as they are."""
+        raise NotImplementedError
+
+    def _close(self, kind: str) -> None:
+        """Take a bar away, or leave it as it stands."""
+        raise NotImplementedError
+
+    refresh_rate = property(lambda self: self._refresh_rate)
+    is_enabled = property(lambda self: self._enabled and self._refresh_rate > 0)
+    is_disabled = property(lambda self: not self.is_enabled)
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = self._drawing = False
+        self._redraw_at = inf
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._drawing = self.is_enabled and self._has_terminal()
+        self._redraw_at = 0.0 if self._drawing else inf
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        tracks, self._train, self._evaluation = (self._evaluation, self._train), None, None
+        for track in tracks:
+            if track is not None:
+                self._close(track.kind)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
+
+    def _draw(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
+        started = monotonic()
+        track.drawn = track.done
+        self._show(track, metrics)
+        track.fresh = False
+        now = monotonic()
+        self._redraw_at = now + max(self._seconds_between_redraws, (now - started) / SHARE_OF_TIME)
+
+    # Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open("train")
+        # A run that resumes inside an epoch goes on from here; any other calls `on_train_epoch_start` next.
+        self._begin_epoch(trainer, done=trainer.fit_loop.progress.batch)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._leave and self._train and self._train.done:
+            self._close("train")
+            self._open("train")
+        self._begin_epoch(trainer, done=0)
+
+    def _begin_epoch(self, trainer: Trainer, done: int) -> None:
+        short = self._train is not None and self._train.seconds < SECONDS_BETWEEN_REDRAWS
+        name = self._epoch_description(trainer)
+        self._train = Track("train", name, self.total_train_batches, done, first=done, drawn=done)
+        if self._drawing and not short:
+            self._draw(self._train)
+
+    def _epoch_description(self, trainer: Trainer) -> str:
+        return f"Epoch {trainer.current_epoch}"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        track: Any = self._train
+        track.done = batch_idx + 1
+        if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
+            self._draw_while_training(trainer, pl_module)
+
+    def _draw_while_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._peeking = True
+        try:
+            self._draw(self._train, self.get_metrics(trainer, pl_module))
+        finally:
+            self._peeking = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._train and self.is_enabled:
+            finish = self._draw if self._drawing else self._print_line
+            finish(self._train, self.get_metrics(trainer, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    # Validation, test, prediction and the sanity check
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open_evaluation("sanity")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close_evaluation()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            if self._train and self._drawing and self._train.drawn != self._train.done:
+                self._draw_while_training(trainer, pl_module)
+            self._open_evaluation("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        seconds = self._close_evaluation()
+        if self._train:
+            self._train.started += seconds  # training stood still, its speed shall not suffer
+            if self._drawing:
+                self._draw(self._train, self.get_metrics(trainer, pl_module))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open_evaluation("test")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close_evaluation()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._open_evaluation("predict")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close_evaluation()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if dataloader_idx != self._current_eval_dataloader_idx:
+            self._begin_loader(dataloader_idx)
+        track: Any = self._evaluation
+        track.done = batch_idx + 1
+        if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
+            self._draw(track)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def _open_evaluation(self, kind: str) -> None:
+        self._evaluation = Track(kind)
+        self._open(kind)
+        self._begin_loader(0)
+        if self._drawing and not self._train:
+            self._draw(self._evaluation)
+
+    def _begin_loader(self, dataloader_idx: int) -> None:
+        self.has_dataloader_changed(dataloader_idx)
+        track: Any = self._evaluation
+        track.description = self._loader_description(getattr(self, EVALUATIONS[track.kind][0]), dataloader_idx)
+        track.total = self._size(track.kind)
+        # The clock goes on: the speed is that of all loaders together.
+        track.first -= track.done
+        track.done, track.drawn, track.fresh = 0, 0, True
+
+    def _loader_description(self, name: str, dataloader_idx: int) -> str:
+        return f"{name} DataLoader {dataloader_idx}"
+
+    def _close_evaluation(self) -> float:
+        """Returns how long it took."""
+        track: Any = self._evaluation
+        self._evaluation = None
+        self.reset_dataloader_idx_tracker()
+        if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
+            self._draw(track)
+        self._close(track.kind)
+        if self.is_enabled and not self._drawing and track.kind != "sanity" and not self._train:
+            track.description = getattr(self, EVALUATIONS[track.kind][0])
+            self._print_line(track)
+        return track.seconds
+
+    def _print_line(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
+        """Where nothing can be drawn: one line when an epoch is over."""
+        if self._lines_printed >= UNHURRIED_LINES and monotonic() < self._line_due:
+            return
+        self._lines_printed += 1
+        self._line_due = monotonic() + 1
+        seconds = track.seconds
+        time = f"{seconds:.1f} s" if seconds < 60 else timedelta(seconds=round(seconds))
+        parts = [f"{track.done - min(track.first, 0)} batches in {time}", f"{track.rate:.2f} it/s"]
+        for name, value in (metrics or {}).items():
+            parts.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
+        builtins.print(f"{track.description}: {', '.join(parts)}", flush=True)

@@ -1,0 +1,182 @@
+"""`TQDMProgressBar`: the bar that works everywhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from math import inf
+from time import time
+from typing import Any
+
+from fulmen.callbacks.progress_bar import TerminalProgressBar, Track
+from fulmen.utilities.optional import require
+
+
+@functools.cache
+def _tqdm_class() -> Any:
+    """`Tqdm`, made on first use: importing tqdm takes as long as all of fulmen."""
+    tqdm = require("tqdm.auto", "for `TQDMProgressBar`").tqdm
+
+    class Tqdm(tqdm):  # type: ignore[misc, valid-type]
+        """A tqdm bar whose numbers keep their width, so that the line does not jump."""
+
+        monitor_interval = 0  # no thread that redraws: we do
+
+        @staticmethod
+        def format_num(n: float | str) -> str:
+            """At least five characters for anything but an int: ``0.5`` is ``"0.500"``."""
+            text = n if isinstance(n, str) else tqdm.format_num(n)
+            if isinstance(n, int) or not re.fullmatch(r"-?\d+\.?\d*", text):
+                return text
+            return (text if "." in text or len(text) >= 5 else f"{text}.").ljust(5, "0")
+
+    return Tqdm
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Tqdm":
+        return _tqdm_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+
+
+def _bar_property(key: str) -> property:
+    """The bar of one loop; users may configure it, or put another one in its place."""
+
+    def get(self: TQDMProgressBar) -> Any:
+        if key not in self._bars:
+            raise TypeError(f"`{type(self).__name__}.{key}_progress_bar` does not exist before its loop has started.")
+        return self._bars[key]
+
+    def set(self: TQDMProgressBar, bar: Any) -> None:
+        self._bars[key] = bar
+
+    return property(get, set)
+
+
+class TQDMProgressBar(TerminalProgressBar):
+    """A bar drawn by tqdm on the standard output.
+
+    Args:
+        refresh_rate: batches between two redraws, of which there are at most ten per second; 0 draws nothing. In
+            Colab 1 is taken for 20. The environment variable ``TQDM_MINITERS`` raises it.
+        process_position: how many pairs of lines to leave free above, for bars of other runs.
+        leave: keep the finished bar of every epoch.
+    """
+
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+
+    train_progress_bar = _bar_property("train")
+    val_progress_bar = _bar_property("val")
+    test_progress_bar = _bar_property("test")
+    predict_progress_bar = _bar_property("predict")
+    process_position = property(lambda self: self._process_position)
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
+        if refresh_rate == 1 and "COLAB_GPU" in os.environ:
+            refresh_rate = 20  # every redraw travels to the browser
+        if refresh_rate > 0:
+            refresh_rate = max(refresh_rate, int(os.environ.get("TQDM_MINITERS", 1)))
+        super().__init__(refresh_rate, leave)
+        self._batches_between_redraws = refresh_rate
+        self._process_position = process_position
+        self._bars: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_bars": {}}
+
+    def init_sanity_tqdm(self) -> Any:
+        """Override the `init_*_tqdm` methods to make the bars differently."""
+        return self._new_bar(self.sanity_check_description, leave=False)
+
+    def init_train_tqdm(self) -> Any:
+        return self._new_bar(self.train_description, leave=True)
+
+    def init_validation_tqdm(self) -> Any:
+        alone = self.trainer.state.fn == "validate"
+        return self._new_bar(self.validation_description, leave=alone, lines_above=0 if alone else 1)
+
+    def init_test_tqdm(self) -> Any:
+        return self._new_bar(self.test_description, leave=True)
+
+    def init_predict_tqdm(self) -> Any:
+        return self._new_bar(self.predict_description, leave=True)
+
+    def _new_bar(self, description: str, leave: bool, lines_above: int = 0) -> Any:
+        return _tqdm_class()(
+            desc=description,
+            position=2 * self._process_position + lines_above,
+            disable=not self._drawing,
+            leave=leave,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+            delay=1e-9,  # anything but zero: not to be drawn before its total is known
+        )
+
+    def _has_terminal(self) -> bool:
+        return "ipykernel" in sys.modules or (sys.stdout is not None and sys.stdout.isatty())
+
+    def _open(self, kind: str) -> None:
+        # One is made even when nothing is drawn, because users configure it in their hooks.
+        self._redirect(False)
+        self._bars[_KEYS[kind]] = getattr(self, f"init_{kind}_tqdm")()
+        self._redirect(self._drawing and "ipykernel" not in sys.modules)
+
+    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
+        bar = self._bars[_KEYS[track.kind]]
+        if track.fresh:
+            bar.set_description(track.description, refresh=False)
+            total = None if track.total == inf else track.total
+            if bar.total != total:
+                bar.total = None
+                bar.reset(total=total)
+        bar.n, bar.initial = track.done, track.first
+        bar.last_print_t = time()  # else `close` believes there is nothing to clear
+        bar.start_t = bar.last_print_t - track.seconds
+        if metrics is not None:
+            bar.set_postfix(metrics, refresh=False)
+        bar.refresh()
+
+    def _close(self, kind: str) -> None:
+        self._bars[_KEYS[kind]].close()
+        if not self._train and not self._evaluation:
+            self._redirect(False)
+
+    def _redirect(self, above: bool) -> None:
+        """While bars are open, what is printed, warned and logged appears above them."""
+        screen = sys.stdout.stream if isinstance(sys.stdout, _AboveBars) else sys.stdout
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if above and stream is not None and stream.isatty():
+                setattr(sys, name, _AboveBars(stream, screen))
+            elif not above and isinstance(stream, _AboveBars):
+                stream.finish_line()
+                setattr(sys, name, stream.stream)
+
+
+_KEYS = {"sanity": "val", "train": "train", "validation": "val", "test": "test", "predict": "predict"}
+
+
+class _AboveBars:
+    """A stream that makes room for each complete line by moving the bars on ``screen`` down."""
+
+    def __init__(self, stream: Any, screen: Any) -> None:
+        self.stream, self.screen, self.line = stream, screen, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        if "\r" in text or "\x1b[A" in text or (not self.line and not text.strip("\n")):
+            return self.stream.write(text)  # moves the cursor: somebody else's bar
+        lines, newline, self.line = (self.line + text).rpartition("\n")
+        if newline:
+            with _tqdm_class().external_write_mode(file=self.screen):
+                self.stream.write(lines + newline)
+        return len(text)
+
+    def finish_line(self) -> None:
+        self.stream.write(self.line)

@@ -1,0 +1,163 @@
+"""`BasePredictionWriter` stores what `predict` returns; `LambdaCallback` is a callback written in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from fulmen.callbacks.callback import Callback
+from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.introspection import is_param_in_hook_signature
+from fulmen.utilities.types import LightningEnum
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+    from fulmen.trainer import Trainer
+
+    Hook = Callable[..., Any] | None
+
+
+class WriteInterval(LightningEnum):
+    """When a `BasePredictionWriter` writes."""
+
+    BATCH = "batch"
+    EPOCH = "epoch"
+    BATCH_AND_EPOCH = "batch_and_epoch"
+
+    @property
+    def on_batch(self) -> bool:
+        return self in (WriteInterval.BATCH, WriteInterval.BATCH_AND_EPOCH)
+
+    @property
+    def on_epoch(self) -> bool:
+        return self in (WriteInterval.EPOCH, WriteInterval.BATCH_AND_EPOCH)
+
+
+class BasePredictionWriter(Callback):
+    """Base class for storing predictions: implement `write_on_batch_end`, `write_on_epoch_end` or both.
+
+    Every rank writes its own part, so name files after ``trainer.global_rank`` and use
+    ``trainer.predict(..., return_predictions=False)`` when memory is short::
+
+        class Writer(BasePredictionWriter):
+            def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
+                torch.save(prediction, self.folder / f"{trainer.global_rank}-{dataloader_idx}-{batch_idx}.pt")
+    """
+
+    def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
+        known = [interval.value for interval in WriteInterval]
+        if write_interval not in known:
+            raise MisconfigurationException(
+                f"`write_interval={write_interval!r}` is not one of {known}.{suggestion(str(write_interval), known)}"
+            )
+        self.interval = WriteInterval(write_interval)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if is_param_in_hook_signature(pl_module.predict_step, "dataloader_iter", explicit=True):
+            raise NotImplementedError(
+                f"`{type(self).__name__}` needs `predict_step(batch, batch_idx)`: with `dataloader_iter` nobody but the "
+                "module knows which samples a prediction belongs to."
+            )
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Stores the prediction of one batch; ``batch_indices`` are the samples of the dataset it belongs to."""
+        raise NotImplementedError
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any] | None,
+    ) -> None:
+        """Stores all predictions: one per batch, in a list per loader if there are several.
+
+        ``batch_indices`` has the indices of the samples as ``[loader][batch][index]``; a loader whose sampler does not
+        tell gives an empty list.
+        """
+        raise NotImplementedError
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.interval.on_batch:
+            indices = trainer.predict_loop.current_batch_indices
+            self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.interval.on_epoch:
+            loop = trainer.predict_loop
+            predictions = loop.predictions if loop.several else loop.predictions[0]
+            self.write_on_epoch_end(trainer, pl_module, predictions, loop.epoch_batch_indices)
+
+
+class LambdaCallback(Callback):
+    """A callback made of functions; each gets what the hook of its name gets.
+
+    >>> callback = LambdaCallback(on_train_end=lambda trainer, pl_module: print(trainer.global_step))
+    """
+
+    def __init__(
+        self,
+        setup: Hook = None,
+        teardown: Hook = None,
+        on_fit_start: Hook = None,
+        on_fit_end: Hook = None,
+        on_sanity_check_start: Hook = None,
+        on_sanity_check_end: Hook = None,
+        on_train_batch_start: Hook = None,
+        on_train_batch_end: Hook = None,
+        on_train_epoch_start: Hook = None,
+        on_train_epoch_end: Hook = None,
+        on_validation_epoch_start: Hook = None,
+        on_validation_epoch_end: Hook = None,
+        on_test_epoch_start: Hook = None,
+        on_test_epoch_end: Hook = None,
+        on_validation_batch_start: Hook = None,
+        on_validation_batch_end: Hook = None,
+        on_test_batch_start: Hook = None,
+        on_test_batch_end: Hook = None,
+        on_train_start: Hook = None,
+        on_train_end: Hook = None,
+        on_validation_start: Hook = None,
+        on_validation_end: Hook = None,
+        on_test_start: Hook = None,
+        on_test_end: Hook = None,
+        on_exception: Hook = None,
+        on_save_checkpoint: Hook = None,
+        on_load_checkpoint: Hook = None,
+        on_before_backward: Hook = None,
+        on_after_backward: Hook = None,
+        on_before_optimizer_step: Hook = None,
+        on_before_zero_grad: Hook = None,
+        on_predict_start: Hook = None,
+        on_predict_end: Hook = None,
+        on_predict_batch_start: Hook = None,
+        on_predict_batch_end: Hook = None,
+        on_predict_epoch_start: Hook = None,
+        on_predict_epoch_end: Hook = None,
+        **unknown: Any,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if hasattr(Callback, name)}
+        if unknown:
+            name = next(iter(unknown))
+            raise TypeError(f"`LambdaCallback({name}=...)`: there is no such hook.{suggestion(name, given)}")
+        # Set on the instance: the plan of a run calls what differs from `Callback`, and only that.
+        for name, function in given.items():
+            if function is not None:
+                setattr(self, name, function)

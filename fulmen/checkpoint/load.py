@@ -1,0 +1,203 @@
+"""`load_from_checkpoint`: a module or datamodule rebuilt from the arguments and the state a file holds."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import IO, Any, NoReturn
+
+import torch
+from torch import nn
+
+from fulmen.checkpoint.migrate import migrate_checkpoint
+from fulmen.checkpoint.snapshot import _mismatch
+from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.utilities.collections import AttributeDict
+from fulmen.utilities.errors import suggestion
+from fulmen.utilities.filesystem import get_filesystem
+from fulmen.utilities.introspection import parameters_of
+from fulmen.utilities.optional import require
+from fulmen.utilities.rank_zero import rank_zero_warn
+
+# Files of the command line interface name the function that rebuilds the object. Only names that stand here are
+# followed, or opening a file could run any code; the values say which function of ours does the job.
+INSTANTIATORS = {
+    f"{package}.cli.instantiate_module": "fulmen.cli.instantiate_module"
+    for package in ("fulmen", "lightning.pytorch", "pytorch_lightning")
+}
+
+
+class ClassOnlyMethod(classmethod):
+    """A class method that must not be called on an instance, where users would expect it to change that instance."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable:
+        if instance is None:
+            return super().__get__(None, owner)
+
+        @functools.wraps(self.__func__)
+        def refuse(*_: Any, **__: Any) -> NoReturn:
+            name = f"{type(instance).__name__}.{self.__func__.__name__}"
+            raise TypeError(
+                f"`{name}` was called on an instance. It makes a new object and would leave this one as it is."
+                f" Call it on the class and use what it returns: `loaded = {name}(...)`."
+            )
+
+        return refuse
+
+
+def load_from_checkpoint(
+    cls: Any,
+    checkpoint_path: str | os.PathLike | IO[bytes],
+    map_location: Any = None,
+    hparams_file: str | os.PathLike | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """An object of `cls` (or of the subclass the file names) made from the file; `kwargs` replace stored arguments."""
+    checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
+    key = cls.CHECKPOINT_HYPER_PARAMS_KEY
+    stored = load_hparams(hparams_file) if hparams_file is not None else checkpoint.get(key) or {}
+    # `on_load_checkpoint` shall see the arguments that are used.
+    checkpoint[key] = {**stored, **kwargs}
+    built = _build(cls, dict(stored), kwargs, checkpoint)
+    if not isinstance(built, nn.Module):
+        state = checkpoint.get(type(built).__qualname__)
+        if state is not None:
+            built.load_state_dict(state)
+        return built
+    _restore_module(built, checkpoint, strict, checkpoint_path)
+    weights = [value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor)]
+    if not weights:
+        rank_zero_warn(f"The checkpoint {checkpoint_path!r} holds no weights: its state dict is empty.")
+        return built
+    return built.to(weights[0].device)
+
+
+def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
+    """The content of a file, brought up to date; tensors stay on their device if this machine has it."""
+    location = keep_available_device if map_location is None else map_location
+    checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location=location, weights_only=weights_only)
+    if not isinstance(checkpoint, dict):
+        raise TypeError(
+            f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is. Use a file written by"
+            " `trainer.save_checkpoint` or `ModelCheckpoint`."
+        )
+    return migrate_checkpoint(checkpoint)
+
+
+def keep_available_device(storage: Any, location: str) -> Any:
+    """A `map_location` for `torch.load`: what was on a device that is missing here comes to the CPU."""
+    kind, _, index = location.partition(":")
+    missing = (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()) or (
+        kind == "mps" and not torch.backends.mps.is_available()
+    )
+    return storage if missing else None
+
+
+def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict) -> Any:
+    """The new object, from the arguments its constructor accepts."""
+    instantiator, class_path = stored.pop("_instantiator", None), stored.pop("_class_path", None)
+    if instantiator is not None:
+        cls = cls if class_path is None else _imported_subclass(cls, class_path)
+    found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
+    accepted = {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
+    if name in accepted:
+        inside = {k: v for k, v in kwargs.items() if k in stored or k not in accepted}
+        kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE, AttributeDict)  # type: ignore[attr-defined]
+        arguments = {name: kind({**stored, **inside}), **kwargs}
+    else:
+        inside, arguments = {}, {**stored, **kwargs}
+    if not any(p.kind is p.VAR_KEYWORD for p in found):
+        arguments = {k: v for k, v in arguments.items() if k in accepted}
+        for ignored in kwargs.keys() - accepted - inside.keys():
+            rank_zero_warn(
+                f"The argument `{ignored}` was left out: `{cls.__name__}.__init__` does not accept it."
+                + suggestion(ignored, accepted)
+            )
+    return cls(**arguments) if instantiator is None else _trusted(instantiator)(cls, arguments)
+
+
+def _trusted(instantiator: str) -> Callable[[type, dict[str, Any]], Any]:
+    if instantiator not in INSTANTIATORS:
+        raise ValueError(
+            f"The checkpoint wants to be built by `{instantiator}`. A file could name any function, so only known ones"
+            " are called. If you trust it, add the name to `fulmen.checkpoint.load.INSTANTIATORS`."
+        )
+    module, _, function = INSTANTIATORS[instantiator].rpartition(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def _imported_subclass(cls: type, class_path: str) -> type:
+    """The class of that name, if it is imported already and is a kind of `cls`."""
+    parts = class_path.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        module = sys.modules.get(".".join(parts[:depth]))
+        found = functools.reduce(lambda holder, part: getattr(holder, part, None), parts[depth:], module)
+        if inspect.isclass(found) and issubclass(found, cls):
+            return found
+    raise ValueError(
+        f"The checkpoint wants to be loaded as `{class_path}`, which is no imported subclass of `{cls.__name__}`. A file"
+        " shall not decide what is imported. If you trust it, import that class first."
+    )
+
+
+def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: Any) -> None:
+    """The weights of a new module, after its own hooks had their turn."""
+    own = getattr(module, "_strict_loading", None)
+    if strict is not None and own is not None and strict != own:
+        raise ValueError(
+            f"`load_from_checkpoint(strict={strict})` contradicts `{type(module).__name__}.strict_loading={own}`."
+            " Leave `strict` out, or use the same value for both."
+        )
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    if "state_dict" not in checkpoint:
+        raise KeyError(f"The checkpoint has no `state_dict`; its keys are {sorted(checkpoint)}.")
+    strict = module.strict_loading if strict is None else strict
+    try:
+        differences = module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    except RuntimeError as error:
+        raise RuntimeError(_mismatch(source, module, checkpoint["state_dict"])) from error
+    if strict or differences is None:
+        return
+    if differences.missing_keys:
+        rank_zero_warn(f"Keys of the model that the checkpoint does not have: {list(differences.missing_keys)}")
+    if differences.unexpected_keys:
+        rank_zero_warn(f"Keys of the checkpoint that the model does not have: {list(differences.unexpected_keys)}")
+
+
+def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
+    """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them."""
+    readers = {".yaml": load_hparams_from_yaml, ".yml": load_hparams_from_yaml, ".csv": load_hparams_from_tags_csv}
+    extension = os.path.splitext(os.fspath(path))[1].lower()
+    if extension not in readers:
+        raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in {', '.join(readers)} is needed.")
+    return readers[extension](path)
+
+
+def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:
+    """The mapping in a YAML file. `use_omegaconf` is accepted for compatibility; the result is always a dict."""
+    yaml = require("yaml", "to read hyper-parameters")
+    with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
+        return yaml.full_load(file) or {}
+
+
+def load_hparams_from_tags_csv(tags_csv: str | os.PathLike) -> dict[str, Any]:
+    """The columns "key" and "value" of a CSV file; values are read as Python literals where they are some."""
+    with get_filesystem(tags_csv).open(os.fspath(tags_csv), "r", newline="") as file:
+        return {row["key"]: _literal(row["value"]) for row in csv.DictReader(file)}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,147 @@
+"""What `ckpt_path` means: "best", "last" and "hpc" become the path of a file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from fulmen.utilities.errors import explain
+from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
+from fulmen.utilities.rank_zero import rank_zero_warn
+
+_HPC_NAME = "hpc_ckpt_{}.ckpt"
+
+
+def find(
+    ckpt_path: str | os.PathLike | None,
+    *,
+    verb: str,
+    callbacks: Sequence[Any],
+    root_dir: str | os.PathLike,
+    model_given: bool,
+    fast_dev_run: bool = False,
+    folder_of: Callable[[Any], str] | None = None,
+    requeued: bool = False,
+) -> str | os.PathLike | None:
+    """The file to load, or None to go on with the weights there are.
+
+    Args:
+        verb: "fit", "validate", "test" or "predict".
+        callbacks: those that write checkpoints, in the trainer's order; others are passed over.
+        root_dir: `trainer.default_root_dir`.
+        model_given: whether this call received a model (fit always does).
+        folder_of: where a `ModelCheckpoint` without `dirpath` is going to write.
+        requeued: whether this is a SLURM job, whose fit resumes by itself.
+
+    Raises:
+        ValueError: there is nothing under this name.
+    """
+    if ckpt_path is None and verb == "fit":
+        # An interrupted job or a broken run goes on; no warning if there is none.
+        found = hpc_checkpoint(root_dir) if requeued else None
+        resumes = any(_saves_on_exception(callback) for callback in callbacks)
+        return last_checkpoint(callbacks, folder_of) if found is None and resumes else found
+    if ckpt_path is None and model_given:
+        return None
+    if ckpt_path is None:
+        rank_zero_warn(
+            f"`trainer.{verb}()` was called without a model: the best checkpoint of the previous fit is used."
+            ' Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.'
+        )
+    if ckpt_path is None or ckpt_path == "best":
+        return best_checkpoint(callbacks, verb, fast_dev_run)
+    if ckpt_path == "last":
+        found = last_checkpoint(callbacks, folder_of)
+        if found is None:
+            rank_zero_warn(
+                f'`trainer.{verb}(ckpt_path="last")` found no such checkpoint, so nothing is loaded.'
+                " `ModelCheckpoint(save_last=True)` writes one."
+            )
+        return found
+    if ckpt_path == "hpc":
+        return _required(hpc_checkpoint(root_dir), verb, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}", "hpc")
+    if not os.fspath(ckpt_path):
+        raise ValueError(_nothing(verb, "an empty path names no file", given=""))
+    if re.match(r"registry(:|$)", os.fspath(ckpt_path)) and not os.path.exists(ckpt_path):
+        raise ValueError(_nothing(verb, "the model registry is a hosted service, not reached here", given=ckpt_path))
+    return ckpt_path
+
+
+def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = False) -> str:
+    """The best file of the first `ModelCheckpoint`."""
+    judges = [callback for callback in callbacks if hasattr(callback, "best_model_path")]
+    if fast_dev_run:
+        raise ValueError(_nothing(verb, "`fast_dev_run` writes no checkpoints", given="best"))
+    if not judges:
+        raise ValueError(_nothing(verb, "the trainer has no `ModelCheckpoint`", given="best"))
+    if len(judges) > 1:
+        rank_zero_warn(
+            f'`trainer.{verb}(ckpt_path="best")`: there are {len(judges)} `ModelCheckpoint` callbacks, and the best'
+            " checkpoint of the first one is used."
+        )
+    return _required(judges[0].best_model_path, verb, "`ModelCheckpoint` has not saved anything", "best")
+
+
+def _saves_on_exception(callback: Any) -> bool:
+    """`OnExceptionCheckpoint` writes one file only, and knows its name."""
+    return hasattr(callback, "ckpt_path") and hasattr(callback, "FILE_EXTENSION")
+
+
+def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | None = None) -> str | None:
+    """The newest of the files that `ModelCheckpoint(save_last=True)` or `OnExceptionCheckpoint` have written."""
+    found = []
+    for callback in callbacks:
+        if hasattr(callback, "CHECKPOINT_NAME_LAST"):
+            folder = callback.dirpath or (folder_of(callback) if folder_of is not None else "")
+            # Logged values in the name may be anything, also nothing that Python's format would give back.
+            name = re.sub(r"\\\{.*?\\\}", ".*", re.escape(callback.CHECKPOINT_NAME_LAST))
+            found += _files(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
+        elif _saves_on_exception(callback):
+            path = os.fspath(callback.ckpt_path)
+            found += [path] if get_filesystem(path).exists(path) else []
+    return max(found, key=_modified, default=None)
+
+
+def hpc_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The file with the highest number among those written when a job was interrupted."""
+    number = _newest_hpc(folder)
+    return None if number is None else os.path.join(folder, _HPC_NAME.format(number))
+
+
+def next_hpc_path(folder: str | os.PathLike) -> str:
+    """Where the next such file goes; the numbers begin at 1."""
+    return os.path.join(folder, _HPC_NAME.format((_newest_hpc(folder) or 0) + 1))
+
+
+def _newest_hpc(folder: str | os.PathLike) -> int | None:
+    paths = _files(os.fspath(folder), _HPC_NAME.format(r"\d+"))
+    return max((int(re.findall(r"\d+", os.path.basename(path))[-1]) for path in paths), default=None)
+
+
+def _files(folder: str, pattern: str) -> list[str]:
+    """The files in a folder whose whole name matches the regular expression."""
+    files = get_filesystem(folder)
+    if not folder or not files.isdir(folder):
+        return []
+    # Remote file systems list paths without their scheme, so only names are taken over.
+    names = (os.path.basename(str(path).rstrip("/")) for path in files.ls(folder, detail=False))
+    return [os.path.join(folder, name) for name in names if re.fullmatch(pattern, name)]
+
+
+def _modified(path: str) -> Any:
+    return get_filesystem(path).modified(path) if is_remote(path) else os.stat(local_path(path)).st_mtime_ns
+
+
+def _required(path: str | None, verb: str, why: str, given: str) -> str:
+    if not path:
+        raise ValueError(_nothing(verb, why, given))
+    return path
+
+
+def _nothing(verb: str, why: str, given: str | os.PathLike) -> str:
+    return explain(
+        f"`trainer.{verb}(ckpt_path={os.fspath(given)!r})` has nothing to load: {why}.",
+        fix=f"Pass the path of a checkpoint: `trainer.{verb}(ckpt_path=PATH)`.",
+    )

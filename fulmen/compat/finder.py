@@ -1,0 +1,196 @@
+"""Import finders that serve the table of paths: one for ours, always on, and one for the original package names."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution
+from types import ModuleType
+from typing import Any
+
+from fulmen.compat.names import API_VERSION, DISTRIBUTIONS, PATHS, ROOTS, absent_advice
+from fulmen.utilities.lazy import has_module
+
+# The module name under which `python -m fulmen run script.py` runs the script, and the variable with the script's path.
+# Processes started later (`spawn`, `python -m`) import their main module by this name and so get the same names.
+SCRIPT_MODULE = "fulmen.compat.script"
+SCRIPT_VARIABLE = "FULMEN_SCRIPT"
+
+
+class ViewModule(ModuleType):
+    """A module without content of its own: reading and writing its names happens in the modules it shows."""
+
+    def __init__(self, name: str, homes: Sequence[str]) -> None:
+        super().__init__(name, f"The names of {', '.join(homes)}.")
+        vars(self).update(_homes=tuple(homes), _originals={})
+
+    def _modules(self) -> Iterator[ModuleType]:
+        for home in self._homes:
+            try:
+                yield importlib.import_module(home)
+            except ModuleNotFoundError as error:
+                if error.name != home:
+                    raise
+
+    def _holder(self, name: str) -> ModuleType | None:
+        return next((module for module in self._modules() if hasattr(module, name)), None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__all__":
+            return sorted({public for module in self._modules() for public in _public_names(module)})
+        if name.startswith("__"):  # the import system asks for several before anything should be imported
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}", name=name, obj=self)
+        # A path of the table goes before a module that one of the homes happens to import.
+        below = f"{self.__name__}.{name}"
+        if has_module(below):
+            return importlib.import_module(below)
+        holder = self._holder(name)
+        if holder is None:
+            text = f"module {self.__name__!r} has no attribute {name!r}; fulmen looked in {', '.join(self._homes)}"
+            raise AttributeError(text, name=name, obj=self)
+        return getattr(holder, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        belongs_here = name.startswith("__") or getattr(value, "__name__", None) == f"{self.__name__}.{name}"
+        holder = None if belongs_here else self._holder(name) or next(self._modules(), None)
+        if holder is None:
+            super().__setattr__(name, value)
+            return
+        if hasattr(holder, name):
+            self._originals.setdefault(name, getattr(holder, name))
+        setattr(holder, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        holder = None if name in vars(self) else self._holder(name)
+        if holder is None:
+            super().__delattr__(name)
+        elif name in self._originals:
+            # Patching tools see no such name in this module's dictionary, and undo with a deletion.
+            setattr(holder, name, self._originals.pop(name))
+        else:
+            delattr(holder, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *(name for module in self._modules() for name in dir(module))})
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    return list(getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")])
+
+
+class ViewLoader(Loader):
+    def __init__(self, homes: Sequence[str], version: str | None = None) -> None:
+        self.homes = homes
+        self.version = version
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return ViewModule(spec.name, self.homes)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = importlib.util.find_spec(self.homes[0])
+        if spec is not None and spec.has_location:
+            module.__file__ = spec.origin
+        if self.version is not None:
+            module.__version__ = self.version  # type: ignore[attr-defined]
+
+
+class DeepPaths(MetaPathFinder):
+    """Serves `fulmen.` paths that are no files here. It is asked last, so a file always wins."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if not fullname.startswith("fulmen."):
+            return None
+        if fullname == SCRIPT_MODULE and SCRIPT_VARIABLE in os.environ:
+            return self._script(os.environ[SCRIPT_VARIABLE])
+        below = fullname.removeprefix("fulmen.")
+        homes = [home for home in PATHS.get(below, ()) if has_module(home)]
+        if homes:
+            return ModuleSpec(fullname, ViewLoader(homes), is_package=True)
+        advice = absent_advice(below)
+        if advice is not None:
+            raise ModuleNotFoundError(f"`{fullname}` is not part of fulmen. {advice}", name=fullname)
+        return None
+
+    @staticmethod
+    def _script(path: str) -> ModuleSpec | None:
+        install()
+        folder = os.path.dirname(os.path.abspath(path))
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        return importlib.util.spec_from_file_location(SCRIPT_MODULE, path)
+
+
+class OriginalNames(MetaPathFinder):
+    """Serves `lightning`, `pytorch_lightning` and `lightning_fabric`: each module is a view of ours."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in ROOTS:
+            return None
+        if fullname in ROOTS:
+            home, version = ROOTS[fullname], API_VERSION
+        else:
+            root = next((r for r in sorted(ROOTS, key=len, reverse=True) if fullname.startswith(f"{r}.")), "lightning")
+            # `lightning` itself has the public names and two packages, and no other sub-modules.
+            home, version = "" if root == "lightning" else ROOTS[root] + fullname.removeprefix(root), None
+        try:
+            ours = importlib.util.find_spec(home) if home else None
+        except ModuleNotFoundError as error:
+            if error.name != home:
+                return None
+            # Left out on purpose, and the message says what to do.
+            raise ModuleNotFoundError(str(error).replace(home, fullname), name=fullname) from None
+        if ours is None:
+            return None
+        homes = ours.loader.homes if isinstance(ours.loader, ViewLoader) else (home,)
+        return ModuleSpec(fullname, ViewLoader(homes, version), is_package=True)
+
+    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
+        wanted = (getattr(context, "name", None) or "").replace("_", "-").lower()
+        return (ApiVersion(name) for name in DISTRIBUTIONS if wanted in ("", name))
+
+
+class ApiVersion(Distribution):
+    """Answers `importlib.metadata.version("lightning")` with the version of the API, because packages ask."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def read_text(self, filename: str) -> str | None:
+        return (
+            f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {API_VERSION}\n" if filename == "METADATA" else None
+        )
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(f"`{self._name}` is answered by fulmen and has no files of its own.")
+
+
+def serve_deep_paths() -> None:
+    """Make the paths of the table importable below `fulmen`; called once, when `fulmen` is imported."""
+    if not any(isinstance(finder, DeepPaths) for finder in sys.meta_path):
+        sys.meta_path.append(DeepPaths())
+
+
+def install() -> None:
+    """From now on ``import lightning`` (and `pytorch_lightning`, `lightning_fabric`) gives fulmen.
+
+    Raises:
+        RuntimeError: if the real package was imported before; two sets of classes would not recognise each other.
+    """
+    if any(isinstance(finder, OriginalNames) for finder in sys.meta_path):
+        return
+    tops = {name.partition(".")[0] for name in ROOTS}
+    real = sorted(name for name in sys.modules if name in tops)
+    if real:
+        what = f"`{real[0]}` has already been imported from {getattr(sys.modules[real[0]], '__file__', 'elsewhere')}."
+        raise RuntimeError(f"{what} Its classes would be mixed with ours. Call `fulmen.compat.install()` before that.")
+    serve_deep_paths()
+    sys.meta_path.insert(0, OriginalNames())
+    # Scripts choose how much they want to read with `logging.getLogger("lightning.pytorch").setLevel(...)`.
+    for name in ROOTS:
+        logging.root.manager.loggerDict[name] = logging.getLogger("fulmen")

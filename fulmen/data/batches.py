@@ -1,0 +1,71 @@
+"""How a batch reaches the device: the usual way inlined, the user's transfer hooks where they are overridden."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fulmen.engine.precision import Precision
+from fulmen.engine.strategy import Strategy
+from fulmen.utilities.collections import move_data_to_device
+from fulmen.utilities.introspection import overridden
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fulmen.data.sources import Sources
+
+TransferHook = "Callable[..., Any]"
+
+
+def transfer_to(
+    strategy: Strategy, module: Any, datamodule: Any, sources: Sources, base: type
+) -> Callable[[Any, int], Any]:
+    """One function `(batch, dataloader_idx) -> batch on the device`, compiled for what is overridden.
+
+    Order of the full story: the precision converts the batch, `on_before_batch_transfer`, the strategy (which calls
+    `transfer_batch_to_device`), `on_after_batch_transfer`.
+
+    Arguments:
+        base: the class whose own transfer hooks count as not overridden (`DataHooks`).
+    """
+    device = strategy.root_device
+
+    def hook(name: str) -> Callable[..., Any] | None:
+        owner = sources.transfer_owner(name, module, datamodule)
+        return getattr(owner, name) if owner is not None and overridden(owner, name, base) else None
+
+    before, transfer, after = map(
+        hook, ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    )
+    precision = strategy.precision_plugin
+    convert = precision.convert_input if overridden(precision, "convert_input", Precision) else None
+    strategy_moves = overridden(strategy, "batch_to_device", Strategy)
+    strategy.transfer = transfer or (lambda batch, device, _: move_data_to_device(batch, device))
+    if not (before or transfer or after or convert or strategy_moves):
+        return _host_batch if device.type == "cpu" else lambda batch, _: move_data_to_device(batch, device)
+
+    def move(batch: Any, dataloader_idx: int) -> Any:
+        if convert is not None:
+            batch = convert(batch)
+        if before is not None:
+            batch = before(batch, dataloader_idx)
+        batch = strategy.batch_to_device(batch, device, dataloader_idx)
+        return after(batch, dataloader_idx) if after is not None else batch
+
+    return move
+
+
+_CPU = torch.device("cpu")
+
+
+def _host_batch(batch: Any, _: int) -> Any:
+    """The batch as it is when it is made of CPU tensors, which is nearly always; else the general walk."""
+    if type(batch) is list or type(batch) is tuple:
+        for item in batch:
+            if type(item) is not Tensor or not item.is_cpu:
+                return move_data_to_device(batch, _CPU)
+        return batch
+    return batch if type(batch) is Tensor and batch.is_cpu else move_data_to_device(batch, _CPU)

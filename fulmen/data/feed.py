@@ -1,0 +1,146 @@
+"""`Feed`: the batches of one epoch, on the device, knowing which one is last."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from fulmen.data.fetch import iterate
+from fulmen.data.loaders import shutdown_workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+    from fulmen.data.combined import CombinedLoader
+
+_END = object()
+
+
+class Feed:
+    """The batches of one epoch.
+
+    `open()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx, dataloader_idx)`.
+    While a batch is out, `is_last` tells whether another will follow: by counting where the length is known, else by
+    reading one batch ahead.
+
+    Arguments:
+        loaders: a `CombinedLoader` with its limits set.
+        transfer: `(batch, dataloader_idx) -> batch`, see `data.batches`.
+        profile: wraps the fetching of one batch in a profiler; None without one.
+    """
+
+    def __init__(
+        self,
+        loaders: CombinedLoader,
+        transfer: Callable[[Any, int], Any],
+        profile: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
+    ) -> None:
+        self.loaders = loaders
+        self.transfer = transfer
+        self.profile = profile
+        self.num_batches = loaders.num_batches()
+        self.is_last = False
+        self.first_batch_idx = 0  # a resumed epoch goes on counting from here
+        self._iterator: Iterator[Any] | None = None
+        # one plain loader: no need to ask the combination who is next
+        self._single = loaders.flattened[0] if loaders.iterables is loaders.flattened[0] else None
+
+    def open(self) -> None:
+        """Makes fresh iterators; called once before each pass."""
+        if self._single is not None:
+            self._iterator = iterate(self._single)
+        else:
+            self._iterator = iter(self.loaders)
+
+    def __iter__(self) -> Generator[tuple[Any, int, int]]:
+        if self._iterator is None:
+            self.open()
+        iterator, self._iterator = self._iterator, None
+        assert iterator is not None
+        fetch: Callable[[], Any] = lambda: next(iterator, _END)  # noqa: E731
+        if self.profile is not None:
+            fetch = self.profile(fetch)
+        if self._single is None:
+            yield from self._combined(fetch)
+        elif self.num_batches == inf:
+            yield from self._unsized(fetch)
+        else:
+            yield from self._sized(iterator if self.profile is None else iter(fetch, _END))
+
+    def _sized(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
+        transfer, idx, last = self.transfer, self.first_batch_idx, self.num_batches - 1
+        self.is_last = False
+        if idx > last:
+            return
+        for batch in iterator:
+            self.is_last = idx >= last
+            yield transfer(batch, 0), idx, 0
+            if self.is_last:
+                return
+            idx += 1
+
+    def _unsized(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
+        idx = self.first_batch_idx
+        ahead = fetch()
+        while ahead is not _END:
+            batch, ahead = ahead, fetch()
+            self.is_last = ahead is _END
+            yield self.transfer(batch, 0), idx, 0
+            idx += 1
+
+    def _combined(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
+        given = self.first_batch_idx
+        ahead = fetch() if self.num_batches == inf else None
+        while given < self.num_batches:
+            if self.num_batches == inf:
+                item, ahead = ahead, (fetch() if ahead is not _END else _END)
+            else:
+                item = fetch()
+            if item is _END:
+                return
+            batch, batch_idx, dataloader_idx = item
+            given += 1
+            self.is_last = given >= self.num_batches or ahead is _END
+            if self.loaders.mode != "sequential":
+                batch_idx = given - 1
+            yield self.transfer(batch, dataloader_idx), batch_idx, dataloader_idx
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._iterator = None
+        for loader in self.loaders.flattened:
+            shutdown_workers(loader)
+
+
+class IteratorFeed(Feed):
+    """For `training_step(dataloader_iter)`: hands out the iterator, the step pulls batches from it itself.
+
+    The step receives `(batch, batch_idx, dataloader_idx)` from `next(dataloader_iter)`; no transfer hooks run.
+    """
+
+    def __init__(self, loaders: CombinedLoader, transfer: Callable[[Any, int], Any], profile: Any = None) -> None:
+        super().__init__(loaders, lambda batch, _: batch, profile)
+        self.batch_idx = 0
+
+    def __iter__(self) -> Generator[tuple[Any, int, int]]:
+        source = super().__iter__()
+        ahead = next(source, _END)
+
+        def pull() -> Generator[tuple[Any, int, int]]:
+            nonlocal ahead
+            while ahead is not _END:
+                item = ahead
+                # reading ahead is needed only where the length is unknown: elsewhere the count tells
+                self.is_last = self.is_last if self.num_batches != inf else False
+                self.batch_idx = item[1]
+                if item[1] + 1 < self.num_batches:
+                    ahead = next(source, _END)
+                else:
+                    ahead = _END
+                self.is_last = ahead is _END
+                yield item
+
+        iterator = pull()
+        self.batch_idx = self.first_batch_idx
+        while ahead is not _END:
+            yield iterator, self.batch_idx, 0

@@ -1,0 +1,110 @@
+"""Tensor datasets cut into batches at memory speed."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
+
+
+def iterate(loader: Any) -> Iterator:
+    """The batches of ``iter(loader)``, bit for bit, found faster where the data already lies in memory.
+
+    A plain `DataLoader` over a `TensorDataset` (or a `Subset` of one) with the default collate picks samples one by one
+    and stacks them again. Here each tensor is indexed once per batch. The samplers are read as always, so the order of
+    samples and what is drawn from the random generators do not change.
+    """
+    source = in_memory(loader)
+    if source is None:
+        return iter(loader)
+    dataset, subsets = loader.dataset, []
+    while dataset is not source:
+        subsets.append(_compact(dataset.indices))
+        dataset = dataset.dataset
+    batches = iter(loader.batch_sampler)
+    # The DataLoader draws a seed for its workers even when it has none.
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+    return _cut(batches, loader.dataset, subsets, source.tensors)
+
+
+def in_memory(loader: Any) -> TensorDataset | None:
+    """The tensors behind a loader whose batches are found by indexing them, or None."""
+    dataset = loader.dataset if _is_plain(loader) else None
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset if type(dataset) is TensorDataset and all(map(_is_sliceable, dataset.tensors)) else None
+
+
+def _cut(
+    batches: Iterator[list[int]], dataset: Dataset, subsets: list[Sequence[int]], tensors: tuple[Tensor, ...]
+) -> Iterator[list[Tensor]]:
+    size = len(tensors[0])
+    for indices in batches:
+        rows = _rows(indices, subsets, size)
+        if rows is None:
+            # Anything unusual, wrong indices included, is left to the dataset.
+            yield _one_by_one(dataset, indices)
+        elif isinstance(rows, slice):
+            yield [tensor[rows].clone() for tensor in tensors]
+        else:
+            # Twice as fast as `torch.tensor(rows)`.
+            where = torch.frombuffer(array("q", rows), dtype=torch.int64)
+            yield [tensor.index_select(0, where.to(tensor.device)) for tensor in tensors]
+
+
+def _rows(indices: Any, subsets: list[Sequence[int]], size: int) -> list[int] | slice | None:
+    """The rows of the tensors behind a batch of indices; a slice if they follow each other, None if in doubt."""
+    if type(indices) is not list or not indices:
+        return None
+    for subset in subsets:
+        indices = list(map(subset.__getitem__, indices))
+    if set(map(type, indices)) != {int} or min(indices) < 0 or max(indices) >= size:
+        return None
+    first, last = indices[0], indices[-1]
+    if last - first == len(indices) - 1 and indices == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return indices
+
+
+def _one_by_one(dataset: Any, indices: Any) -> Any:
+    several = getattr(dataset, "__getitems__", None)
+    return default_collate(several(indices) if several else [dataset[index] for index in indices])
+
+
+def _is_plain(loader: Any) -> bool:
+    """Does this loader fetch, collate and yield in the one way that is reproduced here?"""
+    return (
+        type(loader) is DataLoader
+        and loader.batch_sampler is not None
+        and loader.num_workers == 0
+        and not loader.pin_memory
+        and not loader.timeout
+        and loader.collate_fn is default_collate
+        # The table behind `default_collate` may be extended by anybody.
+        and default_collate_fn_map.get(Tensor) is collate_tensor_fn
+        and not any(issubclass(tuple, kinds) for kinds in default_collate_fn_map)
+    )
+
+
+def _is_sliceable(tensor: Tensor) -> bool:
+    """Does indexing this tensor give what stacking its rows gives, memory layout and autograd included?"""
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _compact(indices: Any) -> Sequence[int]:
+    """The indices of a subset side by side in memory, where random access is several times faster than in a list."""
+    if getattr(indices, "ndim", 0) == 1 and str(indices.dtype).rpartition(".")[-1] in ("int32", "int64"):
+        indices = indices.tolist()
+    if type(indices) in (list, tuple, range) and set(map(type, indices)) == {int}:
+        return array("q", indices)
+    return indices

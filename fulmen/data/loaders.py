@@ -1,0 +1,314 @@
+"""What is asked of a loader before it is read, and loaders made again from other arguments."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from fulmen.data.combined import CombinedLoader, sized
+from fulmen.data.fetch import in_memory
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, explain
+from fulmen.utilities.modules import suggested_max_num_workers
+from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.seed import pl_worker_init_function
+
+# Where an object keeps the arguments it was made with.
+_RECORD = "_fulmen_arguments"
+
+
+def length_of(loader: Any) -> int | None:
+    """The number of batches, or None if the loader does not know; warns about lengths that are often a mistake."""
+    length = sized(loader)
+    if math.isinf(length):
+        return None
+    if length == 0:
+        rank_zero_warn(f"The `{type(loader).__name__}` has 0 batches. Nothing will run on it; is that intended?")
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        rank_zero_warn("The `__len__` of an `IterableDataset` is wrong if several workers do not share out the data.")
+    return int(length)
+
+
+def limit_batches(length: int | None, limit: int | float, *, name: str) -> int | float:
+    """How many batches are read of a loader with ``length`` batches (None: unknown); infinite means all there are.
+
+    ``limit`` is a number of batches or, as a float up to 1.0, a fraction. ``name`` is the Trainer's argument it is.
+    """
+    if limit < 0 or (limit > 1 and int(limit) != limit):
+        fix = "Use a float in [0.0, 1.0] for a fraction of the batches, or an int for their number."
+        raise MisconfigurationException(explain(f"`{name}={limit}` is not an amount of batches.", fix=fix))
+    available = math.inf if length is None else length
+    if isinstance(limit, int) or limit > 1:
+        return min(available, int(limit))
+    if limit == 1.0:
+        return available
+    if limit == 0.0 or length == 0:
+        return 0
+    if length is None:
+        what = f"`{name}={limit}` asks for a fraction of a loader that has no length."
+        fix = f"Use `{name}=1.0` for all batches or an int for their number, or define `__len__`."
+        raise MisconfigurationException(explain(what, fix=fix))
+    if int(length * limit) == 0:
+        what = f"`{name}={limit}` leaves none of the {length} batches of a loader."
+        fix = f"Use at least `{name}={1 / length}`, an int, or 0 to switch this part off."
+        raise MisconfigurationException(explain(what, fix=fix))
+    return int(length * limit)
+
+
+def _leaves(loader: Any) -> list[Any]:
+    return loader.flattened if isinstance(loader, CombinedLoader) else [loader]
+
+
+def check_iterable(loader: Any, label: str) -> None:
+    """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
+    for leaf in _leaves(loader):
+        readable = isinstance(leaf, Iterable) or hasattr(leaf, "__getitem__")
+        if not readable or isinstance(leaf, (str, bytes, type)):
+            fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
+            raise TypeError(explain(f"No batches can be read from {leaf!r}, given by {label}.", fix=fix))
+
+
+def _maybe(message: str) -> None:
+    rank_zero_warn(message, category=PossibleUserWarning)
+
+
+def warn_about(loader: Any, *, stage: str, local_world_size: int = 1, reloaded: bool = False) -> None:
+    """Warn about settings of a `DataLoader` that are slow or probably a mistake.
+
+    Args:
+        stage: a `RunningStage`, or the first word of the hook: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+        local_world_size: how many processes share the CPUs of this machine.
+        reloaded: is the hook asked again for loaders while fitting?
+    """
+    if not isinstance(loader, DataLoader):
+        return
+    name = f"{getattr(stage, 'dataloader_prefix', stage)}_dataloader"
+    if name != "train_dataloader" and isinstance(_order(loader), RandomSampler):
+        _maybe(f"The `{name}` shuffles its samples. Evaluation is best read in order: use `shuffle=False`.")
+    possible = suggested_max_num_workers(local_world_size)
+    # Workers would only slow down data that is indexed in memory.
+    if loader.num_workers < 2 <= possible and in_memory(loader) is None:
+        _maybe(f"The `{name}` has {loader.num_workers} workers, which may be too few. Try `num_workers={possible}`.")
+    context = loader.multiprocessing_context or multiprocessing
+    if loader.num_workers and not loader.persistent_workers and context.get_start_method() == "spawn":
+        rank_zero_warn(f"The workers of the `{name}` are spawned in every epoch. Use `persistent_workers=True`.")
+    if reloaded and loader.pin_memory and loader.persistent_workers:
+        _maybe(
+            f"The `{name}` has `pin_memory=True` and `persistent_workers=True`. Torch may hang if such a loader is "
+            "replaced by `reload_dataloaders_every_n_epochs`: use `pin_memory=False`."
+        )
+
+
+@contextmanager
+def recording_arguments() -> Iterator[None]:
+    """Remember how every object of a `DataLoader` or `BatchSampler` subclass made in here was called; see `rebuilt`."""
+    family: list[Any] = [cls for base in (DataLoader, BatchSampler) for cls in _subclasses(base)]
+    originals = {cls: cls.__init__ for cls in family if "__init__" in vars(cls)}
+    for cls, init in originals.items():
+        cls.__init__ = _recording(cls, init)
+    try:
+        yield
+    finally:
+        for cls, init in originals.items():
+            cls.__init__ = init
+
+
+def _subclasses(cls: type) -> set[type]:
+    return set(cls.__subclasses__()).union(*map(_subclasses, cls.__subclasses__()))
+
+
+def _recording(cls: Any, init: Callable) -> Callable:
+    @functools.wraps(init)
+    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Only the constructor the user called counts, not those it calls in turn.
+        if next(owner for owner in type(self).__mro__ if "__init__" in vars(owner)) is cls:
+            vars(self)[_RECORD] = _by_name(init, _base(self), (self, *args), kwargs)
+        init(self, *args, **kwargs)
+
+    return recording
+
+
+def _base(obj: Any) -> type:
+    return DataLoader if isinstance(obj, DataLoader) else BatchSampler
+
+
+def _parameters(cls: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(cls.__init__).parameters.values())[1:]
+
+
+def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call as keywords; what is passed on as ``*args`` is taken to go to the base class."""
+    try:
+        bound = inspect.signature(init).bind(*args, **kwargs)
+    except TypeError:  # the call itself fails with a better message
+        return None
+    found: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        match bound.signature.parameters[name].kind:
+            case inspect.Parameter.VAR_POSITIONAL:
+                found.update(zip((inherited.name for inherited in _parameters(base)), value))
+            case inspect.Parameter.VAR_KEYWORD:
+                found.update(value)
+            case _:
+                found[name] = value
+    return found
+
+
+def rebuilt(loader: DataLoader, **changes: Any) -> DataLoader:
+    """A loader of the same class from the same arguments, except for ``changes``: ``rebuilt(loader, sampler=mine)``.
+
+    The arguments of subclasses are those `recording_arguments` saw, else the attributes of the same names. A custom
+    batch sampler is made again in the same way around a new sampler.
+
+    Raises:
+        MisconfigurationException: the arguments of a subclass are unknown, or it does not take the changed ones.
+        TypeError: the same for a custom batch sampler.
+    """
+    if "sampler" in changes and loader.batch_size is None and loader.batch_sampler is not None:
+        changes["batch_sampler"] = _made_again(loader.batch_sampler, {"sampler": changes.pop("sampler")}, TypeError)
+    if changes.keys() & {"sampler", "batch_sampler"}:
+        given = _arguments(loader, MisconfigurationException)
+        # What torch refuses to take together with the changed arguments is put back to its default.
+        clashing: dict[str, Any] = {"shuffle": False}
+        if "batch_sampler" in changes:
+            clashing |= {"sampler": None, "batch_size": 1, "drop_last": False}
+        for name, default in clashing.items():
+            if name in given or (name != "sampler" and getattr(loader, name, default) != default):
+                changes.setdefault(name, default)
+    return _made_again(loader, changes, MisconfigurationException)
+
+
+def _made_again(obj: Any, changes: dict[str, Any], error: type[Exception]) -> Any:
+    cls, arguments = type(obj), {**_arguments(obj, error), **changes}
+    try:
+        again = cls(**arguments)
+    except (TypeError, ValueError) as problem:
+        what = f"`{cls.__name__}` has to be made again with another {sorted(changes)}, but that fails: {problem}."
+        fix = f"Let `{cls.__name__}.__init__` take `**kwargs` and pass them to `super().__init__`, with nothing twice."
+        raise error(explain(what, fix=fix)) from problem
+    # What the user attached to the old one stays readable.
+    vars(again).update({name: value for name, value in vars(obj).items() if name not in vars(again)})
+    vars(again)[_RECORD] = arguments
+    return again
+
+
+def _arguments(obj: Any, error: type[Exception]) -> dict[str, Any]:
+    """The constructor arguments of a loader or batch sampler, from the record or from attributes."""
+    cls, base = type(obj), _base(obj)
+    if cls is not base and vars(obj).get(_RECORD) is not None:
+        return vars(obj)[_RECORD]
+    own = [p for p in _parameters(cls) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    passed_on = _parameters(base) if len(own) < len(_parameters(cls)) else []
+    if missing := [p.name for p in own if p.default is p.empty and not hasattr(obj, p.name)]:
+        what = f"`{cls.__name__}` has to be made again, but its arguments {missing} are not known."
+        fix = f"Make it inside a `*_dataloader` hook, or keep them: `self.{missing[0]} = {missing[0]}` in `__init__`."
+        raise error(explain(what, fix=fix))
+    names = {p.name for p in own + passed_on if hasattr(obj, p.name)}
+    if base is DataLoader:
+        # The loader has attributes for what it made itself, which it would not take back together.
+        custom = obj.batch_size is None and obj.batch_sampler is not None
+        names -= {"batch_size", "sampler", "drop_last"} if custom else {"batch_sampler"}
+        names -= {"sampler"} if isinstance(obj.dataset, IterableDataset) else set()
+    return {name: getattr(obj, name) for name in names}
+
+
+def _reads_indices(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def _order(loader: DataLoader) -> Any:
+    """The sampler that decides the order of samples."""
+    return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
+
+
+def sequential(loader: Any, *, label: str = "loader") -> Any:
+    """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not.
+
+    A batch sampler of the user's own class is left alone.
+    """
+    if not _reads_indices(loader) or isinstance(_order(loader), (SequentialSampler, list, tuple, range)):
+        return loader
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+        return loader
+    rank_zero_warn(f"`overfit_batches` needs the same batches in every epoch: shuffling is off for the {label}.")
+    return rebuilt(loader, sampler=SequentialSampler(loader.dataset))
+
+
+class IndexRecorder:
+    """A batch sampler that remembers which samples it chose.
+
+    ``seen_indices[batch_idx]`` are the dataset indices of a batch of the present pass. Workers read ahead, so there may
+    be more entries than batches that arrived.
+    """
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self.batch_sampler = batch_sampler
+        self.seen_indices: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.seen_indices = []
+        for indices in self.batch_sampler:
+            self.seen_indices.append(indices)
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batch_sampler":  # asked for while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+def for_prediction(loader: Any) -> Any:
+    """The loader without ``drop_last``, its ``batch_sampler`` an `IndexRecorder`; unchanged where there is none."""
+    if not _reads_indices(loader) or loader.batch_sampler is None:
+        return loader
+    return rebuilt(loader, batch_sampler=IndexRecorder(_with_last_batch(loader.batch_sampler)))
+
+
+def _with_last_batch(batch_sampler: Any) -> Any:
+    name = type(batch_sampler).__name__
+    if not hasattr(batch_sampler, "drop_last"):
+        _maybe(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
+    elif batch_sampler.drop_last:
+        try:
+            return _made_again(batch_sampler, {"drop_last": False}, TypeError)
+        except TypeError as problem:
+            rank_zero_warn(f"Predictions will miss the last, incomplete batch, which `{name}` drops. {problem}")
+    return batch_sampler
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell every sampler of the loader that cares which epoch begins."""
+    for leaf in _leaves(loader):
+        batch_sampler = getattr(leaf, "batch_sampler", None)
+        for sampler in (getattr(leaf, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+            if callable(announce := getattr(sampler, "set_epoch", None)):
+                announce(epoch)
+
+
+def seed_workers(loader: Any, rank: int) -> None:
+    """Give each worker of each rank its own random stream, if `seed_everything` was asked to and the user did not."""
+    wanted = os.environ.get("PL_SEED_WORKERS", "0") not in ("", "0")
+    if wanted and isinstance(loader, DataLoader) and loader.worker_init_fn is None:
+        loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=rank)
+
+
+def shutdown_workers(source: Any) -> None:
+    """End the worker processes behind a loader or a running iterator."""
+    if isinstance(source, CombinedLoader):
+        source.reset()
+    for leaf in _leaves(source):
+        iterator = leaf._iterator if isinstance(leaf, DataLoader) else leaf
+        if callable(shutdown := getattr(iterator, "_shutdown_workers", None)):
+            shutdown()
+        if isinstance(leaf, DataLoader):
+            leaf._iterator = None

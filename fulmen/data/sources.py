@@ -1,0 +1,120 @@
+"""Where loaders come from: the call's arguments, the datamodule or the module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fulmen.data.loaders import recording_arguments
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.introspection import overridden
+from fulmen.utilities.rank_zero import WarningCache
+
+KINDS = ("train", "val", "test", "predict")
+
+_warnings = WarningCache()
+
+
+@dataclass
+class Source:
+    """Who gives the loaders of one kind: an argument of the call, or a hook of the datamodule or the module."""
+
+    kind: str
+    owner: Any
+    base: type
+    argument: Any = None
+    verb: str = "fit"
+    beside_module: bool = False
+
+    @property
+    def hook_name(self) -> str:
+        """The hook that gives the loaders if no argument does."""
+        return f"{self.kind}_dataloader"
+
+    @property
+    def label(self) -> str:
+        """Where the loaders come from, for messages."""
+        if self.argument is None:
+            return f"`{self.hook_name}` of `{type(self.owner).__name__}`"
+        name = f"{self.kind}_dataloaders" if self.verb == "fit" else "dataloaders"
+        return f"argument `{name}` of `Trainer.{self.verb}`"
+
+    def is_defined(self) -> bool:
+        """Was the argument given, or does the owner implement the hook?"""
+        return self.argument is not None or overridden(self.owner, self.hook_name, self.base)
+
+    def request(self) -> Any:
+        """The loader or loaders as the user gave them; a hook is called anew each time."""
+        if self.argument is not None:
+            return self.argument
+        if not self.is_defined():
+            owner = type(self.owner).__name__
+            what = f"`{self.hook_name}` must be implemented to be used with the Trainer, and `{owner}` does not do so."
+            why = "Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
+            fix = (
+                f"Write `def {self.hook_name}(self): return DataLoader(...)`, or give loaders to `Trainer.{self.verb}`."
+            )
+            raise MisconfigurationException(explain(what, why, fix))
+        with recording_arguments():
+            return getattr(self.owner, self.hook_name)()
+
+
+class Sources:
+    """Who gives which loaders and batch hooks during the present call of the Trainer.
+
+    A hook counts as implemented if it is not the one of the base class. Give a second class if the base of datamodules
+    is another one than that of modules.
+    """
+
+    def __init__(self, module_base: type, datamodule_base: type | None = None) -> None:
+        self.module_base = module_base
+        self.datamodule_base = datamodule_base or module_base
+        self.module: Any = None
+        self.datamodule: Any = None
+        self._sources: dict[str, Source] = {}
+
+    def attach(
+        self,
+        module: Any,
+        *,
+        train: Any = None,
+        val: Any = None,
+        test: Any = None,
+        predict: Any = None,
+        datamodule: Any = None,
+        verb: str = "fit",
+    ) -> None:
+        """Note what the user gave to ``Trainer.<verb>``.
+
+        A datamodule answers for all kinds of loaders; those of the module are not used beside it.
+        """
+        self.module, self.datamodule = module, datamodule
+        owner, base = (module, self.module_base) if datamodule is None else (datamodule, self.datamodule_base)
+        arguments = zip(KINDS, (train, val, test, predict))
+        beside_module = datamodule is not None
+        self._sources = {kind: Source(kind, owner, base, given, verb, beside_module) for kind, given in arguments}
+
+    def get(self, kind: str) -> Source:
+        """Who gives the loaders of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
+        return self._sources[kind]
+
+    def transfer_owner(self, hook_name: str, module: Any, datamodule: Any = None) -> Any:
+        """The object whose batch-transfer hook runs: the datamodule if it overrides the hook, else the module."""
+        in_module = overridden(module, hook_name, self.module_base)
+        if overridden(datamodule, hook_name, self.datamodule_base):
+            if in_module:
+                _warnings.warn(f"Both datamodule and module define `{hook_name}`. The one of the datamodule is used.")
+            return datamodule
+        if in_module and datamodule is not None:
+            _warnings.warn(f"`{hook_name}` of the module is used, because the datamodule does not define it.")
+        return module
+
+    def prepare_data(self, module: Any, datamodule: Any = None, *, local_rank: int = 0, global_rank: int = 0) -> None:
+        """Let datamodule and module prepare their data, in one process of each node or of all, as each of them wants.
+
+        The other processes have to wait until this returned.
+        """
+        for owner, base in ((datamodule, self.datamodule_base), (module, self.module_base)):
+            rank = local_rank if getattr(owner, "prepare_data_per_node", True) else global_rank
+            if rank == 0 and overridden(owner, "prepare_data", base):
+                owner.prepare_data()

@@ -1,0 +1,303 @@
+"""Which devices exist, and how to pick and watch them. Nothing is probed when this file is imported."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pkgutil
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.optional import require
+from fulmen.utilities.rank_zero import rank_zero_info
+
+
+class Accelerator(ABC):
+    """One kind of hardware. Subclass and register it to train on something else than CPU, CUDA or MPS.
+
+    ``parse_devices`` turns what the user wrote as ``devices`` into this hardware's own form (a count, a list of
+    indices), ``get_parallel_devices`` turns that form into one `torch.device` per process of this node.
+    """
+
+    @abstractmethod
+    def setup_device(self, device: torch.device) -> None:
+        """Make ``device`` the current one of this process; called before anything is allocated."""
+
+    def setup(self, trainer: Any) -> None:
+        """Called at the start of every run."""
+
+    @abstractmethod
+    def teardown(self) -> None:
+        """Called at the end of every run."""
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Numbers worth watching, by name (`DeviceStatsMonitor` logs them)."""
+        raise NotImplementedError(f"`{type(self).__name__}` does not tell device statistics.")
+
+    @staticmethod
+    @abstractmethod
+    def parse_devices(devices: Any) -> Any:
+        """What the user wrote as ``devices``, checked. None means that no device was asked for."""
+
+    @staticmethod
+    @abstractmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """The devices for what ``parse_devices`` returned."""
+
+    @staticmethod
+    @abstractmethod
+    def auto_device_count() -> int:
+        """How many devices ``devices="auto"`` means."""
+
+    @staticmethod
+    @abstractmethod
+    def is_available() -> bool:
+        """Can this machine run it now?"""
+
+    @staticmethod
+    @abstractmethod
+    def name() -> str:
+        """What users write as ``accelerator``."""
+
+    @classmethod
+    def register_accelerators(cls, accelerator_registry: Registry) -> None:
+        """Make the name known to ``accelerator="…"``."""
+        accelerator_registry.register(cls.name(), cls, description=cls.__name__)
+
+
+class CPUAccelerator(Accelerator):
+    """The host's processor; ``devices`` counts processes."""
+
+    def setup_device(self, device: torch.device) -> None:
+        _expect_type(device, "cpu")
+
+    def teardown(self) -> None: ...
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
+        return _host_stats("cpu")
+
+    @staticmethod
+    def parse_devices(devices: int | str) -> int:
+        count = int(devices) if isinstance(devices, str) and devices.strip().isdigit() else devices
+        if not isinstance(count, int) or count <= 0:
+            why = "On the CPU it is the number of processes, a whole number of at least 1."
+            raise TypeError(explain(f"`devices={devices!r}` was given for the CPU.", why, "Use `devices=1`."))
+        return int(count)
+
+    @staticmethod
+    def get_parallel_devices(devices: int | str) -> list[torch.device]:
+        return [torch.device("cpu")] * CPUAccelerator.parse_devices(devices)
+
+    auto_device_count = staticmethod(lambda: 1)
+    is_available = staticmethod(lambda: True)
+    name = staticmethod(lambda: "cpu")
+
+
+class CUDAAccelerator(Accelerator):
+    """NVIDIA GPUs, and AMD GPUs through ROCm builds of torch."""
+
+    def setup_device(self, device: torch.device) -> None:
+        _expect_type(device, "cuda")
+        torch.cuda.set_device(device)
+        if torch.cuda.get_device_capability(device)[0] >= 8 and torch.get_float32_matmul_precision() == "highest":
+            rank_zero_info(
+                f"The GPU {torch.cuda.get_device_name(device)!r} has Tensor Cores. float32 matrix products use them after"
+                " `torch.set_float32_matmul_precision('high')` (or 'medium'), which trades precision for speed."
+            )
+
+    def setup(self, trainer: Any) -> None:
+        self.set_nvidia_flags(trainer.local_rank)
+        torch.cuda.empty_cache()
+
+    def teardown(self) -> None:
+        torch.cuda.empty_cache()
+
+    @staticmethod
+    def set_nvidia_flags(local_rank: int) -> None:
+        """Number the GPUs as `nvidia-smi` does, and say which ones this process may see."""
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+        rank_zero_info(f"LOCAL_RANK: {local_rank} - CUDA_VISIBLE_DEVICES: [{visible}]")
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """The counters of torch's caching allocator."""
+        return torch.cuda.memory_stats(device)
+
+    @staticmethod
+    def parse_devices(devices: int | str | Sequence[int]) -> list[int] | None:
+        return _pick(devices, list(range(torch.cuda.device_count())), "CUDA")
+
+    @staticmethod
+    def get_parallel_devices(devices: Sequence[int]) -> list[torch.device]:
+        return [torch.device("cuda", index) for index in devices]
+
+    # Counted, not `torch.cuda.is_available`: that may initialise CUDA, and then the process can no longer be forked.
+    auto_device_count = staticmethod(lambda: torch.cuda.device_count())
+    is_available = staticmethod(lambda: torch.cuda.device_count() > 0)
+    name = staticmethod(lambda: "cuda")
+
+
+class MPSAccelerator(Accelerator):
+    """The GPU of Apple silicon. ``DISABLE_MPS=1`` hides it."""
+
+    def setup_device(self, device: torch.device) -> None:
+        _expect_type(device, "mps")
+
+    def teardown(self) -> None: ...
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Memory (shared with the GPU), processor and swap in percent of the whole machine; needs `psutil`."""
+        return _host_stats("M1")
+
+    @staticmethod
+    def parse_devices(devices: int | str | Sequence[int]) -> list[int] | None:
+        return _pick(devices, [0] if MPSAccelerator.is_available() else [], "MPS")
+
+    @staticmethod
+    def get_parallel_devices(devices: int | str | Sequence[int]) -> list[torch.device]:
+        return [torch.device("mps", index) for index in MPSAccelerator.parse_devices(devices) or []]
+
+    @staticmethod
+    def is_available() -> bool:
+        hidden = os.environ.get("DISABLE_MPS", "0") == "1"
+        return not hidden and platform.processor() in ("arm", "arm64") and torch.backends.mps.is_available()
+
+    auto_device_count = staticmethod(lambda: 1)
+    name = staticmethod(lambda: "mps")
+
+
+class XLAAccelerator(Accelerator):
+    """TPUs. Only the name exists, so that asking for one gets a clear answer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.parse_devices(None)
+
+    # Never reached, as there is no object; without them the class would be abstract and say that instead.
+    setup_device = teardown = None  # type: ignore[assignment]
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        raise RuntimeError("TPUs (torch_xla) are not supported by fulmen. Use `accelerator='cpu'`, 'cuda' or 'mps'.")
+
+    get_parallel_devices = parse_devices
+    auto_device_count = staticmethod(lambda: 0)
+    is_available = staticmethod(lambda: False)
+    name = staticmethod(lambda: "tpu")
+
+
+def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
+    """Indices of GPUs that accept work from this process (some may be taken, in exclusive mode); -1 returns all.
+
+    Every GPU that is tried gets a CUDA context, so call this in the process that will train.
+
+    Raises:
+        ValueError: there are fewer GPUs than asked for.
+        RuntimeError: there are enough, but too few accept work.
+    """
+    usable: list[int] = []
+    visible = torch.cuda.device_count()
+    if num_devices > visible or (num_devices and not visible):
+        raise ValueError(f"`num_devices={num_devices}` were asked for, but {visible} CUDA devices are visible here.")
+    for index in range(visible):
+        if len(usable) == num_devices:
+            break
+        try:
+            torch.zeros(1, device=torch.device("cuda", index))
+            usable.append(index)
+        except RuntimeError:
+            continue
+    if len(usable) < num_devices:
+        what = f"`num_devices={num_devices}` were asked for, but only {usable} of {visible} CUDA devices accept work."
+        raise RuntimeError(explain(what, "The others are broken, or taken by a process that shares them with nobody."))
+    return usable
+
+
+def _pick(devices: Any, available: list[int], kind: str) -> list[int] | None:
+    """The indices meant by ``devices``: a count, a list, or a string holding either; -1 is all. None for "no device"."""
+    if isinstance(devices, str):
+        devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
+    is_list = isinstance(devices, Sequence)
+    if not all(type(index) is int for index in (devices if is_list else [devices])):
+        what = f"`devices={devices!r}` is no number of {kind} devices, nor a list of their indices."
+        raise TypeError(explain(what, fix="Use for example `devices=1`, `devices=[0]` or `devices='0,1'`."))
+    if not devices:
+        return None
+    if not is_list and devices < -1:
+        raise MisconfigurationException(f"`devices={devices}` is no number of {kind} devices. Use -1 for all of them.")
+    if not available:
+        what = f"`devices={devices!r}` asks for {kind} devices, but this machine has none."
+        raise MisconfigurationException(explain(what, fix="Use `accelerator='cpu'`."))
+    wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
+    if len(set(wanted)) < len(wanted):
+        raise MisconfigurationException(f"`devices={wanted}` names a device twice. Each index may appear once.")
+    if len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        return available  # torchrun on a cluster that shows each process only its own GPU
+    if missing := sorted(set(wanted) - set(available)):
+        what = f"`devices` asks for the {kind} devices {wanted}, but {missing} do not exist."
+        raise MisconfigurationException(explain(what, fix=f"Choose from {available}."))
+    return wanted
+
+
+def _expect_type(device: torch.device, kind: str) -> None:
+    if device.type != kind:
+        raise MisconfigurationException(f"The strategy is on `{device}`, but its accelerator is for {kind} devices.")
+
+
+def _host_stats(prefix: str) -> dict[str, float]:
+    psutil = require("psutil", "to watch the load of this machine")
+    memory, swap = psutil.virtual_memory().percent, psutil.swap_memory().percent
+    return {f"{prefix}_vm_percent": memory, f"{prefix}_percent": psutil.cpu_percent(), f"{prefix}_swap_percent": swap}
+
+
+class Registry(dict[str, dict[str, Any]]):
+    """Names users may write (as ``accelerator``, ``strategy``), each with a class and the arguments it is made with."""
+
+    def __init__(self, kind: str, taken: type[Exception]) -> None:
+        super().__init__()
+        self.kind, self.taken = kind, taken
+
+    def register(
+        self, name: str, cls: Any = None, description: str | None = "", override: bool = False, **init_params: Any
+    ) -> Any:
+        """Add a class, or its path "module:Class" to import it when chosen; without one, a decorator that adds it."""
+        if not isinstance(name, str):
+            raise TypeError(f"The name of an entry of the {self.kind} registry must be a string, not {name!r}.")
+        if name in self and not override:
+            raise self.taken(f"The {self.kind} {name!r} is registered already. Pass `override=True` to replace it.")
+        cls = init_params.pop(self.kind, cls)  # as the keyword `accelerator` or `strategy`
+        if cls is None:
+            return functools.partial(self.register, name, description=description, override=override, **init_params)
+        entry = {"description": description, "init_params": init_params}
+        self[name] = {self.kind: cls, f"{self.kind}_name": name, **entry}
+        return cls
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A new object of that name; unknown names give ``default``, or a `KeyError` if there is none."""
+        if name not in self and default is None:
+            raise KeyError(f"No {self.kind} {name!r} among {', '.join(sorted(self))}.{suggestion(name, self)}")
+        return self.class_of(name)(**self[name]["init_params"]) if name in self else default
+
+    def class_of(self, name: str) -> Any:
+        """What was registered under the name, imported if it was given as a path."""
+        return pkgutil.resolve_name(cls) if isinstance(cls := self[name][self.kind], str) else cls
+
+    def remove(self, name: str) -> None:
+        del self[name]
+
+    def available(self) -> list[str]:
+        """All registered names, whether this machine can run them or not."""
+        return list(self)
+
+    available_accelerators = available_strategies = available
+
+
+# Two names for one registry: the Trainer's users know the first, Fabric's the second.
+AcceleratorRegistry = ACCELERATOR_REGISTRY = Registry("accelerator", taken=MisconfigurationException)
+for _class in (CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator):
+    _class.register_accelerators(AcceleratorRegistry)

@@ -1,0 +1,188 @@
+"""Where checkpoints are stored: files that are either old or complete, and clear words when one cannot be read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from typing import IO, Any
+
+import torch
+
+from fulmen.utilities.errors import explain, nearest
+from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote
+
+# How the usual strangers begin: a download that failed, a pointer instead of the file, another format.
+FOREIGN = {
+    b"<": "a web page, as a failed download leaves it",
+    b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches the file itself",
+    b"\x1f\x8b": "a gzip archive; unpack it first",
+}
+STRANGER = "nothing that `torch.save` writes"
+
+
+class DamagedCheckpointError(RuntimeError):
+    """The file is no checkpoint, or not a whole one. Nothing of it was loaded."""
+
+
+class CheckpointIO(ABC):
+    """Saves, loads and removes checkpoints. Subclass it to store them elsewhere, and pass it in ``plugins``."""
+
+    @abstractmethod
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Called on one process. ``storage_options`` is what the user gave to ``Trainer.save_checkpoint``."""
+
+    @abstractmethod
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Called on all processes, with a path that ``save_checkpoint`` was given before."""
+
+    @abstractmethod
+    def remove_checkpoint(self, path: Any) -> None:
+        """Called on one process; a path that is already gone is no error."""
+
+    def teardown(self) -> None:
+        """Called at the end of a run; whatever is still being written must be finished here."""
+
+
+class TorchCheckpointIO(CheckpointIO):
+    """One file per checkpoint, written by `torch.save`, on any file system that fsspec knows."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the file so that a kill at any instant leaves the old content or the new, never a part."""
+        if storage_options is not None:
+            raise TypeError(
+                f"`storage_options={storage_options!r}` were passed, but `TorchCheckpointIO` has none. Leave them out, or"
+                " pass a `CheckpointIO` of your own in `plugins`."
+            )
+        ensure_dir(os.path.dirname(os.fspath(path)) or os.curdir)
+        try:
+            atomic_write(path, lambda file: torch.save(checkpoint, file))
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            what = (
+                f"`{_first_unpicklable(checkpoint)}` cannot be stored in the checkpoint {os.fspath(path)!r}: {error}."
+            )
+            fix = "Leave it out in `on_save_checkpoint`, or keep it out of the hyper-parameters and states."
+            raise type(error)(explain(what, "Only objects that can be pickled can be saved.", fix)) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file or an http(s) URL.
+
+        Args:
+            map_location: as in `torch.load`, but None means the CPU, so that a file written on any device can be read.
+            weights_only: None is `torch.load`'s own default, and False for a URL.
+
+        Raises:
+            FileNotFoundError: naming what is there instead.
+            DamagedCheckpointError: the file is cut off, was changed on disk (its checksums are verified), or is
+                something else than a checkpoint.
+            pickle.UnpicklingError: the file holds classes that ``weights_only`` does not allow.
+        """
+        map_location = "cpu" if map_location is None else map_location
+        if str(path).startswith(("http://", "https://")):
+            return torch.hub.load_state_dict_from_url(
+                str(path), map_location=map_location, weights_only=bool(weights_only)
+            )
+        files = get_filesystem(path)
+        if not files.exists(os.fspath(path)):
+            raise FileNotFoundError(_what_is_there_instead(files, os.fspath(path)))
+        if files.isdir(os.fspath(path)):
+            what = f"The checkpoint {os.fspath(path)!r} is a folder, not a file."
+            raise IsADirectoryError(
+                explain(what, "Folders hold checkpoints in several parts, which are not read here.")
+            )
+        with files.open(os.fspath(path), "rb") as file:
+            _verify(file, path)
+            file.seek(0)
+            try:
+                return torch.load(file, map_location=map_location, weights_only=weights_only)
+            except Exception as error:
+                if isinstance(error, pickle.UnpicklingError) and (classes := _refused_classes(file, str(error))):
+                    raise pickle.UnpicklingError(_how_to_allow(path, classes)) from error
+                # A verified archive is not damaged; nor is a file of which a class or a device does not exist here.
+                missing = isinstance(error, (ImportError, AttributeError)) or "deserialize" in str(error)
+                if missing or zipfile.is_zipfile(file):
+                    raise
+                raise _damaged(path, "it is a pickle, but not a whole one that `torch.save` wrote") from error
+
+    def remove_checkpoint(self, path: Any) -> None:
+        try:
+            get_filesystem(path).rm(os.fspath(path), recursive=True)
+        except FileNotFoundError:
+            pass
+
+
+def _verify(file: IO[bytes], path: Any) -> None:
+    """Whether this is a whole file of `torch.save`.
+
+    `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a wrong weight.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(64)
+    if not size:
+        raise _damaged(path, "it is empty")
+    if head.startswith(b"PK"):
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise _damaged(path, f"it is cut off after {size:,} bytes") from error
+        if not any(name.endswith("data.pkl") for name in archive.namelist()):
+            raise _damaged(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
+        # Checksums can be switched off when saving; over a network it would mean to fetch everything twice.
+        if any(entry.CRC for entry in archive.infolist()) and not is_remote(path) and (broken := archive.testzip()):
+            raise _damaged(path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written")
+    elif not head.startswith(b"\x80"):  # every pickle, which older versions of torch wrote, begins like this
+        known = (kind for start, kind in FOREIGN.items() if head.startswith(start))
+        raise _damaged(path, f"its {size:,} bytes begin with {head[:16]!r}, which is {next(known, STRANGER)}")
+
+
+def _damaged(path: Any, found: str) -> DamagedCheckpointError:
+    what = f"The checkpoint {os.fspath(path)!r} cannot be read: {found}."
+    return DamagedCheckpointError(explain(what, fix="Load another checkpoint, or copy or download this one again."))
+
+
+def _what_is_there_instead(files: Any, path: str) -> str:
+    folder, name = os.path.split(path)
+    if not files.isdir(folder or os.curdir):
+        return explain(f"The checkpoint {path!r} does not exist.", f"There is no folder {folder!r} either.")
+    names = [os.path.basename(str(entry).rstrip("/")) for entry in files.ls(folder or os.curdir, detail=False)]
+    others = [other for other in names if os.path.splitext(other)[1] in (os.path.splitext(name)[1], ".ckpt")]
+    closest = nearest(name, names)
+    fix = f"Did you mean `{closest}`?" if closest else f"The folder has {', '.join(others[:8]) or 'no checkpoints'}."
+    return explain(f"The checkpoint {path!r} does not exist.", fix=fix)
+
+
+def _refused_classes(file: IO[bytes], message: str) -> list[str]:
+    """The classes because of which `torch.load` refused the file."""
+    file.seek(0)
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # torch lists them for its newer format only; its message names the first one
+        return re.findall(r"GLOBAL (\S+)", message)
+
+
+def _how_to_allow(path: Any, classes: list[str]) -> str:
+    listed = ", ".join(classes)
+    return explain(
+        f"The checkpoint {os.fspath(path)!r} holds objects of {listed}, and was loaded with `weights_only=True`.",
+        "Loading arbitrary classes can run any code, so only weights and plain values are allowed unless you say so.",
+        "If you trust the file, pass `weights_only=False`, or allow just these classes with"
+        f" `torch.serialization.add_safe_globals([{listed}])`.",
+    )
+
+
+def _first_unpicklable(value: Any, name: str = "checkpoint") -> str:
+    """Where in nested dictionaries the first value sits that cannot be pickled."""
+    for key, child in value.items() if isinstance(value, dict) else ():
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                torch.save(child, nowhere)
+        except Exception:
+            return _first_unpicklable(child, f"{name}[{key!r}]")
+    return name

@@ -1,0 +1,283 @@
+"""`Precision`: in which numbers the model computes. Fires no hooks; the loops call it where it matters."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fulmen.utilities.collections import apply_to_collection
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.introspection import overridden
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from fulmen.utilities.types import GradClipAlgorithmType
+
+
+class Precision:
+    """Full precision, and the base of all others: every verb is one a subclass may override.
+
+    The loops ask once per run which verbs are overridden; those that are not cost nothing per step.
+    """
+
+    precision: Any = "32-true"
+
+    @property
+    def plain_step(self) -> bool:
+        """Whether applying the update is nothing but `optimizer.step()` after the gradients are finished."""
+        return not overridden(self, "optimizer_step", Precision)
+
+    def convert_module(self, module: Module) -> Module:
+        """The module in the dtype of its weights."""
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        """A batch in the dtype the model computes in."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """What the forward returned, in the dtype users expect."""
+        return data
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Default dtype of tensors created inside."""
+        return nullcontext()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Default dtype of modules created inside."""
+        return nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Entered around every forward."""
+        return nullcontext()
+
+    def train_step_context(self) -> AbstractContextManager[Any]:
+        """Entered around `training_step`."""
+        return self.forward_context()
+
+    def val_step_context(self) -> AbstractContextManager[Any]:
+        """Entered around `validation_step`."""
+        return self.forward_context()
+
+    def test_step_context(self) -> AbstractContextManager[Any]:
+        """Entered around `test_step`."""
+        return self.forward_context()
+
+    def predict_step_context(self) -> AbstractContextManager[Any]:
+        """Entered around `predict_step`."""
+        return self.forward_context()
+
+    def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
+        """The loss that `backward` is called on."""
+        return tensor
+
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Backpropagates through the module's own `backward`."""
+        model.backward(tensor, *args, **kwargs)
+
+    def post_backward(self, tensor: Tensor, module: Any) -> Tensor:
+        """The loss that is handed on after `backward`."""
+        return tensor
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Takes the loss scale out of the gradients, before anybody looks at them."""
+
+    def optimizer_step(
+        self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
+        return optimizer.step(closure=closure, **kwargs)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: str | GradClipAlgorithmType = "norm",
+    ) -> None:
+        """Clips the gradients of the optimizer's parameters; 0 or less does nothing."""
+        if clip_val <= 0:
+            return
+        if getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value":
+            self.clip_grad_by_value(optimizer, clip_val)
+        else:
+            self.clip_grad_by_norm(optimizer, clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Clamps every element to [-clip_val, clip_val]."""
+        torch.nn.utils.clip_grad_value_(self.main_params(optimizer), clip_value=clip_val)
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        """Scales all gradients together so that their L2 norm is at most `clip_val`."""
+        torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+
+    def main_params(self, optimizer: Optimizer) -> list[Tensor]:
+        """The parameters the optimizer updates."""
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def connect(self, model: Module, optimizers: list[Any], lr_schedulers: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+        """Last word on the model and its optimizers before training."""
+        return model, optimizers, lr_schedulers
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold; empty for stateless precisions."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
+
+    def teardown(self) -> None:
+        """At the end of a run."""
+
+
+class MixedPrecision(Precision):
+    """Autocast around every forward, and a loss scaler for float16.
+
+    Arguments:
+        precision: "16-mixed" or "bf16-mixed".
+        device: device type autocast works on, such as "cuda" or "cpu".
+        scaler: used instead of a default `torch.amp.GradScaler`; only with "16-mixed".
+    """
+
+    def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
+        if precision not in ("16-mixed", "bf16-mixed"):
+            raise ValueError(
+                explain(
+                    what=f"`MixedPrecision(precision={precision!r})` is not a mixed precision.",
+                    fix="Use '16-mixed' or 'bf16-mixed'.",
+                )
+            )
+        if scaler is not None and precision == "bf16-mixed":
+            raise MisconfigurationException(
+                explain(
+                    what=f"`MixedPrecision('bf16-mixed', scaler={type(scaler).__name__}(...))`: bfloat16 takes no scaler.",
+                    why="It has the range of float32, gradients do not underflow.",
+                    fix="Leave `scaler` out, or use '16-mixed'.",
+                )
+            )
+        self.precision = precision
+        self.device = str(device).split(":")[0]
+        if precision == "16-mixed" and scaler is None:
+            scaler = torch.amp.GradScaler(self.device)
+        self.scaler = scaler
+        self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+
+    @property
+    def plain_step(self) -> bool:
+        return self.scaler is None and not overridden(self, "optimizer_step", MixedPrecision)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
+
+    def autocast_context_manager(self) -> AbstractContextManager[Any]:
+        """The autocast context of this precision."""
+        return self.forward_context()
+
+    def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
+        return tensor if self.scaler is None else self.scaler.scale(tensor)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        # Fused optimizers unscale inside their own step: doing it here as well would divide twice.
+        if self.scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+            self.scaler.unscale_(optimizer)
+
+    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        if self.scaler is None:
+            return super().optimizer_step(optimizer, model, closure, **kwargs)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                explain(
+                    what="`precision='16-mixed'` with the LBFGS optimizer.",
+                    why="LBFGS evaluates the loss several times per step, a loss scaler allows one.",
+                    fix="Use 'bf16-mixed' or '32-true', or another optimizer.",
+                )
+            )
+        result = closure()
+        if result is None and getattr(model, "automatic_optimization", True):
+            # `training_step` returned no loss: there are no gradients to apply
+            return None
+        outcome = self.scaler.step(optimizer, **kwargs)
+        self.scaler.update()
+        return outcome
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: str | GradClipAlgorithmType = "norm",
+    ) -> None:
+        if clip_val > 0 and self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise RuntimeError(
+                explain(
+                    what=f"Gradients cannot be clipped with the fused optimizer {type(optimizer).__name__} and '16-mixed'.",
+                    why="It takes the loss scale out inside its own step, after clipping.",
+                    fix="Create it with `fused=False`, or use 'bf16-mixed'.",
+                )
+            )
+        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state_dict)
+
+
+class HalfPrecision(Precision):
+    """Weights, batches and computation in float16 or bfloat16.
+
+    Arguments:
+        precision: "16-true" or "bf16-true".
+    """
+
+    def __init__(self, precision: Literal["16-true", "bf16-true"] = "16-true") -> None:
+        self.precision = precision
+        self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float16
+
+    def convert_module(self, module: Module) -> Module:
+        return module.to(dtype=self.dtype)
+
+    def convert_input(self, data: Any) -> Any:
+        return _floats_to(data, self.dtype)
+
+    def convert_output(self, data: Any) -> Any:
+        return _floats_to(data, torch.get_default_dtype())
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return default_dtype(self.dtype)
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        return default_dtype(self.dtype)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return default_dtype(self.dtype)
+
+
+class DoublePrecision(HalfPrecision):
+    """Everything in float64."""
+
+    def __init__(self) -> None:
+        self.precision = "64-true"
+        self.dtype = torch.float64
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Generator[None]:
+    """Tensors created inside have this dtype."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _floats_to(data: Any, dtype: torch.dtype) -> Any:
+    return apply_to_collection(data, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)

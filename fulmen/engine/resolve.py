@@ -1,0 +1,359 @@
+"""From what the user wrote to a `Strategy` that is ready to be set up. The only place that chooses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Module
+
+from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
+from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, explain, suggestion
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+
+class LayerSync(ABC):
+    """Replaces layers whose statistics should span all processes, such as batch norm, and puts them back."""
+
+    @abstractmethod
+    def apply(self, model: Module) -> Module: ...
+
+    @abstractmethod
+    def revert(self, model: Module) -> Module: ...
+
+
+class Face(NamedTuple):
+    """Who asks. The Trainer and Fabric promise different exception classes for the same mistake."""
+
+    name: str
+    misuse: type[Exception]  # arguments that contradict each other
+    absent: type[Exception]  # hardware or machinery that is not there
+    plugin: type[Exception]  # something that is no plugin
+    plugins: tuple[type, ...]
+
+
+PLUGINS: tuple[type, ...] = (Precision, CheckpointIO, ClusterEnvironment)
+MCE = MisconfigurationException
+FACES = {
+    "trainer": Face("Trainer", MCE, MCE, MCE, (*PLUGINS, LayerSync)),
+    "fabric": Face("Fabric", ValueError, RuntimeError, TypeError, PLUGINS),
+}
+
+PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
+    "32-true": lambda device: Precision(),
+    "64-true": lambda device: DoublePrecision(),
+    "16-true": lambda device: HalfPrecision("16-true"),
+    "bf16-true": lambda device: HalfPrecision("bf16-true"),
+    "16-mixed": lambda device: MixedPrecision("16-mixed", device.type),
+    "bf16-mixed": lambda device: MixedPrecision("bf16-mixed", device.type),
+}
+ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+# Names of the API whose machinery is not built yet; listed, so that they are not taken for misspelt ones.
+NOT_BUILT_PRECISIONS = ("transformer-engine", "transformer-engine-float16")
+_UNUSED = ("", "_find_unused_parameters_true", "_find_unused_parameters_false")
+NOT_BUILT = (
+    *(f"ddp{start}{unused}" for start in ("", "_spawn", "_fork", "_notebook") for unused in _UNUSED),
+    *("fsdp", "fsdp_cpu_offload", "single_xla", "single_tpu", "xla", "xla_debug"),
+    *(f"deepspeed{stage}" for stage in ("", "_stage_1", "_stage_2", "_stage_2_offload", "_stage_3")),
+    *("deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"),
+)
+NOT_BUILT_FABRIC = ("dp", "deepspeed_stage_1_offload", "xla_fsdp")
+
+
+@dataclass
+class Wishes:
+    """What was asked for, with names and types checked; later also what was found for it."""
+
+    face: Face
+    accelerator: str | Accelerator
+    devices: Any
+    num_nodes: Any
+    strategy: str | Strategy
+    precision: str | None
+    plugins: dict[type, Any]
+    sync_batchnorm: bool
+    hardware: str = ""  # the chosen accelerator's name
+    found: list[torch.device] = field(default_factory=list)
+
+    def brought(self, attribute: str) -> Any:
+        """A part that a strategy object was made with."""
+        return getattr(self.strategy, attribute, None) if isinstance(self.strategy, Strategy) else None
+
+    def named(self, *starts: str) -> bool:
+        """Was a strategy asked for by a name that begins like this?"""
+        return isinstance(self.strategy, str) and self.strategy.startswith(starts)
+
+    @property
+    def one_device(self) -> bool:
+        """Is it a strategy for one device? One of the user's own may spread over as many as it likes."""
+        named = self.strategy in StrategyRegistry
+        kind = StrategyRegistry[self.strategy]["strategy"] if named else type(self.strategy)
+        return self.strategy == "auto" or (isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy))
+
+
+# A condition, the exception class (or the name the `Face` has for it), a message with the wishes as {w}.
+Conflict = tuple[Callable[[Wishes], Any], "type[Exception] | str", str]
+_TWICE = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
+
+# Asked before any hardware is looked at. The first that holds is raised.
+CONFLICTS: tuple[Conflict, ...] = (
+    (
+        lambda w: type(w.num_nodes) is not int or w.num_nodes < 1,
+        ValueError,
+        "`num_nodes={w.num_nodes!r}` is not a number of machines. Use a whole number of at least 1.",
+    ),
+    (
+        lambda w: w.precision and Precision in w.plugins,
+        ValueError,
+        "Both `precision={w.precision!r}` and a plugin in `plugins` say in which numbers to compute. Choose one of the two.",
+    ),
+    (
+        lambda w: w.sync_batchnorm and LayerSync in w.plugins,
+        "misuse",
+        "Both `sync_batchnorm=True` and a plugin in `plugins` say how to synchronise layers. Choose one of the two.",
+    ),
+    (
+        lambda w: w.brought("_accelerator") and w.accelerator != "auto",
+        "misuse",
+        _TWICE.format("accelerator", "accelerator"),
+    ),
+    (
+        lambda w: w.brought("_precision") and w.precision not in (None, w.brought("_precision").precision),
+        "misuse",
+        _TWICE.format("precision", "precision"),
+    ),
+    *(
+        (lambda w, own=own, kind=kind: w.brought(own) and kind in w.plugins, "misuse", _TWICE.format(part, "plugins"))
+        for part, own, kind in (
+            ("precision", "_precision", Precision),
+            ("checkpoint_io", "_checkpoint_io", CheckpointIO),
+            ("cluster_environment", "cluster_environment", ClusterEnvironment),
+        )
+    ),
+    (
+        lambda w: w.devices in (0, "0", [], ()),
+        "misuse",
+        "`{w.face.name}(devices={w.devices!r})` asks for no device at all. Use `devices=1`, or 'auto'.",
+    ),
+)
+
+# Asked when it is known which devices there are.
+MISFITS: tuple[Conflict, ...] = (
+    (
+        lambda w: w.named("fsdp") and w.hardware != "cuda",
+        ValueError,
+        "`strategy={w.strategy!r}` works on GPUs only, and the accelerator is {w.hardware!r}. Use `accelerator='gpu'`.",
+    ),
+    (
+        lambda w: w.named("ddp", "dp", "deepspeed") and w.hardware == "mps",
+        ValueError,
+        "`strategy={w.strategy!r}` does not work on MPS, which is one device. Use `strategy='auto'`.",
+    ),
+    (
+        lambda w: isinstance(w.strategy, str) and w.strategy != "auto" and w.strategy not in StrategyRegistry,
+        "absent",
+        "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use `strategy='auto'`.",
+    ),
+    (
+        lambda w: w.one_device and (len(w.found) > 1 or w.num_nodes > 1),
+        "absent",
+        "`devices={w.devices!r}` with `num_nodes={w.num_nodes}` asks for several devices, and training on several devices is"
+        " not part of this version of fulmen. Use `devices=1` (or one GPU by its index, `devices=[1]`) and `num_nodes=1`.",
+    ),
+    (
+        lambda w: w.precision in NOT_BUILT_PRECISIONS,
+        "absent",
+        "`precision={w.precision!r}` needs `transformer_engine` and a plugin for it, which is not part of this version of"
+        " fulmen. Use 'bf16-mixed'.",
+    ),
+)
+
+
+def resolve(
+    *,
+    accelerator: str | Accelerator = "auto",
+    devices: int | str | Sequence[int] = "auto",
+    num_nodes: int = 1,
+    strategy: str | Strategy = "auto",
+    precision: int | str | None = None,
+    plugins: Any = None,
+    sync_batchnorm: bool = False,
+    face: str = "trainer",
+) -> Strategy:
+    """The strategy that the arguments of `Trainer` (or, with ``face="fabric"``, of `Fabric`) ask for, complete.
+
+    Raises:
+        ValueError: an unknown name, or a value outside of its range.
+        TypeError: ``devices`` of a type that the accelerator does not understand.
+        Exception: of a class that depends on the face, for what cannot go together or is not there.
+    """
+    asked = FACES[face]
+    accelerator, strategy = _known_accelerator(accelerator), _known_strategy(strategy, asked)
+    numbers, parts = _known_precision(precision), _by_kind(plugins, asked)
+    wishes = Wishes(asked, accelerator, devices, num_nodes, strategy, numbers, parts, sync_batchnorm)
+    _check(wishes, CONFLICTS)
+    chosen = choose_accelerator(wishes)
+    wishes.hardware, wishes.found = chosen.name(), choose_devices(wishes, chosen)
+    _check(wishes, MISFITS)
+    return assemble(wishes, chosen)
+
+
+def choose_accelerator(wishes: Wishes) -> Accelerator:
+    """An accelerator whose devices exist here."""
+    wish = wishes.brought("_accelerator") or wishes.accelerator
+    if wish == "auto" and isinstance(wishes.strategy, SingleDeviceStrategy):
+        wish = wishes.strategy.root_device.type
+    if wish in ("auto", "gpu"):
+        gpu = gpu_kind()
+        if wish == "gpu" and not gpu:
+            what = "`accelerator='gpu'` finds no GPU: neither CUDA nor MPS is available."
+            raise wishes.face.absent(explain(what, fix="Use 'cpu', or install a torch and a driver for your GPU."))
+        wish = gpu or "cpu"
+    kind = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) else wish
+    if not kind.is_available():
+        usable = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
+        gone = "fulmen does not support it" if kind.name() == "tpu" else "torch finds no such device on this machine"
+        what = f"The accelerator {kind.name()!r} was asked for, but {gone}."
+        raise wishes.face.absent(explain(what, fix=f"Available are {', '.join(map(repr, usable))}."))
+    return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
+
+
+def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.device]:
+    """One device per process of this node."""
+    wish = wishes.devices
+    if wish == "auto":
+        wish = accelerator.auto_device_count()
+        if wish > 1 and wishes.one_device:
+            rank_zero_info(
+                f"There are {wish} {accelerator.name()} devices; this version of fulmen trains on the first."
+            )
+            wish = 1
+    parsed = accelerator.parse_devices(wish)
+    found = accelerator.get_parallel_devices(parsed) if parsed else []
+    if not found:
+        raise wishes.face.misuse(f"`devices={wishes.devices!r}` names no {accelerator.name()} device. Use `devices=1`.")
+    return found
+
+
+def assemble(wishes: Wishes, accelerator: Accelerator) -> Strategy:
+    """The strategy with all of its parts; those that it brought along stay."""
+    strategy = _make(wishes.strategy, wishes.found[0]) if isinstance(wishes.strategy, str) else wishes.strategy
+    if getattr(strategy, "parallel_devices", wishes.found) is None:
+        setattr(strategy, "parallel_devices", wishes.found)  # noqa: B010
+    device = strategy.root_device
+    if {device.type, wishes.hardware} <= {"cpu", "cuda", "mps"} and device.type != wishes.hardware:
+        what = f"The strategy object is on `{device}`, but the accelerator is {wishes.hardware!r}."
+        raise wishes.face.misuse(explain(what, fix="Choose one of the two."))
+    strategy.accelerator = accelerator
+    strategy.checkpoint_io = wishes.brought("_checkpoint_io") or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
+    strategy.cluster_environment = strategy.cluster_environment or choose_cluster(wishes, strategy)
+    strategy.precision_plugin = wishes.brought("_precision") or choose_precision(wishes, device)
+    return strategy
+
+
+def choose_precision(wishes: Wishes, device: torch.device) -> Precision:
+    """The plugin the user gave, or the one that the ``precision`` argument names."""
+    if Precision in wishes.plugins:
+        return wishes.plugins[Precision]
+    name = wishes.precision or "32-true"
+    if name.endswith("-mixed"):
+        rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
+    return PRECISIONS[name](device)
+
+
+def choose_cluster(wishes: Wishes, strategy: Strategy) -> ClusterEnvironment:
+    """The environment the user gave, or the first one that recognises itself."""
+    if ClusterEnvironment in wishes.plugins:
+        return wishes.plugins[ClusterEnvironment]
+    if not TorchElasticEnvironment.detect():
+        return SLURMEnvironment() if SLURMEnvironment.detect() else LightningEnvironment()
+    cluster = TorchElasticEnvironment()
+    if isinstance(strategy, SingleDeviceStrategy) and cluster.world_size() > 1:
+        what = f"torchrun started {cluster.world_size()} processes, but each of them trains a model of its own here."
+        why = "The strategy uses one device, and all of them write the same files."
+        rank_zero_warn(explain(what, why, "Use `--nproc-per-node=1`."), category=PossibleUserWarning)
+    return cluster
+
+
+def gpu_kind() -> str:
+    """The accelerator name of this machine's GPUs, or an empty string."""
+    return next((kind.name() for kind in (MPSAccelerator, CUDAAccelerator) if kind.is_available()), "")
+
+
+def announce(strategy: Strategy) -> None:
+    """Say whether there is a GPU and whether it is used; warn when it idles."""
+    gpu, used = gpu_kind(), isinstance(strategy.accelerator, (CUDAAccelerator, MPSAccelerator))
+    rank_zero_info(f"GPU available: {bool(gpu)}{f' ({gpu})' if gpu else ''}, used: {used}")
+    if gpu and not used:
+        what = f"This machine has a GPU ({gpu}), but training runs on `{strategy.root_device}`."
+        rank_zero_warn(explain(what, fix="Use it with `Trainer(accelerator='gpu')`."), category=PossibleUserWarning)
+
+
+def _check(wishes: Wishes, conflicts: Sequence[Conflict]) -> None:
+    for holds, error, message in conflicts:
+        if holds(wishes):
+            raise (getattr(wishes.face, error) if isinstance(error, str) else error)(message.format(w=wishes))
+
+
+def _make(name: str, device: torch.device) -> Strategy:
+    """A new strategy of a registered name; on ``device``, if it is one for one device that did not fix its own."""
+    name = "single_device" if name == "auto" else name
+    kind, arguments = StrategyRegistry[name]["strategy"], StrategyRegistry[name]["init_params"]
+    if isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy):
+        return kind(**{"device": device, **arguments})
+    return StrategyRegistry.get(name)
+
+
+def _unknown(argument: str, value: Any, names: Sequence[str], example: str = "") -> ValueError:
+    what = f"`{argument}={value!r}` is none of {', '.join(map(repr, names))}{example}."
+    return ValueError(what + suggestion(str(value), names))
+
+
+def _known_accelerator(accelerator: Any) -> str | Accelerator:
+    names = ("auto", "gpu", *AcceleratorRegistry)
+    if isinstance(accelerator, Accelerator) or (isinstance(accelerator, str) and accelerator in names):
+        return accelerator
+    raise _unknown("accelerator", accelerator, names, ", and no `Accelerator` object")
+
+
+def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
+    names = ("auto", *StrategyRegistry, *NOT_BUILT, *(NOT_BUILT_FABRIC if face.name == "Fabric" else ()))
+    known = {name.lower(): name for name in names}
+    if isinstance(strategy, Strategy) or (isinstance(strategy, str) and strategy.lower() in known):
+        return known[strategy.lower()] if isinstance(strategy, str) else strategy
+    raise _unknown("strategy", strategy, names, ", and no `Strategy` object")
+
+
+def _known_precision(precision: Any) -> str | None:
+    if precision is None:
+        return None
+    name, names = str(precision), (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES)
+    if type(precision) not in (str, int) or name not in names:
+        raise _unknown("precision", precision, names)
+    if name in ("16", "bf16"):
+        rank_zero_warn(
+            f"`precision={precision!r}` is an old name. Write `precision={ALIASES[name]!r}`, which is the same."
+        )
+    return ALIASES.get(name, name)
+
+
+def _by_kind(plugins: Any, face: Face) -> dict[type, Any]:
+    found: dict[type, Any] = {}
+    for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
+        kind = next((kind for kind in face.plugins if isinstance(plugin, kind)), None)
+        if kind is None:
+            fix = f"Pass an object of one of {', '.join(kind.__name__ for kind in face.plugins)}."
+            raise face.plugin(explain(f"{plugin!r} is not a plugin for `{face.name}`.", fix=fix))
+        if kind in found:
+            what = f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}."
+            raise face.misuse(explain(what, fix="Pass one of them."))
+        found[kind] = plugin
+    return found

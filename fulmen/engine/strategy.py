@@ -1,0 +1,494 @@
+"""`Strategy`: where parameters, gradients and batches go. It has an accelerator, a precision and a place to store files."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.engine.precision import Precision
+from fulmen.utilities.collections import move_data_to_device
+from fulmen.utilities.errors import explain
+from fulmen.utilities.introspection import overridden
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+# verb of a step -> the precision's context around it
+STEP_CONTEXTS = {
+    "training_step": "train_step_context",
+    "validation_step": "val_step_context",
+    "test_step": "test_step_context",
+    "predict_step": "predict_step_context",
+}
+
+
+class Strategy(ABC):
+    """The machine a model runs on. Fires no hooks: what must happen between its own acts is handed to it.
+
+    Arguments:
+        accelerator, checkpoint_io, precision_plugin: parts; chosen by `engine.resolve` when left out.
+    """
+
+    strategy_name = "strategy"
+
+    def __init__(self, accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None) -> None:
+        self._accelerator = accelerator
+        self._checkpoint_io: CheckpointIO | None = checkpoint_io
+        self._precision: Precision | None = precision_plugin
+        self._lightning_module: Any = None
+        self._model: Any = None
+        self._optimizers: list[Any] = []
+        self.lr_scheduler_configs: list[Any] = []
+        self.cluster_environment: Any = None
+        # Between `pre_backward` and `post_backward`; the training loop puts its own in, which fires the hooks there.
+        self.run_backward: Callable[..., None] = self._plain_backward
+        # What moves a batch; the feed puts the user's transfer hook in.
+        self.transfer: Callable[[Any, torch.device, int], Any] = lambda batch, device, _: move_data_to_device(
+            batch, device
+        )
+
+    # ------------------------------------------------------------------ parts
+
+    @property
+    def accelerator(self) -> Any:
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def precision_plugin(self) -> Precision:
+        if self._precision is None:
+            self._precision = Precision()
+        return self._precision
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision: Precision | None) -> None:
+        self._precision = precision
+
+    # two names for one part: the Trainer's users know the first, Fabric's the second
+    precision = precision_plugin
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
+
+    @property
+    def launcher(self) -> Any:
+        """Starts the processes of a run; None when this one is enough."""
+        return None
+
+    # ------------------------------------------------------------------ place
+
+    @property
+    @abstractmethod
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process speaks for all."""
+        return getattr(self, "global_rank", 0) == 0
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Whether accumulation windows are kept inside the strategy."""
+        return False
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether weights can only be loaded once the model is wrapped."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether optimizer states are restored from the checkpoint's own list."""
+        return True
+
+    # ------------------------------------------------------------------ life
+
+    def setup_environment(self) -> None:
+        """Prepares the device, before any user hook runs."""
+        if self.accelerator is not None:
+            self.accelerator.setup_device(self.root_device)
+
+    def connect(self, model: Module) -> None:
+        """The module of this run."""
+        self._lightning_module = model
+        self._model = model
+
+    def setup(self, trainer: Any) -> None:
+        """Puts the model into place and, for fit, builds its optimizers."""
+        if self.accelerator is not None:
+            self.accelerator.setup(trainer)
+        self._model = self.precision_plugin.convert_module(self._model)
+        self.model_to_device()
+        if trainer.state.fn == "fit":
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Asks the module for its optimizers and schedulers, through the trainer."""
+        self.optimizers, self.lr_scheduler_configs = trainer.read_optimizers(self._lightning_module)
+
+    def setup_precision_plugin(self) -> None:
+        """Lets the precision have the last word on model and optimizers."""
+        self._model, self.optimizers, self.lr_scheduler_configs = self.precision_plugin.connect(
+            self._model, self.optimizers, self.lr_scheduler_configs
+        )
+
+    def teardown(self) -> None:
+        """Back to the CPU, so that a finished run holds no device memory."""
+        if self.root_device.type != "cpu":
+            for optimizer in self.optimizers:
+                move_optimizer_state(optimizer, torch.device("cpu"))
+            if self._lightning_module is not None:
+                self._lightning_module.cpu()
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """After the callbacks heard of an exception, before teardown."""
+
+    # ------------------------------------------------------------------ model
+
+    @property
+    def model(self) -> Any:
+        """The model as it is called, wrapped if the strategy wraps."""
+        return self._model if self._model is not None else self._lightning_module
+
+    @model.setter
+    def model(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def lightning_module(self) -> Any:
+        """The user's module, never wrapped."""
+        return self._lightning_module
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers of this run."""
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Any]) -> None:
+        self._optimizers = optimizers
+
+    @abstractmethod
+    def model_to_device(self) -> None:
+        """Moves the model to the root device."""
+
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Tensors and modules created inside are made on the device, in the dtype of the run.
+
+        Arguments:
+            empty_init: leave the memory of weights uninitialised, because a checkpoint will fill it.
+        """
+        return _entered(self.root_device, self.precision_plugin.module_init_context, _skip_init(bool(empty_init)))
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None]:
+        """Entered around `configure_model`."""
+        yield
+
+    # ------------------------------------------------------------------ step
+
+    def bind(self, step_name: str) -> Callable[..., Any]:
+        """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
+        if overridden(self, step_name, Strategy):
+            return getattr(self, step_name)
+        return getattr(self._lightning_module, step_name)
+
+    def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
+        """The precision's context around a step; None if it has none, so that nothing is entered."""
+        precision, name = self.precision_plugin, STEP_CONTEXTS[step_name]
+        if overridden(precision, name, Precision):
+            return getattr(precision, name)
+        return precision.forward_context if overridden(precision, "forward_context", Precision) else None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's `training_step`."""
+        return self._lightning_module.training_step(*args, **kwargs)
+
+    def post_training_step(self) -> None:
+        """After `training_step`."""
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's `validation_step`."""
+        return self._lightning_module.validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's `test_step`."""
+        return self._lightning_module.test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module's `predict_step`."""
+        return self._lightning_module.predict_step(*args, **kwargs)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """The batch on `device` (default: the root device)."""
+        return self.transfer(batch, device or self.root_device, dataloader_idx)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Before anything of backward."""
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Scales, backpropagates (with the hooks around it) and returns the loss that was used."""
+        self.pre_backward(closure_loss)
+        precision = self.precision_plugin
+        scaled = precision.pre_backward(closure_loss, self._lightning_module)
+        self.run_backward(scaled, optimizer, *args, **kwargs)
+        scaled = precision.post_backward(scaled, self._lightning_module)
+        self.post_backward(scaled)
+        return scaled
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """After everything of backward."""
+
+    def _plain_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.precision_plugin.backward(loss, self._lightning_module, optimizer, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Runs the closure and applies the update, as the precision wants it done."""
+        return self.precision_plugin.optimizer_step(
+            optimizer, model=model or self._lightning_module, closure=closure, **kwargs
+        )
+
+    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Inside, gradients are not exchanged between processes; nothing to do with one process."""
+        return nullcontext()
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """A last change to a loader."""
+        return dataloader
+
+    # ------------------------------------------------------------------ collectives
+
+    @abstractmethod
+    def barrier(self, name: str | None = None) -> None:
+        """Waits until every process is here."""
+
+    @abstractmethod
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object of process `src`, everywhere."""
+
+    @abstractmethod
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """The same value on every process, combined element-wise; non-tensors come back unchanged."""
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """The tensors of all processes along a new first dimension."""
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes (or any, with `all=False`) say yes."""
+        return decision
+
+    # ------------------------------------------------------------------ state
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights and buffers under the names of the user's module."""
+        return self._lightning_module.state_dict()
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Puts the weights of a checkpoint into the module."""
+        self._lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state of one optimizer."""
+        return getattr(optimizer, "optimizer", optimizer).state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the optimizer states of a checkpoint back.
+
+        Raises:
+            RuntimeError: if the checkpoint holds another number of optimizers.
+        """
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.optimizers):
+            raise RuntimeError(
+                explain(
+                    what=f"The checkpoint holds the states of {len(states)} optimizers, "
+                    f"`configure_optimizers` returned {len(self.optimizers)}.",
+                    why="Each state belongs to one optimizer, in order.",
+                    fix="Return the same optimizers as the run that was saved, or load only the weights with "
+                    "`load_from_checkpoint`.",
+                )
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+            move_optimizer_state(optimizer, self.root_device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint, on one process."""
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint onto the CPU."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Deletes a checkpoint, on one process."""
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    # ------------------------------------------------------------------ hooks a subclass may listen to
+
+    def on_train_start(self) -> None: ...
+    def on_train_end(self) -> None: ...
+    def on_validation_start(self) -> None: ...
+    def on_validation_end(self) -> None: ...
+    def on_test_start(self) -> None: ...
+    def on_test_end(self) -> None: ...
+    def on_predict_start(self) -> None: ...
+    def on_predict_end(self) -> None: ...
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None: ...
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Puts the names this class answers to into a registry."""
+
+
+class SingleDeviceStrategy(Strategy):
+    """One process, one device.
+
+    Arguments:
+        device: for example "cpu", "cuda:0" or a `torch.device`.
+    """
+
+    strategy_name = "single_device"
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        accelerator: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
+        self._root_device = torch.device(device)
+        self.global_rank = self.local_rank = self.node_rank = 0
+        self.world_size = 1
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._root_device
+
+    def model_to_device(self) -> None:
+        self._model.to(self._root_device)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Nobody to wait for."""
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+
+def move_optimizer_state(optimizer: Any, device: torch.device) -> None:
+    """Moves the tensors of an optimizer's state; "step" counters stay where the optimizer keeps them."""
+    for state in getattr(optimizer, "state", {}).values():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if name != "step":
+                state[name] = move_data_to_device(value, device)
+
+
+@contextmanager
+def _entered(device: torch.device, dtype_context: Callable[[], Any], skip: AbstractContextManager[Any]) -> Generator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(device)
+        stack.enter_context(dtype_context())
+        stack.enter_context(skip)
+        yield
+
+
+def _skip_init(skip: bool) -> AbstractContextManager[Any]:
+    if not skip:
+        return nullcontext()
+    from torch.overrides import TorchFunctionMode
+
+    class _SkipInit(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return kwargs["tensor"] if "tensor" in kwargs else args[0]
+            return func(*args, **kwargs)
+
+    return _SkipInit()
+
+
+class Registry(dict):
+    """Names and the strategies they stand for. A class may be given as "module:Name", to be imported when chosen."""
+
+    def register(
+        self, name: str, strategy: Any = None, description: str = "", override: bool = False, **init_params: Any
+    ) -> Any:
+        """Makes `Trainer(strategy=name)` build `strategy(**init_params)`; usable as a decorator."""
+        if name in self and not override:
+            raise ValueError(
+                explain(
+                    what=f"The strategy name {name!r} is already registered.",
+                    fix="Choose another name, or pass `override=True` to replace it.",
+                )
+            )
+
+        def keep(cls: Any) -> Any:
+            self[name] = {"strategy": cls, "description": description, "init_params": init_params}
+            return cls
+
+        return keep if strategy is None else keep(strategy)
+
+    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        """A new strategy of that name.
+
+        Raises:
+            KeyError: for an unknown name without `default`.
+        """
+        if name not in self:
+            if default is not None:
+                return default
+            raise KeyError(f"No strategy is registered under {name!r}. Known: {', '.join(sorted(self))}.")
+        row = self[name]
+        cls = row["strategy"]
+        if isinstance(cls, str):
+            from importlib import import_module
+
+            module, _, attribute = cls.partition(":")
+            cls = getattr(import_module(module), attribute)
+        return cls(**row["init_params"])
+
+    def remove(self, name: str) -> None:
+        """Forgets a name."""
+        self.pop(name)
+
+    def available_strategies(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self)
+
+
+StrategyRegistry = Registry()
+StrategyRegistry.register("single_device", SingleDeviceStrategy, "one process, one device")

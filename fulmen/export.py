@@ -1,0 +1,175 @@
+"""Leaving Python: ONNX, TorchScript and TensorRT files of a module."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.filesystem import atomic_write
+from fulmen.utilities.modules import capture_modes
+from fulmen.utilities.optional import require
+from fulmen.utilities.rank_zero import rank_zero_deprecation
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
+
+
+def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+    """Write the module as an ONNX file, in eval mode; returns what `torch.onnx.export` returns.
+
+    Args:
+        file_path: where to; None returns the program only.
+        input_sample: a tensor, a tuple of positional arguments or a dict of named ones of `forward`; by default
+            `module.example_input_array`.
+        kwargs: for `torch.onnx.export`.
+    """
+    require("onnx", "by `to_onnx`")
+    from torch import onnx  # slow to import
+
+    default = inspect.signature(onnx.export).parameters["dynamo"].default
+    if kwargs.get("dynamo", default):
+        require("onnxscript", "by `to_onnx` with `dynamo=True`")
+    positional, named = _arguments(_sample(module, input_sample, "to_onnx", "input_sample"))
+    target = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
+    if named:
+        kwargs["kwargs"] = {**named, **(kwargs.get("kwargs") or {})}
+    with _evaluating(module):
+        return onnx.export(module, positional, target, **kwargs)
+
+
+def to_torchscript(
+    module: LightningModule,
+    file_path: Any = None,
+    method: str | None = "script",
+    example_inputs: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """The module as TorchScript, in eval mode, and as a file if a path is given.
+
+    Args:
+        method: "script" compiles the code of `forward`; "trace" records what it does with one input.
+        example_inputs: for "trace", like `input_sample` of `to_onnx`.
+        kwargs: for `torch.jit.script` or `torch.jit.trace`.
+    """
+    rank_zero_deprecation(
+        "`to_torchscript` is deprecated like TorchScript itself. Use `torch.export.export(module, args)`, or `to_onnx`."
+    )
+    if method not in ("script", "trace"):
+        raise ValueError(f"`to_torchscript(method={method!r})` is not known. Use 'script' or 'trace'.")
+    with _evaluating(module), _readable(module):
+        if method == "script":
+            converted = torch.jit.script(module, **kwargs)
+        else:
+            positional, named = _arguments(_sample(module, example_inputs, "to_torchscript", "example_inputs"))
+            if named:
+                kwargs["example_kwarg_inputs"] = named
+            converted = torch.jit.trace(module, example_inputs=None if named else positional, **kwargs)
+    if file_path is not None:
+        atomic_write(file_path, lambda file: torch.jit.save(converted, file))
+    return converted
+
+
+def to_tensorrt(
+    module: LightningModule,
+    file_path: Any = None,
+    input_sample: Any = None,
+    ir: str = "default",
+    output_format: str = "exported_program",
+    retrace: bool = False,
+    default_device: str | torch.device = "cuda",
+    **compile_kwargs: Any,
+) -> Any:
+    """The module compiled by TensorRT, in eval mode, and as a file if a path is given.
+
+    Args:
+        input_sample: as for `to_onnx`, without names.
+        ir: how the module is read: "default", "dynamo" or "ts" (TorchScript).
+        output_format: of the file: "exported_program" or "torchscript".
+        retrace: whether to trace the compiled module again when saving.
+        default_device: where the module is moved to if it is on the CPU.
+        compile_kwargs: for `torch_tensorrt.compile`.
+    """
+    if ir == "ts" and output_format != "torchscript":
+        raise ValueError(
+            explain(
+                f"`to_tensorrt(ir='ts', output_format={output_format!r})` cannot be saved.",
+                "What is read through TorchScript can only be written as TorchScript.",
+                "Use `output_format='torchscript'`, or `ir='dynamo'`.",
+            )
+        )
+    tensorrt = require("torch_tensorrt", "by `to_tensorrt`", extra="torch-tensorrt")
+    device = torch.device(default_device) if module.device.type == "cpu" else module.device
+    if device.type != "cuda":
+        raise MisconfigurationException(
+            explain(
+                f"`to_tensorrt` was called for a module that would be on {device}.",
+                "TensorRT compiles for CUDA devices only.",
+                "Call `module.cuda()` first, or pass `default_device='cuda'`.",
+            )
+        )
+    module.to(device)
+    inputs, named = _arguments(_sample(module, input_sample, "to_tensorrt", "input_sample"))
+    inputs = (*inputs, *named.values())
+    with _evaluating(module):
+        compiled = tensorrt.compile(module, ir=ir, inputs=list(inputs), **compile_kwargs)
+        if file_path is not None and ir == "ts":
+            atomic_write(file_path, lambda file: torch.jit.save(compiled, file))
+        elif file_path is not None:
+            tensorrt.save(
+                compiled, os.fspath(file_path), inputs=list(inputs), output_format=output_format, retrace=retrace
+            )
+    return compiled
+
+
+def _sample(module: LightningModule, given: Any, method: str, argument: str) -> Any:
+    """An input for `forward` that went through the module's transfer hooks, as a batch would."""
+    sample = module.example_input_array if given is None else given
+    if sample is None:
+        raise ValueError(
+            explain(
+                f"`{method}` received no `{argument}`, and `{type(module).__name__}.example_input_array` is None.",
+                "The operations are recorded while `forward` runs.",
+                f"Pass an input: `{method}(..., {argument}=torch.randn(...))`.",
+            )
+        )
+    sample = module.on_before_batch_transfer(sample, 0)
+    sample = module.transfer_batch_to_device(sample, module.device, 0)
+    return module.on_after_batch_transfer(sample, 0)
+
+
+def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A sample as positional and named arguments of `forward`."""
+    if isinstance(sample, Mapping):
+        return (), dict(sample)
+    return (tuple(sample) if isinstance(sample, (tuple, list)) else (sample,)), {}
+
+
+@contextmanager
+def _readable(module: LightningModule) -> Iterator[None]:
+    """TorchScript reads every attribute, and `trainer` is an error while there is none; a stand-in has no attributes."""
+    unattached = [child for child in module.modules() if getattr(child, "_trainer", child) is None]
+    for child in unattached:
+        child.__dict__["_trainer"] = object()
+    try:
+        yield
+    finally:
+        for child in unattached:
+            child.__dict__["_trainer"] = None
+
+
+@contextmanager
+def _evaluating(module: LightningModule) -> Iterator[None]:
+    """Without gradients and in eval mode; each submodule gets its own mode back."""
+    restore = capture_modes(module)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        restore()

@@ -1,0 +1,303 @@
+"""Every hook, once: who may implement it, in which order they are called, and what may be logged inside it.
+
+`HOOKS` is the table the `HookPlan` of the loops is compiled from; the classes below it are the no-op methods users
+override.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen.utilities.collections import move_data_to_device
+from fulmen.utilities.errors import MisconfigurationException, explain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class LogRule:
+    """What `self.log` does by default in one hook, and which of `on_step` and `on_epoch` may be chosen there."""
+
+    on_step: bool
+    on_epoch: bool
+    step_allowed: bool = True
+
+
+STEP = LogRule(on_step=True, on_epoch=False)
+EVALUATION = LogRule(on_step=False, on_epoch=True)
+EPOCH = LogRule(on_step=False, on_epoch=True, step_allowed=False)
+NEVER = None
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One row of the table: the parties are called in the order they are listed."""
+
+    name: str
+    order: str = "callbacks, module"
+    log: LogRule | None = NEVER
+
+
+HOOKS: tuple[Hook, ...] = (
+    Hook("setup"),
+    Hook("teardown"),
+    Hook("on_fit_start"),
+    Hook("on_fit_end"),
+    Hook("on_exception", order="callbacks"),
+    Hook("on_sanity_check_start", order="callbacks"),
+    Hook("on_sanity_check_end", order="callbacks"),
+    # training
+    Hook("on_train_start", order="callbacks, module, strategy", log=EPOCH),
+    Hook("on_train_end", order="callbacks, module, strategy"),
+    Hook("on_train_epoch_start", log=EPOCH),
+    Hook("on_train_epoch_end", order="callbacks, module, monitors", log=EPOCH),
+    Hook("on_train_batch_start", order="callbacks, module, strategy", log=STEP),
+    Hook("on_train_batch_end", log=STEP),
+    Hook("on_before_zero_grad", log=STEP),
+    Hook("on_before_backward", log=STEP),
+    Hook("on_after_backward", log=STEP),
+    Hook("on_before_optimizer_step", log=STEP),
+    # validation
+    Hook("on_validation_model_zero_grad", order="module"),
+    Hook("on_validation_model_eval", order="module"),
+    Hook("on_validation_model_train", order="module"),
+    Hook("on_validation_start", order="callbacks, module, strategy", log=EPOCH),
+    Hook("on_validation_end", order="callbacks, module, strategy"),
+    Hook("on_validation_epoch_start", log=EPOCH),
+    Hook("on_validation_epoch_end", log=EPOCH),
+    Hook("on_validation_batch_start", log=EVALUATION),
+    Hook("on_validation_batch_end", log=EVALUATION),
+    # test
+    Hook("on_test_model_eval", order="module"),
+    Hook("on_test_model_train", order="module"),
+    Hook("on_test_start", order="callbacks, module, strategy", log=EPOCH),
+    Hook("on_test_end", order="callbacks, module, strategy"),
+    Hook("on_test_epoch_start", log=EPOCH),
+    Hook("on_test_epoch_end", log=EPOCH),
+    Hook("on_test_batch_start", log=EVALUATION),
+    Hook("on_test_batch_end", log=EVALUATION),
+    # predict
+    Hook("on_predict_model_eval", order="module"),
+    Hook("on_predict_start", order="callbacks, module, strategy"),
+    Hook("on_predict_end", order="callbacks, module, strategy"),
+    Hook("on_predict_epoch_start"),
+    Hook("on_predict_epoch_end"),
+    Hook("on_predict_batch_start"),
+    Hook("on_predict_batch_end"),
+    # checkpoints
+    Hook("on_save_checkpoint"),
+    Hook("on_load_checkpoint"),
+)
+
+# Methods that are called at one place only and not through the plan, but inside which `self.log` may be called.
+LOG_RULES: dict[str, LogRule | None] = {
+    **{hook.name: hook.log for hook in HOOKS},
+    "training_step": STEP,
+    "backward": STEP,
+    "optimizer_step": STEP,
+    "optimizer_zero_grad": STEP,
+    "configure_gradient_clipping": STEP,
+    "clip_gradients": STEP,
+    "validation_step": EVALUATION,
+    "test_step": EVALUATION,
+}
+
+# Hooks of 1.x that would silently never be called; defining one is an error that names the successor.
+REMOVED_HOOKS: dict[str, str] = {
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end",
+    "test_epoch_end": "on_test_epoch_end",
+    "predict_epoch_end": "on_predict_epoch_end",
+}
+
+
+class ModelHooks:
+    """Hooks of a `LightningModule` around training, evaluation and prediction; all do nothing by default."""
+
+    def on_fit_start(self) -> None:
+        """At the start of fit, before optimizer states are restored."""
+
+    def on_fit_end(self) -> None:
+        """At the end of fit; the module is already back on the CPU."""
+
+    def on_train_start(self) -> None:
+        """Before the first training epoch."""
+
+    def on_train_end(self) -> None:
+        """After the last training epoch."""
+
+    def on_validation_start(self) -> None:
+        """Before validation, in eval mode and without gradients."""
+
+    def on_validation_end(self) -> None:
+        """After validation; epoch metrics are already in `trainer.callback_metrics`."""
+
+    def on_test_start(self) -> None:
+        """Before testing."""
+
+    def on_test_end(self) -> None:
+        """After testing."""
+
+    def on_predict_start(self) -> None:
+        """Before prediction."""
+
+    def on_predict_end(self) -> None:
+        """After prediction."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Before `training_step`; the batch is on the device. Return -1 to skip the rest of the epoch."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the batch. `outputs` holds the detached loss, already divided by the accumulation window."""
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before `validation_step`."""
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After `validation_step`; `outputs` is what it returned."""
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before `test_step`."""
+
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After `test_step`; `outputs` is what it returned."""
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before `predict_step`."""
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After `predict_step`; `outputs` is what it returned."""
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Before validation inside fit: frees the gradients, unless an accumulation window is open."""
+        self.zero_grad()  # type: ignore[attr-defined]
+
+    def on_validation_model_eval(self) -> None:
+        """Puts the module into eval mode for validation."""
+        self.eval()  # type: ignore[attr-defined]
+
+    def on_validation_model_train(self) -> None:
+        """After validation. Not overridden, every submodule gets back the mode it had before."""
+        self.train()  # type: ignore[attr-defined]
+
+    def on_test_model_eval(self) -> None:
+        """Puts the module into eval mode for testing."""
+        self.eval()  # type: ignore[attr-defined]
+
+    def on_test_model_train(self) -> None:
+        """After testing. Not overridden, every submodule gets back the mode it had before."""
+        self.train()  # type: ignore[attr-defined]
+
+    def on_predict_model_eval(self) -> None:
+        """Puts the module into eval mode for prediction."""
+        self.eval()  # type: ignore[attr-defined]
+
+    def on_train_epoch_start(self) -> None:
+        """At the start of a training epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        """At the end of a training epoch, before `ModelCheckpoint` and `EarlyStopping` look at the metrics."""
+
+    def on_validation_epoch_start(self) -> None:
+        """At the start of a validation epoch."""
+
+    def on_validation_epoch_end(self) -> None:
+        """At the end of a validation epoch."""
+
+    def on_test_epoch_start(self) -> None:
+        """At the start of a test epoch."""
+
+    def on_test_epoch_end(self) -> None:
+        """At the end of a test epoch."""
+
+    def on_predict_epoch_start(self) -> None:
+        """At the start of a prediction epoch."""
+
+    def on_predict_epoch_end(self) -> None:
+        """At the end of a prediction epoch."""
+
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        """Between forward and backward, before gradients are cleared: those of the last step are still there."""
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Before `loss.backward()`; `loss` is already divided by the accumulation window."""
+
+    def on_after_backward(self) -> None:
+        """After `loss.backward()`; under a loss scaler the gradients are still scaled."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Before clipping and the step; gradients are complete and unscaled."""
+
+    def configure_model(self) -> None:
+        """Creates layers late, on the device and in the dtype of the run. Called by every verb: must be idempotent."""
+
+
+class DataHooks:
+    """Where batches come from and how they reach the device; shared by modules and datamodules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepare_data_per_node: bool = True
+        self.allow_zero_length_dataloader_with_multiple_devices: bool = False
+
+    def prepare_data(self) -> None:
+        """Downloads or tokenises, on one process only; keep no state here."""
+
+    def setup(self, stage: str) -> None:
+        """At the start of a verb, on every process. `stage` is "fit", "validate", "test" or "predict"."""
+
+    def teardown(self, stage: str) -> None:
+        """At the end of a verb, on every process; not called after an exception."""
+
+    def train_dataloader(self) -> Any:
+        """The training batches: an iterable, or a nested collection of iterables."""
+        raise _not_implemented("train_dataloader", self)
+
+    def val_dataloader(self) -> Any:
+        """The validation batches: one iterable or several."""
+        raise _not_implemented("val_dataloader", self)
+
+    def test_dataloader(self) -> Any:
+        """The test batches: one iterable or several."""
+        raise _not_implemented("test_dataloader", self)
+
+    def predict_dataloader(self) -> Any:
+        """The batches to predict: one iterable or several."""
+        raise _not_implemented("predict_dataloader", self)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Changes a batch while it is still on the host."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves a batch; override it for containers `.to()` does not reach."""
+        return move_data_to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Changes a batch once it is on the device."""
+        return batch
+
+
+class CheckpointHooks:
+    """What a module adds to a checkpoint, and takes from it."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before the weights are loaded; `checkpoint` is the whole file and may be changed."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before the file is written; whatever is put in must be loadable with `weights_only=True`."""
+
+
+def _not_implemented(hook: str, owner: object) -> MisconfigurationException:
+    return MisconfigurationException(
+        explain(
+            what=f"`{type(owner).__name__}.{hook}` was called but is not implemented.",
+            why=f"`{hook}` must be implemented to be used with the Lightning Trainer when no loader is passed to it.",
+            fix=f"Define `def {hook}(self): return DataLoader(...)`, or pass the loader to the trainer's method.",
+        )
+    )

@@ -1,0 +1,627 @@
+"""`LogBook`: what `self.log` wrote in this run, kept where it was made until somebody reads it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fulmen.hooks import LOG_RULES, LogRule
+from fulmen.utilities.collections import extract_batch_size
+from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.rank_zero import WarningCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# What identifies the way a name is logged; compared as one tuple on every later write.
+Options = tuple[
+    Any, ...
+]  # prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, group, add_idx, attribute, zero_only
+
+_warnings = WarningCache()
+
+
+class Entry:
+    """One logged name in one hook: the newest value, and the value over the epoch.
+
+    Subclasses say how values are combined over the epoch. Sums live on the device of the value in float64 (float32 on
+    MPS, which has no float64), weights are Python numbers.
+    """
+
+    __slots__ = (
+        "bar",
+        "callback_name",
+        "dataloader_idx",
+        "dtype",
+        "empty",
+        "epoch_name",
+        "final",
+        "graph",
+        "logger",
+        "on_epoch",
+        "on_step",
+        "options",
+        "newest",
+        "step_name",
+        "total",
+        "weight",
+    )
+
+    def __init__(self, name: str, options: Options, on_step: bool, on_epoch: bool, dataloader_idx: int | None) -> None:
+        self.options = options
+        self.bar, self.logger, self.graph = bool(options[0]), options[1] is not False, bool(options[5])
+        self.on_step, self.on_epoch, self.dataloader_idx = on_step, on_epoch, dataloader_idx
+        suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx is not None and options[8] else ""
+        forked = on_step and on_epoch
+        self.callback_name = name + suffix
+        self.step_name = f"{name}_step{suffix}" if forked else self.callback_name
+        self.epoch_name = f"{name}_epoch{suffix}" if forked else self.callback_name
+        self.dtype: torch.dtype | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        self.empty = True
+        self.newest: Any = None
+        self.total: Any = None
+        self.weight: float = 0
+        self.final: Any = None
+
+    def freeze(self) -> None:
+        """The epoch of this entry is over: its value is computed once and kept until `reset`."""
+        if self.on_epoch and self.final is None:
+            self.final = self.epoch_value()
+
+    def add(self, value: Any, book: LogBook, batch_size: int | None) -> None:
+        """Keeps the value. Waits for no device: nothing here asks what the value is."""
+        if isinstance(value, Tensor):
+            if value.dim():
+                value = _one_element(self.callback_name, value)
+            if not self.graph:
+                value = value.detach()
+            if self.on_step:
+                # cloned: the caller may go on changing this tensor in place before anybody reads the value
+                self.newest = value.clone()
+        else:
+            self.newest = value
+        if self.on_epoch:
+            self.combine(value, book, batch_size)
+        self.empty = False
+
+    def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
+        raise NotImplementedError
+
+    def epoch_value(self) -> Any:
+        """The value over the epoch so far."""
+        return self.total
+
+    def widened(self, value: Any) -> Any:
+        """A fresh accumulator holding `value`."""
+        if not isinstance(value, Tensor):
+            return value
+        if self.dtype is None:
+            self.dtype = _result_dtype(self.callback_name, value)
+        return value.to(torch.float32 if value.device.type == "mps" else torch.float64, copy=True)
+
+    def narrowed(self, value: Any) -> Any:
+        """`value` in the precision it was logged in, at least float32."""
+        return value.to(self.dtype) if isinstance(value, Tensor) and self.dtype is not None else value
+
+
+class Mean(Entry):
+    """Average weighted by batch size."""
+
+    __slots__ = ()
+
+    def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
+        weight = batch_size if batch_size is not None else book.current_batch_size()
+        if self.total is None:
+            self.total = self.widened(value) * weight
+        elif isinstance(value, Tensor) and isinstance(self.total, Tensor) and not self.graph:
+            self.total.add_(value, alpha=weight)
+        else:
+            self.total = self.total + value * weight
+        self.weight += weight
+
+    def epoch_value(self) -> Any:
+        return self.narrowed(self.total / self.weight) if self.weight else None
+
+
+class Sum(Entry):
+    """Sum over the epoch."""
+
+    __slots__ = ()
+
+    def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
+        self.total = self.widened(value) if self.total is None else self.total + value
+
+    def epoch_value(self) -> Any:
+        return self.narrowed(self.total)
+
+
+class Extreme(Entry):
+    """Largest or smallest value of the epoch."""
+
+    __slots__ = ()
+    choose: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+    choose_number: ClassVar[Callable[[float, float], float]]
+
+    def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
+        if self.total is None:
+            self.total = self.widened(value)
+        elif isinstance(value, Tensor) or isinstance(self.total, Tensor):
+            pair = torch.as_tensor(self.total), torch.as_tensor(value)
+            device = next((t.device for t in pair if t.device.type != "cpu"), pair[0].device)
+            self.total = self.choose(pair[0].to(device), pair[1].to(device, pair[0].dtype))
+        else:
+            self.total = self.choose_number(self.total, value)
+
+    def epoch_value(self) -> Any:
+        return self.narrowed(self.total)
+
+
+class Maximum(Extreme):
+    """Largest value of the epoch."""
+
+    __slots__ = ()
+    choose = staticmethod(torch.maximum)
+    choose_number = max
+
+
+class Minimum(Extreme):
+    """Smallest value of the epoch."""
+
+    __slots__ = ()
+    choose = staticmethod(torch.minimum)
+    choose_number = min
+
+
+class MetricEntry(Entry):
+    """A torchmetrics object: it accumulates by itself, and is reset by us at the end of the epoch."""
+
+    __slots__ = ("metric",)
+
+    def reset(self) -> None:
+        metric = getattr(self, "metric", None)
+        if metric is not None and not self.empty:
+            metric.reset()
+        super().reset()
+        self.metric: Any = metric
+
+    def add(self, value: Any, book: LogBook, batch_size: int | None) -> None:
+        self.metric = value
+        if self.on_step:
+            self.newest = value._forward_cache
+        self.empty = False
+
+    def freeze(self) -> None:
+        if self.on_epoch and self.final is None:
+            super().freeze()
+            # Reset now: the same object may be logged for the next loader, which must start from zero.
+            self.metric.reset()
+
+    def epoch_value(self) -> Any:
+        value = self.metric.compute()
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                explain(
+                    what=f"`compute()` of the metric logged as `{self.callback_name}` returned {type(value).__name__}.",
+                    why="Only a tensor with one element can be logged.",
+                    fix="Log its parts one by one, or override `compute` to return a tensor.",
+                )
+            )
+        return value
+
+
+KINDS: dict[Any, type[Entry]] = {
+    "mean": Mean, "avg": Mean, torch.mean: Mean,
+    "sum": Sum, torch.sum: Sum, sum: Sum,
+    "max": Maximum, torch.max: Maximum, max: Maximum,
+    "min": Minimum, torch.min: Minimum, min: Minimum,
+}  # fmt: skip
+
+
+class Page:
+    """The entries of one loop: training, validation inside fit, validate or test."""
+
+    __slots__ = ("entries", "epoch_over", "has_steps", "training")
+
+    def __init__(self, training: bool) -> None:
+        self.entries: dict[tuple[str | None, str, int | None], Entry] = {}
+        self.training = training
+        self.epoch_over = False
+        self.has_steps = False  # whether any entry shows a value per step
+
+    def reset(self) -> None:
+        """Forgets the values, keeps the checked entries."""
+        self.epoch_over = False
+        for entry in self.entries.values():
+            entry.reset()
+
+    def values(self, dataloader_idx: int | None = None) -> list[tuple[Entry, str, Any]]:
+        """(entry, name, value) of everything readable now: step values inside the epoch, epoch values at its end."""
+        found = []
+        for entry in self.entries.values():
+            if entry.empty or (dataloader_idx is not None and entry.dataloader_idx not in (None, dataloader_idx)):
+                continue
+            if not self.epoch_over and entry.on_step:
+                name, value = entry.step_name, entry.newest
+            elif self.epoch_over and entry.on_epoch:
+                name, value = entry.epoch_name, entry.epoch_value() if entry.final is None else entry.final
+            else:
+                continue
+            if value is not None:
+                found.append((entry, name, value))
+        return found
+
+
+class LogBook:
+    """What the current run has logged.
+
+    `hook` names the hook that is running (kept by the `HookPlan` and the loops). `write` is called by `self.log`; the
+    three dictionaries behind `trainer.callback_metrics`, `logged_metrics` and `progress_bar_metrics` are brought up to
+    date when they are asked for.
+    """
+
+    __slots__ = (
+        "_bar",
+        "_callback",
+        "_copies",
+        "_logged",
+        "_page_names",
+        "batch",
+        "batch_size",
+        "dataloader_idx",
+        "has_loggers",
+        "entries",
+        "hook",
+        "logging_due",
+        "module",
+        "page",
+        "size_required",
+    )
+
+    def __init__(self) -> None:
+        self.hook: str | None = None
+        self.page: Page | None = None
+        self.entries: dict[tuple[str | None, str, int | None], Entry] = {}
+        self._page_names: dict[str, Page] = {}
+        self.batch: Any = None
+        self.batch_size: int | None = None
+        self.dataloader_idx: int | None = None
+        self.logging_due = False
+        self.has_loggers = False
+        self.size_required = False  # a step that pulls its own batches: their size cannot be looked up
+        self.module: Any = None
+        self._callback: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
+        self._bar: dict[str, float] = {}
+        self._copies: dict[str, tuple[Tensor, Any]] = {}
+
+    # ------------------------------------------------------------------ writing
+
+    def turn_to(self, name: str | None) -> Page | None:
+        """Opens the page of a loop ("train", "validate", "test", "sanity_check"; None closes the book). Returns the one before."""
+        previous, self.page = self.page, None
+        if name is not None:
+            self.page = self._page_names.get(name)
+            if self.page is None:
+                self.page = self._page_names[name] = Page(training=name == "train")
+        self.entries = self.page.entries if self.page is not None else {}
+        return previous
+
+    def turn_back(self, page: Page | None) -> None:
+        """Opens a page again that `turn_to` returned."""
+        self.page = page
+        self.entries = page.entries if page is not None else {}
+
+    def open_batch(self, batch: Any) -> None:
+        """The batch that is being worked on; its size is looked up only if a mean over the epoch needs it."""
+        self.batch = batch
+        self.batch_size = None
+
+    def close_batch(self) -> None:
+        self.batch = self.batch_size = None
+
+    def write(self, name: str, value: Any, options: Options, batch_size: int | None = None) -> None:
+        """Keeps one value. The first write of a name checks everything; later ones compare one tuple and add."""
+        entry = self.entries.get((self.hook, name, self.dataloader_idx))
+        if entry is None or entry.options != options or type(value) not in _PLAIN:
+            entry = self._checked_entry(name, value, options, batch_size)
+        entry.add(value, self, batch_size)
+
+    def current_batch_size(self) -> int:
+        """Size of the current batch, looked up at most once per batch; 1 outside a batch."""
+        if self.batch_size is None:
+            if self.size_required and self.hook == "training_step":
+                raise MisconfigurationException(
+                    explain(
+                        what="`self.log` cannot know the batch size of a `training_step(dataloader_iter)`.",
+                        why="The step pulls the batches itself, and the mean over the epoch is weighted by their size.",
+                        fix="Pass it: `self.log(..., batch_size=batch.size(0))`.",
+                    )
+                )
+            if self.batch is None:
+                return 1
+            self.batch_size = extract_batch_size(self.batch)
+        return self.batch_size
+
+    def _checked_entry(self, name: str, value: Any, options: Options, batch_size: int | None) -> Entry:
+        if not isinstance(name, str):
+            raise TypeError(explain(what=f"`self.log` received the name {name!r}.", fix="Pass a string."))
+        is_metric = _is_metric(value)
+        if not is_metric:
+            _check_value(name, value)
+        if self.size_required and batch_size is None and self.hook == "training_step" and not is_metric:
+            self.current_batch_size()
+        key = (self.hook, name, self.dataloader_idx)
+        entry = self.entries.get(key)
+        if entry is not None:
+            if entry.options != options:
+                raise MisconfigurationException(
+                    explain(
+                        what=f"`self.log('{name}', ...)` was called twice in `{self.hook}` with different arguments.",
+                        why="One name in one hook has one way of being reduced and sent.",
+                        fix="Use the same arguments in both calls, or another name.",
+                    )
+                )
+            return entry
+        on_step, on_epoch = _when(name, self.hook, options[2], options[3])
+        if options[8] and "/dataloader_idx_" in name:
+            raise MisconfigurationException(
+                explain(
+                    what=f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'.",
+                    why="That suffix is added to names when there are several loaders.",
+                    fix="Choose another name, or pass `add_dataloader_idx=False`.",
+                )
+            )
+        kind = MetricEntry if is_metric else _kind_of(name, options[4])
+        if options[1] is True and not self.has_loggers:
+            _warnings.warn(f"`self.log('{name}', ..., logger=True)`: no logger is configured, the value goes nowhere.")
+        if is_metric:
+            _check_attribute(name, value, options[9], self.module)
+        entry = self.entries[key] = kind(name, options, on_step, on_epoch, self.dataloader_idx)
+        if self.page is not None:
+            self.page.has_steps = self.page.has_steps or on_step
+        return entry
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """Newest value per name, as tensors; evaluation shows its values once the epoch is over."""
+        page = self.page
+        if page is not None and (page.training or page.epoch_over):
+            for entry, name, value in page.values():
+                self._callback[name] = self._callback[entry.callback_name] = self._as_tensor(value)
+        return self._callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """Newest value per name that goes to loggers."""
+        if self.page is not None:
+            for entry, name, value in self.page.values():
+                if entry.logger:
+                    self._logged[name] = self._as_tensor(value)
+        return self._logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """Newest value per name that goes to the progress bar, exactly: this waits for the device (sync)."""
+        if self.page is not None:
+            found = {name: value for entry, name, value in self.page.values() if entry.bar}
+            self._bar.update(to_host(found))
+        return self._bar
+
+    def peek(self) -> dict[str, float]:
+        """Progress-bar values that have already arrived on the host; never waits for a device.
+
+        A copy of what is newest is started here and shown by the next call.
+        """
+        if self.page is not None:
+            for entry, name, value in self.page.values():
+                if not entry.bar:
+                    continue
+                if not isinstance(value, Tensor) or value.device.type == "cpu":
+                    self._bar[name] = to_number(value)
+                else:
+                    self._peek_device(name, value)
+        return self._bar
+
+    def _peek_device(self, name: str, value: Tensor) -> None:
+        copy = self._copies.get(name)
+        if copy is not None:
+            host, event = copy
+            if event is not None and not event.query():
+                return
+            self._bar[name] = host.item()
+        if value.device.type == "cuda":
+            host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            host.copy_(value.reshape(()), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._copies[name] = host, event
+        else:
+            # sync: other devices offer no event to ask; at most ten redraws a second come here
+            self._copies[name] = value.detach().cpu().reshape(()), None
+
+    def take(self, dataloader_idx: int | None = None) -> dict[str, Any]:
+        """Values that are due for the loggers, still where they were made; also kept in `logged_metrics`."""
+        if self.page is None:
+            return {}
+        due = {name: value for entry, name, value in self.page.values(dataloader_idx) if entry.logger}
+        self._logged.update((name, self._as_tensor(value)) for name, value in due.items())
+        return due
+
+    def remember(self) -> None:
+        """Keeps the newest step values in all three views, before another page is opened or the epoch closes (sync)."""
+        _ = self.callback_metrics, self.logged_metrics, self.progress_bar_metrics
+
+    def freeze(self, dataloader_idx: int | None) -> None:
+        """The epoch of one loader is over, those of others are not."""
+        for entry in self.entries.values():
+            if not entry.empty and entry.dataloader_idx == dataloader_idx:
+                entry.freeze()
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Reduces the epoch of the open page and remembers it in all views. Returns what goes to the loggers."""
+        page = self.page
+        if page is None:
+            return {}
+        page.epoch_over = True
+        for entry in page.entries.values():
+            if not entry.empty:
+                entry.freeze()
+        self.remember()
+        return {name: value for entry, name, value in page.values() if entry.logger}
+
+    def clear(self) -> None:
+        """Empties all views and pages: a new run begins."""
+        for page in self._page_names.values():
+            page.reset()
+        self._page_names.clear()
+        self.hook = self.dataloader_idx = None
+        self.close_batch()
+        self._callback, self._logged, self._bar = {}, {}, {}
+        self._copies.clear()
+        self.turn_to(None)
+
+    def move_to_cpu(self) -> None:
+        """At the end of a run, so that keeping the results keeps no device memory (sync)."""
+        self._callback = {name: value.cpu() for name, value in self._callback.items()}
+        self._logged = {name: value.cpu() for name, value in self._logged.items()}
+
+    def _as_tensor(self, value: Any) -> Tensor:
+        if isinstance(value, Tensor):
+            return value.reshape(()) if value.dim() else value
+        return torch.tensor(value, dtype=torch.get_default_dtype())
+
+
+# ---------------------------------------------------------------------- plain functions
+
+_PLAIN = frozenset((Tensor, float, int, bool))
+
+
+def to_number(value: Any) -> float:
+    """One value as a Python number; waits for its device (sync)."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def to_host(values: dict[str, Any]) -> dict[str, float]:
+    """All values as Python numbers, with one transfer per device and dtype (sync)."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    numbers: dict[str, float] = dict.fromkeys(values, 0.0)  # keeps the order of the names
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            groups.setdefault((value.device, value.dtype), []).append(name)
+        else:
+            numbers[name] = to_number(value)
+    for names in groups.values():
+        fetched = torch.stack([values[name].detach().reshape(()) for name in names]).tolist()
+        numbers.update(zip(names, fetched, strict=True))
+    return numbers
+
+
+def _is_metric(value: Any) -> bool:
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                explain(
+                    what=f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}.",
+                    why="Only one number can be logged under one name.",
+                    fix=f"Reduce it first, for example `self.log('{name}', value.mean())`.",
+                )
+            )
+    elif not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise ValueError(
+            explain(
+                what=f"`self.log('{name}', ...)` received a {type(value).__name__}; {type(value).__name__} "
+                "values cannot be logged.",
+                why="A number, a tensor with one element or a torchmetrics `Metric` is expected.",
+                fix="Log the parts one by one with `self.log_dict`, or text with `self.logger.experiment`.",
+            )
+        )
+
+
+def _one_element(name: str, value: Tensor) -> Tensor:
+    _check_value(name, value)
+    return value.reshape(())
+
+
+def _when(name: str, hook: str | None, on_step: bool | None, on_epoch: bool | None) -> tuple[bool, bool]:
+    """Checked `on_step` and `on_epoch`, from what was passed and the rule of the hook."""
+    rule: LogRule | None = LOG_RULES.get(hook or "")
+    if rule is None:
+        place = f"inside `{hook}`" if hook else "outside of the trainer's hooks"
+        raise MisconfigurationException(
+            explain(
+                what=f"You can't `self.log('{name}', ...)` {place}.",
+                why="There is no step and no epoch there to which the value could belong.",
+                fix="Log it in `training_step`, `validation_step`, `test_step` or one of the epoch hooks, "
+                "or send it to `self.logger.log_metrics` yourself.",
+            )
+        )
+    step = rule.on_step if on_step is None else on_step
+    epoch = rule.on_epoch if on_epoch is None else on_epoch
+    if step and not rule.step_allowed:
+        raise MisconfigurationException(
+            explain(
+                what=f"You can't `self.log('{name}', ..., on_step=True)` inside `{hook}`.",
+                why="That hook runs once per epoch, there is no step.",
+                fix="Leave `on_step` out.",
+            )
+        )
+    if not step and not epoch:
+        raise MisconfigurationException(
+            explain(
+                what=f"`self.log('{name}', ..., on_step=False, on_epoch=False)` would never show the value.",
+                fix="Set at least one of the two to True.",
+            )
+        )
+    return step, epoch
+
+
+def _kind_of(name: str, reduce_fx: str | Callable[..., Any]) -> type[Entry]:
+    key = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx
+    kind = KINDS.get(key) if isinstance(key, str) or callable(key) else None
+    if kind is None:
+        hint = suggestion(key, [k for k in KINDS if isinstance(k, str)]) if isinstance(key, str) else ""
+        raise MisconfigurationException(
+            explain(
+                what=f"`self.log('{name}', ..., reduce_fx={reduce_fx!r})`: this reduction is not known.{hint}",
+                fix="Use 'mean', 'sum', 'min' or 'max'; for anything else log a torchmetrics `Metric`.",
+            )
+        )
+    return kind
+
+
+def _check_attribute(name: str, metric: Any, attribute: str | None, module: Any) -> None:
+    """A metric that is no attribute of the module would not move between devices with it."""
+    if attribute is not None or module is None:
+        return
+    if not any(child is metric for child in module.modules()):
+        raise MisconfigurationException(
+            explain(
+                what=f"`self.log('{name}', {type(metric).__name__}(...))`: this metric is not an attribute of "
+                f"`{type(module).__name__}`.",
+                why="It would be left behind when the module moves to another device, and could not be saved.",
+                fix="Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`.",
+            )
+        )
+
+
+def _result_dtype(name: str, value: Tensor) -> torch.dtype:
+    if not value.is_floating_point():
+        _warnings.warn(
+            f"`self.log('{name}', ...)` received an integer tensor ({value.dtype}); it is converted to "
+            f"{torch.get_default_dtype()} to be reduced. Log `value.float()` to silence this."
+        )
+        return torch.get_default_dtype()
+    return torch.float64 if value.dtype is torch.float64 else torch.float32

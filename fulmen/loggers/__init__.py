@@ -1,0 +1,28 @@
+"""Where a run's numbers go: files, TensorBoard, or a tracking service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fulmen.utilities.lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "CSVLogger": "fulmen.loggers.csv_logs",
+        "CometLogger": "fulmen.loggers.comet",
+        "LitLogger": "fulmen.loggers.logger",
+        "Logger": "fulmen.loggers.logger",
+        "MLFlowLogger": "fulmen.loggers.mlflow",
+        "TensorBoardLogger": "fulmen.loggers.tensorboard",
+        "WandbLogger": "fulmen.loggers.wandb",
+    },
+)
+
+if TYPE_CHECKING:
+    from fulmen.loggers.comet import CometLogger
+    from fulmen.loggers.csv_logs import CSVLogger
+    from fulmen.loggers.logger import LitLogger, Logger
+    from fulmen.loggers.mlflow import MLFlowLogger
+    from fulmen.loggers.tensorboard import TensorBoardLogger
+    from fulmen.loggers.wandb import WandbLogger

@@ -1,0 +1,116 @@
+"""Metrics to Comet."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, flatten_params, rank_zero_experiment
+from fulmen.utilities.optional import require
+from fulmen.utilities.rank_zero import log, rank_zero_only
+
+if TYPE_CHECKING:
+    from comet_ml import CometExperiment
+
+# Names of earlier versions, and what they are called now.
+OLD_NAMES = {"project_name": "project", "experiment_name": "name", "save_dir": "offline_directory"}
+
+
+class CometLogger(ServiceLogger):
+    """Logs to an experiment of Comet, online or into a file for a later upload.
+
+    Args:
+        api_key: defaults to what the Comet configuration or the environment variable ``COMET_API_KEY`` says.
+        experiment_key: the experiment to continue; makes it the `version`.
+        mode: "get_or_create" (default), "get" to continue only, "create" for a new one in any case.
+        online: False writes a file instead of sending.
+        prefix: put before each name, joined with "-".
+        kwargs: passed to ``comet_ml.ExperimentConfig``, such as ``name``, ``tags`` or ``offline_directory``.
+    """
+
+    def __init__(
+        self,
+        *,
+        api_key: str | None = None,
+        workspace: str | None = None,
+        project: str | None = None,
+        experiment_key: str | None = None,
+        mode: Literal["get_or_create", "get", "create"] | None = None,
+        online: bool | None = None,
+        prefix: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        require("comet_ml", "by `CometLogger`", minimum=">=3.44.4")
+        super().__init__(prefix or "")
+        for old, new in OLD_NAMES.items():
+            if old in kwargs:
+                log.warning(f"`CometLogger({old}=…)` is now called `{new}`.")
+                kwargs[new] = os.fspath(kwargs.pop(old))
+        if "offline" in kwargs:
+            log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
+            online = not kwargs.pop("offline")
+        project = kwargs.pop("project", project)
+        self._start_options: dict[str, Any] = dict(
+            api_key=api_key,
+            workspace=workspace,
+            project=project,
+            experiment_key=experiment_key,
+            mode=mode,
+            online=online,
+        )
+        self._config_options = kwargs
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> CometExperiment:
+        """The Comet experiment, for everything this logger has no method for."""
+        if self._experiment is None:
+            import comet_ml
+
+            config = comet_ml.ExperimentConfig(**self._config_options)
+            options = {key: value for key, value in self._start_options.items() if value is not None}
+            self._experiment = comet_ml.start(experiment_config=config, **options)
+            # Whoever makes this object again, in another process or after a pause, continues the same experiment.
+            self._start_options.update(experiment_key=self._experiment.get_key(), mode=None)
+        return self._experiment
+
+    @property
+    def name(self) -> str | None:
+        """The project."""
+        return self._start_options["project"]
+
+    @property
+    def version(self) -> str | None:
+        """The key of the experiment; None until there is one."""
+        return self._start_options["experiment_key"]
+
+    @property
+    def save_dir(self) -> str | None:
+        """Where files for a later upload go."""
+        return self._config_options.get("offline_directory")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
+        """Record parameters, also flattened, so that the web page can filter by each."""
+        params = as_dict(params)
+        self.experiment.log_parameters({**params, **flatten_params(params)})
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers; Comet has an axis of its own for the epoch, so that one is passed apart."""
+        others = {name: value for name, value in metrics.items() if name != "epoch"}
+        self.experiment.log_metrics(as_numbers(others, self._prefix), step=step, epoch=metrics.get("epoch"))
+
+    @rank_zero_only
+    def log_graph(self, model: torch.nn.Module, input_array: torch.Tensor | None = None) -> None:
+        self.experiment.set_model_graph(model)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Send what is waiting. The experiment stays open, so that more can be logged after training."""
+        if self._experiment is not None:
+            self._experiment.flush()

@@ -1,0 +1,159 @@
+"""Metrics as rows of a CSV file."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fulmen.loggers.folder import FolderLogger, write_yaml
+from fulmen.loggers.logger import as_dict, as_numbers, rank_zero_experiment
+from fulmen.utilities.errors import explain
+from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem
+from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+# `save` is called after everything the Trainer logs; in between, rows wait this long at most for the next call.
+WRITE_EVERY_SECONDS = 5.0
+
+
+class ExperimentWriter:
+    """The rows of one run: collected in memory, appended to ``metrics.csv`` by `save`.
+
+    The header is the sorted union of all names seen. A new name rewrites the file once (the old one stays until the
+    new one is complete); otherwise rows are only appended. Numbers are written so that they read back exactly.
+    """
+
+    NAME_METRICS_FILE = "metrics.csv"
+    NAME_HPARAMS_FILE = "hparams.yaml"
+
+    def __init__(self, log_dir: str) -> None:
+        self.log_dir = log_dir
+        self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
+        self.metrics: list[dict[str, Any]] = []  # not yet in the file
+        self.metrics_keys: list[str] = []  # the header of the file
+        self.hparams: dict[str, Any] = {}
+        self.num_rows = 0
+        self._unsaved_hparams = False
+        self._files = get_filesystem(log_dir)
+        if self._files.isdir(log_dir) and self._files.ls(log_dir, detail=False):
+            what = f"The logging folder `{log_dir}` exists and is not empty."
+            why = f"Its `{self.NAME_METRICS_FILE}` is removed, because this run writes a new one."
+            fix = "Use another `version`, or `version=None` for the next free number, to keep the old one."
+            rank_zero_warn(explain(what, why, fix))
+            if self._files.isfile(self.metrics_file_path):
+                self._files.rm(self.metrics_file_path)
+        ensure_dir(log_dir)
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        self.hparams.update(params)
+        self._unsaved_hparams = True
+
+    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row; without a step it is numbered by its place in the file."""
+        row = as_numbers(metrics_dict)
+        row["step"] = self.num_rows if step is None else step
+        self.metrics.append(row)
+        self.num_rows += 1
+
+    def save(self) -> None:
+        """Write now what is only in memory."""
+        if self._unsaved_hparams:
+            write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
+            self._unsaved_hparams = False
+        if not self.metrics:
+            return
+        names = {name for row in self.metrics for name in row}
+        if names.issubset(self.metrics_keys):
+            with self._files.open(self.metrics_file_path, "a", newline="") as file:
+                file.write(self._as_text(self.metrics))
+        else:
+            written: list[dict[str, Any]] = []
+            if self.metrics_keys:
+                with self._files.open(self.metrics_file_path, "r", newline="") as file:
+                    written = list(csv.DictReader(file))
+            self.metrics_keys = sorted(names.union(self.metrics_keys))
+            text = self._as_text(written + self.metrics, header=True)
+            atomic_write(self.metrics_file_path, text.encode())
+        self.metrics = []
+
+    def _as_text(self, rows: list[dict[str, Any]], header: bool = False) -> str:
+        # Made in memory and written at once, so that a process that dies here leaves whole lines.
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+
+class CSVLogger(FolderLogger):
+    """Writes ``<save_dir>/<name>/<version>/metrics.csv``, and ``hparams.yaml`` beside it.
+
+    One row per call, one column per name, values empty where a call did not have that name.
+
+    Args:
+        version: a number (the folder is ``version_<N>``) or the folder's name; None for the next free number.
+        prefix: put before each name, joined with "-".
+        flush_logs_every_n_steps: how many rows, or steps, may wait in memory. A process that is killed loses these
+            rows at most. While rows keep coming they also wait no longer than five seconds, and the end of a run
+            writes them all. ``logger.experiment.save()`` writes at any time.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike,
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+    ) -> None:
+        if flush_logs_every_n_steps < 1:
+            raise ValueError(f"`flush_logs_every_n_steps={flush_logs_every_n_steps}` must be at least 1.")
+        super().__init__(save_dir, name, version, prefix)
+        self._experiment: ExperimentWriter | None = None
+        self._flush_logs_every_n_steps = flush_logs_every_n_steps
+        self._written_at = float("-inf")
+        self._rows_at_last_save = -1
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer of this run; the folder is made with it."""
+        if self._experiment is None:
+            self._experiment = ExperimentWriter(self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace | None = None) -> None:
+        self.experiment.log_hparams(as_dict(params))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        writer = self._experiment or self.experiment
+        writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
+        limit = self._flush_logs_every_n_steps
+        if len(writer.metrics) >= limit or (step is not None and (step + 1) % limit == 0):
+            self._write()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows if the last writing was long ago, or if nothing was logged since the last call."""
+        writer = self._experiment or self.experiment
+        asked_again = self._rows_at_last_save == writer.num_rows
+        self._rows_at_last_save = writer.num_rows
+        if asked_again or time.monotonic() - self._written_at >= WRITE_EVERY_SECONDS:
+            self._write()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        # A logger that was never used leaves no folder behind.
+        if self._experiment is not None:
+            self._write()
+
+    def _write(self) -> None:
+        self.experiment.save()
+        self._written_at = time.monotonic()

@@ -1,0 +1,226 @@
+"""What every logger offers, and the small tools loggers share."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from fulmen.utilities.errors import explain
+from fulmen.utilities.rank_zero import is_rank_zero, rank_zero_only
+
+if TYPE_CHECKING:
+    from fulmen.callbacks import ModelCheckpoint
+
+
+class Logger(ABC):
+    """Takes the numbers of a run somewhere.
+
+    A logger of your own needs the four abstract members. Decorate what must happen once per run with `rank_zero_only`,
+    and an ``experiment`` property with `rank_zero_experiment`.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str | None:
+        """What the run belongs to: a project or experiment."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int | str | None:
+        """Which run of `name` this is."""
+
+    @property
+    def root_dir(self) -> str | None:
+        """The folder that holds all versions, for loggers that write files."""
+        return None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of this version, for loggers that write files."""
+        return None
+
+    @property
+    def save_dir(self) -> str | None:
+        """The folder under which checkpoints of this run are put."""
+        return None
+
+    log_dir_is_run_dir = False
+    """Does `trainer.log_dir` mean `log_dir`, rather than `save_dir`?"""
+
+    @property
+    def group_separator(self) -> str:
+        """What separates the parts of a metric's name."""
+        return "/"
+
+    @abstractmethod
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Record numbers at a position of the x axis. The Trainer has already fetched them from the device."""
+
+    @abstractmethod
+    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace, *args: Any, **kwargs: Any) -> None:
+        """Record how the run was configured."""
+
+    def log_graph(self, model: torch.nn.Module, input_array: torch.Tensor | None = None) -> None:
+        """Record the structure of the model."""
+
+    def save(self) -> None:
+        """Called after each group of calls of the Trainer, several times per second in fast runs: keep it cheap."""
+
+    def finalize(self, status: str) -> None:
+        """The run is over; ``status`` is "success", "failed" or "finished" (interrupted, to be continued)."""
+        self.save()
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """A checkpoint was written; `ModelCheckpoint` knows which."""
+
+
+class DummyExperiment:
+    """Stands where another process has the real experiment: every attribute and index is itself, every call None."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    __setitem__ = __call__
+
+    def __getitem__(self, index: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copy and pickle ask for special methods and must be told that there are none
+            raise AttributeError(name)
+        return self
+
+
+def rank_zero_experiment(fn: Callable) -> Callable:
+    """For an ``experiment`` property: the real object in the first process, one that ignores everything elsewhere."""
+
+    @functools.wraps(fn)
+    def experiment(self: Logger) -> Any:
+        return fn(self) if is_rank_zero() else DummyExperiment()
+
+    return experiment
+
+
+class DummyLogger(DummyExperiment, Logger):
+    """Accepts any call and forgets it; stands in for the loggers of a ``fast_dev_run``."""
+
+    name = version = ""
+    log_metrics = log_hyperparams = DummyExperiment.__call__
+
+    @property
+    def experiment(self) -> DummyExperiment:
+        return DummyExperiment()
+
+
+class ServiceLogger(Logger):
+    """A logger that talks to a client library and can send checkpoints through it.
+
+    Args:
+        log_model: False sends none; True those that exist when the run ends well (each at once if the callback keeps
+            all of them); "all" each one when it is written.
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(self, prefix: str = "", log_model: Literal["all"] | bool = False) -> None:
+        self._prefix = prefix
+        self._log_model = log_model
+        self._experiment: Any = None
+        self._sent: dict[str, float] = {}  # path -> time of the last change that was sent
+        self._to_send_at_end: ModelCheckpoint | None = None
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        if self._log_model == "all" or (self._log_model and checkpoint_callback.save_top_k == -1):
+            self._send_new_checkpoints(checkpoint_callback)
+        elif self._log_model:
+            self._to_send_at_end = checkpoint_callback
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if status == "success" and self._to_send_at_end is not None and self._experiment is not None:
+            self._send_new_checkpoints(self._to_send_at_end)
+
+    @rank_zero_only
+    def _send_new_checkpoints(self, callback: ModelCheckpoint) -> None:
+        scores = {callback.last_model_path: callback.current_score, callback.best_model_path: callback.best_model_score}
+        scores.update(callback.best_k_models)
+        times = {path: os.path.getmtime(path) for path in scores if os.path.isfile(path)}
+        settings = ("monitor", "mode", "save_last", "save_top_k", "save_weights_only")
+        for path in sorted(times, key=times.__getitem__):
+            if self._sent.get(path, -1.0) < times[path]:
+                about = {
+                    "score": plain_value(scores[path]),
+                    "original_filename": os.path.basename(path),
+                    type(callback).__name__: {name: getattr(callback, name, None) for name in settings},
+                }
+                best = path == callback.best_model_path
+                self._send_checkpoint(path, ["latest", "best"] if best else ["latest"], about)
+                self._sent[path] = times[path]
+
+    def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Connections stay in this process; another one opens its own to the same run.
+        return {**self.__dict__, "_experiment": None}
+
+
+class LitLogger(Logger):
+    """Stands for the logger of a commercial platform, which is not supported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        what = f"`{type(self).__name__}` is not supported."
+        why = "It sends metrics to a vendor's own service."
+        fix = "Use `CSVLogger`, `TensorBoardLogger`, `WandbLogger`, `MLFlowLogger` or `CometLogger`."
+        raise RuntimeError(explain(what, why, fix))
+
+    name = version = log_metrics = log_hyperparams = None  # type: ignore[assignment]
+
+
+class NeptuneLogger(LitLogger):
+    """Stands for a logger whose service no longer exists."""
+
+
+def as_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The metrics with numbers in place of one-element tensors, and the prefix in front of each name."""
+    prefix = prefix and f"{prefix}-"
+    return {
+        f"{prefix}{name}": value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()
+    }
+
+
+def as_dict(params: Mapping[str, Any] | argparse.Namespace | None) -> dict[str, Any]:
+    """Hyper-parameters as a dictionary, whatever they came as."""
+    return dict(vars(params) if isinstance(params, argparse.Namespace) else params or {})
+
+
+def flatten_params(params: Mapping[str, Any] | argparse.Namespace) -> dict[str, Any]:
+    """Nested dictionaries as one level: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in as_dict(params).items():
+        if isinstance(value, (Mapping, argparse.Namespace)):
+            flat.update((f"{name}/{key}", item) for key, item in flatten_params(value).items())
+        else:
+            flat[str(name)] = value
+    return flat
+
+
+def plain_value(value: Any) -> bool | int | float | str | None:
+    """The value itself if it is a number or text, the number inside one-element arrays, else a readable name."""
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if callable(getattr(value, "item", None)) and math.prod(getattr(value, "shape", ())) == 1:
+        return value.item()
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)

@@ -1,0 +1,152 @@
+"""Metrics and models to MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fulmen.loggers.folder import write_yaml
+from fulmen.loggers.logger import ServiceLogger, as_numbers, flatten_params, plain_value, rank_zero_experiment
+from fulmen.utilities.filesystem import local_path
+from fulmen.utilities.optional import require
+from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+FILE_SCHEME = "file:"
+MAX_PARAM_LENGTH = 250
+PARAMS_PER_CALL = 100
+
+
+class MLFlowLogger(ServiceLogger):
+    """Logs to a run of an MLflow experiment, in a folder or on a server.
+
+    Args:
+        tracking_uri: the server, or ``file:<folder>``; defaults to the environment variable ``MLFLOW_TRACKING_URI``,
+            then to ``file:<save_dir>``.
+        save_dir: unused when there is a ``tracking_uri``.
+        run_id: a run to continue; ``experiment_name`` is then ignored.
+        synchronous: wait for the server at each call; needs mlflow 2.8.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str = "lightning_logs",
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        tags: dict[str, Any] | None = None,
+        save_dir: str | None = "./mlruns",
+        log_model: Literal["all"] | bool = False,
+        prefix: str = "",
+        artifact_location: str | None = None,
+        run_id: str | None = None,
+        synchronous: bool | None = None,
+    ) -> None:
+        require("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
+        super().__init__(prefix, log_model)
+        self._experiment_name = experiment_name
+        self._experiment_id: str | None = None
+        self._run_name = run_name
+        self._run_id = run_id
+        self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"{FILE_SCHEME}{save_dir}"
+        self._artifact_location = artifact_location
+        self._call_options = {} if synchronous is None else {"synchronous": synchronous}
+        self.tags = tags
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MlflowClient:
+        """The MLflow client; the experiment and the run exist after the first use."""
+        if self._experiment is None:
+            from mlflow.tracking import MlflowClient
+
+            client = MlflowClient(self._tracking_uri)
+            self._open_run(client)
+            self._experiment = client
+        return self._experiment
+
+    def _open_run(self, client: MlflowClient) -> None:
+        if self._run_id is not None:
+            self._experiment_id = client.get_run(self._run_id).info.experiment_id
+            return
+        found = client.get_experiment_by_name(self._experiment_name)
+        if found is not None and found.lifecycle_stage != "deleted":
+            self._experiment_id = found.experiment_id
+        else:
+            self._experiment_id = client.create_experiment(self._experiment_name, self._artifact_location)
+        from mlflow.tracking.context.registry import resolve_tags
+
+        tags = dict(self.tags or {})
+        if self._run_name is not None:
+            tags["mlflow.runName"] = self._run_name
+        self._run_id = client.create_run(self._experiment_id, tags=resolve_tags(tags)).info.run_id
+
+    @property
+    def run_id(self) -> str | None:
+        """Also the `version`."""
+        return self.experiment and self._run_id
+
+    @property
+    def experiment_id(self) -> str | None:
+        """Also the `name`."""
+        return self.experiment and self._experiment_id
+
+    name = experiment_id
+    version = run_id
+
+    @property
+    def save_dir(self) -> str | None:
+        """The folder of a ``file:`` address, None for a server."""
+        if not self._tracking_uri.startswith(FILE_SCHEME):
+            return None
+        return local_path(self._tracking_uri).removeprefix(FILE_SCHEME)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
+        """Record parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value."""
+        from mlflow.entities import Param
+
+        flat = {name: str(plain_value(value))[:MAX_PARAM_LENGTH] for name, value in flatten_params(params).items()}
+        entities = [Param(name, value) for name, value in flat.items()]
+        for start in range(0, len(entities), PARAMS_PER_CALL):
+            batch = entities[start : start + PARAMS_PER_CALL]
+            self.experiment.log_batch(run_id=self.run_id, params=batch, **self._call_options)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers; text is left out with a warning, and so are characters that MLflow refuses in names."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        batch = []
+        for name, value in as_numbers(metrics, self._prefix).items():
+            if isinstance(value, str):
+                rank_zero_warn(f"The metric `{name}` has the text {value!r} as value, which MLflow cannot record.")
+                continue
+            allowed = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)
+            if allowed != name:
+                what = f"MLflow allows letters, digits and `_/. -` in names: `{name}` is recorded as `{allowed}`."
+                rank_zero_warn(what, category=RuntimeWarning)
+            batch.append(Metric(key=allowed, value=value, timestamp=now, step=step or 0))
+        self.experiment.log_batch(run_id=self.run_id, metrics=batch, **self._call_options)
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        super().finalize(status)
+        outcome = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}.get(status)
+        if self._experiment is not None and outcome:
+            self.experiment.set_terminated(self.run_id, outcome)
+
+    def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
+        folder = f"model/checkpoints/{Path(path).stem}"
+        self.experiment.log_artifact(self.run_id, path, folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_yaml(os.path.join(scratch, "metadata.yaml"), {"aliases": aliases, **about})
+            self.experiment.log_artifacts(self.run_id, scratch, folder)

@@ -1,0 +1,162 @@
+"""Metrics as TensorBoard event files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen.loggers.folder import FolderLogger, expand, write_yaml
+from fulmen.loggers.logger import as_dict, as_numbers, flatten_params, plain_value, rank_zero_experiment
+from fulmen.utilities.errors import explain
+from fulmen.utilities.filesystem import ensure_dir, get_filesystem
+from fulmen.utilities.optional import available, require
+from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Flushing waits for the writer's thread; more often than this nobody would see the difference.
+FLUSH_EVERY_SECONDS = 5.0
+
+
+class TensorBoardLogger(FolderLogger):
+    """Writes event files to ``<save_dir>/<name>/<version>/<sub_dir>``, and ``hparams.yaml`` beside them.
+
+    Args:
+        save_dir: ``~`` and environment variables are replaced.
+        version: a number (the folder is ``version_<N>``) or the folder's name; None for the next free number.
+        log_graph: draw the model, from its ``example_input_array``.
+        default_hp_metric: give the hyper-parameter table a metric ``hp_metric`` of -1 when there is no other;
+            without any metric TensorBoard shows no table.
+        prefix: put before each name, joined with "-".
+        kwargs: passed to ``SummaryWriter``.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | os.PathLike,
+        name: str | None = "lightning_logs",
+        version: int | str | None = None,
+        log_graph: bool = False,
+        default_hp_metric: bool = True,
+        prefix: str = "",
+        sub_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not available("tensorboardX"):
+            require("tensorboard", "by `TensorBoardLogger`")
+        super().__init__(save_dir, name, version, prefix)
+        self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
+        self._log_graph = log_graph
+        self._default_hp_metric = default_hp_metric
+        self._writer_kwargs = kwargs
+        self._experiment: SummaryWriter | None = None
+        self._flushed_at = float("-inf")
+        self._hparams_due = True  # the file is written even if there is nothing in it
+        self.hparams: dict[str, Any] = {}
+
+    @property
+    def sub_dir(self) -> str | None:
+        return self._sub_dir
+
+    @property
+    def log_dir(self) -> str:
+        return super().log_dir if self._sub_dir is None else expand(os.path.join(super().log_dir, self._sub_dir))
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The ``SummaryWriter``, for images, histograms and the like."""
+        if self._experiment is None:
+            self._experiment = _library("").SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a point to each curve; a dictionary as value becomes several curves in one chart."""
+        writer = self._experiment or self.experiment
+        for name, value in as_numbers(metrics, self._prefix).items():
+            if isinstance(value, dict):
+                writer.add_scalars(name, value, step)
+                continue
+            try:
+                writer.add_scalar(name, value, step)
+            except Exception as error:
+                what = f"The metric `{name}` is a `{type(value).__name__}`, which TensorBoard cannot draw."
+                fix = "Log a number, a tensor with one element, or a dictionary of these."
+                raise ValueError(explain(what, fix=fix)) from error
+
+    @rank_zero_only
+    def log_hyperparams(
+        self,
+        params: dict[str, Any] | argparse.Namespace,
+        metrics: dict[str, Any] | float | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Add a row to the hyper-parameter table.
+
+        Args:
+            metrics: initial values of the metrics the table is sorted by; a number means ``hp_metric``.
+        """
+        params = as_dict(params)
+        self.hparams.update(params)
+        self._hparams_due = True
+        if metrics is None and not self._default_hp_metric:
+            return
+        if not isinstance(metrics, dict):
+            metrics = {"hp_metric": -1 if metrics is None else metrics}
+        self.log_metrics(metrics, step)
+        plain = {name: plain_value(value) for name, value in flatten_params(params).items()}
+        plain = {name: "None" if value is None else value for name, value in plain.items()}
+        for summary in _library(".summary").hparams(plain, as_numbers(metrics, self._prefix)):
+            self.experiment._get_file_writer().add_summary(summary)
+
+    @rank_zero_only
+    def log_graph(self, model: Any, input_array: torch.Tensor | None = None) -> None:
+        if not self._log_graph:
+            return
+        example = getattr(model, "example_input_array", None) if input_array is None else input_array
+        if not isinstance(example, (torch.Tensor, tuple)):
+            why = f"The example input is a `{type(example).__name__}`, and tracing needs a tensor or a tuple."
+            fix = "Set `self.example_input_array` in the module to a tensor, or a tuple of the arguments."
+            rank_zero_warn(explain("The graph of the model was not logged.", why, fix))
+            return
+        # The same hooks a batch goes through, if this module has them.
+        if hasattr(model, "on_before_batch_transfer"):
+            example = model.on_before_batch_transfer(example, 0)
+            example = model.transfer_batch_to_device(example, model.device, 0)
+            example = model.on_after_batch_transfer(example, 0)
+        self.experiment.add_graph(model, example)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write ``hparams.yaml`` if it is not up to date, and hand events to the file every few seconds."""
+        if self._hparams_due:
+            path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
+            if self.hparams or not get_filesystem(path).isfile(path):
+                ensure_dir(self.log_dir)
+                write_yaml(path, self.hparams)
+            self._hparams_due = False
+        if time.monotonic() - self._flushed_at >= FLUSH_EVERY_SECONDS:
+            self.experiment.flush()
+            self._flushed_at = time.monotonic()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            self.save()
+            self._experiment.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The writer's thread and open file stay in this process.
+        return {**self.__dict__, "_experiment": None}
+
+
+def _library(part: str) -> Any:
+    """A module of whichever of the two packages that write event files is installed."""
+    return importlib.import_module(("torch.utils.tensorboard" if available("tensorboard") else "tensorboardX") + part)

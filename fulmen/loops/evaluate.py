@@ -1,0 +1,258 @@
+"""Validate and test: the same story as training, without gradients and steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen.data.combined import CombinedLoader
+from fulmen.data.feed import Feed
+from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
+from fulmen.loops.progress import Position
+from fulmen.loops.report import print_results
+from fulmen.utilities.errors import explain
+from fulmen.utilities.introspection import num_positional, overridden, takes_argument
+from fulmen.utilities.modules import capture_modes
+from fulmen.utilities.types import RunningStage
+
+if TYPE_CHECKING:
+    from fulmen.trainer import Trainer
+
+# stage -> (hook infix, loaders, step, label of the profiler)
+WORDS = {
+    RunningStage.VALIDATING: ("validation", "val", "validation_step"),
+    RunningStage.TESTING: ("test", "test", "test_step"),
+}
+
+
+class EvaluationLoop:
+    """One pass over the loaders of validation or test.
+
+    Arguments:
+        stage: VALIDATING or TESTING; decides which hooks, loaders and step are used.
+        inside_fit: validation during training: always `no_grad`, nothing printed.
+    """
+
+    def __init__(self, trainer: Trainer, stage: RunningStage, inside_fit: bool = False) -> None:
+        self.trainer, self.inside_fit = trainer, inside_fit
+        self.infix, self.kind, self.step_name = WORDS[stage]
+        self.verbose = True
+        self.loaders: CombinedLoader | None = None
+        self.given_loaders: Any = None
+        self.feed: Feed | None = None
+        self.max_batches: list[float] = []
+        self.loaded_at_epoch: int | None = None
+        self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
+
+    @property
+    def loaded(self) -> bool:
+        return self.loaders is not None
+
+    # ------------------------------------------------------------------ the story
+
+    def run(self) -> list[dict[str, float]]:
+        """All loaders. Returns the epoch metrics, one dict per loader."""
+        trainer = self.trainer
+        with torch.no_grad() if self.inside_fit or not trainer.inference_mode else torch.inference_mode():
+            self.load_data()
+            if self.nothing_to_do():
+                return []
+            self.start()
+            assert self.feed is not None
+            for batch, batch_idx, dataloader_idx in self.feed:
+                if dataloader_idx != self.dataloader_idx:
+                    self.next_loader(dataloader_idx)
+                self.run_batch(batch, batch_idx, dataloader_idx)
+            return self.finish()
+
+    def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """One batch."""
+        book = self.trainer.book
+        book.open_batch(batch)
+        place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
+        self.on_batch_start(*place)
+        book.hook = self.step_name
+        if self.context is None:
+            outputs = self.step(*place[: self.num_arguments])
+        else:
+            with self.context():
+                outputs = self.step(*place[: self.num_arguments])
+        self.on_batch_end(outputs, *place)
+        book.close_batch()
+        self.report_step(dataloader_idx)
+
+    # ------------------------------------------------------------------ before
+
+    def load_data(self) -> None:
+        """Asks for the loaders, unless they are still good."""
+        trainer = self.trainer
+        every = trainer.reload_dataloaders_every_n_epochs if self.inside_fit else 0
+        epoch = trainer.fit_loop.progress.epochs
+        due = every and self.loaded_at_epoch is not None and epoch - self.loaded_at_epoch >= every
+        if (self.loaded and not due) or self.limit == 0:
+            self.apply_limits()
+            return
+        source = trainer.sources.get(self.kind)
+        self.given_loaders = given = source.request()
+        trainer.strategy.barrier(f"{self.kind}_dataloader()")
+        combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
+        self.loaders = prepared_loaders(trainer, combined, source.label, self.kind, self.limit)
+        self.loaded_at_epoch = epoch
+        self.max_batches = list(self.loaders.lengths())
+        self.apply_limits()
+
+    @property
+    def limit(self) -> int | float:
+        trainer = self.trainer
+        return trainer.limit_val_batches if self.kind == "val" else trainer.limit_test_batches
+
+    def apply_limits(self) -> None:
+        """The sanity check looks at the first batches only."""
+        if self.loaders is not None:
+            self.loaders.limits = self.num_batches
+
+    @property
+    def num_batches(self) -> list[float]:
+        """Batches per loader that this run will see."""
+        steps = self.trainer.num_sanity_val_steps
+        if self.trainer.sanity_checking and steps != -1:
+            return [min(steps, n) for n in self.max_batches]
+        return list(self.max_batches)
+
+    def nothing_to_do(self) -> bool:
+        return self.loaders is None or sum(self.num_batches) == 0
+
+    def start(self) -> None:
+        """Iterators, signatures, eval mode and the first hooks."""
+        trainer = self.trainer
+        assert self.loaders is not None
+        self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
+        self.feed = Feed(self.loaders, batch_transfer(trainer), profiled_fetch(trainer, "[_EvaluationLoop].val_next"))
+        self.feed.open()
+        module, hooks = trainer.lightning_module, trainer.compile_hooks()
+        check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
+        self.step = trainer.strategy.bind(self.step_name)
+        self.num_arguments = min(num_positional(getattr(module, self.step_name)), 3 if self.several else 2)
+        self.context = trainer.strategy.step_context(self.step_name)
+        self.hooks = hooks
+        self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)
+        self.restore_modes = capture_modes(module)
+        self.page = trainer.book.turn_to(trainer.stage.value)
+        trainer.book.page.reset()  # type: ignore[union-attr]
+        self.dataloader_idx = 0
+        trainer.book.dataloader_idx = None
+        trainer.set_mode(f"on_{self.infix}_model_eval")
+        getattr(hooks, f"on_{self.infix}_start")()
+        getattr(hooks, f"on_{self.infix}_epoch_start")()
+        trainer.book.dataloader_idx = 0 if self.several else None
+
+    @property
+    def batch_hooks(self) -> tuple[str, str]:
+        return f"on_{self.infix}_batch_start", f"on_{self.infix}_batch_end"
+
+    # ------------------------------------------------------------------ between and after
+
+    def next_loader(self, dataloader_idx: int) -> None:
+        """The metrics of the loader that is done are complete; the next one begins."""
+        book = self.trainer.book
+        while self.dataloader_idx < dataloader_idx:
+            book.freeze(self.dataloader_idx)
+            self.dataloader_idx += 1
+        book.dataloader_idx = dataloader_idx
+
+    def report_step(self, dataloader_idx: int) -> None:
+        """Step metrics go out at every batch, against their own counter."""
+        trainer = self.trainer
+        if trainer.sanity_checking:
+            return
+        seen = self.batches_seen.get(dataloader_idx, 0)
+        self.batches_seen[dataloader_idx] = seen + 1
+        page = trainer.book.page
+        if page is not None and page.has_steps:
+            trainer.report(trainer.book.take(dataloader_idx=dataloader_idx if self.several else None), step=seen)
+
+    def finish(self) -> list[dict[str, float]]:
+        """Epoch hooks, metrics to the loggers, train mode again."""
+        trainer, hooks = self.trainer, self.hooks
+        book = trainer.book
+        assert self.loaders is not None and book.page is not None
+        book.dataloader_idx = None
+        book.page.epoch_over = True
+        getattr(hooks, f"on_{self.infix}_epoch_end")()
+        values = book.finish_epoch()
+        numbers = {} if trainer.sanity_checking else trainer.report(values, with_epoch=True)
+        if self.inside_fit:
+            trainer.fit_loop.progress.position = Position.VALIDATED
+        getattr(hooks, f"on_{self.infix}_end")()
+        trainer.restore_mode(f"on_{self.infix}_model_train", self.restore_modes)
+        results = self.per_loader(numbers)
+        book.turn_back(self.page)
+        if self.verbose and not self.inside_fit and trainer.is_global_zero:
+            print_results(results, trainer.stage.value)
+        return results
+
+    def per_loader(self, numbers: dict[str, float]) -> list[dict[str, float]]:
+        """One dict of plain numbers per loader; values without a loader of their own belong to all."""
+        assert self.loaders is not None
+        if not self.several:
+            return [numbers]
+        page = self.trainer.book.page
+        owner = {e.epoch_name: e.dataloader_idx for e in page.entries.values()} if page is not None else {}
+        count = len(self.loaders.flattened)
+        return [{k: v for k, v in numbers.items() if owner.get(k) in (None, i)} for i in range(count)]
+
+    def forget_counts(self) -> None:
+        """After the sanity check: it never happened."""
+        self.batches_seen.clear()
+
+    @property
+    def loaders_as_given(self) -> Any:
+        """What the user gave, in the same nesting, with loaders that were made again in their places."""
+        if self.loaders is None or isinstance(self.given_loaders, CombinedLoader):
+            return self.given_loaders
+        return self.loaders.iterables
+
+    def teardown(self) -> None:
+        if self.feed is not None:
+            self.feed.close()
+
+
+def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) -> None:
+    """Whether the step and the batch hooks fit the number of loaders.
+
+    Raises:
+        RuntimeError: several loaders without a parameter `dataloader_idx`, or one loader and a required one.
+    """
+    for name in names:
+        method = getattr(module, name, None)
+        if method is None or not overridden(module, name, _declares(module, name)):
+            continue
+        takes = takes_argument(method, "dataloader_idx") or num_positional(method) >= (4 if "end" in name else 3)
+        if several and not takes:
+            raise RuntimeError(
+                explain(
+                    what=f"`{type(module).__name__}.{name}` has no parameter `dataloader_idx`, but there are several loaders.",
+                    why="You provided multiple dataloaders, and the method could not know which one a batch came from.",
+                    fix=f"Write `def {name}(self, ..., batch_idx, dataloader_idx=0)`.",
+                )
+            )
+        if not several and requires_loader_index(method):
+            raise RuntimeError(
+                explain(
+                    what=f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader.",
+                    why="You provided only a single dataloader, it would not be passed.",
+                    fix="Give it a default: `dataloader_idx=0`.",
+                )
+            )
+
+
+def requires_loader_index(method: Any) -> bool:
+    from inspect import Parameter, signature
+
+    found = signature(method).parameters.get("dataloader_idx")
+    return found is not None and found.default is Parameter.empty
+
+
+def _declares(module: Any, name: str) -> type:
+    return next((cls for cls in reversed(type(module).__mro__) if name in vars(cls)), object)

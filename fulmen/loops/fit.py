@@ -1,0 +1,450 @@
+"""The story of training. Start reading at `FitLoop.run`."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen.data import loaders as loader_tools
+from fulmen.data.combined import CombinedLoader
+from fulmen.data.feed import Feed, IteratorFeed
+from fulmen.loops import cadence
+from fulmen.loops.evaluate import EvaluationLoop
+from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
+from fulmen.loops.optimize import AutomaticOptimization, ManualOptimization
+from fulmen.loops.progress import Position, Progress
+from fulmen.optimizers import Schedulers
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException, explain
+from fulmen.utilities.introspection import takes_argument
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.seed import generator_states, isolate_rng, set_generator_states
+from fulmen.utilities.types import RunningStage
+
+if TYPE_CHECKING:
+    from fulmen.loops.dispatch import HookPlan
+    from fulmen.trainer import Trainer
+
+SKIP_EPOCH = -1
+
+
+class FitLoop:
+    """Training from the first epoch to the last.
+
+    Owns the counters (`progress`), the batches (`feed`) and the validation inside training (`val_loop`).
+    """
+
+    def __init__(self, trainer: Trainer, max_epochs: int | None, min_epochs: int | None) -> None:
+        self.trainer = trainer
+        self.max_epochs, self.min_epochs = max_epochs, min_epochs
+        self.max_steps, self.min_steps = -1, None
+        self.progress = Progress()
+        self.val_loop = EvaluationLoop(trainer, RunningStage.VALIDATING, inside_fit=True)
+        self.feed: Feed | None = None
+        self.loaders: CombinedLoader | None = None
+        self.given_loaders: Any = None
+        self.num_batches: float = inf
+        self.hooks: HookPlan
+        self.optimization: AutomaticOptimization | ManualOptimization
+        self.schedulers: Schedulers
+        self.resumed = False  # the first epoch continues where a checkpoint was taken
+        self.generators: dict[str, Any] | None = None  # random states of that checkpoint
+        self.drawn: dict[str, Any] | None = None  # the same, after the iterator of the epoch was made
+        self.loaded_at_epoch: int | None = None
+        self._validated_at_s = 0.0
+        self._said_to_continue = False
+
+    # ------------------------------------------------------------------ the story
+
+    def run(self) -> None:
+        """All of training."""
+        with isolate_rng():
+            self.sanity_check()
+        self.prepare()
+        if self.nothing_to_do():
+            return
+        self.start()
+        self.hooks.on_train_start()
+        while not self.finished():
+            self.run_epoch()
+        self.hooks.on_train_end()
+
+    def run_epoch(self) -> None:
+        """One pass over the training batches."""
+        self.open_epoch()
+        assert self.feed is not None
+        for batch, batch_idx, _ in self.feed:
+            if not self.run_batch(batch, batch_idx):
+                break
+            if self.validation_due():
+                self.validate()
+            self.finish_batch()
+            if self.stop_due():
+                break
+        self.close_epoch()
+
+    def run_batch(self, batch: Any, batch_idx: int) -> bool:
+        """One batch. False when the module asked to skip the rest of the epoch."""
+        hooks, book, progress = self.hooks, self.trainer.book, self.progress
+        progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
+        if batch is None:
+            return self.skip_batch(batch_idx)
+        book.open_batch(batch)
+        interval = self.trainer.log_every_n_steps
+        book.logging_due = interval > 0 and (progress.log_step + 1) % interval == 0
+        progress.position = Position.IN_BATCH
+        if hooks.on_train_batch_start(batch, batch_idx) == SKIP_EPOCH:
+            return self.skip_epoch()
+        outputs = self.optimization.run(batch, batch_idx)
+        if self.iterator_feed:
+            batch_idx = self.feed.batch_idx  # type: ignore[union-attr]
+            progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
+        self.step_schedulers(batch_idx)
+        progress.finish_batch()
+        hooks.on_train_batch_end(outputs, batch, batch_idx)
+        book.close_batch()
+        if book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run:
+            self.report_step()
+        return True
+
+    # ------------------------------------------------------------------ before
+
+    def sanity_check(self) -> None:
+        """A few validation batches before training, so that a mistake there does not cost an epoch."""
+        trainer = self.trainer
+        mid_epoch = self.resumed and self.progress.position not in (Position.EPOCH_START, Position.EPOCH_END)
+        if not trainer.enable_validation or trainer.num_sanity_val_steps == 0 or mid_epoch:
+            return
+        position = self.progress.position
+        trainer.stage = RunningStage.SANITY_CHECKING
+        trainer.hooks.on_sanity_check_start()
+        self.val_loop.run()
+        trainer.hooks.on_sanity_check_end()
+        trainer.book.clear()
+        self.val_loop.forget_counts()
+        self.progress.position = position
+        trainer.stage = RunningStage.TRAINING
+
+    def prepare(self) -> None:
+        """Loaders, limits, and where to pick up again."""
+        trainer = self.trainer
+        self.hooks = trainer.hooks
+        trainer.book.turn_to("train")
+        self.load_data()
+
+    def resume(self, progress: dict[str, Any], generators: dict[str, Any] | None) -> None:
+        """Continues from a checkpoint: its counters, and the states of all random generators if it has them."""
+        self.progress.load_state_dict(progress)
+        self.resumed, self.generators = True, generators
+        if self.progress.position == Position.EPOCH_END:  # that epoch counts
+            self.progress.epochs += 1
+            self.progress.open_epoch()
+            self.progress.position = Position.EPOCH_START
+
+    def load_data(self) -> None:
+        """Asks for the training loaders, now and whenever they are to be reloaded."""
+        trainer = self.trainer
+        if trainer.limit_train_batches == 0:
+            return
+        source = trainer.sources.get("train")
+        given = source.request()
+        trainer.strategy.barrier("train_dataloader()")
+        self.given_loaders = given
+        combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
+        if combined.mode == "sequential":
+            raise ValueError(
+                explain(
+                    what="`CombinedLoader(mode='sequential')` was given for training.",
+                    why="A training step takes one batch of every loader at once.",
+                    fix="Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets.",
+                )
+            )
+        self.loaders = prepared_loaders(trainer, combined, source.label, "train", trainer.limit_train_batches)
+        self.num_batches = self.loaders.num_batches()
+        module = trainer.lightning_module
+        self.iterator_feed = takes_argument(module.training_step, "dataloader_iter", explicit=True)
+        trainer.book.size_required = self.iterator_feed
+        transfer = batch_transfer(trainer)
+        profile = profiled_fetch(trainer, "[_TrainingEpochLoop].train_dataloader_next")
+        kind = IteratorFeed if self.iterator_feed else Feed
+        self.feed = kind(self.loaders, transfer, profile)
+        if self.generators is not None:
+            # The order of a shuffled epoch is drawn when its iterator is made.
+            set_generator_states(self.generators)
+        self.feed.open()
+        self.drawn = generator_states() if self.generators is not None else None
+        self.loaded_at_epoch = self.progress.epochs
+        self.set_validation_interval()
+
+    def set_validation_interval(self) -> None:
+        """`val_check_interval` in batches, now that the length of an epoch is known."""
+        trainer = self.trainer
+        interval = trainer.val_check_interval
+        if trainer.val_check_time_s is not None:
+            trainer.val_check_batch = inf
+            return
+        if isinstance(interval, float) and self.num_batches == inf and interval != 1.0:
+            raise MisconfigurationException(explain(
+                what=f"`val_check_interval={interval}` with a training loader of unknown length.",
+                why="A fraction of the epoch is not known.",
+                fix="Use `val_check_interval=1.0` (at the end), or an int to count batches.",
+            ))
+        trainer.val_check_batch = cadence.validation_interval(interval, self.num_batches)
+        too_long = isinstance(interval, int) and interval > self.num_batches
+        if too_long and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches != 0:
+            raise ValueError(
+                explain(
+                    what=f"`val_check_interval={interval}` is larger than the {self.num_batches} training batches of an epoch.",
+                    why="Validation would never run, because the counter starts again at each epoch.",
+                    fix="Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs.",
+                )
+            )
+        if trainer.loggers and not trainer.fast_dev_run and self.num_batches < trainer.log_every_n_steps:
+            rank_zero_warn(
+                f"The number of training batches ({self.num_batches}) is smaller than the logging interval "
+                f"`Trainer(log_every_n_steps={trainer.log_every_n_steps})`: no training step would be logged. "
+                "Set a lower value to see step metrics.",
+                category=PossibleUserWarning,
+            )
+
+    def nothing_to_do(self) -> bool:
+        """Whether the limits were reached before the first batch."""
+        return self.trainer.limit_train_batches == 0 or self.finished()
+
+    def start(self) -> None:
+        """Everything bound once, before the first batch."""
+        trainer = self.trainer
+        module = trainer.lightning_module
+        if self.validation_epoch() and not self.val_loop.loaded:
+            trainer.stage = RunningStage.VALIDATING
+            self.val_loop.load_data()
+            trainer.stage = RunningStage.TRAINING
+        in_eval = [m for m in module.modules() if not m.training]
+        if in_eval:
+            rank_zero_warn(
+                f"Found {len(in_eval)} module(s) in eval mode at the start of training. If this is not intended, call "
+                "`.train()` on them; frozen layers are left as they are.",
+                category=PossibleUserWarning,
+            )
+        kind = AutomaticOptimization if module.automatic_optimization else ManualOptimization
+        self.optimization = kind(trainer, self.hooks, self.progress)
+        configs = trainer.lr_scheduler_configs if module.automatic_optimization else []
+        self.schedulers = Schedulers(configs, module.lr_scheduler_step)
+        self._validated_at_s = time.monotonic()
+        self._said_to_continue = False
+
+    # ------------------------------------------------------------------ epochs
+
+    def finished(self) -> bool:
+        """Whether training is over, with the reason said."""
+        progress = self.progress
+        if self.num_batches == 0:
+            rank_zero_info("`Trainer.fit` stopped: No training batches.")
+            return True
+        if self.max_steps != -1 and progress.steps >= self.max_steps:
+            rank_zero_info(f"`Trainer.fit` stopped: `max_steps={self.max_steps!r}` reached.")
+            return True
+        if self.max_epochs is not None and self.max_epochs != -1 and progress.epochs >= self.max_epochs:
+            rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={self.max_epochs!r}` reached.")
+            return True
+        return self.trainer.should_stop and self.may_stop()
+
+    def may_stop(self) -> bool:
+        """Whether `should_stop` may already end training: `min_epochs` and `min_steps` are met."""
+        progress = self.progress
+        allowed = cadence.early_stop_allowed(progress.epochs, progress.steps, self.min_epochs, self.min_steps)
+        if not allowed and not self._said_to_continue:
+            self._said_to_continue = True
+            rank_zero_info(
+                f"Trainer was signaled to stop but the required `min_epochs={self.min_epochs!r}` or "
+                f"`min_steps={self.min_steps!r}` has not been met. Training will continue..."
+            )
+        return allowed
+
+    def open_epoch(self) -> None:
+        """Fresh loaders if due, the samplers' epoch, `on_train_epoch_start`, and an open feed."""
+        trainer, progress = self.trainer, self.progress
+        every = trainer.reload_dataloaders_every_n_epochs
+        if every and self.loaded_at_epoch is not None and progress.epochs - self.loaded_at_epoch >= every:
+            self.load_data()
+        assert self.feed is not None and self.loaders is not None
+        for loader in self.loaders.flattened:
+            loader_tools.set_epoch(loader, progress.epochs)
+        self.hooks = trainer.compile_hooks()
+        self.optimization.set_hooks(self.hooks)
+        resumed, self.resumed = self.resumed, False
+        if resumed and progress.position != Position.EPOCH_START:
+            self.pick_up()
+            return
+        progress.open_epoch()
+        self.feed.first_batch_idx = 0
+        if self.generators is not None:
+            set_generator_states(self.generators)
+        self.hooks.on_train_epoch_start()
+        if self.generators is not None:
+            self.continue_generators()
+        elif progress.epochs > 0 and not resumed:
+            self.feed.open()
+
+    def continue_generators(self) -> None:
+        """The resumed epoch draws what the epoch that was never stopped drew, also if `on_train_epoch_start` draws."""
+        assert self.feed is not None and self.generators is not None and self.drawn is not None
+        if same_generators(generator_states(), self.generators):
+            set_generator_states(self.drawn)
+        else:
+            self.feed.open()
+        self.generators = None
+
+    def pick_up(self) -> None:
+        """Continues inside an epoch, from the position the checkpoint was taken at."""
+        progress = self.progress
+        assert self.feed is not None
+        rank_zero_warn(
+            f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}: the training loader "
+            "starts again from its first sample. Give it `state_dict` and `load_state_dict` to continue exactly."
+        )
+        self.feed.first_batch_idx = progress.batch
+        if self.generators is not None:
+            set_generator_states(self.generators)
+            self.generators = None
+        position, progress.position = progress.position, Position.BATCH_DONE
+        if position == Position.IN_BATCH:
+            return
+        window = self.trainer.accumulate_grad_batches
+        self.optimization.stepped = progress.batch % window == 0 or progress.is_last_batch
+        if self.optimization.stepped:
+            progress.log_step -= 1  # the file counts it, `finish_batch` will again
+        if position != Position.VALIDATED and self.validation_due():
+            self.validate()
+        self.finish_batch()
+
+    def close_epoch(self) -> None:
+        """`on_train_epoch_end`, schedulers that watch a metric, and the metrics of the epoch."""
+        trainer, progress, book = self.trainer, self.progress, self.trainer.book
+        progress.position = Position.EPOCH_END
+        book.close_batch()
+        book.remember()
+        assert book.page is not None
+        book.page.epoch_over = True
+        self.hooks.on_train_epoch_end()
+        if progress.is_last_batch and self.schedulers.plateau_by_epoch:
+            self.schedulers.step_plateau(
+                self.schedulers.plateau_by_epoch, progress.epochs + 1, book.callback_metrics
+            )
+        # The x axis is the last step of the epoch, which has been counted already.
+        trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
+        book.page.reset()
+        progress.epochs += 1
+        progress.position = Position.EPOCH_START
+
+    # ------------------------------------------------------------------ batches
+
+    def skip_batch(self, batch_idx: int) -> bool:
+        """The loader gave None: no step, no hooks."""
+        rank_zero_warn("`train_dataloader` yielded None. If this was on purpose, ignore this warning...")
+        self.optimization.stepped = False
+        self.progress.finish_batch()
+        return True
+
+    def skip_epoch(self) -> bool:
+        """`on_train_batch_start` returned -1: this counts as the last batch of the epoch, without a step."""
+        self.progress.is_last_batch = True
+        if self.schedulers.by_epoch:
+            self.schedulers.step_after(self.schedulers.by_epoch, self.progress.epochs + 1)
+        return False
+
+    def step_schedulers(self, batch_idx: int) -> None:
+        """After an optimizer step those per step; after the last batch those per epoch, before validation."""
+        schedulers, progress = self.schedulers, self.progress
+        if schedulers.by_step and self.optimization.stepped:
+            schedulers.step_after(schedulers.by_step, batch_idx + 1)
+        if progress.is_last_batch and schedulers.by_epoch:
+            schedulers.step_after(schedulers.by_epoch, progress.epochs + 1)
+
+    def report_step(self) -> None:
+        """Step metrics to the loggers, in one transfer from the device (sync)."""
+        if self.optimization.stepped:
+            self.trainer.report(self.trainer.book.take(), step=self.progress.log_step, with_epoch=True)
+
+    def finish_batch(self) -> None:
+        """The end of a batch, after validation if there was one."""
+        schedulers, progress = self.schedulers, self.progress
+        if schedulers.plateau_by_step and self.optimization.stepped:
+            schedulers.step_plateau(
+                schedulers.plateau_by_step, progress.batch, self.trainer.book.callback_metrics
+            )
+        if self.optimization.stepped:
+            progress.log_step += 1
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
+
+    def stop_due(self) -> bool:
+        """Whether the epoch ends before its last batch."""
+        if self.max_steps != -1 and self.progress.steps >= self.max_steps:
+            return True
+        return self.trainer.should_stop and self.may_stop()
+
+    # ------------------------------------------------------------------ validation
+
+    def validation_epoch(self) -> bool:
+        """Whether this epoch validates at all."""
+        trainer = self.trainer
+        return trainer.enable_validation and cadence.validation_epoch_due(
+            self.progress.epochs, trainer.check_val_every_n_epoch
+        )
+
+    def validation_due(self) -> bool:
+        """Whether validation runs after this batch. The first line answers for nearly every batch."""
+        trainer, progress = self.trainer, self.progress
+        every = trainer.val_check_batch
+        count = progress.batches if trainer.check_val_every_n_epoch is None else progress.batch
+        special = progress.is_last_batch or trainer.should_stop or trainer.val_check_time_s is not None
+        if not special and (every == inf or count % every):
+            return False
+        if not self.validation_epoch():
+            return False
+        if trainer.val_check_time_s is not None:
+            return time.monotonic() - self._validated_at_s >= trainer.val_check_time_s
+        if trainer.should_stop and self.may_stop():
+            return True
+        if self.iterator_feed and progress.is_last_batch:
+            return True
+        return progress.is_last_batch if every == inf else count % every == 0
+
+    def validate(self) -> None:
+        """A validation run in the middle of training; the position says so, for whoever resumes from here."""
+        trainer, progress = self.trainer, self.progress
+        progress.position = Position.VALIDATING
+        trainer.stage = RunningStage.VALIDATING
+        trainer.book.remember()
+        page = trainer.book.page
+        if self.optimization.stepped:
+            # an open accumulation window keeps its gradients
+            trainer.zero_grad_before_validation()
+        self.val_loop.run()
+        trainer.book.turn_back(page)
+        trainer.stage = RunningStage.TRAINING
+        progress.position = Position.VALIDATED  # set by `on_validation_end` already, unless there was nothing to do
+        self._validated_at_s = time.monotonic()
+
+    # ------------------------------------------------------------------ after
+
+    @property
+    def loaders_as_given(self) -> Any:
+        """What the user gave, in the same nesting, with loaders that were made again in their places."""
+        if self.loaders is None or isinstance(self.given_loaders, CombinedLoader):
+            return self.given_loaders
+        return self.loaders.iterables
+
+    def teardown(self) -> None:
+        """Ends the workers of training and validation."""
+        if self.feed is not None:
+            self.feed.close()
+        self.val_loop.teardown()
+
+
+def same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether nothing was drawn from torch's and Python's generators between two states."""
+    return torch.equal(a["torch"], b["torch"]) and tuple(a["python"][1]) == tuple(b["python"][1])

@@ -1,0 +1,60 @@
+"""The tables of results printed after validate and test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from fulmen.utilities.optional import available
+from fulmen.utilities.tables import rich_console, text_table
+
+_LOADER_SUFFIX = re.compile(r"/dataloader_idx_\d+$")
+
+
+def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
+    """Prints a column per loader and a row per metric, with Rich if it is there; nothing when nothing was logged.
+
+    ``verb`` is "validate" or "test".
+    """
+    columns = result_columns(results, verb)
+    if not columns[0][1]:
+        return
+    if available("rich", ">=10.2.2"):
+        _print_with_rich(columns)
+    else:
+        print(text_table(columns))
+
+
+def result_columns(results: Sequence[Mapping[str, float]], verb: str) -> list[tuple[str, list[str]]]:
+    """The table by column, header first; metrics stand in the order they were logged in."""
+    per_loader = [{_LOADER_SUFFIX.sub("", name): value for name, value in result.items()} for result in results]
+    names = list(dict.fromkeys(name for result in per_loader for name in result))
+    columns = [(f"{verb.capitalize()} metric", names)]
+    for index, result in enumerate(per_loader):
+        columns.append((f"DataLoader {index}", [number(result[n]) if n in result else "" for n in names]))
+    return columns
+
+
+def number(value: float) -> str:
+    """As many digits as a 32-bit float has."""
+    return f"{value:.1f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.7g}"
+
+
+def _print_with_rich(columns: list[tuple[str, list[str]]]) -> None:
+    from rich.table import Table
+
+    console = rich_console()
+    names, loaders = columns[0], columns[1:]
+    name_width = max(map(len, [names[0], *names[1]])) + 3
+    widths = [max(map(len, [header, *cells])) + 3 for header, cells in loaders]
+    while loaders:
+        # As many loaders as fit beside the names; the others get a table of their own below.
+        count = sum(name_width + sum(widths[: i + 1]) < console.width for i in range(len(widths))) or 1
+        table = Table(header_style="bold magenta")
+        table.add_column(names[0], style="cyan", justify="center", no_wrap=True)
+        for header, _ in loaders[:count]:
+            table.add_column(header, style="magenta", justify="center")
+        for row in zip(names[1], *(cells for _, cells in loaders[:count])):
+            table.add_row(*row)
+        console.print(table)
+        loaders, widths = loaders[count:], widths[count:]

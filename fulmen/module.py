@@ -1,0 +1,622 @@
+"""`LightningModule`: a `torch.nn.Module` that says how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fulmen import export
+from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
+from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
+from fulmen.hparams import HyperparametersMixin
+from fulmen.utilities.collections import apply_to_collection
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.types import GradClipAlgorithmType
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from torch.optim import Optimizer
+
+    from fulmen.callbacks.callback import Callback
+    from fulmen.loggers.logger import Logger
+    from fulmen.trainer import Trainer
+    from fulmen.utilities.types import OptimizerLRScheduler
+
+_warnings = WarningCache()
+
+
+class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
+    """A model, its losses and its optimizers.
+
+    Write `__init__`, `training_step` and `configure_optimizers`; everything else is optional.
+
+    Example:
+        >>> class Regression(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(4, 1)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         return nn.functional.mse_loss(self.layer(x), y)
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    """
+
+    __jit_unused_properties__ = [
+        "example_input_array", "on_gpu", "current_epoch", "global_step", "global_rank", "local_rank", "logger",
+        "loggers", "automatic_optimization", "trainer", "fabric", "strict_loading", "device_mesh", "hparams",
+        "hparams_initial", "device", "dtype",
+    ]  # fmt: skip
+    CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Written to __dict__: assigning to a module goes through its search for parameters, which is slow.
+        self.__dict__.update(
+            _trainer=None,
+            _book=None,
+            _fabric=None,
+            _example_input_array=None,
+            _automatic_optimization=True,
+            _strict_loading=None,
+            _device_mesh=None,
+            _device=torch.device("cpu"),
+            _dtype=torch.get_default_dtype(),
+            _requires_grad_before_toggle={},
+        )
+
+    # ------------------------------------------------------------------ where it runs
+
+    @property
+    def device(self) -> torch.device:
+        """The device the module was last moved to."""
+        device: torch.device = self._device
+        if device.type == "cuda" and device.index is None:
+            return torch.device(f"cuda:{torch.cuda.current_device()}")
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the module was last converted to."""
+        return self._dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        raise RuntimeError("Cannot set the dtype explicitly. Please use module.to(new_dtype).")
+
+    def to(self, *args: Any, **kwargs: Any) -> LightningModule:
+        """Moves and converts, like `torch.nn.Module.to`."""
+        device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+        return self._placed(super().to(*args, **kwargs), device, dtype)
+
+    def cuda(self, device: torch.device | int | None = None) -> LightningModule:
+        """Moves to a CUDA device (default: the current one)."""
+        if device is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        elif isinstance(device, int):
+            device = torch.device("cuda", device)
+        return self._placed(super().cuda(device), device, None)
+
+    def cpu(self) -> LightningModule:
+        """Moves to the CPU."""
+        return self._placed(super().cpu(), torch.device("cpu"), None)
+
+    def type(self, dst_type: str | torch.dtype) -> LightningModule:
+        """Converts all parameters and buffers."""
+        return self._placed(super().type(dst_type), None, dst_type)
+
+    def float(self) -> LightningModule:
+        """Converts floating-point parameters to float32."""
+        return self._placed(super().float(), None, torch.float)
+
+    def double(self) -> LightningModule:
+        """Converts floating-point parameters to float64."""
+        return self._placed(super().double(), None, torch.double)
+
+    def half(self) -> LightningModule:
+        """Converts floating-point parameters to float16."""
+        return self._placed(super().half(), None, torch.half)
+
+    def _placed(self, moved: Any, device: torch.device | None, dtype: Any) -> Any:
+        for module in self.modules():
+            if isinstance(module, LightningModule):
+                if device is not None:
+                    module.__dict__["_device"] = torch.device(device)
+                if isinstance(dtype, torch.dtype):
+                    module.__dict__["_dtype"] = dtype
+        return moved
+
+    # ------------------------------------------------------------------ what it is attached to
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that is running this module.
+
+        Raises:
+            RuntimeError: before the module was given to a trainer.
+        """
+        trainer = self._trainer
+        if trainer is None:
+            raise RuntimeError(
+                f"{type(self).__qualname__} is not attached to a `Trainer`. It is from `trainer.fit(module)` on; "
+                "use `self._trainer` to ask without an error."
+            )
+        return trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        for child in self.modules():
+            if isinstance(child, LightningModule):
+                child.__dict__["_trainer"] = trainer
+                child.__dict__["_book"] = getattr(trainer, "book", None)
+
+    @property
+    def fabric(self) -> Any:
+        """The `Fabric` this module was set up with, if any."""
+        return self._fabric
+
+    @fabric.setter
+    def fabric(self, fabric: Any) -> None:
+        for child in self.modules():
+            if isinstance(child, LightningModule):
+                child.__dict__["_fabric"] = fabric
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs finished so far; 0 without a trainer."""
+        return self._trainer.current_epoch if self._trainer is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps made so far; 0 without a trainer."""
+        return self._trainer.global_step if self._trainer is not None else 0
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process over all nodes; 0 without a trainer."""
+        return self._trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its node; 0 without a trainer."""
+        return self._trainer.local_rank if self._trainer is not None else 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the module is on a CUDA device."""
+        return self.device.type == "cuda"
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger."""
+        return self._trainer.logger if self._trainer is not None else None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """All loggers."""
+        return self._trainer.loggers if self._trainer is not None else []
+
+    @property
+    def device_mesh(self) -> Any:
+        """The mesh of devices of a model-parallel strategy, or None."""
+        return self._device_mesh
+
+    # ------------------------------------------------------------------ switches
+
+    @property
+    def example_input_array(self) -> Tensor | tuple[Any, ...] | dict[str, Any] | None:
+        """An input `forward` accepts: a tensor, a tuple of arguments or a dict of keywords."""
+        return self._example_input_array
+
+    @example_input_array.setter
+    def example_input_array(self, example: Tensor | tuple[Any, ...] | dict[str, Any] | None) -> None:
+        self.__dict__["_example_input_array"] = example
+
+    @property
+    def automatic_optimization(self) -> bool:
+        """False: `training_step` calls `manual_backward` and `optimizer.step` itself."""
+        return self._automatic_optimization
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, automatic_optimization: bool) -> None:
+        self.__dict__["_automatic_optimization"] = automatic_optimization
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must have exactly this module's keys."""
+        return self._strict_loading is None or self._strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict_loading: bool) -> None:
+        self.__dict__["_strict_loading"] = strict_loading
+
+    # ------------------------------------------------------------------ the steps
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model computes; same as `torch.nn.Module.forward`."""
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of one batch.
+
+        Called as `training_step(batch, batch_idx)`; `batch_idx` may be left out.
+
+        Returns:
+            A scalar tensor; a dict with the key "loss" (handed on to `on_train_batch_end`); or None to skip the batch.
+        """
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Looks at one validation batch: `validation_step(batch, batch_idx, dataloader_idx=0)`."""
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Looks at one test batch: `test_step(batch, batch_idx, dataloader_idx=0)`."""
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predicts one batch; by default `self(batch)`."""
+        batch = kwargs.get("batch", args[0] if args else None)
+        return self(batch)
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Callbacks that belong to the model; they replace those of the same class in the trainer."""
+        return []
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizers, and their learning-rate schedulers.
+
+        Returns:
+            An optimizer; a list of optimizers; `([optimizers], [schedulers])`; a dict with "optimizer" and
+            "lr_scheduler" (a scheduler or a dict with "scheduler", "interval", "frequency", "monitor", "strict",
+            "name"); a list of such dicts; or None to train without one.
+        """
+        raise MisconfigurationException(
+            explain(
+                what=f"`{type(self).__name__}.configure_optimizers` was called but is not implemented.",
+                why="Without an optimizer nothing would be learned.",
+                fix="Define it, for example: `def configure_optimizers(self): return "
+                "torch.optim.Adam(self.parameters(), lr=1e-3)`.",
+            )
+        )
+
+    # ------------------------------------------------------------------ logging
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Keeps a value for loggers, callbacks and the progress bar. It stays on its device until somebody reads it.
+
+        Arguments:
+            name: the key; `name_step` and `name_epoch` when both are on.
+            value: a number, a tensor with one element, or a torchmetrics `Metric`.
+            on_step, on_epoch: log now, and/or the value reduced over the epoch. Defaults depend on the hook: now in
+                training, over the epoch in evaluation.
+            reduce_fx: "mean" (weighted by batch size), "sum", "min" or "max" over the epoch.
+            batch_size: weight of this value in a mean; looked up in the batch when left out.
+            add_dataloader_idx: append `/dataloader_idx_N` when there are several loaders.
+            metric_attribute: name of the attribute that holds the `Metric`, if it cannot be found.
+        """
+        book = self._book
+        if book is None:
+            return self._log_elsewhere(name, value)
+        book.write(
+            name,
+            value,
+            (
+                prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph,
+                sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only,
+            ),
+            batch_size,
+        )  # fmt: skip
+
+    def log_dict(
+        self,
+        dictionary: Mapping[str, Any],
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """`log` for several names at once: a mapping, or a torchmetrics `MetricCollection`."""
+        if self._fabric is not None and self._book is None:
+            return self._fabric.log_dict(dictionary)
+        items = dictionary.items()
+        if hasattr(dictionary, "compute_groups"):
+            # a MetricCollection: the members themselves, not copies, under their prefixed names
+            items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
+        for name, value in items:
+            self.log(
+                name,
+                value,
+                prog_bar,
+                logger,
+                on_step,
+                on_epoch,
+                reduce_fx,
+                enable_graph,
+                sync_dist,
+                sync_dist_group,
+                add_dataloader_idx,
+                batch_size,
+                None,
+                rank_zero_only,
+            )
+        return None
+
+    def _log_elsewhere(self, name: str, value: Any) -> None:
+        """`self.log` without a logbook: Fabric, barebones, or no trainer at all."""
+        if self._fabric is not None:
+            self._fabric.log_dict({name: value})
+        elif self._trainer is not None:
+            _warnings.warn("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
+        else:
+            _warnings.warn(
+                f"`self.log('{name}', ...)` is ignored: {type(self).__name__} is not attached to a trainer. "
+                "Values are kept only while `trainer.fit`, `validate` or `test` runs."
+            )
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints on one process only, above the progress bar if there is one."""
+        if self._trainer is None:
+            print(*args, **kwargs)
+        elif self._trainer.is_global_zero:
+            bar = self._trainer.progress_bar_callback
+            if bar is not None and bar.is_enabled:
+                bar.print(*args, **kwargs)
+            else:
+                print(*args, **kwargs)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Tensors and numbers of all processes, along a new first dimension; unchanged on one device."""
+        strategy = (self._trainer or self._fabric).strategy
+        if getattr(strategy, "world_size", 1) == 1:
+            return data
+        as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
+        return apply_to_collection(as_tensor, Tensor, strategy.all_gather, group=group, sync_grads=sync_grads)
+
+    # ------------------------------------------------------------------ optimization
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The optimizer, or the list of them.
+
+        Arguments:
+            use_pl_optimizer: wrapped ones, whose `step` knows about precision and counting; False: your own objects.
+        """
+        found = self.trainer.lightning_optimizers if use_pl_optimizer else self.trainer.optimizers
+        return found[0] if len(found) == 1 else list(found)
+
+    def lr_schedulers(self) -> Any:
+        """The scheduler, the list of them, or None."""
+        configs = self.trainer.lr_scheduler_configs
+        if not configs:
+            return None
+        return configs[0].scheduler if len(configs) == 1 else [config.scheduler for config in configs]
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """`loss.backward()` for manual optimization: scaled by the precision, with the hooks around it."""
+        if self._fabric is not None and self._trainer is None:
+            self._fabric.backward(loss, *args, **kwargs)
+            return
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                explain(
+                    what="`manual_backward` was called with automatic optimization.",
+                    why="The trainer calls backward itself, gradients would be counted twice.",
+                    fix="Set `self.automatic_optimization = False` in `__init__`, or return the loss instead.",
+                )
+            )
+        self.trainer.strategy.backward(loss, None, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Calls `loss.backward()`; override it to do something else."""
+        (self._fabric.backward if self._trainer is None and self._fabric else _plain_backward)(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Makes one optimizer step. An override must run the closure: it is the forward and the backward.
+
+        Arguments:
+            epoch, batch_idx: where training is.
+            optimizer: a `LightningOptimizer`.
+            optimizer_closure: runs `training_step`, `zero_grad` and `backward`, and returns the loss.
+        """
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clears the gradients; override it to do something else."""
+        optimizer.zero_grad()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Steps one scheduler; `metric` is given to those that watch one."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradients before the step; called with the trainer's values, also when clipping is off."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradients of one optimizer, by norm (default) or by value.
+
+        Arguments:
+            gradient_clip_val: the bound; None takes the trainer's, 0 or less does nothing.
+            gradient_clip_algorithm: "norm" or "value"; None takes the trainer's.
+        """
+        if self._fabric is not None and self._trainer is None:
+            by_value = gradient_clip_algorithm == "value"
+            bounds = {"clip_val" if by_value else "max_norm": gradient_clip_val}
+            self._fabric.clip_gradients(self, optimizer, **bounds)
+            return
+        value = self._agreed("gradient_clip_val", gradient_clip_val, self.trainer.gradient_clip_val)
+        algorithm = gradient_clip_algorithm and gradient_clip_algorithm.lower()
+        algorithm = self._agreed("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
+        if getattr(algorithm, "value", algorithm) not in ("norm", "value"):
+            raise MisconfigurationException(
+                explain(what=f"`gradient_clip_algorithm={algorithm!r}` is not known.", fix="Use 'norm' or 'value'.")
+            )
+        if value:
+            raw = getattr(optimizer, "optimizer", optimizer)
+            kind = GradClipAlgorithmType(getattr(algorithm, "value", algorithm))
+            self.trainer.strategy.precision_plugin.clip_gradients(raw, value, kind)
+
+    @staticmethod
+    def _agreed(name: str, given: Any, trainers: Any) -> Any:
+        """The module's choice or the trainer's, if they do not contradict each other."""
+        if given is None:
+            return trainers
+        if trainers is not None and given != trainers:
+            raise MisconfigurationException(
+                explain(
+                    what=f"`Trainer({name}={trainers!r})`, but `clip_gradients` was called with {given!r}.",
+                    why="Two different bounds were asked for.",
+                    fix="Set it in one of the two places only.",
+                )
+            )
+        return given
+
+    def toggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Only the parameters of this optimizer require gradients, until `untoggle_optimizer`."""
+        before: dict[Tensor, bool] = {}
+        for other in self.optimizers(use_pl_optimizer=False) if len(self.trainer.optimizers) > 1 else ():
+            for parameter in _parameters(other):
+                before.setdefault(parameter, parameter.requires_grad)
+                parameter.requires_grad = False
+        for parameter in _parameters(optimizer):
+            parameter.requires_grad = before.get(parameter, parameter.requires_grad)
+        self.__dict__["_requires_grad_before_toggle"] = before
+
+    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Undoes `toggle_optimizer`."""
+        for parameter, requires_grad in self._requires_grad_before_toggle.items():
+            parameter.requires_grad = requires_grad
+        self.__dict__["_requires_grad_before_toggle"] = {}
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:
+        """Inside, only the parameters of this optimizer require gradients."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    # ------------------------------------------------------------------ the rest
+
+    def freeze(self) -> LightningModule:
+        """No parameter requires gradients any more, and the module is in eval mode."""
+        self.requires_grad_(False)
+        return self.eval()
+
+    def unfreeze(self) -> LightningModule:
+        """All parameters require gradients, and the module is in train mode."""
+        self.requires_grad_(True)
+        return self.train()
+
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Exports the model to ONNX (needs the package `onnx`).
+
+        Arguments:
+            input_sample: what `forward` takes; default: `example_input_array`.
+            kwargs: handed to `torch.onnx.export`.
+        """
+        return export.to_onnx(self, file_path, input_sample, **kwargs)
+
+    def to_torchscript(
+        self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
+    ) -> Any:
+        """Exports the model to TorchScript by "script" or "trace"; deprecated like TorchScript itself."""
+        return export.to_torchscript(self, file_path, method, example_inputs, **kwargs)
+
+    def to_tensorrt(
+        self,
+        file_path: Any = None,
+        input_sample: Any = None,
+        ir: str = "default",
+        output_format: str = "exported_program",
+        retrace: bool = False,
+        default_device: str | torch.device = "cuda",
+        **compile_kwargs: Any,
+    ) -> Any:
+        """Compiles the model with TensorRT (needs CUDA and the package `torch_tensorrt`)."""
+        return export.to_tensorrt(
+            self, file_path, input_sample, ir, output_format, retrace, default_device, **compile_kwargs
+        )
+
+    @ClassOnlyMethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A module as it was saved: built from the stored hyper-parameters, with the stored weights.
+
+        Arguments:
+            checkpoint_path: path, URL or file object.
+            map_location: as for `torch.load`; None keeps the saved device if it exists.
+            hparams_file: .yaml or .csv with hyper-parameters that the file lacks.
+            strict: whether the keys must match; None takes `strict_loading`.
+            kwargs: arguments of `__init__`, before the stored ones.
+        """
+        return load_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **kwargs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.
+        return {**self.__dict__, "_trainer": None, "_book": None, "_fabric": None, "_requires_grad_before_toggle": {}}
+
+
+def _plain_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    loss.backward(*args, **kwargs)
+
+
+def _parameters(optimizer: Any) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

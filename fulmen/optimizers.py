@@ -1,0 +1,367 @@
+"""Reading what `configure_optimizers` returned, `LightningOptimizer`, and stepping learning-rate schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.introspection import overridden
+from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.types import LRSchedulerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+_OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
+_OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
+_SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
+
+
+class LightningOptimizer:
+    """An optimizer of this run: behaves like the one it wraps, and its `step` knows about hooks, precision and counting.
+
+    The class of an instance is made on the fly and is also a subclass of the wrapped optimizer's, so `isinstance`
+    agrees. State and attributes are those of the wrapped optimizer.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.__class__ = type("Lightning" + type(optimizer).__name__, (self.__class__, type(optimizer)), {})
+        self._optimizer = optimizer
+        self._run_step: Callable[..., Any] | None = None
+        self._module: Any = None
+        self._sync_context: Callable[[], Any] = nullcontext
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that is wrapped."""
+        return self._optimizer
+
+    # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self._optimizer.param_groups = param_groups
+
+    @property
+    def state(self) -> Any:
+        return self._optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self._optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._optimizer.defaults = defaults
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_optimizer":  # not there yet: unpickling
+            raise AttributeError(name)
+        return getattr(self._optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"Lightning{self._optimizer!r}"
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """One optimizer step, with the hooks, the precision and the counters of the trainer.
+
+        Arguments:
+            closure: recomputes the loss and its gradients; optional.
+            kwargs: handed to the wrapped optimizer's `step`.
+        """
+        if closure is not None and not callable(closure):
+            raise MisconfigurationException(
+                explain(
+                    what=f"`optimizer.step(closure=...)` received a {type(closure).__name__}.",
+                    fix="Pass a function without arguments, or nothing.",
+                )
+            )
+        if self._run_step is None:  # outside of a run: an ordinary step
+            return self._optimizer.step(closure, **kwargs) if closure is not None else self._optimizer.step(**kwargs)
+        return self._run_step(self._optimizer, closure, **kwargs)
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Generator[None]:
+        """Inside, only this optimizer's parameters require gradients.
+
+        Arguments:
+            sync_grad: False skips the exchange of gradients between processes, to accumulate.
+        """
+        self._module.toggle_optimizer(self)
+        try:
+            with nullcontext() if sync_grad else self._sync_context():
+                yield
+        finally:
+            self._module.untoggle_optimizer(self)
+
+
+class NoOptimizer(Optimizer):
+    """Stands in when `configure_optimizers` returned None: a step runs the closure and changes nothing."""
+
+    def __init__(self) -> None:
+        from torch import zeros
+
+        super().__init__([zeros(1)], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        return closure() if closure is not None else None
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def __repr__(self) -> str:
+        return "no optimizer"
+
+
+# ---------------------------------------------------------------------- configure_optimizers
+
+
+def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedulerConfig]]:
+    """The optimizers and schedulers in what `configure_optimizers` returned.
+
+    Raises:
+        MisconfigurationException: for a shape that is not understood, or a scheduler that cannot be stepped.
+    """
+    if answer is None:
+        rank_zero_warn(
+            "`LightningModule.configure_optimizers` returned `None`, this fit will run with no optimizer. "
+            "Return an optimizer to have the weights updated."
+        )
+        return [NoOptimizer()], []
+    optimizers, schedulers, monitor = _unpack(answer)
+    for optimizer in optimizers:
+        if not _is_optimizer(optimizer):
+            raise _unknown_shape(answer, f"{type(optimizer).__name__} is no optimizer")
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise MisconfigurationException(
+                explain(
+                    what=f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters.",
+                    why="Its steps would change nothing.",
+                    fix="Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`.",
+                )
+            )
+    automatic = module.automatic_optimization
+    configs = [_scheduler_config(s, monitor, automatic) for s in schedulers]
+    _check_schedulers(configs, optimizers, module)
+    return optimizers, configs
+
+
+def _unpack(answer: Any) -> tuple[list[Any], list[Any], str | None]:
+    """(optimizers, schedulers, monitor) of any accepted shape."""
+    if _is_optimizer(answer):
+        return [answer], [], None
+    if isinstance(answer, Mapping):
+        optimizer, schedulers = _from_dict(answer)
+        return [optimizer], schedulers, answer.get("monitor")
+    if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) > 0:
+        if len(answer) == 2 and isinstance(answer[0], (list, tuple)) and all(map(_is_optimizer, answer[0])):
+            schedulers = answer[1] if isinstance(answer[1], (list, tuple)) else [answer[1]]
+            return list(answer[0]), list(schedulers), None
+        if all(isinstance(a, Mapping) for a in answer):
+            pairs = [_from_dict(a) for a in answer]
+            configs = []
+            for row, (_, schedulers) in zip(answer, pairs, strict=True):
+                configs += [_scheduler_config(s, row.get("monitor"), True) for s in schedulers]
+            return [optimizer for optimizer, _ in pairs], configs, None
+        if all(_is_optimizer(a) for a in answer):
+            return list(answer), [], None
+    raise _unknown_shape(answer, f"a {type(answer).__name__} of this kind is not understood")
+
+
+def _from_dict(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+    if "optimizer" not in row:
+        raise _unknown_shape(row, "the key 'optimizer' is missing")
+    extra = [key for key in row if key not in _OUTER_KEYS]
+    if extra:
+        hint = "".join(suggestion(str(key), _OUTER_KEYS) for key in extra)
+        warn(
+            f"`configure_optimizers` returned unknown keys {extra}; they are ignored. Known: {list(_OUTER_KEYS)}.{hint}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    scheduler = row.get("lr_scheduler")
+    return row["optimizer"], [] if scheduler is None else [scheduler]
+
+
+def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> LRSchedulerConfig:
+    if isinstance(scheduler, LRSchedulerConfig):
+        return scheduler
+    if not isinstance(scheduler, Mapping):
+        plateau = isinstance(scheduler, ReduceLROnPlateau)
+        if plateau and monitor is None and automatic:
+            raise _plateau_needs_monitor()
+        return LRSchedulerConfig(scheduler, monitor=monitor if plateau else None, reduce_on_plateau=plateau)
+    given = dict(scheduler)
+    unknown = [key for key in given if key not in _SCHEDULER_KEYS]
+    if unknown:
+        hint = "".join(suggestion(str(key), _SCHEDULER_KEYS) for key in unknown)
+        warn(
+            f"Unknown keys {unknown} in a scheduler of `configure_optimizers` are ignored. "
+            f"Known: {list(_SCHEDULER_KEYS)}.{hint}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        given = {key: value for key, value in given.items() if key in _SCHEDULER_KEYS}
+    if "scheduler" not in given:
+        raise MisconfigurationException(
+            explain(
+                what=f"A scheduler of `configure_optimizers` is a dict without the key 'scheduler' (keys: {list(scheduler)}).",
+                fix='Return {"scheduler": your_scheduler, "interval": "epoch", ...}.',
+            )
+        )
+    if not automatic:
+        ignored = [key for key in ("monitor", "strict", "reduce_on_plateau") if key in given]
+        if ignored:
+            warn(
+                f"The scheduler keys {ignored} have no effect with manual optimization: you step schedulers yourself.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        kept = {k: given[k] for k in ("scheduler", "interval", "frequency", "name") if k in given}
+        return LRSchedulerConfig(**kept)
+    given.setdefault("reduce_on_plateau", isinstance(given["scheduler"], ReduceLROnPlateau))
+    config = LRSchedulerConfig(**given)
+    if config.interval not in ("step", "epoch"):
+        raise MisconfigurationException(
+            explain(
+                what=f"A scheduler's interval is {config.interval!r}.{suggestion(str(config.interval), ('step', 'epoch'))}",
+                fix='Use "interval": "step" or "interval": "epoch".',
+            )
+        )
+    if config.reduce_on_plateau and config.monitor is None:
+        raise _plateau_needs_monitor()
+    if isinstance(config.scheduler, OneCycleLR) and config.interval == "epoch":
+        warn(
+            "`OneCycleLR` with interval 'epoch' makes one step per epoch; it is usually stepped per batch: "
+            'pass "interval": "step".',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return config
+
+
+def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any], module: Any) -> None:
+    for config in configs:
+        scheduler = config.scheduler
+        name = type(scheduler).__name__
+        if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+            raise TypeError(
+                explain(
+                    what=f"The scheduler {name} has no `state_dict` and `load_state_dict`.",
+                    why="Its position could not be saved in checkpoints.",
+                    fix="Define both methods.",
+                )
+            )
+        known = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
+        if not known and module.automatic_optimization and not overridden(module, "lr_scheduler_step", _owner(module)):
+            raise MisconfigurationException(
+                explain(
+                    what=f"The scheduler {name} does not follow PyTorch's LRScheduler.",
+                    why="How to step it is not known.",
+                    fix="Override `lr_scheduler_step(self, scheduler, metric)` in your module.",
+                )
+            )
+        owner = getattr(scheduler, "optimizer", None)
+        if owner is not None and not any(owner is getattr(o, "optimizer", o) for o in optimizers):
+            raise MisconfigurationException(
+                explain(
+                    what=f"The scheduler {name} belongs to an optimizer that `configure_optimizers` did not return.",
+                    why="It would change the learning rate of an optimizer that never steps.",
+                    fix="Return that optimizer too, or build the scheduler on the one you return.",
+                )
+            )
+
+
+def _owner(module: Any) -> type:
+    """The class that defines the plain `lr_scheduler_step`: the one nearest to the root."""
+    return next(cls for cls in reversed(type(module).__mro__) if "lr_scheduler_step" in vars(cls))
+
+
+def _is_optimizer(obj: Any) -> bool:
+    return isinstance(obj, Optimizer) or all(hasattr(obj, part) for part in _OPTIMIZER_PARTS)
+
+
+def _plateau_needs_monitor() -> MisconfigurationException:
+    return MisconfigurationException(
+        explain(
+            what="`configure_optimizers` returned a `ReduceLROnPlateau` without a `monitor`.",
+            why="It needs a metric to step on.",
+            fix='Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}.',
+        )
+    )
+
+
+def _unknown_shape(answer: Any, why: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        explain(
+            what=f"`configure_optimizers` returned something unknown: {answer!r} ({why}).",
+            fix="Return an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
+            '{"optimizer": ..., "lr_scheduler": ...}; a list of such dicts; or None.',
+        )
+    )
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+class Schedulers:
+    """The schedulers of a run, sorted by when they are stepped; empty lists cost nothing.
+
+    Arguments:
+        step: the bound `lr_scheduler_step(scheduler, metric)` of the module.
+    """
+
+    def __init__(self, configs: list[LRSchedulerConfig], step: Callable[[Any, Any], None]) -> None:
+        self._step = step
+        self.by_step = [c for c in configs if c.interval == "step" and not c.reduce_on_plateau]
+        self.by_epoch = [c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau]
+        self.plateau_by_step = [c for c in configs if c.interval == "step" and c.reduce_on_plateau]
+        self.plateau_by_epoch = [c for c in configs if c.interval == "epoch" and c.reduce_on_plateau]
+
+    def step_after(self, configs: list[LRSchedulerConfig], count: int) -> None:
+        """Steps those whose frequency divides `count` (batches of the epoch, or epochs, finished)."""
+        for config in configs:
+            if count % config.frequency == 0:
+                self._step(config.scheduler, None)
+
+    def step_plateau(self, configs: list[LRSchedulerConfig], count: int, metrics: Mapping[str, Any]) -> None:
+        """Steps those that watch a metric.
+
+        Raises:
+            MisconfigurationException: if the metric was not logged and the scheduler is strict about it.
+        """
+        for config in configs:
+            if count % config.frequency:
+                continue
+            value = metrics.get(config.monitor) if config.monitor is not None else None
+            if value is not None:
+                self._step(config.scheduler, value)
+                continue
+            message = explain(
+                what=f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not logged."
+                f"{suggestion(str(config.monitor), list(metrics))}",
+                why=f"Available now: {sorted(metrics)}.",
+                fix="Log it with `self.log`, or change `monitor`.",
+            )
+            if config.strict:
+                raise MisconfigurationException(message)
+            warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,242 @@
+"""Operators, kernels and memory, measured by `torch.profiler`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerAction
+
+from fulmen.profilers.profiler import Profiler
+from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from torch.autograd.profiler_util import EventList
+
+WAIT, WARMUP, ACTIVE = 1, 1, 3
+
+# What counts as one step of the schedule, for each of the Trainer's verbs.
+STEP_ACTIONS = {
+    "fit": "run_training_batch",
+    "validate": "validation_step",
+    "test": "test_step",
+    "predict": "predict_step",
+}
+
+
+class PyTorchProfiler(Profiler):
+    """Which operators and kernels run in each action, with a trace for chrome://tracing, Perfetto or TensorBoard.
+
+    One step of the schedule is one training batch in ``fit``, and one batch of the loop in validate, test and predict.
+
+    Args:
+        group_by_input_shapes: tell calls of an operator with different shapes apart.
+        emit_nvtx: mark actions for ``nvprof`` or Nsight instead of recording: no table and no trace.
+        export_to_chrome: write a trace to ``dirpath`` at the end of each recorded window.
+        row_limit: how many rows the table has; -1 for all.
+        sort_by_key: column to sort by; the total time on CUDA if there is CUDA, else on the CPU.
+        record_module_names: label the forward of each sub-module.
+        table_kwargs: passed to the table, such as ``max_name_column_width``.
+        profiler_kwargs: passed to `torch.profiler.profile`. ``schedule`` defaults to one step waiting, one warming up
+            and three recorded; None records everything. With ``export_to_flame_graph=True`` the stacks are written as
+            well, weighted by ``metric`` ("self_cpu_time_total").
+    """
+
+    STEP_FUNCTIONS = {"training_step", "validation_step", "test_step", "predict_step"}
+    AVAILABLE_SORT_KEYS = {
+        "cpu_time", "cuda_time", "cpu_time_total", "cuda_time_total", "cpu_memory_usage", "cuda_memory_usage",
+        "self_cpu_memory_usage", "self_cuda_memory_usage", "count",
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike | None = None,
+        filename: str | None = None,
+        group_by_input_shapes: bool = False,
+        emit_nvtx: bool = False,
+        export_to_chrome: bool = True,
+        row_limit: int = 20,
+        sort_by_key: str | None = None,
+        record_module_names: bool = True,
+        table_kwargs: dict[str, Any] | None = None,
+        **profiler_kwargs: Any,
+    ) -> None:
+        super().__init__(dirpath, filename)
+        self._emit_nvtx = emit_nvtx
+        self._export_to_chrome = export_to_chrome
+        self._group_by_input_shapes = group_by_input_shapes
+        self._record_module_names = record_module_names
+        self._sort_by_key = sort_by_key or ("cuda_time_total" if torch.cuda.is_available() else "cpu_time_total")
+        if self._sort_by_key not in self.AVAILABLE_SORT_KEYS:
+            what = f"`sort_by_key={sort_by_key!r}` is not a column.{suggestion(self._sort_by_key, self.AVAILABLE_SORT_KEYS)}"
+            raise MisconfigurationException(explain(what, fix=f"Use one of {sorted(self.AVAILABLE_SORT_KEYS)}."))
+        self._table_kwargs = {**_checked_table_kwargs(table_kwargs or {}), "row_limit": row_limit}
+        self._export_to_flame_graph = profiler_kwargs.pop("export_to_flame_graph", False)
+        self._metric = profiler_kwargs.pop("metric", "self_cpu_time_total")
+        self._default_schedule = "schedule" not in profiler_kwargs
+        self._profiler_kwargs = _checked_profiler_kwargs(profiler_kwargs)
+        default = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
+        self._profiler_kwargs.setdefault("schedule", default)
+        if group_by_input_shapes:
+            self._profiler_kwargs["record_shapes"] = True
+        if self._export_to_flame_graph:
+            self._profiler_kwargs["with_stack"] = True
+
+        self.profiler: torch.profiler.profile | torch.autograd.profiler.emit_nvtx | None = None
+        self.function_events: EventList | None = None
+        self._open = ExitStack()
+        self._labels: dict[str, record_function] = {}
+        self._step_action: str | None = None
+        self._finished = False
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        super().setup(stage, local_rank, log_dir)
+        self._finish()
+        self.function_events = None
+        self._step_action = None
+        self._finished = False
+
+    def start(self, action_name: str) -> None:
+        if self.profiler is None and not self._finished:
+            # Nothing is recorded before the first step of a schedule; without a schedule everything is.
+            everything = self._emit_nvtx or self._profiler_kwargs["schedule"] is None
+            if everything or self._is_step(action_name):
+                self._begin()
+        if self.profiler is not None and action_name not in self._labels:
+            self._labels[action_name] = record_function(f"[pl][profile]{action_name}")
+            self._labels[action_name].__enter__()
+
+    def stop(self, action_name: str) -> None:
+        label = self._labels.pop(action_name, None)
+        if label is not None:
+            label.__exit__(None, None, None)
+        if isinstance(self.profiler, torch.profiler.profile) and self._is_step(action_name):
+            self._step_action = action_name
+            self.profiler.step()
+
+    def summary(self) -> str:
+        """The table of the last recorded window; ends the recording."""
+        self._finish()
+        if self.function_events is None:
+            return ""
+        averages = self.function_events.key_averages(group_by_input_shapes=self._group_by_input_shapes)
+        return self._report({"records": averages.table(sort_by=self._sort_by_key, **self._table_kwargs)})
+
+    def teardown(self, stage: str | None) -> None:
+        super().teardown(stage)
+        self._finish()
+
+    def _is_step(self, action_name: str) -> bool:
+        if self._step_action is not None:
+            return action_name == self._step_action
+        function = action_name.rpartition(".")[2]
+        return function in self.STEP_FUNCTIONS if self._stage is None else function == STEP_ACTIONS.get(self._stage)
+
+    def _begin(self) -> None:
+        if self._emit_nvtx:
+            self._open.enter_context(torch.cuda.profiler.profile())
+            self.profiler = self._open.enter_context(torch.autograd.profiler.emit_nvtx())
+        else:
+            options = {"on_trace_ready": self._export, **self._profiler_kwargs}
+            if self._default_schedule and _num_steps(self.module, self._stage) < WAIT + WARMUP + ACTIVE:
+                rank_zero_warn(
+                    f"The run has fewer than {WAIT + WARMUP + ACTIVE} steps, too few for the default schedule of the "
+                    "profiler: every step is recorded."
+                )
+                options["schedule"] = None
+            self.profiler = self._open.enter_context(torch.profiler.profile(**options))
+        if self._record_module_names and self.module is not None:
+            _label_modules(self.module, self._open)
+
+    def _export(self, profiler: torch.profiler.profile) -> None:
+        """A window was recorded: keep its events, and write the files asked for."""
+        self.function_events = profiler.events()
+        if not (self._export_to_chrome or self._export_to_flame_graph):
+            return
+        if self.dirpath is None:
+            rank_zero_warn("The trace was not written, because there is no `dirpath`. Pass one to `PyTorchProfiler`.")
+            return
+        path = self._path(self._step_action or "", "")
+        if self._export_to_chrome:
+            folder, name = os.path.split(path)
+            torch.profiler.tensorboard_trace_handler(folder, name)(profiler)
+        if self._export_to_flame_graph:
+            os.makedirs(self.dirpath, exist_ok=True)
+            profiler.export_stacks(f"{path}.stack", metric=self._metric)
+
+    def _finish(self) -> None:
+        for label in reversed(self._labels.values()):
+            label.__exit__(None, None, None)
+        self._labels.clear()
+        self._finished = self._finished or self.profiler is not None
+        self._open.close()
+        self.profiler = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is being recorded stays in this process.
+        return {**self.__dict__, "profiler": None, "function_events": None, "_open": ExitStack(), "_labels": {}}
+
+
+def _checked_table_kwargs(table_kwargs: dict[str, Any]) -> dict[str, Any]:
+    from torch.autograd.profiler_util import EventList
+
+    allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
+    for key in table_kwargs:
+        if key not in allowed:
+            own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
+            raise KeyError(f"`table_kwargs` has the unknown key {key!r}.{own} Allowed are {sorted(allowed)}.")
+    return table_kwargs
+
+
+def _checked_profiler_kwargs(options: dict[str, Any]) -> dict[str, Any]:
+    schedule = options.get("schedule")
+    if schedule is not None and not callable(schedule):
+        what = f"`schedule={schedule!r}` is not a function."
+        raise MisconfigurationException(explain(what, fix="Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`."))
+    if schedule is not None and not isinstance(schedule(0), ProfilerAction):
+        what = f"`schedule` returned {schedule(0)!r} for the first step."
+        raise MisconfigurationException(explain(what, fix="Return a `torch.profiler.ProfilerAction`."))
+    allowed = set(inspect.signature(torch.profiler.profile.__init__).parameters)
+    if unknown := sorted(set(options) - allowed):
+        rank_zero_warn(f"`torch.profiler.profile` of this version of PyTorch does not know {unknown}: ignored.")
+    return {key: value for key, value in options.items() if key in allowed}
+
+
+def _num_steps(module: torch.nn.Module | None, stage: str | None) -> float:
+    """How many steps the run has at most, as far as the Trainer knows."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None or stage is None:
+        return float("inf")
+    if stage == "fit":
+        return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    return sum({"validate": trainer.num_val_batches, "test": trainer.num_test_batches}.get(
+        stage, trainer.num_predict_batches
+    ))  # fmt: skip
+
+
+def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:
+    """Label the forward of each named sub-module in the trace, until the stack is closed."""
+    running: list[record_function] = []
+
+    def enter_as(text: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            running.append(record_function(text))
+            running[-1].__enter__()
+
+        return enter
+
+    def leave(*_: Any) -> None:
+        if running:
+            running.pop().__exit__(None, None, None)
+
+    for name, module in root.named_modules():
+        if name and not isinstance(module, torch.jit.ScriptModule):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            until.callback(module.register_forward_pre_hook(enter_as(f"[pl][module]{kind}: {name}")).remove)
+            until.callback(module.register_forward_hook(leave, always_call=True).remove)

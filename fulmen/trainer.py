@@ -1,0 +1,802 @@
+"""`Trainer`: runs a `LightningModule` through fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from inspect import signature
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fulmen import settings
+from fulmen.callbacks.callback import Callback
+from fulmen.callbacks.checkpointing import Checkpoint
+from fulmen.callbacks.early_stopping import EarlyStopping
+from fulmen.callbacks.progress_bar import ProgressBar
+from fulmen.checkpoint import paths
+from fulmen.checkpoint.snapshot import Snapshot, collect
+from fulmen.data.sources import Sources
+from fulmen.datamodule import LightningDataModule
+from fulmen.engine.resolve import announce, resolve
+from fulmen.engine.strategy import Strategy
+from fulmen.logbook import LogBook, to_host
+from fulmen.loops import cadence, verify
+from fulmen.loops.dispatch import HookPlan
+from fulmen.loops.evaluate import EvaluationLoop
+from fulmen.loops.fit import FitLoop
+from fulmen.loops.predict import PredictionLoop
+from fulmen.loops.signals import Signals
+from fulmen.module import LightningModule
+from fulmen.optimizers import LightningOptimizer, read_optimizers
+from fulmen.run_parts import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, run_dir, send_hparams
+from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.introspection import overridden
+from fulmen.utilities.filesystem import is_remote
+from fulmen.utilities.modules import from_compiled, is_compiled
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.seed import seed_everything  # noqa: F401  (imported from here by many scripts)
+from fulmen.utilities.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fulmen.loggers.logger import Logger
+
+# The deep-path finder of fulmen.compat serves `fulmen.trainer.states` and `fulmen.trainer.trainer`.
+__path__: list[str] = []
+
+
+def alias(path: str, doc: str) -> Any:
+    """A property that forwards to an attribute of a part, for reading and writing."""
+    *owners, name = path.split(".")
+
+    def owner(self: Any) -> Any:
+        for part in owners:
+            self = getattr(self, part)
+        return self
+
+    return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)
+
+
+class Trainer:
+    """Runs a module: give it parameters, call `fit`, `validate`, `test` and `predict`.
+
+    Every argument can be preset by an environment variable `PL_TRAINER_<NAME>`. What each one means is written in
+    docs/trainer.md; `fulmen.settings` checks them.
+
+    Example:
+        >>> trainer = Trainer(max_epochs=3, accelerator="cpu")
+        >>> trainer.fit(model, train_loader, val_loader)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        accelerator: Any = "auto",
+        strategy: Any = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: Any = None,
+        logger: Logger | Iterable[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        fast_dev_run: int | bool = False,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: bool | str | None = None,
+        benchmark: bool | None = None,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Any = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Any = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        here = dict(locals())
+        given = {name: here[name] for name in _DEFAULTS if here[name] is not _DEFAULTS[name]}
+        # Positional arguments are taken in declaration order, as scripts written for the API expect.
+        given.update(zip(_DEFAULTS, args, strict=False), **unknown)
+        arguments = settings.environment_defaults(_DEFAULTS, given)
+        checked = settings.check(**arguments)
+        settings.apply_torch_flags(checked.deterministic, checked.benchmark)
+        self._keep(checked)
+        self.state = TrainerState()
+        self.book = LogBook()
+        self.signals = Signals()
+        self.sources = Sources(LightningModule, LightningDataModule)
+        self.datamodule: LightningDataModule | None = None
+        self.should_stop = False
+        self.val_check_batch: float = inf
+        self._ckpt_path: Any = None
+        self._ckpt_path_by_user = False
+        self._restore_modes: Callable[[], None] | None = None
+        machine = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "sync_batchnorm")
+        self.strategy: Strategy = resolve(**{name: arguments[name] for name in machine})
+        self._num_nodes = arguments["num_nodes"]
+        announce(self.strategy)
+        self.profiler = assemble_profiler(arguments["profiler"])
+        self.loggers: list[Logger] = assemble_loggers(checked)
+        self.callbacks: list[Callback] = assemble_callbacks(arguments["callbacks"], checked)
+        self.fit_loop = FitLoop(self, checked.max_epochs, checked.min_epochs)
+        self.fit_loop.max_steps, self.fit_loop.min_steps = checked.max_steps, checked.min_steps
+        self._max_epochs_given = checked.max_epochs
+        self.validate_loop = EvaluationLoop(self, RunningStage.VALIDATING)
+        self.test_loop = EvaluationLoop(self, RunningStage.TESTING)
+        self.predict_loop = PredictionLoop(self)
+
+    def _keep(self, checked: settings.Settings) -> None:
+        """The settings users read and change at run time become plain attributes."""
+        for name in _PLAIN_SETTINGS:
+            setattr(self, name, getattr(checked, name))
+        self._default_root_dir = checked.default_root_dir
+
+    # declared for readers and tools; set by `_keep`
+    accumulate_grad_batches: int
+    barebones: bool
+    check_val_every_n_epoch: int | None
+    detect_anomaly: bool
+    enable_autolog_hparams: bool
+    fast_dev_run: int | bool
+    gradient_clip_algorithm: Any
+    gradient_clip_val: int | float | None
+    inference_mode: bool
+    limit_predict_batches: int | float
+    limit_test_batches: int | float
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    log_every_n_steps: int
+    num_sanity_val_steps: int | float
+    overfit_batches: int | float
+    reload_dataloaders_every_n_epochs: int
+    val_check_interval: int | float
+    val_check_time_s: float | None
+
+    # ------------------------------------------------------------------ the four verbs
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Trains.
+
+        Arguments:
+            train_dataloaders, val_dataloaders: iterables of batches; or a datamodule in the first place.
+            ckpt_path: continue from this file, or from "best" or "last".
+            weights_only: handed to `torch.load`.
+        """
+        if isinstance(train_dataloaders, LightningDataModule):
+            datamodule, train_dataloaders = train_dataloaders, None
+        loaders = {"train": train_dataloaders, "val": val_dataloaders}
+        self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
+        self.should_stop = False
+        self._run(self.fit_loop, self._chosen_path(ckpt_path, True), weights_only)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """One pass over the validation loaders. Returns the logged epoch metrics, one dict per loader."""
+        return self._evaluate(
+            TrainerFn.VALIDATING, RunningStage.VALIDATING, self.validate_loop, "val",
+            model, dataloaders, ckpt_path, verbose, datamodule, weights_only,
+        )  # fmt: skip
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """One pass over the test loaders. Returns the logged epoch metrics, one dict per loader."""
+        return self._evaluate(
+            TrainerFn.TESTING, RunningStage.TESTING, self.test_loop, "test",
+            model, dataloaders, ckpt_path, verbose, datamodule, weights_only,
+        )  # fmt: skip
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Predicts every batch. Returns the outputs on the CPU, a list per loader if there are several."""
+        if isinstance(dataloaders, LightningDataModule):
+            datamodule, dataloaders = dataloaders, None
+        given = model is not None
+        self._begin(TrainerFn.PREDICTING, RunningStage.PREDICTING, model, datamodule, {"predict": dataloaders})
+        self.predict_loop.return_predictions = return_predictions is not False
+        return self._run(self.predict_loop, self._chosen_path(ckpt_path, given), weights_only)
+
+    def _evaluate(
+        self, fn: Any, stage: Any, loop: Any, kind: str, model: Any, dataloaders: Any, ckpt_path: Any, verbose: bool,
+        datamodule: Any, weights_only: bool | None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        if isinstance(dataloaders, LightningDataModule):
+            datamodule, dataloaders = dataloaders, None
+        given = model is not None
+        self._begin(fn, stage, model, datamodule, {kind: dataloaders})
+        loop.verbose = verbose
+        return self._run(loop, self._chosen_path(ckpt_path, given), weights_only)
+
+    def _begin(self, fn: TrainerFn, stage: RunningStage, model: Any, datamodule: Any, loaders: dict[str, Any]) -> None:
+        """Checks what was passed to a verb and attaches it; nothing has run yet."""
+        name = f"Trainer.{fn.value}"
+        if model is None and fn != TrainerFn.FITTING:
+            model = self.lightning_module
+            if model is None:
+                raise TypeError(
+                    explain(what=f"`{name}()` was called without a model, and none was run before.", fix="Pass `model=`.")
+                )
+        if is_compiled(model):
+            model = from_compiled(model)
+        if not isinstance(model, LightningModule):
+            raise TypeError(
+                explain(
+                    what=f"`{name}()` requires a `LightningModule`, got: {type(model).__qualname__}.",
+                    fix="Derive your model from `fulmen.LightningModule`.",
+                )
+            )
+        if datamodule is not None and any(loader is not None for loader in loaders.values()):
+            raise MisconfigurationException(
+                explain(
+                    what=f"You cannot pass loaders and a datamodule to `{name}` at the same time.",
+                    fix="Pass one of the two.",
+                )
+            )
+        self.state.fn, self.state.stage, self.state.status = fn, stage, TrainerStatus.RUNNING
+        self.datamodule = datamodule
+        if datamodule is not None:
+            datamodule.trainer = self
+        self.sources.attach(model, **loaders, datamodule=datamodule, verb=fn.value)
+        for loop in (self.fit_loop, self.fit_loop.val_loop, self.validate_loop, self.test_loop, self.predict_loop):
+            loop.loaders = None
+        self.fit_loop.loaded_at_epoch = None
+        self.strategy._lightning_module = model
+        model.trainer = self
+
+    def _chosen_path(self, ckpt_path: Any, model_given: bool) -> Any:
+        """The checkpoint to load, from the argument or a path the user set on the trainer."""
+        if self._ckpt_path_by_user:
+            self._ckpt_path_by_user = False
+            if ckpt_path is None:
+                return self._ckpt_path
+            rank_zero_warn(
+                f"`trainer.ckpt_path = {self._ckpt_path!r}` was set, but `ckpt_path={ckpt_path!r}` is passed: "
+                "the argument is used."
+            )
+        self._ckpt_path = paths.find(
+            ckpt_path,
+            verb=self.state.fn.value,  # type: ignore[union-attr]
+            callbacks=self.callbacks,
+            root_dir=self.default_root_dir,
+            model_given=model_given,
+            fast_dev_run=bool(self.fast_dev_run),
+        )
+        return self._ckpt_path
+
+    # ------------------------------------------------------------------ one run
+
+    def _run(self, loop: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
+        """Everything around a loop, in order."""
+        fit = self.state.fn == TrainerFn.FITTING
+        with self._lifecycle(loop):
+            module = self.lightning_module
+            self.strategy.connect(module)
+            self._connect_callbacks()
+            verify.configuration(self)
+            self.strategy.setup_environment()
+            self._prepare_data()
+            self._call_setup_hooks()
+            self._configure_model()
+            snapshot = Snapshot(self, ckpt_path, weights_only)
+            late = self.strategy.restore_checkpoint_after_setup
+            if not late:
+                snapshot.restore_model()
+            self.book.clear()
+            self.strategy.setup(self)
+            if fit:
+                self.hooks.on_fit_start()
+            send_hparams(self)
+            if late:
+                snapshot.restore_model()
+            snapshot.restore_training()
+            self.strategy.barrier("_CheckpointConnector.resume_end")
+            self.signals.install()
+            self.strategy.barrier("run-stage")
+            module.zero_grad()
+            if fit and self.detect_anomaly:
+                with torch.autograd.set_detect_anomaly(True):
+                    return loop.run()
+            return loop.run()
+
+    @contextmanager
+    def _lifecycle(self, loop: Any) -> Generator[None]:
+        """Teardown whatever happens; on an exception nothing that was saved or logged is lost."""
+        try:
+            yield
+            self._finish(loop)
+        except KeyboardInterrupt as interrupt:
+            rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
+            # A second Ctrl-C would tear what is being closed now.
+            previous = _ignore_interrupts()
+            self._abort(loop, interrupt)
+            if previous is not None:
+                signal.signal(signal.SIGINT, previous)
+            sys.exit(1)
+        except BaseException as error:
+            self._abort(loop, error)
+            raise
+
+    def _finish(self, loop: Any) -> None:
+        """The end of a run that went well."""
+        self._close(loop)
+        if self.state.fn == TrainerFn.FITTING:
+            self.hooks.on_fit_end()
+        stage = self.state.fn
+        if self.datamodule is not None:
+            self.datamodule.teardown(stage)
+        self.hooks.teardown(stage)
+        for logger in self.loggers:
+            logger.finalize("success")
+        self.profiler.describe()
+        self.state.status, self.state.stage = TrainerStatus.FINISHED, None
+        self.book.turn_to(None)
+
+    def _abort(self, loop: Any, error: BaseException) -> None:
+        """The end of a run that failed: everybody is told, logs are closed, workers end."""
+        self.state.status = TrainerStatus.INTERRUPTED
+        self.book.hook = "on_exception"
+        for callback in self.callbacks:
+            callback.on_exception(self, self.lightning_module, error)
+        if self.datamodule is not None:
+            self.datamodule.on_exception(error)
+        self.strategy.on_exception(error)
+        for logger in self.loggers:
+            logger.finalize("failed")
+        self._close(loop)
+        self.state.stage = None
+        self.book.turn_to(None)
+
+    def _close(self, loop: Any) -> None:
+        self.strategy.teardown()
+        loop.teardown()
+        self.book.move_to_cpu()
+        self.signals.restore()
+        for optimizer in self.__dict__.pop("_lightning_optimizers", None) or ():
+            optimizer._run_step = None
+
+    def _connect_callbacks(self) -> None:
+        """Callbacks of the module, in the right order, with `self.log` attached; and the first hook plan."""
+        module = self.lightning_module
+        from_module = module.configure_callbacks()
+        self.callbacks = arrange(self.callbacks, from_module)
+        for callback in self.callbacks:
+            callback.log, callback.log_dict = module.log, module.log_dict  # type: ignore[attr-defined]
+        module.__dict__["_book"] = None if self.barebones else self.book
+        for child in module.modules():
+            if isinstance(child, LightningModule):
+                child.__dict__["_book"] = module._book
+        self.book.module, self.book.has_loggers = module, bool(self.loggers)
+        self.compile_hooks()
+
+    def _prepare_data(self) -> None:
+        if self.profiler.active:
+            log_dir = self.log_dir or self.default_root_dir
+            self.profiler.setup(stage=self.state.fn, local_rank=self.local_rank, log_dir=log_dir)
+        self.sources.prepare_data(
+            self.lightning_module, self.datamodule, local_rank=self.local_rank, global_rank=self.global_rank
+        )
+
+    def _call_setup_hooks(self) -> None:
+        module, stage = self.lightning_module, self.state.fn
+        module.__dict__["_device"] = self.strategy.root_device
+        for logger in self.loggers:
+            _ = getattr(logger, "experiment", None)
+        self.strategy.barrier("pre_setup")
+        if self.datamodule is not None:
+            self.datamodule.setup(stage)
+        self.hooks.setup(stage)
+        self.strategy.barrier("post_setup")
+
+    def _configure_model(self) -> None:
+        module = self.lightning_module
+        if overridden(module, "configure_model", LightningModule):
+            with self.strategy.tensor_init_context(), self.strategy.model_sharded_context():
+                module.configure_model()
+
+    def compile_hooks(self) -> HookPlan:
+        """A fresh plan of who listens to which hook; cheap, made whenever that may have changed."""
+        profiler = self.profiler if self.profiler.active else None
+        self.hooks = HookPlan(
+            self, self.lightning_module, self.callbacks, self.strategy, self.book, Callback, Strategy, profiler
+        )
+        return self.hooks
+
+    # ------------------------------------------------------------------ what the loops ask for
+
+    @property
+    def stage(self) -> RunningStage:
+        """What is running: training, validation inside it, the sanity check, ..."""
+        return self.state.stage  # type: ignore[return-value]
+
+    @stage.setter
+    def stage(self, stage: RunningStage) -> None:
+        self.state.stage = stage
+
+    def read_optimizers(self, module: LightningModule) -> tuple[list[Any], list[Any]]:
+        """What `configure_optimizers` returned, as two lists; asked by the strategy."""
+        previous, self.book.hook = self.book.hook, "configure_optimizers"
+        answer = module.configure_optimizers()
+        self.book.hook = previous
+        self.__dict__.pop("_lightning_optimizers", None)
+        return read_optimizers(module, answer)
+
+    @property
+    def lightning_optimizers(self) -> list[LightningOptimizer]:
+        """The optimizers, wrapped so that a step knows about hooks, precision and counting."""
+        found = self.__dict__.get("_lightning_optimizers")
+        if found is None:
+            found = [o if isinstance(o, LightningOptimizer) else LightningOptimizer(o) for o in self.optimizers]
+            self.__dict__["_lightning_optimizers"] = found
+        return found
+
+    def report(self, values: dict[str, Any], step: int | None = None, with_epoch: bool = False) -> dict[str, float]:
+        """Fetches logged values in one transfer (sync) and sends them to the loggers."""
+        if not values or (not self.loggers and not self.state.stage.evaluating):  # type: ignore[union-attr]
+            return {}
+        numbers = to_host(values)
+        if self.loggers:
+            self.log_to_loggers(dict(numbers), step, with_epoch)
+        return numbers
+
+    def log_to_loggers(self, metrics: dict[str, float], step: int | None = None, with_epoch: bool = False) -> None:
+        """Sends plain numbers to every logger.
+
+        Arguments:
+            step: the x axis; by default the loggers' own counter. A metric called "step" takes its place.
+            with_epoch: adds the epoch as a metric.
+        """
+        if with_epoch:
+            step = int(metrics.pop("step", step if step is not None else self.fit_loop.progress.log_step))
+            metrics.setdefault("epoch", self.current_epoch)
+        elif step is None:
+            step = self.fit_loop.progress.log_step
+        for logger in self.loggers:
+            logger.log_metrics(metrics=metrics, step=step)
+            logger.save()
+
+    def set_mode(self, hook: str) -> None:
+        """`on_*_model_eval`: the user's version, or eval mode."""
+        method = getattr(self.hooks, hook)
+        if overridden(self.lightning_module, hook, LightningModule):
+            method()
+        else:
+            self.lightning_module.eval()
+
+    def restore_mode(self, hook: str, restore: Callable[[], None]) -> None:
+        """`on_*_model_train`: the user's version, or the mode each submodule had."""
+        if overridden(self.lightning_module, hook, LightningModule):
+            getattr(self.hooks, hook)()
+        else:
+            restore()
+
+    def zero_grad_before_validation(self) -> None:
+        """`on_validation_model_zero_grad`: the user's version, or plain zero_grad."""
+        if overridden(self.lightning_module, "on_validation_model_zero_grad", LightningModule):
+            self.hooks.on_validation_model_zero_grad()
+        else:
+            self.lightning_module.zero_grad()
+
+    @property
+    def prediction_writers(self) -> list[Any]:
+        """Callbacks that write predictions."""
+        return [callback for callback in self.callbacks if hasattr(callback, "write_on_batch_end")]
+
+    # ------------------------------------------------------------------ files and small things
+
+    def save_checkpoint(
+        self, filepath: str | os.PathLike[str], weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        """Writes a checkpoint; every process must call this.
+
+        Arguments:
+            weights_only: leave out callbacks, optimizers, schedulers and precision.
+            storage_options: handed to the `CheckpointIO`.
+        """
+        if self.lightning_module is None:
+            raise AttributeError(
+                explain(
+                    what="Saving a checkpoint is only possible if a model is attached to the Trainer.",
+                    fix="Call `trainer.fit`, `validate`, `test` or `predict` first.",
+                )
+            )
+        with self.profiler.profile("save_checkpoint"):
+            checkpoint = collect(self, bool(weights_only))
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self.strategy.barrier("Trainer.save_checkpoint")
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Prints on one process per node."""
+        if self.local_rank == 0:
+            print(*args, **kwargs)
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Modules created inside are made on the device and in the dtype of the run.
+
+        Arguments:
+            empty_init: leave their memory uninitialised, because a checkpoint will fill it.
+        """
+        return self.strategy.tensor_init_context(empty_init=empty_init)
+
+    # ------------------------------------------------------------------ what users read
+
+    global_rank = alias("strategy.global_rank", "Index of this process over all nodes.")
+    local_rank = alias("strategy.local_rank", "Index of this process on its node.")
+    node_rank = alias("strategy.node_rank", "Index of this node.")
+    world_size = alias("strategy.world_size", "Processes over all nodes.")
+    is_global_zero = alias("strategy.is_global_zero", "Whether this process speaks for all.")
+    accelerator = alias("strategy.accelerator", "What kind of device is used.")
+    precision_plugin = alias("strategy.precision_plugin", "In which numbers the model computes.")
+    precision = alias("strategy.precision_plugin.precision", "The precision as a string.")
+    lightning_module = alias("strategy.lightning_module", "The module that is run, never wrapped.")
+    model = alias("strategy.model", "The module as it is called, wrapped if the strategy wraps.")
+    optimizers = alias("strategy.optimizers", "The optimizers of this run.")
+    lr_scheduler_configs = alias("strategy.lr_scheduler_configs", "The schedulers of this run, with their settings.")
+    max_epochs = alias("fit_loop.max_epochs", "Stop after this many epochs; -1 means no limit.")
+    min_epochs = alias("fit_loop.min_epochs", "Do not stop early before this many epochs.")
+    max_steps = alias("fit_loop.max_steps", "Stop after this many optimizer steps; -1 means no limit.")
+    min_steps = alias("fit_loop.min_steps", "Do not stop early before this many optimizer steps.")
+    current_epoch = alias("fit_loop.progress.epochs", "Epochs finished.")
+    global_step = alias("fit_loop.progress.steps", "Optimizer steps made.")
+    is_last_batch = alias("fit_loop.progress.is_last_batch", "Whether this is the last batch of the epoch.")
+    num_training_batches = alias("fit_loop.num_batches", "Training batches per epoch; inf before they are known.")
+    num_predict_batches = alias("predict_loop.max_batches", "Batches of each predict loader.")
+    num_test_batches = alias("test_loop.max_batches", "Batches of each test loader.")
+    train_dataloader = alias("fit_loop.loaders_as_given", "The training loaders, nested as they were given.")
+    test_dataloaders = alias("test_loop.loaders_as_given", "The test loaders, nested as they were given.")
+    predict_dataloaders = alias("predict_loop.loaders_as_given", "The predict loaders, nested as they were given.")
+    callback_metrics = alias("book.callback_metrics", "Newest value per logged name, as tensors.")
+    logged_metrics = alias("book.logged_metrics", "Newest value per name that goes to loggers, as tensors.")
+    progress_bar_metrics = alias("book.progress_bar_metrics", "Newest value per name of the progress bar, as numbers.")
+    received_sigterm = alias("signals.received_sigterm", "Whether the process was told to end.")
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """The validation loaders, nested as they were given."""
+        return self.fit_loop.val_loop.loaders_as_given or self.validate_loop.loaders_as_given
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        """Batches of each validation loader."""
+        loop = self.validate_loop if self.state.fn == TrainerFn.VALIDATING else self.fit_loop.val_loop
+        return list(loop.max_batches)
+
+    @property
+    def num_sanity_val_batches(self) -> list[float]:
+        """Batches of each validation loader the sanity check looks at."""
+        return [min(self.num_sanity_val_steps, n) for n in self.fit_loop.val_loop.max_batches]
+
+    @property
+    def default_root_dir(self) -> str:
+        """Where files go unless something says otherwise."""
+        root = self._default_root_dir
+        return root if is_remote(root) else os.path.normpath(os.path.expanduser(root))
+
+    @property
+    def log_dir(self) -> str | None:
+        """The directory of the first logger, or the root directory."""
+        return self.strategy.broadcast(run_dir(self.loggers[0]) if self.loggers else self.default_root_dir)
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger."""
+        return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Logger | None) -> None:
+        self.loggers = [] if logger is None else [logger]
+
+    @property
+    def scaler(self) -> Any:
+        """The loss scaler of mixed precision, if there is one."""
+        return getattr(self.precision_plugin, "scaler", None)
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines take part."""
+        return getattr(self.strategy, "num_nodes", self._num_nodes)
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Indices of the devices on this node."""
+        devices = getattr(self.strategy, "parallel_devices", None) or [self.strategy.root_device]
+        return [device.index if device.index is not None else i for i, device in enumerate(devices)]
+
+    @property
+    def num_devices(self) -> int:
+        """Devices per node."""
+        return len(self.device_ids)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """Arguments a distributed sampler would get; None on one device."""
+        return getattr(self.strategy, "distributed_sampler_kwargs", None)
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps fit will make; loads the training loader if that is needed to know."""
+        if self.max_epochs == -1:
+            return inf if self.max_steps == -1 else self.max_steps
+        if self.fit_loop.loaders is None:
+            rank_zero_info("Loading `train_dataloader` to estimate number of stepping batches.")
+            self.fit_loop.load_data()
+        if self.num_training_batches == inf:
+            return self.max_steps
+        steps = cadence.steps_in(self.num_training_batches, self.accumulate_grad_batches)
+        total = steps * max(self.max_epochs or 0, 1)
+        return min(total, self.max_steps) if self.max_steps != -1 else total
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether there is something to validate with."""
+        return (
+            self.sources.get("val").is_defined()
+            and overridden(self.lightning_module, "validation_step", LightningModule)
+            and self.limit_val_batches > 0
+        )
+
+    @property
+    def ckpt_path(self) -> Any:
+        """The checkpoint that was loaded last. Set before a call, it is what the call loads."""
+        return self._ckpt_path
+
+    @ckpt_path.setter
+    def ckpt_path(self, ckpt_path: Any) -> None:
+        self._ckpt_path, self._ckpt_path_by_user = ckpt_path, bool(ckpt_path)
+
+    def _first(self, kind: type) -> Any:
+        return next((callback for callback in self.callbacks if isinstance(callback, kind)), None)
+
+    def _all(self, kind: type) -> list[Any]:
+        return [callback for callback in self.callbacks if isinstance(callback, kind)]
+
+    @property
+    def checkpoint_callback(self) -> Checkpoint | None:
+        """The first checkpoint callback."""
+        return self._first(Checkpoint)
+
+    @property
+    def checkpoint_callbacks(self) -> list[Checkpoint]:
+        """All checkpoint callbacks."""
+        return self._all(Checkpoint)
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The first `EarlyStopping`."""
+        return self._first(EarlyStopping)
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        """All `EarlyStopping` callbacks."""
+        return self._all(EarlyStopping)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        """The progress bar."""
+        return self._first(ProgressBar)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last run ended with an exception."""
+        return self.state.status == TrainerStatus.INTERRUPTED
+
+    @property
+    def training(self) -> bool:
+        """Whether a training batch is at work; False during the validation inside fit."""
+        return self.state.stage == RunningStage.TRAINING
+
+    @training.setter
+    def training(self, on: bool) -> None:
+        self.state.stage = RunningStage.TRAINING if on else None
+
+    @property
+    def validating(self) -> bool:
+        """Whether validation runs."""
+        return self.state.stage == RunningStage.VALIDATING
+
+    @validating.setter
+    def validating(self, on: bool) -> None:
+        self.state.stage = RunningStage.VALIDATING if on else None
+
+    @property
+    def testing(self) -> bool:
+        """Whether testing runs."""
+        return self.state.stage == RunningStage.TESTING
+
+    @testing.setter
+    def testing(self, on: bool) -> None:
+        self.state.stage = RunningStage.TESTING if on else None
+
+    @property
+    def predicting(self) -> bool:
+        """Whether prediction runs."""
+        return self.state.stage == RunningStage.PREDICTING
+
+    @predicting.setter
+    def predicting(self, on: bool) -> None:
+        self.state.stage = RunningStage.PREDICTING if on else None
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the validation before training runs."""
+        return self.state.stage == RunningStage.SANITY_CHECKING
+
+    @sanity_checking.setter
+    def sanity_checking(self, on: bool) -> None:
+        self.state.stage = RunningStage.SANITY_CHECKING if on else None
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether validation, testing or the sanity check runs."""
+        return self.state.stage is not None and self.state.stage.evaluating
+
+
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in signature(Trainer.__init__).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}
+_PLAIN_SETTINGS = tuple(name for name in Trainer.__annotations__ if not name.startswith("_"))
+
+
+def _ignore_interrupts() -> Any:
+    try:
+        return signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not in the main thread
+        return None

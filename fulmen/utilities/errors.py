@@ -1,0 +1,58 @@
+"""Exception and warning classes, and how a message to the user is put together."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable
+
+
+class MisconfigurationException(Exception):
+    """The user's code or arguments ask for something that cannot work."""
+
+
+class SIGTERMException(SystemExit):
+    """Raised inside the loops when the process was told to end; plug-ins may react in ``on_exception``."""
+
+
+class PossibleUserWarning(UserWarning):
+    """Something that is probably, but not certainly, a mistake."""
+
+
+class LightningDeprecationWarning(DeprecationWarning):
+    """A use that still works today and will be removed."""
+
+
+# Python hides deprecations outside of `__main__`; ours are meant for users. A filter added later by the user wins.
+warnings.simplefilter("default", category=LightningDeprecationWarning)
+
+
+def disable_possible_user_warnings(module: str = "") -> None:
+    """Hide every `PossibleUserWarning` raised from modules whose name matches the regular expression ``module``.
+
+    The environment variable ``POSSIBLE_USER_WARNINGS=off`` (or ``0``) does the same for all modules.
+    """
+    warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)
+
+
+if os.environ.get("POSSIBLE_USER_WARNINGS", "").lower() in ("0", "off"):
+    disable_possible_user_warnings()
+
+
+def explain(what: str, why: str = "", fix: str = "") -> str:
+    """One message from its three parts: what happened (with the value received), why it cannot work, how to fix it."""
+    return " ".join(part.strip() for part in (what, why, fix) if part)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+    """The choice spelled most like ``name``, or None when nothing comes close."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """A sentence to append to an error about an unknown name (with its leading space), or an empty string."""
+    found = nearest(name, choices)
+    return f" Did you mean `{found}`?" if found else ""

@@ -1,0 +1,80 @@
+"""Questions about functions: is it overridden, what does it accept?"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _plain_function(attribute: Any) -> Any:
+    """What stands behind bound methods, class methods and partials."""
+    while isinstance(attribute, functools.partial):
+        attribute = attribute.func
+    return getattr(attribute, "__func__", attribute)
+
+
+def overridden(obj: Any, name: str, base: type) -> bool:
+    """Does ``obj`` answer to ``name`` with anything else than the function ``base`` defines?
+
+    Functions set on the instance count; a missing or uncallable attribute, or no object at all, does not.
+    """
+    attribute = getattr(obj, name, None) if obj is not None else None
+    return callable(attribute) and _plain_function(attribute) is not _plain_function(getattr(base, name, None))
+
+
+def is_overridden(method_name: str, instance: object | None = None, parent: type | None = None) -> bool:
+    """Did the user's class give this method a body of its own?
+
+    Without ``parent``, the comparison is with the class of this library that first declares the method.
+    """
+    if instance is None:
+        return False
+    if parent is None:
+        library = __name__.split(".")[0]
+        ours = [cls for cls in reversed(type(instance).__mro__) if cls.__module__.split(".")[0] == library]
+        if not ours:
+            raise ValueError(
+                f"`{type(instance).__name__}` extends no class of {library}. Give a `parent` to compare with."
+            )
+        parent = next((cls for cls in ours if method_name in vars(cls)), ours[0])
+    return hasattr(parent, method_name) and overridden(instance, method_name, parent)
+
+
+def parameters_of(fn: Callable) -> list[inspect.Parameter]:
+    """The parameters a caller may pass (without ``self`` for bound methods), or [] for what cannot be inspected."""
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
+    """May ``fn`` be called with the keyword ``name``? With ``explicit``, ``**kwargs`` does not count."""
+    found = parameters_of(fn)
+    by_name = any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in found)
+    return by_name or (not explicit and any(p.kind is p.VAR_KEYWORD for p in found))
+
+
+def num_positional(fn: Callable) -> float:
+    """How many arguments ``fn`` accepts by position; infinite with ``*args``."""
+    found = parameters_of(fn)
+    if any(p.kind is p.VAR_POSITIONAL for p in found):
+        return math.inf
+    return sum(p.kind in _POSITIONAL for p in found)
+
+
+def is_param_in_hook_signature(
+    hook_fx: Callable, param: str, explicit: bool = False, min_args: int | None = None
+) -> bool:
+    """Does a hook ask for ``param``: by name, through ``*args`` (unless ``explicit``), or by having ``min_args``?"""
+    found = parameters_of(hook_fx)
+    if any(p.name == param for p in found):
+        return True
+    if not explicit and any(p.kind is p.VAR_POSITIONAL for p in found):
+        return True
+    return min_args is not None and sum(p.kind in _POSITIONAL for p in found) >= min_args

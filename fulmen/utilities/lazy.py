@@ -1,0 +1,45 @@
+"""Public names and sub-modules that are imported the first time somebody asks for them (PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def has_module(name: str) -> bool:
+    """Could the module be imported? Its parents are imported to find out."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):  # a parent is missing, or was put together by hand
+        return False
+
+
+def lazy_exports(
+    module_name: str, table: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """The ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names live in other modules.
+
+    ``table`` maps a public name to the module that holds it; sub-modules need no entry::
+
+        __getattr__, __dir__, __all__ = lazy_exports(__name__, {"Callback": "fulmen.callbacks.callback"})
+    """
+
+    def __getattr__(name: str) -> Any:
+        submodule = f"{module_name}.{name}"
+        if table.get(name, submodule) != submodule:
+            value = getattr(importlib.import_module(table[name]), name)
+        elif not name.startswith("_") and has_module(submodule):
+            value = importlib.import_module(submodule)
+        else:
+            raise AttributeError(f"module {module_name!r} has no attribute {name!r}", name=name)
+        # Kept in the package, so the next access does not come here.
+        setattr(sys.modules[module_name], name, value)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*vars(sys.modules[module_name]), *table})
+
+    return __getattr__, __dir__, sorted(name for name, home in table.items() if home != f"{module_name}.{name}")

@@ -1,0 +1,202 @@
+"""Looking into modules: gradient norms, tied parameters, train and eval flags, attributes users search for."""
+
+from __future__ import annotations
+
+import gc
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fulmen.utilities.errors import explain
+
+STEP_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: str = "/") -> dict[str, Tensor]:
+    """The norm of each parameter's gradient and of all of them together; empty without gradients.
+
+    Keys are ``grad_2.0_norm/<parameter>`` and ``grad_2.0_norm_total``. ``norm_type`` may be "inf".
+    """
+    order = float(norm_type)
+    if order <= 0:
+        raise ValueError(f"`norm_type={norm_type}` is no norm. Use a positive number or 'inf' (the largest element).")
+    key = f"grad_{order}_norm"
+    norms = {
+        f"{key}{group_separator}{name}": parameter.grad.detach().norm(order)
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    if norms:
+        device = next(iter(norms.values())).device
+        norms[f"{key}_total"] = torch.stack([norm.to(device) for norm in norms.values()]).norm(order)
+    return norms
+
+
+def find_shared_parameters(module: nn.Module) -> list[list[str]]:
+    """Groups of names that stand for one and the same parameter."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def set_shared_parameters(module: nn.Module, shared_params: list[list[str]]) -> nn.Module:
+    """Make the parameters of each group one again: all become the first of the group."""
+    for first, *others in shared_params:
+        parameter = module.get_parameter(first)
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, parameter)
+    return module
+
+
+def capture_modes(module: nn.Module) -> Callable[[], None]:
+    """Remember train or eval of every sub-module; the returned function puts it back.
+
+    A module replaced in between keeps its mode.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+
+    def restore() -> None:
+        for part, training in modes:
+            part.training = training
+
+    return restore
+
+
+def suggested_max_num_workers(local_world_size: int) -> int:
+    """How many loader workers each of the processes of this machine may start so that every CPU has one task."""
+    if local_world_size < 1:
+        raise ValueError(f"`local_world_size={local_world_size}` is not a number of processes. It starts at 1.")
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // local_world_size - 1)
+
+
+def is_picklable(obj: object) -> bool:
+    """Can it be pickled?"""
+    try:
+        pickle.dumps(obj)
+    except Exception:  # objects raise whatever they like while being pickled
+        return False
+    return True
+
+
+def _holders(model: Any, attribute: str) -> list[Any]:
+    """Everything that has the attribute, of: the module, its hparams, the datamodule, its hparams."""
+    trainer = getattr(model, "_trainer", None)
+    found = []
+    for owner in (model, getattr(trainer, "datamodule", None)):
+        if owner is not None and hasattr(owner, attribute):
+            found.append(owner)
+        hparams = getattr(owner, "hparams", None)
+        if hparams is not None and (attribute in hparams if isinstance(hparams, dict) else hasattr(hparams, attribute)):
+            found.append(hparams)
+    return found
+
+
+def _existing_holders(model: Any, attribute: str) -> list[Any]:
+    found = _holders(model, attribute)
+    if not found:
+        where = f"the attributes or `hparams` of `{type(model).__name__}` or of its datamodule"
+        raise AttributeError(f"`{attribute}` is not among {where}.", name=attribute)
+    return found
+
+
+def lightning_hasattr(model: Any, attribute: str) -> bool:
+    """Is there such an attribute on the module, the datamodule, or the hparams of either?"""
+    return bool(_holders(model, attribute))
+
+
+def lightning_getattr(model: Any, attribute: str) -> Any:
+    """Its value; the last of module, hparams, datamodule, datamodule hparams decides."""
+    holder = _existing_holders(model, attribute)[-1]
+    return holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute)
+
+
+def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
+    """Set it wherever it exists."""
+    for holder in _existing_holders(model, attribute):
+        if isinstance(holder, dict):
+            holder[attribute] = value
+        else:
+            setattr(holder, attribute, value)
+
+
+def is_compiled(model: Any) -> bool:
+    """Is it what `torch.compile` makes of a module? Asking does not import the compiler."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return compiler is not None and isinstance(model, compiler.OptimizedModule)
+
+
+def from_compiled(model: Any) -> nn.Module:
+    """The module inside `torch.compile(module)`, with its forward and step methods compiled the same way."""
+    if not is_compiled(model):
+        raise ValueError(f"Expected what `torch.compile(module)` returns, not a `{type(model).__name__}`.")
+    module = model._orig_mod
+    if not hasattr(module, "training_step"):
+        raise ValueError(f"Expected a compiled `LightningModule`, not a compiled `{type(module).__name__}`.")
+    compiled = model.dynamo_ctx
+    originals = {f"original_{name}": getattr(module, name) for name in STEP_METHODS}
+    for name in STEP_METHODS:
+        setattr(module, name, compiled(originals[f"original_{name}"]))
+    module._compiler_ctx = {"compiler": "dynamo", "dynamo_ctx": compiled, **originals}
+    return module
+
+
+def to_uncompiled(model: Any) -> nn.Module:
+    """The plain module again, from `torch.compile(module)` or from `from_compiled`."""
+    module = model._orig_mod if is_compiled(model) else model
+    if not hasattr(module, "training_step"):
+        raise ValueError(f"Expected a compiled `LightningModule`, not a `{type(model).__name__}`.")
+    if getattr(module, "_compiler_ctx", None) is None:
+        if module is model:
+            raise ValueError(explain(f"This `{type(model).__name__}` is not compiled.", fix="Use it as it is."))
+        return module
+    for name in STEP_METHODS:
+        vars(module).pop(name, None)
+    module._compiler_ctx = None
+    return module
+
+
+def is_cuda_out_of_memory(exception: BaseException) -> bool:
+    """Did a CUDA device run out of memory?"""
+    return isinstance(exception, torch.cuda.OutOfMemoryError) or _says(exception, "CUDA", "out of memory")
+
+
+def is_cudnn_snafu(exception: BaseException) -> bool:
+    """Did cuDNN fail in the way it does when memory is short?"""
+    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
+
+
+def is_out_of_cpu_memory(exception: BaseException) -> bool:
+    """Did the host run out of memory?"""
+    return isinstance(exception, MemoryError) or _says(exception, "DefaultCPUAllocator: can't allocate memory")
+
+
+def is_oom_error(exception: BaseException) -> bool:
+    """Did some memory run out?"""
+    return is_cuda_out_of_memory(exception) or is_cudnn_snafu(exception) or is_out_of_cpu_memory(exception)
+
+
+def _says(exception: BaseException, *parts: str) -> bool:
+    return (
+        isinstance(exception, RuntimeError)
+        and len(exception.args) == 1
+        and all(part in str(exception.args[0]) for part in parts)
+    )
+
+
+def garbage_collection_cuda() -> None:
+    """Free what Python no longer uses, on the CUDA device as well."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if not is_oom_error(error):
+                raise

@@ -1,0 +1,120 @@
+"""Messages and actions that only the first process should produce."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fulmen.utilities.errors import LightningDeprecationWarning
+
+T = TypeVar("T")
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes to stderr as long as the application has not configured logging itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            print(self.format(record), file=sys.stderr)
+
+
+log = logging.getLogger("fulmen")
+if not log.handlers:
+    log.addHandler(_ConsoleHandler())
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
+
+
+def rank_from_environment() -> int | None:
+    """The rank a launcher announced in the environment, or None when there is no launcher."""
+    return next((int(os.environ[key]) for key in RANK_VARIABLES if os.environ.get(key, "").isdigit()), None)
+
+
+def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T]:
+    """A function that runs in the first process and returns ``default`` in all others.
+
+    The rank is read from ``rank_zero_only.rank`` at every call. It starts as what the launcher put in the environment
+    and is corrected by the strategy once the processes know each other.
+    """
+
+    @functools.wraps(fn)
+    def on_rank_zero(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs) if is_rank_zero() else default
+
+    return on_rank_zero
+
+
+rank_zero_only.rank = rank_from_environment() or 0  # type: ignore[attr-defined]
+
+
+def is_rank_zero() -> bool:
+    """Is this the first process?"""
+    rank = getattr(rank_zero_only, "rank", None)
+    if rank is None:
+        raise RuntimeError("`rank_zero_only.rank` is None, so nobody knows which process this is. Set it to the rank.")
+    return rank == 0
+
+
+# `stacklevel` is counted as in the API we follow, where two more frames lie between these functions and the caller:
+# 4 names the caller of `rank_zero_warn`, `rank_zero_info` and `rank_zero_debug`, 5 the caller of `rank_zero_deprecation`.
+_EXTRA_FRAMES = 2
+
+
+def rank_zero_debug(*args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
+    """Log at level DEBUG from the first process."""
+    if is_rank_zero():
+        log.debug(*args, stacklevel=max(stacklevel - _EXTRA_FRAMES, 1), **kwargs)
+
+
+def rank_zero_info(*args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
+    """Log at level INFO from the first process."""
+    if is_rank_zero():
+        log.info(*args, stacklevel=max(stacklevel - _EXTRA_FRAMES, 1), **kwargs)
+
+
+def rank_zero_warn(message: str | Warning, stacklevel: int = 4, **kwargs: Any) -> None:
+    """Warn from the first process; ``category`` and the like go to `warnings.warn`."""
+    if is_rank_zero():
+        warnings.warn(message, stacklevel=max(stacklevel - _EXTRA_FRAMES, 1), **kwargs)
+
+
+def rank_zero_deprecation(message: str | Warning, stacklevel: int = 5, **kwargs: Any) -> None:
+    """Warn from the first process that a use will be removed."""
+    rank_zero_warn(message, stacklevel=stacklevel, **{"category": LightningDeprecationWarning, **kwargs})
+
+
+def rank_prefixed_message(message: str, rank: int | None) -> str:
+    """The message with the rank in front, when there is one."""
+    return message if rank is None else f"[rank: {rank}] {message}"
+
+
+class WarningCache(set[str]):
+    """Says each text once."""
+
+    def _is_new(self, message: str | Warning) -> bool:
+        text = str(message)
+        if text in self:
+            return False
+        self.add(text)
+        return True
+
+    def warn(
+        self, message: str | Warning, category: type[Warning] = UserWarning, stacklevel: int = 5, **kw: Any
+    ) -> None:
+        if self._is_new(message):
+            rank_zero_warn(message, stacklevel=stacklevel, category=category, **kw)
+
+    def deprecation(self, message: str | Warning, stacklevel: int = 6, **kwargs: Any) -> None:
+        if self._is_new(message):
+            rank_zero_deprecation(message, stacklevel=stacklevel, **kwargs)
+
+    def info(self, message: str, stacklevel: int = 5, **kwargs: Any) -> None:
+        if self._is_new(message):
+            rank_zero_info(message, stacklevel=stacklevel, **kwargs)

@@ -1,0 +1,120 @@
+"""Random numbers that come out the same: seeding, isolating, and storing the state of all generators."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fulmen.utilities.errors import explain
+from fulmen.utilities.optional import available
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+MAX_SEED = 2**32 - 1
+
+
+def _numpy() -> ModuleType | None:
+    if not available("numpy"):
+        return None
+    import numpy
+
+    return numpy
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+    """Seed python, numpy and torch (all devices), here and in the processes started from here.
+
+    Args:
+        seed: anything `int` understands, in 0 … 2**32 - 1. None takes ``PL_GLOBAL_SEED`` from the environment, or 0.
+        workers: give each dataloader worker of each rank a stream of its own (see `pl_worker_init_function`).
+        verbose: log the seed, from the first process.
+
+    Returns:
+        The seed that was used. It is the same in all processes of a run.
+    """
+    if seed is None:
+        given = os.environ.get("PL_GLOBAL_SEED")
+        if given is None:
+            seed = 0
+            rank_zero_warn(f"No seed found, seed set to {seed}")
+        else:
+            try:
+                seed = int(given)
+            except ValueError:
+                fix = "Set it to an integer or call `seed_everything(seed)`."
+                raise ValueError(explain(f"Invalid seed specified via PL_GLOBAL_SEED: {given!r}.", fix=fix)) from None
+    seed = int(seed)
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"The seed {seed} is out of bounds: numpy accepts 0 to {MAX_SEED}. Choose one in that range.")
+
+    if verbose:
+        rank_zero_info(f"Seed set to {seed}")
+    os.environ["PL_GLOBAL_SEED"] = str(seed)
+    os.environ["PL_SEED_WORKERS"] = str(int(workers))
+    random.seed(seed)
+    if numpy := _numpy():
+        numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    return seed
+
+
+def reset_seed() -> None:
+    """Start again from the seed of the last `seed_everything`; nothing happens if there was none."""
+    if "PL_GLOBAL_SEED" in os.environ:
+        workers = os.environ.get("PL_SEED_WORKERS", "0") != "0"
+        seed_everything(int(os.environ["PL_GLOBAL_SEED"]), workers=workers, verbose=False)
+
+
+def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
+    """A ``worker_init_fn`` that gives python, numpy and torch different streams in every worker of every rank."""
+    rank = getattr(rank_zero_only, "rank", 0) if rank is None else rank
+    # torch seeds a worker with base + worker_id; the base is what all workers of an epoch share.
+    base = torch.initial_seed() - worker_id
+    digest = hashlib.blake2b(f"{base}/{worker_id}/{rank}".encode(), digest_size=32).digest()
+    for_torch, for_python, for_numpy = (int.from_bytes(digest[i : i + 8], "big") for i in (0, 8, 16))
+    torch.manual_seed(for_torch)
+    random.seed(for_python)
+    if numpy := _numpy():
+        numpy.random.seed(for_numpy % (MAX_SEED + 1))
+
+
+def generator_states(include_cuda: bool = True) -> dict[str, Any]:
+    """The state of all random generators, as plain values that ``torch.load(weights_only=True)`` can read."""
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if numpy := _numpy():
+        name, keys, position, has_gauss, cached = numpy.random.get_state()
+        states["numpy"] = (str(name), keys.tolist(), int(position), int(has_gauss), float(cached))
+    # Before CUDA is in use there is no state to keep, and asking would start it (which forbids forking later).
+    if include_cuda and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    """Put back what `generator_states` returned; generators missing here or there are left alone."""
+    if "python" in states:
+        version, numbers, gauss = states["python"]
+        random.setstate((version, tuple(numbers), gauss))
+    if "torch" in states:
+        torch.set_rng_state(states["torch"].cpu())
+    if "numpy" in states and (numpy := _numpy()):
+        numpy.random.set_state(tuple(states["numpy"]))
+    if states.get("cuda") and torch.cuda.is_available():
+        for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.cpu(), index)
+
+
+@contextmanager
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
+    """Random numbers drawn inside do not change those drawn afterwards."""
+    states = generator_states(include_cuda)
+    try:
+        yield
+    finally:
+        set_generator_states(states)

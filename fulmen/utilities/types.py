@@ -1,0 +1,196 @@
+"""Type names for annotations, and the small enumerations and records shared by all layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fulmen.utilities.errors import suggestion
+
+_PATH = str | os.PathLike
+_DEVICE = torch.device | str | int
+_NUMBER = int | float
+
+STEP_OUTPUT = Tensor | Mapping[str, Any] | None
+# Loaders may be any iterable, or any nesting of them.
+TRAIN_DATALOADERS = Any
+EVAL_DATALOADERS = Any
+
+LRSchedulerTypeTuple = (LRScheduler, ReduceLROnPlateau)
+LRSchedulerTypeUnion = LRScheduler | ReduceLROnPlateau
+LRSchedulerPLType = LRSchedulerTypeUnion
+
+
+class LightningEnum(str, Enum):
+    """String enumeration whose members equal their value in any case: ``TrainerFn.FITTING == "fit" == "Fit"``."""
+
+    @classmethod
+    def from_str(cls, value: str, source: str = "key") -> LightningEnum:
+        """The member of this name (``source="key"``), of this value (``"value"``), or either (``"any"``)."""
+        wanted = value.replace("-", "_").lower()
+        for member in cls:
+            names = {"key": [member.name], "value": [member.value], "any": [member.name, member.value]}[source]
+            if any(name.replace("-", "_").lower() == wanted for name in names):
+                return member
+        known = [member.name if source == "key" else member.value for member in cls]
+        raise ValueError(f"`{value}` is not one of {known}.{suggestion(value, known)}")
+
+    @classmethod
+    def try_from_str(cls, value: str, source: str = "key") -> LightningEnum | None:
+        """As `from_str`, with None for an unknown name."""
+        try:
+            return cls.from_str(value, source)
+        except ValueError:
+            return None
+
+    def __eq__(self, other: object) -> bool:
+        other = other.value if isinstance(other, Enum) else other
+        return isinstance(other, str) and self.value.lower() == other.lower()
+
+    def __hash__(self) -> int:
+        return hash(self.value.lower())
+
+
+class GradClipAlgorithmType(LightningEnum):
+    """How gradients are clipped: each element to a value, or all together to a norm."""
+
+    VALUE = "value"
+    NORM = "norm"
+
+    @staticmethod
+    def supported_type(val: str) -> bool:
+        """Is it the value of a member?"""
+        return any(member.value == val for member in GradClipAlgorithmType)
+
+    @staticmethod
+    def supported_types() -> list[str]:
+        """All values."""
+        return [member.value for member in GradClipAlgorithmType]
+
+
+class TrainerStatus(LightningEnum):
+    """Where the Trainer is between being made and being done."""
+
+    INITIALIZING = "initializing"
+    RUNNING = "running"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def stopped(self) -> bool:
+        """Will nothing more run?"""
+        return self in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
+
+
+class TrainerFn(LightningEnum):
+    """The verb the user called."""
+
+    FITTING = "fit"
+    VALIDATING = "validate"
+    TESTING = "test"
+    PREDICTING = "predict"
+
+
+class RunningStage(LightningEnum):
+    """What runs at this moment; ``fit`` trains, validates and checks sanity."""
+
+    TRAINING = "train"
+    SANITY_CHECKING = "sanity_check"
+    VALIDATING = "validate"
+    TESTING = "test"
+    PREDICTING = "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        """Does it measure instead of learn?"""
+        return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
+
+    @property
+    def dataloader_prefix(self) -> str | None:
+        """The first word of the hook that gives the loader: ``val`` in ``val_dataloader``."""
+        return "val" if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING) else str(self.value)
+
+
+@dataclass
+class TrainerState:
+    """What the Trainer is doing: how far it is, which verb was called, and what runs right now."""
+
+    status: TrainerStatus = TrainerStatus.INITIALIZING
+    fn: TrainerFn | None = None
+    stage: RunningStage | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.status is TrainerStatus.FINISHED
+
+    @property
+    def stopped(self) -> bool:
+        return self.status.stopped
+
+
+@dataclass
+class LRSchedulerConfig:
+    """A learning-rate scheduler and when to step it."""
+
+    scheduler: LRSchedulerTypeUnion
+    name: str | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: str | None = None
+    strict: bool = True
+
+
+class LRSchedulerConfigType(TypedDict, total=False):
+    """The dictionary `configure_optimizers` may give for a scheduler; only ``scheduler`` is required."""
+
+    scheduler: LRSchedulerTypeUnion
+    name: str | None
+    interval: str
+    frequency: int
+    reduce_on_plateau: bool
+    monitor: str | None
+    strict: bool
+
+
+class OptimizerConfig(TypedDict):
+    """The dictionary `configure_optimizers` may return without a scheduler."""
+
+    optimizer: Optimizer
+
+
+class OptimizerLRSchedulerConfig(TypedDict, total=False):
+    """The dictionary `configure_optimizers` may return with a scheduler."""
+
+    optimizer: Optimizer
+    lr_scheduler: LRSchedulerTypeUnion | LRSchedulerConfigType
+    monitor: str | None
+
+
+OptimizerLRScheduler = (
+    Optimizer
+    | Sequence[Optimizer]
+    | tuple[Sequence[Optimizer], Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]]
+    | OptimizerConfig
+    | OptimizerLRSchedulerConfig
+    | Sequence[OptimizerConfig]
+    | Sequence[OptimizerLRSchedulerConfig]
+    | None
+)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object whose state can be stored in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...

@@ -1,0 +1,83 @@
+"""How long things may get: a file, a function, a class, the whole."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "fulmen").rglob("*.py"))
+
+FILE_LINES = 800
+FUNCTION_LINES = 60
+METHODS = 25
+PACKAGE_LINES = 12_000
+
+# Faces that users see: as many methods as the contract names.
+FACADES = {
+    "Trainer",
+    "LightningModule",
+    "LightningDataModule",
+    "Fabric",
+    "Strategy",
+    "Callback",
+    "LambdaCallback",
+    "ModelHooks",
+    "DataHooks",
+    "CheckpointHooks",
+}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def nodes(kind: type | tuple[type, ...]) -> Iterator[tuple[Path, ast.AST]]:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, kind):
+                yield path, node
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end without the docstring."""
+    total = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function, clean=False) is not None:
+        docstring = function.body[0]
+        total -= docstring.end_lineno - docstring.lineno + 1
+    return total
+
+
+def test_no_file_is_too_long() -> None:
+    long = {str(path.relative_to(ROOT)): lines(path) for path in FILES if lines(path) > FILE_LINES}
+    assert not long, f"Split by topic: {long}"
+
+
+def test_no_function_is_too_long() -> None:
+    # A constructor that spells out a signature users know is as long as that signature.
+    long = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": length(node)
+        for path, node in nodes(FUNCTIONS)
+        if length(node) - signature_lines(node) > FUNCTION_LINES
+    }
+    assert not long, long
+
+
+def signature_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return function.body[0].lineno - function.lineno
+
+
+def test_no_class_has_too_many_methods() -> None:
+    wide = {}
+    for path, node in nodes(ast.ClassDef):
+        methods = {child.name for child in node.body if isinstance(child, FUNCTIONS)}
+        if node.name not in FACADES and len(methods) > METHODS:
+            wide[f"{path.relative_to(ROOT)} {node.name}"] = len(methods)
+    assert not wide, wide
+
+
+def test_the_whole_stays_small() -> None:
+    total = sum(lines(path) for path in FILES)
+    assert total <= PACKAGE_LINES, f"{total} lines"

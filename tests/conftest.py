@@ -1,0 +1,44 @@
+"""What all tests share: one thread, a working directory of their own, and small real models and data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from support import Regression, make_loader
+from torch.utils.data import DataLoader
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch):
+    """Runs write where they are started: each test in a folder of its own, with a clean environment."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    for name in list(os.environ):
+        if name.startswith("PL_"):
+            monkeypatch.delenv(name)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference material beside the checkout; tests that look there are skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the reference material in {SHARED.name}/ beside the checkout", allow_module_level=False)
+    return SHARED
+
+
+@pytest.fixture
+def model() -> Regression:
+    torch.manual_seed(0)
+    return Regression()
+
+
+@pytest.fixture
+def loader() -> DataLoader:
+    return make_loader()

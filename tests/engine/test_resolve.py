@@ -1,0 +1,354 @@
+import logging
+
+import pytest
+import torch
+
+from fulmen.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
+from fulmen.engine.cluster import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from fulmen.engine.resolve import NOT_BUILT, announce, resolve
+from fulmen.plugins import DoublePrecision, HalfPrecision, LayerSync, MixedPrecision, Precision, TorchCheckpointIO
+from fulmen.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
+
+MCE = MisconfigurationException
+
+
+class MySync(LayerSync):
+    def apply(self, model):
+        return model
+
+    def revert(self, model):
+        return model
+
+
+class MyAccelerator(Accelerator):
+    """Stands for third-party hardware: several devices, in truth the CPU."""
+
+    def setup_device(self, device): ...
+
+    def teardown(self): ...
+
+    parse_devices = staticmethod(lambda devices: devices)
+    get_parallel_devices = staticmethod(lambda devices: [torch.device("cpu")] * devices)
+    auto_device_count = staticmethod(lambda: 4)
+    is_available = staticmethod(lambda: True)
+    name = staticmethod(lambda: "mine")
+
+
+class MyStrategy(Strategy):
+    """Stands for a third-party strategy over several devices."""
+
+    parallel_devices = None
+
+    @property
+    def root_device(self):
+        return self.parallel_devices[0]
+
+    def nothing(self, *args, **kwargs): ...
+
+    barrier = broadcast = reduce = all_gather = model_to_device = nothing
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("DISABLE_MPS", "1")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def single(**own):
+    return SingleDeviceStrategy("cpu", **own)
+
+
+# what is chosen
+
+
+def test_defaults_are_one_cpu_in_full_precision():
+    strategy = resolve()
+    assert type(strategy) is SingleDeviceStrategy and strategy.root_device == torch.device("cpu")
+    assert type(strategy.accelerator) is CPUAccelerator
+    assert type(strategy.precision_plugin) is Precision and strategy.precision is strategy.precision_plugin
+    assert type(strategy.checkpoint_io) is TorchCheckpointIO
+    assert type(strategy.cluster_environment) is LightningEnvironment
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "gpu", "cuda"])
+def test_a_gpu_is_taken_when_there_is_one(gpus, accelerator):
+    gpus(1)
+    strategy = resolve(accelerator=accelerator)
+    assert strategy.root_device == torch.device("cuda", 0) and type(strategy.accelerator) is CUDAAccelerator
+
+
+def test_one_gpu_is_chosen_by_its_index(gpus):
+    gpus(4)
+    assert resolve(accelerator="gpu", devices=[2]).root_device == torch.device("cuda", 2)
+    assert resolve(accelerator="gpu", devices="3,").root_device == torch.device("cuda", 3)
+
+
+def test_auto_takes_the_first_of_several_gpus(gpus, caplog):
+    gpus(4)
+    with caplog.at_level(logging.INFO, "fulmen"):
+        assert resolve(accelerator="gpu").root_device == torch.device("cuda", 0)
+    assert "4 cuda devices" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["single_device", "SINGLE_device", "auto"])
+def test_names_of_strategies_have_any_case(strategy):
+    assert type(resolve(strategy=strategy)) is SingleDeviceStrategy
+
+
+@pytest.mark.parametrize(
+    ("precision", "kind", "name"),
+    [
+        (None, Precision, "32-true"),
+        (32, Precision, "32-true"),
+        ("32", Precision, "32-true"),
+        ("32-true", Precision, "32-true"),
+        (64, DoublePrecision, "64-true"),
+        ("64-true", DoublePrecision, "64-true"),
+        ("16-true", HalfPrecision, "16-true"),
+        ("bf16-true", HalfPrecision, "bf16-true"),
+        ("16-mixed", MixedPrecision, "16-mixed"),
+        ("bf16-mixed", MixedPrecision, "bf16-mixed"),
+    ],
+)
+def test_precisions(precision, kind, name):
+    plugin = resolve(precision=precision).precision_plugin
+    assert type(plugin) is kind and plugin.precision == name
+
+
+@pytest.mark.parametrize(("old", "new"), [(16, "16-mixed"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
+def test_old_names_of_precisions_work_and_warn(old, new):
+    with pytest.warns(UserWarning, match=f"Write `precision='{new}'`"):
+        assert resolve(precision=old).precision_plugin.precision == new
+
+
+def test_mixed_precision_is_made_for_the_chosen_device(gpus, caplog):
+    gpus(1)
+    with caplog.at_level(logging.INFO, "fulmen"):
+        assert resolve(precision="bf16-mixed").precision_plugin.device == "cuda"
+        assert resolve(precision="16-mixed", accelerator="cpu").precision_plugin.device == "cpu"
+    assert "Using bfloat16 Automatic Mixed Precision (AMP)" in caplog.text
+    assert "Using 16bit Automatic Mixed Precision (AMP)" in caplog.text
+
+
+def test_plugins_become_parts_of_the_strategy():
+    precision, io, cluster = DoublePrecision(), TorchCheckpointIO(), LightningEnvironment()
+    strategy = resolve(plugins=[precision, io, cluster, MySync()])
+    assert strategy.precision_plugin is precision
+    assert strategy.checkpoint_io is io
+    assert strategy.cluster_environment is cluster
+    assert resolve(plugins=precision).precision_plugin is precision
+
+
+def test_the_environment_recognises_itself(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert type(resolve().cluster_environment) is SLURMEnvironment
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert type(resolve().cluster_environment) is TorchElasticEnvironment
+
+
+def test_several_processes_on_a_strategy_for_one_device_are_mentioned(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(PossibleUserWarning, match="torchrun started 2 processes"):
+        resolve()
+
+
+@pytest.mark.parametrize("sync_batchnorm", [True, False])
+def test_synchronised_batch_norm_changes_nothing_on_one_device(sync_batchnorm):
+    assert type(resolve(sync_batchnorm=sync_batchnorm)) is SingleDeviceStrategy
+
+
+# strategies, accelerators of the user's own
+
+
+def test_a_strategy_object_is_used_as_it_is_and_gets_what_it_lacks():
+    class Mine(SingleDeviceStrategy): ...
+
+    strategy = Mine("cpu")
+    assert resolve(strategy=strategy, precision="64-true") is strategy
+    assert type(strategy.accelerator) is CPUAccelerator and type(strategy.precision_plugin) is DoublePrecision
+
+
+def test_a_strategy_object_keeps_what_it_brought():
+    precision, io, accelerator = DoublePrecision(), TorchCheckpointIO(), CPUAccelerator()
+    strategy = resolve(strategy=single(precision_plugin=precision, checkpoint_io=io, accelerator=accelerator))
+    assert strategy.precision_plugin is precision and strategy.checkpoint_io is io
+    assert strategy.accelerator is accelerator
+
+
+def test_the_accelerator_follows_the_device_of_a_strategy_object(gpus):
+    gpus(2)
+    assert type(resolve(strategy=single()).accelerator) is CPUAccelerator
+    assert type(resolve(strategy=SingleDeviceStrategy(torch.device("cuda:1"))).accelerator) is CUDAAccelerator
+
+
+def test_a_registered_strategy_is_made_on_the_chosen_device(gpus):
+    class Mine(SingleDeviceStrategy): ...
+
+    gpus(2)
+    StrategyRegistry.register("My_own", Mine, "for a test")
+    try:
+        strategy = resolve(strategy="my_own", accelerator="gpu", devices=[1])
+    finally:
+        StrategyRegistry.remove("My_own")
+    assert type(strategy) is Mine and strategy.root_device == torch.device("cuda", 1)
+
+
+def test_a_registered_accelerator_is_chosen_by_name():
+    AcceleratorRegistry.register("mine", MyAccelerator)
+    try:
+        assert type(resolve(accelerator="mine").accelerator) is MyAccelerator
+    finally:
+        AcceleratorRegistry.remove("mine")
+
+
+def test_a_strategy_of_ones_own_may_have_several_devices():
+    strategy = resolve(strategy=MyStrategy(), accelerator=MyAccelerator())
+    assert strategy.parallel_devices == [torch.device("cpu")] * 4
+    assert type(strategy.accelerator) is MyAccelerator and type(strategy.precision_plugin) is Precision
+
+
+# what is refused: the arguments, then the class for the Trainer, the class for Fabric, and words of the message
+
+REFUSED = [
+    ({"accelerator": "cpuu"}, ValueError, ValueError, "Did you mean `cpu`"),
+    ({"accelerator": "hpu"}, ValueError, ValueError, "accelerator='hpu'"),
+    ({"accelerator": None}, ValueError, ValueError, "accelerator=None"),
+    ({"accelerator": CPUAccelerator}, ValueError, ValueError, "accelerator="),
+    ({"accelerator": "gpu"}, MCE, RuntimeError, "no GPU"),
+    ({"accelerator": "cuda"}, MCE, RuntimeError, "Available are 'cpu'"),
+    ({"accelerator": CUDAAccelerator()}, MCE, RuntimeError, "Available are 'cpu'"),
+    ({"accelerator": "mps"}, MCE, RuntimeError, "Available are 'cpu'"),
+    ({"accelerator": "tpu"}, MCE, RuntimeError, "fulmen does not support"),
+    ({"devices": 0}, MCE, ValueError, "no device"),
+    ({"devices": "0"}, MCE, ValueError, "no device"),
+    ({"devices": []}, MCE, ValueError, "no device"),
+    ({"devices": False}, MCE, ValueError, "no device"),
+    ({"devices": None}, TypeError, TypeError, "devices=None"),
+    ({"devices": 1.5}, TypeError, TypeError, "devices=1.5"),
+    ({"devices": -1}, TypeError, TypeError, "devices=-1"),
+    ({"devices": "0,1"}, TypeError, TypeError, "devices='0,1'"),
+    ({"num_nodes": 0}, ValueError, ValueError, "num_nodes=0"),
+    ({"num_nodes": 1.5}, ValueError, ValueError, "num_nodes=1.5"),
+    ({"strategy": "fdsp"}, ValueError, ValueError, "Did you mean `fsdp`"),
+    ({"strategy": None}, ValueError, ValueError, "strategy=None"),
+    ({"strategy": SingleDeviceStrategy}, ValueError, ValueError, "no `Strategy` object"),
+    ({"strategy": "fsdp"}, ValueError, ValueError, "GPUs only"),
+    ({"strategy": "fsdp_cpu_offload"}, ValueError, ValueError, "GPUs only"),
+    ({"strategy": "ddp"}, MCE, RuntimeError, "not part of this version"),
+    ({"strategy": "DDP", "devices": 2}, MCE, RuntimeError, "not part of this version"),
+    ({"strategy": "deepspeed_stage_2"}, MCE, RuntimeError, "not part of this version"),
+    ({"strategy": "xla"}, MCE, RuntimeError, "not part of this version"),
+    ({"devices": 2}, MCE, RuntimeError, "several devices is not part of this version"),
+    ({"devices": 2, "strategy": single()}, MCE, RuntimeError, "several devices"),
+    ({"num_nodes": 2}, MCE, RuntimeError, "several devices"),
+    ({"precision": "17"}, ValueError, ValueError, "precision='17'"),
+    ({"precision": "bf16-mix"}, ValueError, ValueError, "Did you mean `bf16-mixed`"),
+    ({"precision": 32.0}, ValueError, ValueError, "precision=32.0"),
+    ({"precision": "transformer-engine"}, MCE, RuntimeError, "transformer_engine"),
+    ({"precision": "32-true", "plugins": DoublePrecision()}, ValueError, ValueError, "Choose one"),
+    ({"plugins": object()}, MCE, TypeError, "Precision, CheckpointIO"),
+    ({"plugins": "16-mixed"}, MCE, TypeError, "'16-mixed' is not a plugin"),
+    ({"plugins": [DoublePrecision]}, MCE, TypeError, "Pass an object"),
+    ({"plugins": [DoublePrecision(), HalfPrecision()]}, MCE, ValueError, "two of the kind Precision"),
+    ({"plugins": [TorchCheckpointIO()] * 2}, MCE, ValueError, "two of the kind CheckpointIO"),
+    ({"plugins": [LightningEnvironment()] * 2}, MCE, ValueError, "two of the kind ClusterEnvironment"),
+    ({"strategy": single(accelerator=CPUAccelerator()), "accelerator": "cpu"}, MCE, ValueError, "own accelerator"),
+    ({"strategy": single(precision_plugin=Precision()), "plugins": Precision()}, MCE, ValueError, "own precision"),
+    ({"strategy": single(precision_plugin=Precision()), "precision": "64"}, MCE, ValueError, "own precision"),
+    (
+        {"strategy": single(checkpoint_io=TorchCheckpointIO()), "plugins": TorchCheckpointIO()},
+        MCE,
+        ValueError,
+        "own ch",
+    ),
+    ({"strategy": SingleDeviceStrategy("meta"), "accelerator": "cpuu"}, ValueError, ValueError, "cpuu"),
+]
+
+
+@pytest.mark.parametrize("face", ["trainer", "fabric"])
+@pytest.mark.parametrize(("arguments", "for_trainer", "for_fabric", "words"), REFUSED)
+def test_what_cannot_be_had_is_refused(face, arguments, for_trainer, for_fabric, words):
+    with pytest.raises(for_trainer if face == "trainer" else for_fabric, match=words) as error:
+        resolve(**arguments, face=face)
+    assert type(error.value) is (for_trainer if face == "trainer" else for_fabric)
+
+
+def test_a_strategy_object_and_the_accelerator_must_agree(gpus):
+    gpus(1)
+    with pytest.raises(MisconfigurationException, match=r"`cuda:0`.*'cpu'"):
+        resolve(strategy=SingleDeviceStrategy("cuda:0"), accelerator="cpu")
+
+
+def test_a_cluster_environment_cannot_come_twice():
+    strategy = single()
+    strategy.cluster_environment = LightningEnvironment()
+    with pytest.raises(MisconfigurationException, match="own cluster_environment"):
+        resolve(strategy=strategy, plugins=LightningEnvironment())
+
+
+def test_layers_cannot_be_synchronised_twice():
+    with pytest.raises(MisconfigurationException, match="sync_batchnorm=True"):
+        resolve(sync_batchnorm=True, plugins=MySync())
+
+
+def test_layer_sync_is_for_the_trainer_only():
+    with pytest.raises(TypeError, match="not a plugin for `Fabric`"):
+        resolve(plugins=MySync(), face="fabric")
+
+
+def test_data_parallel_is_a_name_of_fabric_only():
+    with pytest.raises(ValueError, match="strategy='dp'"):
+        resolve(strategy="dp")
+    with pytest.raises(RuntimeError, match="not part of this version"):
+        resolve(strategy="dp", face="fabric")
+
+
+def test_several_gpus_are_refused_even_when_they_exist(gpus):
+    gpus(4)
+    for devices in (2, -1, "-1", [0, 1]):
+        with pytest.raises(MisconfigurationException, match=r"`devices=1`"):
+            resolve(accelerator="gpu", devices=devices)
+
+
+def test_ddp_on_mps_is_refused_as_such(monkeypatch):
+    monkeypatch.delenv("DISABLE_MPS")
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve().root_device.type == "mps"
+    with pytest.raises(ValueError, match="MPS"):
+        resolve(strategy="ddp")
+
+
+@pytest.mark.parametrize("name", NOT_BUILT)
+def test_every_strategy_of_the_api_is_either_built_or_refused_by_name(gpus, name):
+    gpus(1)
+    with pytest.raises(MisconfigurationException, match=name):
+        resolve(strategy=name)
+
+
+# what is said
+
+
+def test_the_trainer_says_which_gpu_is_used(gpus, caplog):
+    with caplog.at_level(logging.INFO, "fulmen"):
+        announce(resolve())
+        gpus(1)
+        announce(resolve())
+    assert [r.message for r in caplog.records] == [
+        "GPU available: False, used: False",
+        "GPU available: True (cuda), used: True",
+    ]
+
+
+def test_an_idle_gpu_is_mentioned(gpus):
+    gpus(1)
+    with pytest.warns(PossibleUserWarning, match=r"GPU \(cuda\).*accelerator='gpu'"):
+        announce(resolve(accelerator="cpu"))

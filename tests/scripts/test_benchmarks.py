@@ -1,0 +1,38 @@
+"""The benchmarks run and print their rows; how fast is not asked here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+ROWS = {
+    "calls": ("over the bare loop, nothing on", "each further self.log", "frames from fit to training_step"),
+    "imports": ("import fulmen", "threads, processes, network, files, environment"),
+    "overhead": ("nothing on", "defaults on, 1 log", "each further log"),
+    "memory": ("bare loop", "fit, defaults on, 1 log"),
+    "autoencoder": (),
+}
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_each_benchmark_prints_its_rows(name: str) -> None:
+    output = run(name)
+    for row in ROWS[name]:
+        assert row in output
+
+
+def test_absent_data_is_said_aloud(tmp_path: Path) -> None:
+    assert run("autoencoder", "--data-dir", str(tmp_path)).startswith("SKIPPED")

@@ -1,0 +1,45 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_four_steps_run_as_printed(tmp_path: Path) -> None:
+    (block,) = python_blocks()
+    script = tmp_path / "four_steps.py"
+    script.write_text(
+        block + "\nprint('RESULTS', results[0]['test_loss'], len(predictions), predictions[0].shape[0])\n"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss, batches, rows = done.stdout.split("RESULTS ")[1].split()
+    assert float(loss) < 0.05
+    assert (int(batches), int(rows)) == (1, 100)
+
+
+def test_the_four_steps_fit_on_a_screen() -> None:
+    (block,) = python_blocks()
+    assert len([line for line in block.splitlines() if line.strip()]) <= 40
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not broken, broken

@@ -1,0 +1,142 @@
+"""What users get to read: errors, suggestions, and messages from one process only."""
+
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from fulmen.utilities.errors import LightningDeprecationWarning, PossibleUserWarning, explain, nearest, suggestion
+from fulmen.utilities.optional import available, require
+from fulmen.utilities.rank_zero import (
+    WarningCache,
+    rank_prefixed_message,
+    rank_zero_deprecation,
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
+
+
+@pytest.fixture
+def as_rank_one(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True
+    )
+
+
+def test_a_message_has_three_parts_and_the_empty_ones_leave_no_gap():
+    assert explain("A is 3.", "It must be even.", "Use 4.") == "A is 3. It must be even. Use 4."
+    assert explain("A is 3.", fix="Use 4.") == "A is 3. Use 4."
+
+
+def test_the_closest_spelling_is_suggested_in_any_case():
+    assert nearest("DPP", ["ddp", "fsdp"]) == "ddp"
+    assert suggestion("max_epoch", ["max_epochs", "min_steps"]) == " Did you mean `max_epochs`?"
+    assert suggestion("zzz", ["max_epochs"]) == ""
+
+
+def test_other_ranks_get_the_default():
+    @rank_zero_only
+    def answer():
+        return 42
+
+    assert answer() == 42
+    rank_zero_only.rank = 1
+    try:
+        assert answer() is None
+        assert rank_zero_only(lambda: 42, default=7)() == 7
+    finally:
+        rank_zero_only.rank = 0
+
+
+def test_other_ranks_are_silent(as_rank_one, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rank_zero_warn("not heard")
+        rank_zero_deprecation("not heard")
+    rank_zero_info("not heard")
+    assert not caplog.records
+
+
+def test_an_unknown_rank_is_an_error(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", None)
+    with pytest.raises(RuntimeError, match="rank"):
+        rank_zero_only(print)()
+
+
+def test_the_rank_comes_from_the_launcher():
+    code = "from fulmen.utilities.rank_zero import rank_zero_only; print(rank_zero_only.rank)"
+    assert run_python(code, RANK="3").stdout.strip() == "3"
+
+
+def test_warnings_point_at_the_line_of_the_caller():
+    cache = WarningCache()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rank_zero_warn("a")
+        rank_zero_deprecation("b")
+        cache.warn("c", category=PossibleUserWarning)
+        cache.deprecation("d")
+    assert {warning.filename for warning in caught} == {__file__}
+    categories = [UserWarning, LightningDeprecationWarning, PossibleUserWarning, LightningDeprecationWarning]
+    assert [warning.category for warning in caught] == categories
+
+
+def test_log_records_name_the_caller(caplog):
+    with caplog.at_level(logging.INFO, logger="fulmen"):
+        rank_zero_info("hello")
+        WarningCache().info("again")
+    assert [record.pathname for record in caplog.records] == [__file__, __file__]
+
+
+def test_a_cached_warning_is_said_once():
+    cache = WarningCache()
+    with pytest.warns(UserWarning, match="once") as caught:
+        cache.warn("once")
+        cache.warn("once")
+    assert len(caught) == 1
+    assert "once" in cache
+
+
+def test_info_reaches_the_console_until_logging_is_configured():
+    code = "from fulmen.utilities import rank_zero_info; {}; rank_zero_info('hello')"
+    assert run_python(code.format("pass")).stderr == "hello\n"
+    assert run_python(code.format("import logging; logging.basicConfig(level=20)")).stderr == "INFO:fulmen:hello\n"
+
+
+def test_deprecations_are_shown_and_possible_mistakes_can_be_silenced():
+    code = (
+        "from fulmen.utilities.rank_zero import *\n"
+        "from fulmen.utilities.errors import PossibleUserWarning\n"
+        "rank_zero_deprecation('old'); rank_zero_warn('maybe', category=PossibleUserWarning)"
+    )
+    heard = run_python(code).stderr
+    assert "old" in heard and "maybe" in heard
+    heard = run_python(code, POSSIBLE_USER_WARNINGS="off").stderr
+    assert "old" in heard and "maybe" not in heard
+
+
+def test_the_rank_goes_before_the_message():
+    assert rank_prefixed_message("done", 2) == "[rank: 2] done"
+    assert rank_prefixed_message("done", None) == "done"
+
+
+def test_optional_packages_are_found_by_name_and_version():
+    assert available("torch") and available("torch", ">=2.0")
+    assert not available("torch", ">=1000.1") and not available("no_such_package")
+    assert require("json", "here").dumps([1]) == "[1]"
+
+
+def test_a_missing_package_comes_with_the_line_that_installs_it():
+    with pytest.raises(ModuleNotFoundError, match=r'no_such_package.*to draw.*pip install "no_such_package"'):
+        require("no_such_package", "to draw")
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "fulmen\[draw\]"'):
+        require("no_such_package", "to draw", extra="fulmen[draw]")

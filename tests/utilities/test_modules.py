@@ -1,0 +1,129 @@
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fulmen.utilities.collections import AttributeDict
+from fulmen.utilities.modules import (
+    capture_modes,
+    find_shared_parameters,
+    from_compiled,
+    garbage_collection_cuda,
+    grad_norm,
+    is_oom_error,
+    is_picklable,
+    lightning_getattr,
+    lightning_hasattr,
+    lightning_setattr,
+    set_shared_parameters,
+    suggested_max_num_workers,
+    to_uncompiled,
+)
+
+
+def test_gradient_norms_have_the_names_of_their_parameters():
+    layer = nn.Linear(2, 1)
+    assert grad_norm(layer, 2) == {}
+    layer(torch.tensor([[3.0, 4.0]])).sum().backward()
+    norms = grad_norm(layer, 2)
+    assert norms["grad_2.0_norm/weight"] == 5 and norms["grad_2.0_norm/bias"] == 1
+    assert norms["grad_2.0_norm_total"] == pytest.approx(26**0.5)
+    assert grad_norm(layer, "inf", group_separator=".")["grad_inf_norm.weight"] == 4
+    for bad in (0, -1, "a"):
+        with pytest.raises(ValueError):
+            grad_norm(layer, bad)
+
+
+def test_tied_parameters_are_found_and_tied_again():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(2, 2)
+            self.b = nn.Linear(2, 2)
+            self.b.weight = self.a.weight
+            self.c = self.a
+
+    module = Tied()
+    groups = find_shared_parameters(module)
+    assert groups == [["a.weight", "b.weight", "c.weight"], ["a.bias", "c.bias"]]
+    module.b.weight = nn.Parameter(torch.zeros(2, 2))
+    assert set_shared_parameters(module, groups) is module
+    assert module.b.weight is module.a.weight
+
+
+def test_modes_are_put_back_one_by_one():
+    module = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    module[1].eval()
+    restore = capture_modes(module)
+    module.eval()
+    restore()
+    assert [part.training for part in module.modules()] == [True, True, False]
+
+
+def test_there_is_always_work_for_one_worker():
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert suggested_max_num_workers(1) == max(1, cpus - 1)
+    assert suggested_max_num_workers(10_000) == 1
+    with pytest.raises(ValueError, match="local_world_size"):
+        suggested_max_num_workers(0)
+
+
+def test_what_can_be_pickled():
+    assert is_picklable([1]) and not is_picklable(lambda: 0)
+
+
+def test_attributes_are_looked_up_in_all_the_usual_places():
+    datamodule = SimpleNamespace(batch_size=4, hparams=SimpleNamespace(batch_size=8))
+    model = SimpleNamespace(
+        lr=1, hparams=AttributeDict(lr=2, batch_size=2), _trainer=SimpleNamespace(datamodule=datamodule)
+    )
+    assert lightning_hasattr(model, "lr") and not lightning_hasattr(model, "momentum")
+    assert lightning_getattr(model, "lr") == 2 and lightning_getattr(model, "batch_size") == 8
+    lightning_setattr(model, "batch_size", 16)
+    assert (model.hparams.batch_size, datamodule.batch_size, datamodule.hparams.batch_size) == (16, 16, 16)
+    with pytest.raises(AttributeError, match="momentum"):
+        lightning_setattr(model, "momentum", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried",
+    ],
+)
+def test_running_out_of_memory_is_recognised(text):
+    assert is_oom_error(RuntimeError(text))
+    assert is_oom_error(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert not is_oom_error(RuntimeError("shapes differ")) and not is_oom_error(ValueError(text))
+    garbage_collection_cuda()
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    training_step = validation_step = test_step = predict_step = forward
+
+
+def test_a_compiled_module_keeps_its_steps_and_can_be_unwrapped():
+    module = Steps()
+    compiled = torch.compile(module, backend="eager")
+    assert from_compiled(compiled) is module
+    x = torch.ones(1, 1)
+    assert torch.equal(module.training_step(x), module.layer(x))
+    assert "training_step" in vars(module)
+    assert to_uncompiled(module) is module and "training_step" not in vars(module)
+    assert to_uncompiled(compiled) is module
+    for bad in (module, nn.Linear(1, 1)):
+        with pytest.raises(ValueError):
+            to_uncompiled(bad)
+        with pytest.raises(ValueError):
+            from_compiled(bad)
