@@ -15,7 +15,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "Callback": "fulmen.callbacks.callback",
-        "Fabric": "fulmen.fabric",
         "LightningDataModule": "fulmen.datamodule",
         "LightningModule": "fulmen.module",
         "Trainer": "fulmen.trainer",
@@ -27,7 +26,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback
     from fulmen.datamodule import LightningDataModule
-    from fulmen.fabric import Fabric
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
     from fulmen.utilities.errors import disable_possible_user_warnings

@@ -24,6 +24,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
 )
 
 if TYPE_CHECKING:
-    from fulmen.engine.accelerators import ACCELERATOR_REGISTRY, Accelerator, AcceleratorRegistry
-    from fulmen.engine.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator
-    from fulmen.engine.accelerators import find_usable_cuda_devices
+    from fulmen.engine.accelerators import (
+        ACCELERATOR_REGISTRY,
+        Accelerator,
+        AcceleratorRegistry,
+        CPUAccelerator,
+        CUDAAccelerator,
+        MPSAccelerator,
+        XLAAccelerator,
+        find_usable_cuda_devices,
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import atomic_write
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.optional import require
@@ -88,42 +88,33 @@ def to_tensorrt(
     """The module compiled by TensorRT, in eval mode, and as a file if a path is given.
 
     Args:
-        input_sample: as for `to_onnx`, without names.
         ir: how the module is read: "default", "dynamo" or "ts" (TorchScript).
         output_format: of the file: "exported_program" or "torchscript".
-        retrace: whether to trace the compiled module again when saving.
         default_device: where the module is moved to if it is on the CPU.
         compile_kwargs: for `torch_tensorrt.compile`.
     """
     if ir == "ts" and output_format != "torchscript":
         raise ValueError(
-            explain(
-                f"`to_tensorrt(ir='ts', output_format={output_format!r})` cannot be saved.",
-                "What is read through TorchScript can only be written as TorchScript.",
-                "Use `output_format='torchscript'`, or `ir='dynamo'`.",
-            )
+            f"`to_tensorrt(ir='ts', output_format={output_format!r})`: what is read through TorchScript can only be"
+            " written as TorchScript. Use `output_format='torchscript'`, or `ir='dynamo'`."
         )
     tensorrt = require("torch_tensorrt", "by `to_tensorrt`", extra="torch-tensorrt")
     device = torch.device(default_device) if module.device.type == "cpu" else module.device
     if device.type != "cuda":
         raise MisconfigurationException(
-            explain(
-                f"`to_tensorrt` was called for a module that would be on {device}.",
-                "TensorRT compiles for CUDA devices only.",
-                "Call `module.cuda()` first, or pass `default_device='cuda'`.",
-            )
+            f"`to_tensorrt` would compile for {device}, but TensorRT knows CUDA devices only. Call `module.cuda()`"
+            " first, or pass `default_device='cuda'`."
         )
     module.to(device)
-    inputs, named = _arguments(_sample(module, input_sample, "to_tensorrt", "input_sample"))
-    inputs = (*inputs, *named.values())
+    positional, named = _arguments(_sample(module, input_sample, "to_tensorrt", "input_sample"))
+    inputs = [*positional, *named.values()]
     with _evaluating(module):
-        compiled = tensorrt.compile(module, ir=ir, inputs=list(inputs), **compile_kwargs)
+        compiled = tensorrt.compile(module, ir=ir, inputs=inputs, **compile_kwargs)
         if file_path is not None and ir == "ts":
             atomic_write(file_path, lambda file: torch.jit.save(compiled, file))
         elif file_path is not None:
-            tensorrt.save(
-                compiled, os.fspath(file_path), inputs=list(inputs), output_format=output_format, retrace=retrace
-            )
+            path = os.fspath(file_path)
+            tensorrt.save(compiled, path, inputs=inputs, output_format=output_format, retrace=retrace)
     return compiled
 
 
@@ -132,11 +123,8 @@ def _sample(module: LightningModule, given: Any, method: str, argument: str) -> 
     sample = module.example_input_array if given is None else given
     if sample is None:
         raise ValueError(
-            explain(
-                f"`{method}` received no `{argument}`, and `{type(module).__name__}.example_input_array` is None.",
-                "The operations are recorded while `forward` runs.",
-                f"Pass an input: `{method}(..., {argument}=torch.randn(...))`.",
-            )
+            f"`{method}` received no `{argument}`, and `{type(module).__name__}.example_input_array` is None. `forward`"
+            f" has to run once to be recorded. Pass an input: `{method}(..., {argument}=torch.randn(...))`."
         )
     sample = module.on_before_batch_transfer(sample, 0)
     sample = module.transfer_batch_to_device(sample, module.device, 0)
@@ -152,7 +140,7 @@ def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @contextmanager
 def _readable(module: LightningModule) -> Iterator[None]:
-    """TorchScript reads every attribute, and `trainer` is an error while there is none; a stand-in has no attributes."""
+    """TorchScript reads every attribute, and `trainer` is an error while there is none: a stand-in is put there."""
     unattached = [child for child in module.modules() if getattr(child, "_trainer", child) is None]
     for child in unattached:
         child.__dict__["_trainer"] = object()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fulmen.utilities.collections import AttributeDict
-from fulmen.utilities.errors import explain, suggestion
+from fulmen.utilities.errors import suggestion
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
@@ -29,17 +29,13 @@ _given: ContextVar[dict[str, Any] | None] = ContextVar("given_hyperparameters", 
 class HyperparametersMixin:
     """Remembers constructor arguments of a module or datamodule in `hparams`."""
 
-    # On the class, since a dataclass saves before a base constructor runs. TorchScript
-    # cannot read annotations that are texts, hence the comment.
+    # On the class, since a dataclass saves before a base constructor runs; not annotated, since TorchScript cannot
+    # read annotations that are texts.
     _log_hyperparams = False
     _hparams_name = None  # type: str | None
 
     def save_hyperparameters(
-        self,
-        *args: Any,
-        ignore: Iterable[str] | str | None = None,
-        frame: FrameType | None = None,
-        logger: bool = True,
+        self, *args: Any, ignore: Iterable[str] | str | None = None, frame: FrameType | None = None, logger: bool = True
     ) -> None:
         """Keep constructor arguments in `hparams`, for checkpoints and loggers. Call it inside `__init__`.
 
@@ -66,11 +62,8 @@ class HyperparametersMixin:
         objects = [arg for arg in args if not isinstance(arg, str)]
         if len(objects) > 1:
             raise ValueError(
-                explain(
-                    f"`save_hyperparameters` received {len(objects)} objects.",
-                    "It keeps the content of one object, or arguments by name.",
-                    "Merge them into one dict, or pass the arguments' names as strings.",
-                )
+                f"`save_hyperparameters` received {len(objects)} objects. It keeps the content of one, or arguments by"
+                " name. Merge them into one dict, or pass the names of the arguments as strings."
             )
         if objects:
             chosen = as_hparams(objects[0])
@@ -135,11 +128,8 @@ def _named(arguments: Mapping[str, Any], names: Iterable[str], ignored: Iterable
     for name in wanted:
         if name not in arguments:
             raise KeyError(
-                explain(
-                    f"`save_hyperparameters({name!r})`: no running constructor has this argument; there are"
-                    f" {sorted(arguments)}.",
-                    fix=suggestion(name, arguments) or "Call it inside `__init__`, with names of its arguments.",
-                )
+                f"`save_hyperparameters({name!r})`: no running constructor has this argument, only {sorted(arguments)}."
+                f"{suggestion(name, arguments)} Call it inside `__init__`, with names of its arguments."
             )
     return {name: arguments[name] for name in wanted}
 
@@ -156,11 +146,8 @@ def as_hparams(hp: Any) -> MutableMapping:
         return AttributeDict(hp)
     kind = "primitive value" if isinstance(hp, _PRIMITIVES) else f"object of type `{type(hp).__name__}`"
     raise ValueError(
-        explain(
-            f"Hyper-parameters were given as the {kind} {hp!r}.",
-            "Each of them needs a name, so only a mapping or a `Namespace` has what is needed.",
-            "Pass a dict, the name of the argument as a string, or nothing to keep all arguments.",
-        )
+        f"Hyper-parameters were given as the {kind} {hp!r}, in which they have no names. Pass a dict or a `Namespace`,"
+        " the name of the argument as a string, or nothing to keep all arguments."
     )
 
 
@@ -183,11 +170,8 @@ def drop_unpicklable(hparams: MutableMapping) -> None:
     for name in [name for name, value in hparams.items() if not is_picklable(value)]:
         del hparams[name]
         rank_zero_warn(
-            explain(
-                f"The hyper-parameter `{name}` was removed from `hparams`.",
-                "It cannot be pickled, so no checkpoint could hold it.",
-                f"`self.save_hyperparameters(ignore=[{name!r}])` avoids this warning.",
-            )
+            f"The hyper-parameter `{name}` was removed from `hparams`: it cannot be pickled, so no checkpoint can hold"
+            f" it. `self.save_hyperparameters(ignore=[{name!r}])` avoids this warning."
         )
 
 
@@ -197,22 +181,17 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
     Raises:
         RuntimeError: both use one name for different values.
     """
-    sources = [source for source in (module, datamodule) if source is not None and source._log_hyperparams]
-    initial = [
+    ours, theirs = (
         {k: v for k, v in source.hparams_initial.items() if k not in (CLASS_PATH_KEY, INSTANTIATOR_KEY)}
-        for source in sources
-    ]
-    if len(initial) < 2:
-        return initial[0] if initial else {}
-    ours, theirs = initial
+        if source is not None and source._log_hyperparams
+        else {}
+        for source in (module, datamodule)
+    )
     clashes = [name for name in ours if name in theirs and not _same(ours[name], theirs[name])]
     if clashes:
         raise RuntimeError(
-            explain(
-                f"The module and the datamodule have different values for the hyper-parameters {clashes}.",
-                "Loggers receive both under one name.",
-                "Rename one of them, or save one with `save_hyperparameters(logger=False)`.",
-            )
+            f"The module and the datamodule have different values for the hyper-parameters {clashes}, and loggers would"
+            " receive both under one name. Rename one, or save it with `save_hyperparameters(logger=False)`."
         )
     return {**ours, **theirs}
 
@@ -237,9 +216,6 @@ def _warn_about_modules(hparams: Mapping[str, Any]) -> None:
     for name, value in hparams.items():
         if isinstance(value, torch.nn.Module):
             rank_zero_warn(
-                explain(
-                    f"The hyper-parameter `{name}` is an `nn.Module`.",
-                    "Its weights are part of the checkpoint already and would be stored twice.",
-                    f"Leave it out: `self.save_hyperparameters(ignore=[{name!r}])`.",
-                )
+                f"The hyper-parameter `{name}` is an `nn.Module`, whose weights are in the checkpoint already and would"
+                f" be stored twice. Leave it out: `self.save_hyperparameters(ignore=[{name!r}])`."
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,10 +41,10 @@ class Entry:
         "final",
         "graph",
         "logger",
+        "newest",
         "on_epoch",
         "on_step",
         "options",
-        "newest",
         "step_name",
         "total",
         "weight",
@@ -135,47 +135,38 @@ class Sum(Entry):
     __slots__ = ()
 
     def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
-        self.total = self.widened(value) if self.total is None else self.total + value
+        self.total = self.widened(value) if self.total is None else self.merge(self.total, value)
+
+    @staticmethod
+    def merge(total: Any, value: Any) -> Any:
+        return total + value
 
     def epoch_value(self) -> Any:
         return self.narrowed(self.total)
 
 
-class Extreme(Entry):
-    """Largest or smallest value of the epoch."""
-
-    __slots__ = ()
-    choose: ClassVar[Callable[[Tensor, Tensor], Tensor]]
-    choose_number: ClassVar[Callable[[float, float], float]]
-
-    def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
-        if self.total is None:
-            self.total = self.widened(value)
-        elif isinstance(value, Tensor) or isinstance(self.total, Tensor):
-            pair = torch.as_tensor(self.total), torch.as_tensor(value)
-            device = next((t.device for t in pair if t.device.type != "cpu"), pair[0].device)
-            self.total = self.choose(pair[0].to(device), pair[1].to(device, pair[0].dtype))
-        else:
-            self.total = self.choose_number(self.total, value)
-
-    def epoch_value(self) -> Any:
-        return self.narrowed(self.total)
-
-
-class Maximum(Extreme):
+class Maximum(Sum):
     """Largest value of the epoch."""
 
     __slots__ = ()
-    choose = staticmethod(torch.maximum)
-    choose_number = max
+
+    @staticmethod
+    def merge(total: Any, value: Any) -> Any:
+        if isinstance(total, Tensor) and isinstance(value, Tensor):
+            return torch.maximum(total, value.to(total))
+        return max(total, value)  # sync, if one of them is a tensor: a name logged as a tensor and as a number
 
 
-class Minimum(Extreme):
+class Minimum(Sum):
     """Smallest value of the epoch."""
 
     __slots__ = ()
-    choose = staticmethod(torch.minimum)
-    choose_number = min
+
+    @staticmethod
+    def merge(total: Any, value: Any) -> Any:
+        if isinstance(total, Tensor) and isinstance(value, Tensor):
+            return torch.minimum(total, value.to(total))
+        return min(total, value)  # sync, as above
 
 
 class MetricEntry(Entry):
@@ -274,8 +265,8 @@ class LogBook:
         "batch",
         "batch_size",
         "dataloader_idx",
-        "has_loggers",
         "entries",
+        "has_loggers",
         "hook",
         "logging_due",
         "module",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fulmen.utilities.types import OptimizerLRScheduler
 
 _warnings = WarningCache()
+Number = Union[int, float]  # inside the class, `float` is the method
 
 
 class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
@@ -56,6 +57,18 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
+
+    # `Any`, or type checkers take what a module does not define for one of its tensors
+    _trainer: Any
+    _book: Any
+    _fabric: Any
+    _example_input_array: Any
+    _automatic_optimization: bool
+    _strict_loading: bool | None
+    _device_mesh: Any
+    _device: torch.device
+    _dtype: torch.dtype
+    _requires_grad_before_toggle: dict[Tensor, bool]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -242,7 +255,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model computes; same as `torch.nn.Module.forward`."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of one batch.
@@ -439,11 +452,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         (self._fabric.backward if self._trainer is None and self._fabric else _plain_backward)(loss, *args, **kwargs)
 
     def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Any,
-        optimizer_closure: Callable[[], Any] | None = None,
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Makes one optimizer step. An override must run the closure: it is the forward and the backward.
 
@@ -466,19 +475,13 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             scheduler.step(metric)
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Number | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips the gradients before the step; called with the trainer's values, also when clipping is off."""
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: Number | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips the gradients of one optimizer, by norm (default) or by value.
 
@@ -588,7 +591,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     @ClassOnlyMethod
     def load_from_checkpoint(
-        cls,
+        cls: Any,
         checkpoint_path: Any,
         map_location: Any = None,
         hparams_file: Any = None,

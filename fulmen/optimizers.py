@@ -118,7 +118,7 @@ class NoOptimizer(Optimizer):
 
         super().__init__([zeros(1)], {})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return closure() if closure is not None else None
 
     def zero_grad(self, set_to_none: bool = True) -> None: ...
@@ -174,8 +174,8 @@ def _unpack(answer: Any) -> tuple[list[Any], list[Any], str | None]:
         return [optimizer], schedulers, answer.get("monitor")
     if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) > 0:
         if len(answer) == 2 and isinstance(answer[0], (list, tuple)) and all(map(_is_optimizer, answer[0])):
-            schedulers = answer[1] if isinstance(answer[1], (list, tuple)) else [answer[1]]
-            return list(answer[0]), list(schedulers), None
+            given = answer[1] if isinstance(answer[1], (list, tuple)) else [answer[1]]
+            return list(answer[0]), list(given), None
         if all(isinstance(a, Mapping) for a in answer):
             pairs = [_from_dict(a) for a in answer]
             configs = []

@@ -69,7 +69,9 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
     ]
     if replaced:
         names = ", ".join(sorted({type(old).__name__ for old in replaced}))
-        rank_zero_info(f"The following callbacks returned in `LightningModule.configure_callbacks` replace existing ones: {names}")
+        rank_zero_info(
+            f"The following callbacks returned in `LightningModule.configure_callbacks` replace existing ones: {names}"
+        )
     return in_order([old for old in callbacks if old not in replaced] + new)
 
 

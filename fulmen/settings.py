@@ -116,7 +116,7 @@ class Settings:
 def check(**given: Any) -> Settings:
     """The settings for a full set of Trainer arguments. Sets nothing global; see `apply_torch_flags`."""
     refuse_conflicts(given)
-    values = {name: DEFAULTS.get(name) if value is None else value for name, value in given.items()}
+    values: dict[str, Any] = {name: DEFAULTS.get(name) if value is None else value for name, value in given.items()}
     for name in INTEGERS:
         if values[name] is not None or name not in MAY_BE_NONE:
             values[name] = integer(name, values[name])
@@ -243,7 +243,8 @@ def development_run(fast_dev_run: int) -> dict[str, Any]:
 
 def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | None]:
     """When validation runs, in batches or seconds, and how much of it before training."""
-    interval, seconds = given["val_check_interval"], None
+    interval: Any = given["val_check_interval"]
+    seconds = None
     if isinstance(interval, (str, timedelta, dict)):
         interval, seconds = 1.0, parse_duration(interval, "val_check_interval").total_seconds()
     interval = batches("val_check_interval", interval)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from inspect import signature
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -37,8 +37,8 @@ from fulmen.optimizers import LightningOptimizer, read_optimizers
 from fulmen.run_parts import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, run_dir, send_hparams
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.errors import MisconfigurationException, explain
-from fulmen.utilities.introspection import overridden
 from fulmen.utilities.filesystem import is_remote
+from fulmen.utilities.introspection import overridden
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import seed_everything  # noqa: F401  (imported from here by many scripts)
@@ -63,6 +63,25 @@ def alias(path: str, doc: str) -> Any:
         return self
 
     return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)
+
+
+def first_of(kind: type, doc: str) -> Any:
+    """A property: the first callback of a kind, or None."""
+    return property(lambda self: next((c for c in self.callbacks if isinstance(c, kind)), None), doc=doc)
+
+
+def all_of(kind: type, doc: str) -> Any:
+    """A property: all callbacks of a kind."""
+    return property(lambda self: [c for c in self.callbacks if isinstance(c, kind)], doc=doc)
+
+
+def stage_flag(stage: RunningStage, doc: str) -> Any:
+    """A property: whether that stage runs; setting it to True makes it run."""
+
+    def switch(self: Any, on: bool) -> None:
+        self.state.stage = stage if on else None
+
+    return property(lambda self: self.state.stage == stage, switch, doc=doc)
 
 
 class Trainer:
@@ -271,7 +290,9 @@ class Trainer:
             model = self.lightning_module
             if model is None:
                 raise TypeError(
-                    explain(what=f"`{name}()` was called without a model, and none was run before.", fix="Pass `model=`.")
+                    explain(
+                        what=f"`{name}()` was called without a model, and none was run before.", fix="Pass `model=`."
+                    )
                 )
         if is_compiled(model):
             model = from_compiled(model)
@@ -378,7 +399,7 @@ class Trainer:
         self._close(loop)
         if self.state.fn == TrainerFn.FITTING:
             self.hooks.on_fit_end()
-        stage = self.state.fn
+        stage: Any = self.state.fn
         if self.datamodule is not None:
             self.datamodule.teardown(stage)
         self.hooks.teardown(stage)
@@ -428,13 +449,13 @@ class Trainer:
     def _prepare_data(self) -> None:
         if self.profiler.active:
             log_dir = self.log_dir or self.default_root_dir
-            self.profiler.setup(stage=self.state.fn, local_rank=self.local_rank, log_dir=log_dir)
+            self.profiler.setup(stage=cast("str", self.state.fn), local_rank=self.local_rank, log_dir=log_dir)
         self.sources.prepare_data(
             self.lightning_module, self.datamodule, local_rank=self.local_rank, global_rank=self.global_rank
         )
 
     def _call_setup_hooks(self) -> None:
-        module, stage = self.lightning_module, self.state.fn
+        module, stage = self.lightning_module, cast("str", self.state.fn)
         module.__dict__["_device"] = self.strategy.root_device
         for logger in self.loggers:
             _ = getattr(logger, "experiment", None)
@@ -700,86 +721,22 @@ class Trainer:
     def ckpt_path(self, ckpt_path: Any) -> None:
         self._ckpt_path, self._ckpt_path_by_user = ckpt_path, bool(ckpt_path)
 
-    def _first(self, kind: type) -> Any:
-        return next((callback for callback in self.callbacks if isinstance(callback, kind)), None)
-
-    def _all(self, kind: type) -> list[Any]:
-        return [callback for callback in self.callbacks if isinstance(callback, kind)]
-
-    @property
-    def checkpoint_callback(self) -> Checkpoint | None:
-        """The first checkpoint callback."""
-        return self._first(Checkpoint)
-
-    @property
-    def checkpoint_callbacks(self) -> list[Checkpoint]:
-        """All checkpoint callbacks."""
-        return self._all(Checkpoint)
-
-    @property
-    def early_stopping_callback(self) -> EarlyStopping | None:
-        """The first `EarlyStopping`."""
-        return self._first(EarlyStopping)
-
-    @property
-    def early_stopping_callbacks(self) -> list[EarlyStopping]:
-        """All `EarlyStopping` callbacks."""
-        return self._all(EarlyStopping)
-
-    @property
-    def progress_bar_callback(self) -> ProgressBar | None:
-        """The progress bar."""
-        return self._first(ProgressBar)
+    checkpoint_callback = first_of(Checkpoint, "The first checkpoint callback.")
+    checkpoint_callbacks = all_of(Checkpoint, "All checkpoint callbacks.")
+    early_stopping_callback = first_of(EarlyStopping, "The first `EarlyStopping`.")
+    early_stopping_callbacks = all_of(EarlyStopping, "All `EarlyStopping` callbacks.")
+    progress_bar_callback = first_of(ProgressBar, "The progress bar.")
 
     @property
     def interrupted(self) -> bool:
         """Whether the last run ended with an exception."""
         return self.state.status == TrainerStatus.INTERRUPTED
 
-    @property
-    def training(self) -> bool:
-        """Whether a training batch is at work; False during the validation inside fit."""
-        return self.state.stage == RunningStage.TRAINING
-
-    @training.setter
-    def training(self, on: bool) -> None:
-        self.state.stage = RunningStage.TRAINING if on else None
-
-    @property
-    def validating(self) -> bool:
-        """Whether validation runs."""
-        return self.state.stage == RunningStage.VALIDATING
-
-    @validating.setter
-    def validating(self, on: bool) -> None:
-        self.state.stage = RunningStage.VALIDATING if on else None
-
-    @property
-    def testing(self) -> bool:
-        """Whether testing runs."""
-        return self.state.stage == RunningStage.TESTING
-
-    @testing.setter
-    def testing(self, on: bool) -> None:
-        self.state.stage = RunningStage.TESTING if on else None
-
-    @property
-    def predicting(self) -> bool:
-        """Whether prediction runs."""
-        return self.state.stage == RunningStage.PREDICTING
-
-    @predicting.setter
-    def predicting(self, on: bool) -> None:
-        self.state.stage = RunningStage.PREDICTING if on else None
-
-    @property
-    def sanity_checking(self) -> bool:
-        """Whether the validation before training runs."""
-        return self.state.stage == RunningStage.SANITY_CHECKING
-
-    @sanity_checking.setter
-    def sanity_checking(self, on: bool) -> None:
-        self.state.stage = RunningStage.SANITY_CHECKING if on else None
+    training = stage_flag(RunningStage.TRAINING, "Whether a training batch is at work; False while fit validates.")
+    validating = stage_flag(RunningStage.VALIDATING, "Whether validation runs, inside fit or alone.")
+    testing = stage_flag(RunningStage.TESTING, "Whether testing runs.")
+    predicting = stage_flag(RunningStage.PREDICTING, "Whether prediction runs.")
+    sanity_checking = stage_flag(RunningStage.SANITY_CHECKING, "Whether the validation before training runs.")
 
     @property
     def evaluating(self) -> bool:

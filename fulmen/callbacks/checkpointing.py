@@ -139,7 +139,7 @@ class ModelCheckpoint(Checkpoint):
         return self._every_n_epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or _folder_of_run(trainer))
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
         if self.save_last == "link" and is_remote(self.dirpath):
             raise ValueError(
                 explain(
@@ -179,8 +179,9 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What validation left waiting is settled here, if only by the complaint that `monitor` does not exist.
-        deferred, self._deferred = self._deferred, False
+        # What still waits after validation is settled here, if only by the complaint that `monitor` does not exist.
+        deferred = self._deferred and (self._validated or not trainer.enable_validation)
+        self._deferred = self._deferred and not deferred
         after_training = _saves_after_training(trainer, self._save_on_train_epoch_end)
         if (deferred or (after_training and _epoch_due(trainer, self._every_n_epochs))) and not self._idle(trainer):
             self._save(trainer)
@@ -435,7 +436,7 @@ def _normal_folder(dirpath: str | os.PathLike) -> str:
     return path if is_remote(path) else os.path.realpath(os.path.expanduser(local_path(path)))
 
 
-def _folder_of_run(trainer: Trainer) -> str:
+def folder_of_run(trainer: Trainer) -> str:
     """The folder of the first logger's run, or one in `default_root_dir`."""
     if not trainer.loggers:
         return os.path.join(trainer.default_root_dir, "checkpoints")

@@ -182,6 +182,8 @@ def _named_optimizers(trainer: Trainer) -> list[tuple[str, Optimizer, str | None
     seen: dict[str, int] = {}
     named = []
     for name, optimizer, interval in found:
+        if not all("lr" in group for group in optimizer.param_groups):  # the stand-in of a run without optimizer
+            continue
         base = name or f"lr-{type(optimizer).__name__}"
         count = seen[base] = seen.get(base, -1) + 1
         named.append((f"{base}-{count}" if count else base, optimizer, interval))

@@ -26,8 +26,8 @@ UNHURRIED_LINES = 100
 
 # Kinds of bars besides "train": the property that describes one, and the trainer's that counts its batches.
 EVALUATIONS = {
-    "sanity": ("sanity_check_description", "num_sanity_val_batches"),
-    "validation": ("validation_description", "num_val_batches"),
+    "val_sanity": ("sanity_check_description", "num_sanity_val_batches"),
+    "val": ("validation_description", "num_val_batches"),
     "test": ("test_description", "num_test_batches"),
     "predict": ("predict_description", "num_predict_batches"),
 }
@@ -39,6 +39,7 @@ class ProgressBar(Callback):
     Bars are switched off with `disable()` on all processes but the first.
     """
 
+    is_enabled: Any = True
     _trainer: Trainer | None = None
     _current_eval_dataloader_idx: int | None = None
     # While a bar is being redrawn, values that have not arrived from the device yet are not waited for.
@@ -109,19 +110,14 @@ class ProgressBar(Callback):
         trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
         if trainer.state.fn == "fit" and not trainer.sanity_checking and every and (trainer.current_epoch + 1) % every:
             return 0
-        return sum(self._sizes("sanity" if trainer.sanity_checking else "validation"))
+        return sum(self._sizes("val_sanity" if trainer.sanity_checking else "val"))
 
     @property
     def total_val_batches_current_dataloader(self) -> int | float:
-        return self._size("sanity" if self.trainer.sanity_checking else "validation")
+        return self._size("val_sanity" if self.trainer.sanity_checking else "val")
 
-    @property
-    def total_test_batches_current_dataloader(self) -> int | float:
-        return self._size("test")
-
-    @property
-    def total_predict_batches_current_dataloader(self) -> int | float:
-        return self._size("predict")
+    total_test_batches_current_dataloader = property(lambda self: self._size("test"))
+    total_predict_batches_current_dataloader = property(lambda self: self._size("predict"))
 
     def _sizes(self, kind: str) -> list[int | float]:
         """Batches of every loader."""
@@ -182,8 +178,8 @@ class TerminalProgressBar(ProgressBar):
         self._enabled = True
         self._drawing = False
         self._redraw_at = inf
-        self._train: Track | None = None
-        self._evaluation: Track | None = None
+        self._train: Any = None  # a `Track` while there is training, and so below
+        self._evaluation: Any = None
         self._lines_printed = 0
         self._line_due = 0.0
 
@@ -262,22 +258,25 @@ class TerminalProgressBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        track: Any = self._train
+        track = self._train
         track.done = batch_idx + 1
         if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
-            self._draw_while_training(trainer, pl_module)
+            self._draw_training(trainer, pl_module, exactly=False)
 
-    def _draw_while_training(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._peeking = True
+    def _draw_training(self, trainer: Trainer, pl_module: LightningModule, exactly: bool) -> None:
+        self._peeking = not exactly
         try:
-            self._draw(self._train, self.get_metrics(trainer, pl_module))
+            metrics = self.get_metrics(trainer, pl_module)
         finally:
             self._peeking = False
+        if self._drawing:
+            self._draw(self._train, metrics)
+        else:
+            self._print_line(self._train, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._train and self.is_enabled:
-            finish = self._draw if self._drawing else self._print_line
-            finish(self._train, self.get_metrics(trainer, pl_module))
+        if self.is_enabled:
+            self._draw_training(trainer, pl_module, exactly=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.teardown(trainer, pl_module, "fit")
@@ -285,16 +284,13 @@ class TerminalProgressBar(ProgressBar):
     # Validation, test, prediction and the sanity check
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open_evaluation("sanity")
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close_evaluation()
+        self._open_evaluation("val_sanity")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             if self._train and self._drawing and self._train.drawn != self._train.done:
-                self._draw_while_training(trainer, pl_module)
-            self._open_evaluation("validation")
+                self._draw_training(trainer, pl_module, exactly=False)
+            self._open_evaluation("val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -303,19 +299,18 @@ class TerminalProgressBar(ProgressBar):
         if self._train:
             self._train.started += seconds  # training stood still, its speed shall not suffer
             if self._drawing:
-                self._draw(self._train, self.get_metrics(trainer, pl_module))
+                self._draw_training(trainer, pl_module, exactly=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open_evaluation("test")
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close_evaluation()
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open_evaluation("predict")
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close_evaluation()
+
+    on_sanity_check_end = on_predict_end = on_test_end
 
     def on_validation_batch_end(
         self,
@@ -328,7 +323,7 @@ class TerminalProgressBar(ProgressBar):
     ) -> None:
         if dataloader_idx != self._current_eval_dataloader_idx:
             self._begin_loader(dataloader_idx)
-        track: Any = self._evaluation
+        track = self._evaluation
         track.done = batch_idx + 1
         if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
             self._draw(track)
@@ -336,15 +331,15 @@ class TerminalProgressBar(ProgressBar):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def _open_evaluation(self, kind: str) -> None:
-        self._evaluation = Track(kind)
         self._open(kind)
+        self._evaluation = Track(kind)
         self._begin_loader(0)
         if self._drawing and not self._train:
             self._draw(self._evaluation)
 
     def _begin_loader(self, dataloader_idx: int) -> None:
         self.has_dataloader_changed(dataloader_idx)
-        track: Any = self._evaluation
+        track = self._evaluation
         track.description = self._loader_description(getattr(self, EVALUATIONS[track.kind][0]), dataloader_idx)
         track.total = self._size(track.kind)
         # The clock goes on: the speed is that of all loaders together.
@@ -356,13 +351,13 @@ class TerminalProgressBar(ProgressBar):
 
     def _close_evaluation(self) -> float:
         """Returns how long it took."""
-        track: Any = self._evaluation
+        track = self._evaluation
         self._evaluation = None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
             self._draw(track)
         self._close(track.kind)
-        if self.is_enabled and not self._drawing and track.kind != "sanity" and not self._train:
+        if self.is_enabled and not self._drawing and track.kind != "val_sanity" and not self._train:
             track.description = getattr(self, EVALUATIONS[track.kind][0])
             self._print_line(track)
         return track.seconds

@@ -8,7 +8,7 @@ from math import ceil, inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from fulmen.callbacks.progress_bar import SECONDS_BETWEEN_REDRAWS, TerminalProgressBar, Track
+from fulmen.callbacks.progress_bar import EVALUATIONS, SECONDS_BETWEEN_REDRAWS, TerminalProgressBar, Track
 from fulmen.utilities.optional import require
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class RichProgressBar(TerminalProgressBar):
     test_progress_bar_id: TaskID | None = None
     predict_progress_bar_id: TaskID | None = None
 
-    val_sanity_check_bar = property(lambda self: self._task("sanity"))
+    val_sanity_check_bar = property(lambda self: self._task("val_sanity"))
     train_progress_bar = property(lambda self: self._task("train"))
-    val_progress_bar = property(lambda self: self._task("validation"))
+    val_progress_bar = property(lambda self: self._task("val"))
     test_progress_bar = property(lambda self: self._task("test"))
 
     def __init__(
@@ -78,7 +78,7 @@ class RichProgressBar(TerminalProgressBar):
         self._console: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_console": None, "progress": None, **dict.fromkeys(_IDS.values())}
+        return {**self.__dict__, "_console": None, "progress": None}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """The columns left of the metrics; override it to show others."""
@@ -121,21 +121,19 @@ class RichProgressBar(TerminalProgressBar):
         if self.progress is None or not self.progress.live.is_started:
             from rich.progress import Progress
 
-            for name in _IDS.values():
-                setattr(self, name, None)
-            columns = [
-                *self.configure_columns(self.trainer),
-                _column(lambda task: task.fields.get("metrics", ""), self.theme.metrics),
-            ]
+            for bar in ("train", *EVALUATIONS):
+                setattr(self, f"{bar}_progress_bar_id", None)
+            metrics = _column(lambda task: task.fields.get("metrics", ""), self.theme.metrics)
+            columns = [*self.configure_columns(self.trainer), metrics]
             # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
             self.progress = Progress(*columns, console=self._console, auto_refresh=False)
             self.progress.start()
-        if getattr(self, _IDS[kind]) is None:
-            setattr(self, _IDS[kind], self.progress.add_task("", total=None, visible=False))
+        if getattr(self, f"{kind}_progress_bar_id") is None:
+            setattr(self, f"{kind}_progress_bar_id", self.progress.add_task("", total=None, visible=False))
 
     def _task(self, kind: str) -> Task:
         for task in self.progress.tasks if self.progress is not None else ():
-            if task.id == getattr(self, _IDS[kind]):
+            if task.id == getattr(self, f"{kind}_progress_bar_id"):
                 return task
         raise RuntimeError("This bar does not exist at the moment: its loop has not started, or nothing is drawn.")
 
@@ -145,8 +143,9 @@ class RichProgressBar(TerminalProgressBar):
             values["description"] = track.description
         if metrics is not None:
             values["metrics"] = self._formatted(metrics)
+        assert self.progress is not None
         total = None if track.total == inf else track.total
-        task = getattr(self, _IDS[track.kind])
+        task = getattr(self, f"{track.kind}_progress_bar_id")
         self.progress.update(task, completed=track.done, total=total, visible=True, **values)
         self.progress.refresh()
 
@@ -158,20 +157,11 @@ class RichProgressBar(TerminalProgressBar):
     def _close(self, kind: str) -> None:
         if self.progress is None:
             return
-        if kind == "sanity" or (kind == "validation" and self._train):
-            self.progress.update(getattr(self, _IDS[kind]), visible=False)
+        if kind == "val_sanity" or (kind == "val" and self._train):
+            self.progress.update(getattr(self, f"{kind}_progress_bar_id"), visible=False)
             self.progress.refresh()
         else:
             self.progress.stop()
-
-
-_IDS = {
-    "sanity": "val_sanity_progress_bar_id",
-    "train": "train_progress_bar_id",
-    "validation": "val_progress_bar_id",
-    "test": "test_progress_bar_id",
-    "predict": "predict_progress_bar_id",
-}
 
 
 def _column(text: Callable[[Task], str], style: str) -> ProgressColumn:

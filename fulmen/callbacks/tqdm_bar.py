@@ -122,11 +122,12 @@ class TQDMProgressBar(TerminalProgressBar):
     def _open(self, kind: str) -> None:
         # One is made even when nothing is drawn, because users configure it in their hooks.
         self._redirect(False)
-        self._bars[_KEYS[kind]] = getattr(self, f"init_{kind}_tqdm")()
+        name = {"val_sanity": "sanity", "val": "validation"}.get(kind, kind)
+        self._bars[_key(kind)] = getattr(self, f"init_{name}_tqdm")()
         self._redirect(self._drawing and "ipykernel" not in sys.modules)
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        bar = self._bars[_KEYS[track.kind]]
+        bar = self._bars[_key(track.kind)]
         if track.fresh:
             bar.set_description(track.description, refresh=False)
             total = None if track.total == inf else track.total
@@ -141,7 +142,7 @@ class TQDMProgressBar(TerminalProgressBar):
         bar.refresh()
 
     def _close(self, kind: str) -> None:
-        self._bars[_KEYS[kind]].close()
+        self._bars[_key(kind)].close()
         if not self._train and not self._evaluation:
             self._redirect(False)
 
@@ -157,7 +158,8 @@ class TQDMProgressBar(TerminalProgressBar):
                 setattr(sys, name, stream.stream)
 
 
-_KEYS = {"sanity": "val", "train": "train", "validation": "val", "test": "test", "predict": "predict"}
+def _key(kind: str) -> str:
+    return "val" if kind == "val_sanity" else kind
 
 
 class _AboveBars:

@@ -68,9 +68,8 @@ def load_from_checkpoint(
     checkpoint[key] = {**stored, **kwargs}
     built = _build(cls, dict(stored), kwargs, checkpoint)
     if not isinstance(built, nn.Module):
-        state = checkpoint.get(type(built).__qualname__)
-        if state is not None:
-            built.load_state_dict(state)
+        if type(built).__qualname__ in checkpoint:
+            built.load_state_dict(checkpoint[type(built).__qualname__])
         return built
     _restore_module(built, checkpoint, strict, checkpoint_path)
     weights = [value for value in checkpoint["state_dict"].values() if isinstance(value, torch.Tensor)]
@@ -82,8 +81,9 @@ def load_from_checkpoint(
 
 def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
     """The content of a file, brought up to date; tensors stay on their device if this machine has it."""
+    read = torch.load if hasattr(path, "read") else TorchCheckpointIO().load_checkpoint
     location = keep_available_device if map_location is None else map_location
-    checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location=location, weights_only=weights_only)
+    checkpoint = read(path, map_location=location, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
         raise TypeError(
             f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is. Use a file written by"
@@ -104,8 +104,8 @@ def keep_available_device(storage: Any, location: str) -> Any:
 def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict) -> Any:
     """The new object, from the arguments its constructor accepts."""
     instantiator, class_path = stored.pop("_instantiator", None), stored.pop("_class_path", None)
-    if instantiator is not None:
-        cls = cls if class_path is None else _imported_subclass(cls, class_path)
+    if instantiator is not None and class_path is not None:
+        cls = _imported_subclass(cls, class_path)
     found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
     accepted = {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
@@ -144,8 +144,8 @@ def _imported_subclass(cls: type, class_path: str) -> type:
         if inspect.isclass(found) and issubclass(found, cls):
             return found
     raise ValueError(
-        f"The checkpoint wants to be loaded as `{class_path}`, which is no imported subclass of `{cls.__name__}`. A file"
-        " shall not decide what is imported. If you trust it, import that class first."
+        f"The checkpoint wants to be loaded as `{class_path}`, which is no imported subclass of `{cls.__name__}`."
+        " A file shall not decide what is imported. If you trust it, import that class first."
     )
 
 
@@ -176,7 +176,11 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
 
 def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
     """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them."""
-    readers = {".yaml": load_hparams_from_yaml, ".yml": load_hparams_from_yaml, ".csv": load_hparams_from_tags_csv}
+    readers: dict[str, Callable] = {
+        ".yaml": load_hparams_from_yaml,
+        ".yml": load_hparams_from_yaml,
+        ".csv": load_hparams_from_tags_csv,
+    }
     extension = os.path.splitext(os.fspath(path))[1].lower()
     if extension not in readers:
         raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in {', '.join(readers)} is needed.")

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from fulmen.checkpoint.loop_counters import to_loops
-from fulmen.utilities.errors import PossibleUserWarning, explain
+from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 VERSION_KEY = "pytorch-lightning_version"
@@ -31,11 +31,8 @@ def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     if VERSION_KEY not in checkpoint:
         raise KeyError(
-            explain(
-                f"The file has no key `{VERSION_KEY}`; its keys are {sorted(map(str, checkpoint))[:10]}.",
-                "It was not written by a trainer.",
-                "For plain weights, use `model.load_state_dict(torch.load(path))`.",
-            )
+            f"The file has no key `{VERSION_KEY}`, only {sorted(map(str, checkpoint))[:10]}, so no trainer wrote it."
+            " For plain weights, use `model.load_state_dict(torch.load(path))`."
         )
     found = checkpoint[VERSION_KEY]
     version, ours = _release(found), _release(API_VERSION)

@@ -61,11 +61,14 @@ def find(
             )
         return found
     if ckpt_path == "hpc":
-        return _required(hpc_checkpoint(root_dir), verb, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}", "hpc")
+        found = hpc_checkpoint(root_dir)
+        if found is None:
+            raise _nothing(verb, "hpc", f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
+        return found
     if not os.fspath(ckpt_path):
-        raise ValueError(_nothing(verb, "an empty path names no file", given=""))
+        raise _nothing(verb, ckpt_path, "an empty path names no file")
     if re.match(r"registry(:|$)", os.fspath(ckpt_path)) and not os.path.exists(ckpt_path):
-        raise ValueError(_nothing(verb, "the model registry is a hosted service, not reached here", given=ckpt_path))
+        raise _nothing(verb, ckpt_path, "the model registry is a hosted service, not reached here")
     return ckpt_path
 
 
@@ -73,15 +76,17 @@ def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = Fa
     """The best file of the first `ModelCheckpoint`."""
     judges = [callback for callback in callbacks if hasattr(callback, "best_model_path")]
     if fast_dev_run:
-        raise ValueError(_nothing(verb, "`fast_dev_run` writes no checkpoints", given="best"))
+        raise _nothing(verb, "best", "`fast_dev_run` writes no checkpoints")
     if not judges:
-        raise ValueError(_nothing(verb, "the trainer has no `ModelCheckpoint`", given="best"))
+        raise _nothing(verb, "best", "the trainer has no `ModelCheckpoint`")
     if len(judges) > 1:
         rank_zero_warn(
             f'`trainer.{verb}(ckpt_path="best")`: there are {len(judges)} `ModelCheckpoint` callbacks, and the best'
             " checkpoint of the first one is used."
         )
-    return _required(judges[0].best_model_path, verb, "`ModelCheckpoint` has not saved anything", "best")
+    if not judges[0].best_model_path:
+        raise _nothing(verb, "best", "`ModelCheckpoint` has not saved anything")
+    return judges[0].best_model_path
 
 
 def _saves_on_exception(callback: Any) -> bool:
@@ -134,14 +139,6 @@ def _modified(path: str) -> Any:
     return get_filesystem(path).modified(path) if is_remote(path) else os.stat(local_path(path)).st_mtime_ns
 
 
-def _required(path: str | None, verb: str, why: str, given: str) -> str:
-    if not path:
-        raise ValueError(_nothing(verb, why, given))
-    return path
-
-
-def _nothing(verb: str, why: str, given: str | os.PathLike) -> str:
-    return explain(
-        f"`trainer.{verb}(ckpt_path={os.fspath(given)!r})` has nothing to load: {why}.",
-        fix=f"Pass the path of a checkpoint: `trainer.{verb}(ckpt_path=PATH)`.",
-    )
+def _nothing(verb: str, given: Any, why: str) -> ValueError:
+    what = f"`trainer.{verb}(ckpt_path={os.fspath(given)!r})` has nothing to load: {why}."
+    return ValueError(explain(what, fix=f"Pass the path of a checkpoint: `trainer.{verb}(ckpt_path=PATH)`."))

@@ -89,15 +89,13 @@ class Feed:
             idx += 1
 
     def _combined(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
-        given = self.first_batch_idx
-        ahead = fetch() if self.num_batches == inf else None
+        given, unsized = self.first_batch_idx, self.num_batches == inf
+        ahead = fetch() if unsized else None
         while given < self.num_batches:
-            if self.num_batches == inf:
-                item, ahead = ahead, (fetch() if ahead is not _END else _END)
-            else:
-                item = fetch()
+            item = ahead if unsized else fetch()
             if item is _END:
                 return
+            ahead = fetch() if unsized else None
             batch, batch_idx, dataloader_idx = item
             given += 1
             self.is_last = given >= self.num_batches or ahead is _END
@@ -124,23 +122,18 @@ class IteratorFeed(Feed):
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         source = super().__iter__()
-        ahead = next(source, _END)
+        # Always one batch ahead: whether there is a next step is known only to whoever has its batch.
+        ahead: Any = next(source, _END)
+        self.batch_idx = self.first_batch_idx
 
         def pull() -> Generator[tuple[Any, int, int]]:
             nonlocal ahead
             while ahead is not _END:
-                item = ahead
-                # reading ahead is needed only where the length is unknown: elsewhere the count tells
-                self.is_last = self.is_last if self.num_batches != inf else False
-                self.batch_idx = item[1]
-                if item[1] + 1 < self.num_batches:
-                    ahead = next(source, _END)
-                else:
-                    ahead = _END
-                self.is_last = ahead is _END
+                item, ahead = ahead, next(source, _END)
+                self.batch_idx, self.is_last = item[1], ahead is _END
                 yield item
 
         iterator = pull()
-        self.batch_idx = self.first_batch_idx
         while ahead is not _END:
+            self.is_last = False
             yield iterator, self.batch_idx, 0

@@ -31,13 +31,11 @@ class CheckpointIO(ABC):
     """Saves, loads and removes checkpoints. Subclass it to store them elsewhere, and pass it in ``plugins``."""
 
     @abstractmethod
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Called on one process. ``storage_options`` is what the user gave to ``Trainer.save_checkpoint``."""
 
     @abstractmethod
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Called on all processes, with a path that ``save_checkpoint`` was given before."""
 
     @abstractmethod
@@ -51,26 +49,21 @@ class CheckpointIO(ABC):
 class TorchCheckpointIO(CheckpointIO):
     """One file per checkpoint, written by `torch.save`, on any file system that fsspec knows."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the file so that a kill at any instant leaves the old content or the new, never a part."""
         if storage_options is not None:
-            raise TypeError(
-                f"`storage_options={storage_options!r}` were passed, but `TorchCheckpointIO` has none. Leave them out, or"
-                " pass a `CheckpointIO` of your own in `plugins`."
-            )
-        ensure_dir(os.path.dirname(os.fspath(path)) or os.curdir)
+            what = f"`storage_options={storage_options!r}` were passed, but `TorchCheckpointIO` has none."
+            raise TypeError(explain(what, fix="Leave them out, or pass a `CheckpointIO` of your own in `plugins`."))
+        path = os.fspath(path)
+        ensure_dir(os.path.dirname(path) or os.curdir)
         try:
             atomic_write(path, lambda file: torch.save(checkpoint, file))
         except (AttributeError, TypeError, pickle.PicklingError) as error:
-            what = (
-                f"`{_first_unpicklable(checkpoint)}` cannot be stored in the checkpoint {os.fspath(path)!r}: {error}."
-            )
+            what = f"`{_first_unpicklable(checkpoint)}` cannot be pickled into the checkpoint {path!r}: {error}."
             fix = "Leave it out in `on_save_checkpoint`, or keep it out of the hyper-parameters and states."
-            raise type(error)(explain(what, "Only objects that can be pickled can be saved.", fix)) from error
+            raise type(error)(explain(what, fix=fix)) from error
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file or an http(s) URL.
 
         Args:
@@ -78,37 +71,32 @@ class TorchCheckpointIO(CheckpointIO):
             weights_only: None is `torch.load`'s own default, and False for a URL.
 
         Raises:
-            FileNotFoundError: naming what is there instead.
-            DamagedCheckpointError: the file is cut off, was changed on disk (its checksums are verified), or is
-                something else than a checkpoint.
+            DamagedCheckpointError: the file is cut off, changed (checksums are verified), or no checkpoint at all.
             pickle.UnpicklingError: the file holds classes that ``weights_only`` does not allow.
         """
-        map_location = "cpu" if map_location is None else map_location
-        if str(path).startswith(("http://", "https://")):
-            return torch.hub.load_state_dict_from_url(
-                str(path), map_location=map_location, weights_only=bool(weights_only)
-            )
+        path, where = os.fspath(path), "cpu" if map_location is None else map_location
+        if path.startswith(("http://", "https://")):
+            return torch.hub.load_state_dict_from_url(path, map_location=where, weights_only=bool(weights_only))
         files = get_filesystem(path)
-        if not files.exists(os.fspath(path)):
-            raise FileNotFoundError(_what_is_there_instead(files, os.fspath(path)))
-        if files.isdir(os.fspath(path)):
-            what = f"The checkpoint {os.fspath(path)!r} is a folder, not a file."
+        if not files.exists(path):
+            raise FileNotFoundError(_what_is_there_instead(files, path))
+        if files.isdir(path):
             raise IsADirectoryError(
-                explain(what, "Folders hold checkpoints in several parts, which are not read here.")
+                f"The checkpoint {path!r} is a folder: one in several parts, which are not read here."
             )
-        with files.open(os.fspath(path), "rb") as file:
+        with files.open(path, "rb") as file:
             _verify(file, path)
             file.seek(0)
             try:
-                return torch.load(file, map_location=map_location, weights_only=weights_only)
+                return torch.load(file, map_location=where, weights_only=weights_only)
             except Exception as error:
                 if isinstance(error, pickle.UnpicklingError) and (classes := _refused_classes(file, str(error))):
                     raise pickle.UnpicklingError(_how_to_allow(path, classes)) from error
-                # A verified archive is not damaged; nor is a file of which a class or a device does not exist here.
-                missing = isinstance(error, (ImportError, AttributeError)) or "deserialize" in str(error)
-                if missing or zipfile.is_zipfile(file):
+                # A verified archive is not damaged; nor is a file for which a class, a device or memory is missing.
+                missing = isinstance(error, (ImportError, AttributeError, MemoryError)) or "deserialize" in str(error)
+                if missing or (zipfile.is_zipfile(file) and "PytorchStreamReader" not in str(error)):
                     raise
-                raise _damaged(path, "it is a pickle, but not a whole one that `torch.save` wrote") from error
+                raise _damaged(path, "it begins like a file of `torch.save`, but does not go on like one") from error
 
     def remove_checkpoint(self, path: Any) -> None:
         try:
@@ -117,7 +105,7 @@ class TorchCheckpointIO(CheckpointIO):
             pass
 
 
-def _verify(file: IO[bytes], path: Any) -> None:
+def _verify(file: IO[bytes], path: str) -> None:
     """Whether this is a whole file of `torch.save`.
 
     `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a wrong weight.
@@ -130,20 +118,24 @@ def _verify(file: IO[bytes], path: Any) -> None:
     if head.startswith(b"PK"):
         try:
             archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
-            raise _damaged(path, f"it is cut off after {size:,} bytes") from error
+            # Checksums can be switched off when saving; over a network it would mean to fetch everything twice.
+            checkable = any(entry.CRC for entry in archive.infolist()) and not is_remote(path)
+            broken = archive.testzip() if checkable else None
+        except Exception as error:  # what a wrong byte in the archive's directory leads to is hard to foresee
+            raise _damaged(
+                path, f"it is cut off after {size:,} bytes, or changed ({str(error) or 'end of file'})"
+            ) from error
+        if broken is not None:
+            raise _damaged(path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written")
         if not any(name.endswith("data.pkl") for name in archive.namelist()):
             raise _damaged(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
-        # Checksums can be switched off when saving; over a network it would mean to fetch everything twice.
-        if any(entry.CRC for entry in archive.infolist()) and not is_remote(path) and (broken := archive.testzip()):
-            raise _damaged(path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written")
     elif not head.startswith(b"\x80"):  # every pickle, which older versions of torch wrote, begins like this
         known = (kind for start, kind in FOREIGN.items() if head.startswith(start))
         raise _damaged(path, f"its {size:,} bytes begin with {head[:16]!r}, which is {next(known, STRANGER)}")
 
 
-def _damaged(path: Any, found: str) -> DamagedCheckpointError:
-    what = f"The checkpoint {os.fspath(path)!r} cannot be read: {found}."
+def _damaged(path: str, found: str) -> DamagedCheckpointError:
+    what = f"The checkpoint {path!r} cannot be read: {found}."
     return DamagedCheckpointError(explain(what, fix="Load another checkpoint, or copy or download this one again."))
 
 
@@ -167,10 +159,10 @@ def _refused_classes(file: IO[bytes], message: str) -> list[str]:
         return re.findall(r"GLOBAL (\S+)", message)
 
 
-def _how_to_allow(path: Any, classes: list[str]) -> str:
+def _how_to_allow(path: str, classes: list[str]) -> str:
     listed = ", ".join(classes)
     return explain(
-        f"The checkpoint {os.fspath(path)!r} holds objects of {listed}, and was loaded with `weights_only=True`.",
+        f"The checkpoint {path!r} holds objects of {listed}, and was loaded with `weights_only=True`.",
         "Loading arbitrary classes can run any code, so only weights and plain values are allowed unless you say so.",
         "If you trust the file, pass `weights_only=False`, or allow just these classes with"
         f" `torch.serialization.add_safe_globals([{listed}])`.",

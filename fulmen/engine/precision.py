@@ -89,9 +89,7 @@ class Precision:
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Takes the loss scale out of the gradients, before anybody looks at them."""
 
-    def optimizer_step(
-        self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
         """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
         return optimizer.step(closure=closure, **kwargs)
 
@@ -121,7 +119,9 @@ class Precision:
         """The parameters the optimizer updates."""
         return [p for group in optimizer.param_groups for p in group["params"]]
 
-    def connect(self, model: Module, optimizers: list[Any], lr_schedulers: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+    def connect(
+        self, model: Module, optimizers: list[Any], lr_schedulers: list[Any]
+    ) -> tuple[Any, list[Any], list[Any]]:
         """Last word on the model and its optimizers before training."""
         return model, optimizers, lr_schedulers
 

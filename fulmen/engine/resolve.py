@@ -39,11 +39,11 @@ class Face(NamedTuple):
     plugins: tuple[type, ...]
 
 
-PLUGINS: tuple[type, ...] = (Precision, CheckpointIO, ClusterEnvironment)
 MCE = MisconfigurationException
+PARTS = (Precision, CheckpointIO, ClusterEnvironment)
 FACES = {
-    "trainer": Face("Trainer", MCE, MCE, MCE, (*PLUGINS, LayerSync)),
-    "fabric": Face("Fabric", ValueError, RuntimeError, TypeError, PLUGINS),
+    "trainer": Face("Trainer", MCE, MCE, MCE, (*PARTS, LayerSync)),
+    "fabric": Face("Fabric", ValueError, RuntimeError, TypeError, PARTS),
 }
 
 PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
@@ -83,7 +83,7 @@ class Wishes:
     hardware: str = ""  # the chosen accelerator's name
     found: list[torch.device] = field(default_factory=list)
 
-    def brought(self, attribute: str) -> Any:
+    def own(self, attribute: str) -> Any:
         """A part that a strategy object was made with."""
         return getattr(self.strategy, attribute, None) if isinstance(self.strategy, Strategy) else None
 
@@ -101,80 +101,46 @@ class Wishes:
 
 # A condition, the exception class (or the name the `Face` has for it), a message with the wishes as {w}.
 Conflict = tuple[Callable[[Wishes], Any], "type[Exception] | str", str]
-_TWICE = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
+_OWN = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
+
+# Two lines a row: a table is read by its columns.
+# fmt: off
 
 # Asked before any hardware is looked at. The first that holds is raised.
 CONFLICTS: tuple[Conflict, ...] = (
-    (
-        lambda w: type(w.num_nodes) is not int or w.num_nodes < 1,
-        ValueError,
-        "`num_nodes={w.num_nodes!r}` is not a number of machines. Use a whole number of at least 1.",
-    ),
-    (
-        lambda w: w.precision and Precision in w.plugins,
-        ValueError,
-        "Both `precision={w.precision!r}` and a plugin in `plugins` say in which numbers to compute. Choose one of the two.",
-    ),
-    (
-        lambda w: w.sync_batchnorm and LayerSync in w.plugins,
-        "misuse",
-        "Both `sync_batchnorm=True` and a plugin in `plugins` say how to synchronise layers. Choose one of the two.",
-    ),
-    (
-        lambda w: w.brought("_accelerator") and w.accelerator != "auto",
-        "misuse",
-        _TWICE.format("accelerator", "accelerator"),
-    ),
-    (
-        lambda w: w.brought("_precision") and w.precision not in (None, w.brought("_precision").precision),
-        "misuse",
-        _TWICE.format("precision", "precision"),
-    ),
-    *(
-        (lambda w, own=own, kind=kind: w.brought(own) and kind in w.plugins, "misuse", _TWICE.format(part, "plugins"))
-        for part, own, kind in (
-            ("precision", "_precision", Precision),
-            ("checkpoint_io", "_checkpoint_io", CheckpointIO),
-            ("cluster_environment", "cluster_environment", ClusterEnvironment),
-        )
-    ),
-    (
-        lambda w: w.devices in (0, "0", [], ()),
-        "misuse",
-        "`{w.face.name}(devices={w.devices!r})` asks for no device at all. Use `devices=1`, or 'auto'.",
-    ),
+    (lambda w: type(w.num_nodes) is not int or w.num_nodes < 1, ValueError,
+     "`num_nodes={w.num_nodes!r}` is not a number of machines. Use a whole number of at least 1."),
+    (lambda w: w.precision and Precision in w.plugins, ValueError,
+     "`precision={w.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
+    (lambda w: w.sync_batchnorm and LayerSync in w.plugins, "misuse",
+     "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
+    (lambda w: w.own("_accelerator") and w.accelerator != "auto", "misuse", _OWN.format("accelerator", "accelerator")),
+    (lambda w: w.own("_precision") and w.precision not in (None, w.own("_precision").precision), "misuse",
+     _OWN.format("precision", "precision")),
+    (lambda w: w.own("_precision") and Precision in w.plugins, "misuse", _OWN.format("precision", "plugins")),
+    (lambda w: w.own("_checkpoint_io") and CheckpointIO in w.plugins, "misuse", _OWN.format("checkpoint_io", "plugins")),
+    (lambda w: w.own("cluster_environment") and ClusterEnvironment in w.plugins, "misuse",
+     _OWN.format("cluster_environment", "plugins")),
+    (lambda w: w.devices in (0, "0", [], ()), "misuse",
+     "`devices={w.devices!r}` asks for no device at all. Use `devices=1`, or 'auto'."),
 )
 
 # Asked when it is known which devices there are.
 MISFITS: tuple[Conflict, ...] = (
-    (
-        lambda w: w.named("fsdp") and w.hardware != "cuda",
-        ValueError,
-        "`strategy={w.strategy!r}` works on GPUs only, and the accelerator is {w.hardware!r}. Use `accelerator='gpu'`.",
-    ),
-    (
-        lambda w: w.named("ddp", "dp", "deepspeed") and w.hardware == "mps",
-        ValueError,
-        "`strategy={w.strategy!r}` does not work on MPS, which is one device. Use `strategy='auto'`.",
-    ),
-    (
-        lambda w: isinstance(w.strategy, str) and w.strategy != "auto" and w.strategy not in StrategyRegistry,
-        "absent",
-        "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use `strategy='auto'`.",
-    ),
-    (
-        lambda w: w.one_device and (len(w.found) > 1 or w.num_nodes > 1),
-        "absent",
-        "`devices={w.devices!r}` with `num_nodes={w.num_nodes}` asks for several devices, and training on several devices is"
-        " not part of this version of fulmen. Use `devices=1` (or one GPU by its index, `devices=[1]`) and `num_nodes=1`.",
-    ),
-    (
-        lambda w: w.precision in NOT_BUILT_PRECISIONS,
-        "absent",
-        "`precision={w.precision!r}` needs `transformer_engine` and a plugin for it, which is not part of this version of"
-        " fulmen. Use 'bf16-mixed'.",
-    ),
+    (lambda w: w.named("fsdp") and w.hardware != "cuda", ValueError,
+     "`strategy={w.strategy!r}` works on GPUs only, and the accelerator is {w.hardware!r}. Use `accelerator='gpu'`."),
+    (lambda w: w.named("ddp", "dp", "deepspeed") and w.hardware == "mps", ValueError,
+     "`strategy={w.strategy!r}` does not work on MPS, which is one device. Use `strategy='auto'`."),
+    (lambda w: isinstance(w.strategy, str) and w.strategy not in ("auto", *StrategyRegistry), "absent",
+     "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use 'auto'."),
+    (lambda w: w.one_device and (len(w.found) > 1 or w.num_nodes > 1), "absent",
+     "`devices={w.devices!r}` with `num_nodes={w.num_nodes}` asks for several devices, and training on several devices is"
+     " not part of this version of fulmen. Use `devices=1` (or one GPU by its index, `devices=[1]`) and `num_nodes=1`."),
+    (lambda w: w.precision in NOT_BUILT_PRECISIONS, "absent",
+     "`precision={w.precision!r}` needs a plugin for the package `transformer_engine`, which is not part of this version"
+     " of fulmen. Use 'bf16-mixed'."),
 )
+# fmt: on
 
 
 def resolve(
@@ -208,7 +174,7 @@ def resolve(
 
 def choose_accelerator(wishes: Wishes) -> Accelerator:
     """An accelerator whose devices exist here."""
-    wish = wishes.brought("_accelerator") or wishes.accelerator
+    wish = wishes.own("_accelerator") or wishes.accelerator
     if wish == "auto" and isinstance(wishes.strategy, SingleDeviceStrategy):
         wish = wishes.strategy.root_device.type
     if wish in ("auto", "gpu"):
@@ -249,13 +215,13 @@ def assemble(wishes: Wishes, accelerator: Accelerator) -> Strategy:
     if getattr(strategy, "parallel_devices", wishes.found) is None:
         setattr(strategy, "parallel_devices", wishes.found)  # noqa: B010
     device = strategy.root_device
-    if {device.type, wishes.hardware} <= {"cpu", "cuda", "mps"} and device.type != wishes.hardware:
+    if {device.type, wishes.hardware} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
         what = f"The strategy object is on `{device}`, but the accelerator is {wishes.hardware!r}."
         raise wishes.face.misuse(explain(what, fix="Choose one of the two."))
     strategy.accelerator = accelerator
-    strategy.checkpoint_io = wishes.brought("_checkpoint_io") or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
+    strategy.checkpoint_io = wishes.own("_checkpoint_io") or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
     strategy.cluster_environment = strategy.cluster_environment or choose_cluster(wishes, strategy)
-    strategy.precision_plugin = wishes.brought("_precision") or choose_precision(wishes, device)
+    strategy.precision_plugin = wishes.own("_precision") or choose_precision(wishes, device)
     return strategy
 
 
@@ -312,8 +278,8 @@ def _make(name: str, device: torch.device) -> Strategy:
     return StrategyRegistry.get(name)
 
 
-def _unknown(argument: str, value: Any, names: Sequence[str], example: str = "") -> ValueError:
-    what = f"`{argument}={value!r}` is none of {', '.join(map(repr, names))}{example}."
+def _unknown(argument: str, value: Any, names: Sequence[str]) -> ValueError:
+    what = f"`{argument}={value!r}` is none of {', '.join(map(repr, names))}, and no object of the right class."
     return ValueError(what + suggestion(str(value), names))
 
 
@@ -321,7 +287,7 @@ def _known_accelerator(accelerator: Any) -> str | Accelerator:
     names = ("auto", "gpu", *AcceleratorRegistry)
     if isinstance(accelerator, Accelerator) or (isinstance(accelerator, str) and accelerator in names):
         return accelerator
-    raise _unknown("accelerator", accelerator, names, ", and no `Accelerator` object")
+    raise _unknown("accelerator", accelerator, names)
 
 
 def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
@@ -329,20 +295,18 @@ def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
     known = {name.lower(): name for name in names}
     if isinstance(strategy, Strategy) or (isinstance(strategy, str) and strategy.lower() in known):
         return known[strategy.lower()] if isinstance(strategy, str) else strategy
-    raise _unknown("strategy", strategy, names, ", and no `Strategy` object")
+    raise _unknown("strategy", strategy, names)
 
 
 def _known_precision(precision: Any) -> str | None:
-    if precision is None:
-        return None
     name, names = str(precision), (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES)
-    if type(precision) not in (str, int) or name not in names:
+    if precision is not None and (type(precision) not in (str, int) or name not in names):
         raise _unknown("precision", precision, names)
     if name in ("16", "bf16"):
         rank_zero_warn(
             f"`precision={precision!r}` is an old name. Write `precision={ALIASES[name]!r}`, which is the same."
         )
-    return ALIASES.get(name, name)
+    return None if precision is None else ALIASES.get(name, name)
 
 
 def _by_kind(plugins: Any, face: Face) -> dict[type, Any]:
@@ -353,7 +317,8 @@ def _by_kind(plugins: Any, face: Face) -> dict[type, Any]:
             fix = f"Pass an object of one of {', '.join(kind.__name__ for kind in face.plugins)}."
             raise face.plugin(explain(f"{plugin!r} is not a plugin for `{face.name}`.", fix=fix))
         if kind in found:
-            what = f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}."
-            raise face.misuse(explain(what, fix="Pass one of them."))
+            raise face.misuse(
+                f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one."
+            )
         found[kind] = plugin
     return found

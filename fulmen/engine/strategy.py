@@ -418,7 +418,9 @@ def move_optimizer_state(optimizer: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def _entered(device: torch.device, dtype_context: Callable[[], Any], skip: AbstractContextManager[Any]) -> Generator[None]:
+def _entered(
+    device: torch.device, dtype_context: Callable[[], Any], skip: AbstractContextManager[Any]
+) -> Generator[None]:
     with ExitStack() as stack:
         stack.enter_context(device)
         stack.enter_context(dtype_context())
@@ -462,7 +464,7 @@ class Registry(dict):
 
         return keep if strategy is None else keep(strategy)
 
-    def get(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, name: str, default: Any = None) -> Any:
         """A new strategy of that name.
 
         Raises:

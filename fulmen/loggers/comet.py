@@ -53,15 +53,14 @@ class CometLogger(ServiceLogger):
         if "offline" in kwargs:
             log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
             online = not kwargs.pop("offline")
-        project = kwargs.pop("project", project)
-        self._start_options: dict[str, Any] = dict(
-            api_key=api_key,
-            workspace=workspace,
-            project=project,
-            experiment_key=experiment_key,
-            mode=mode,
-            online=online,
-        )
+        self._start_options: dict[str, Any] = {
+            "api_key": api_key,
+            "workspace": workspace,
+            "project": kwargs.pop("project", project),
+            "experiment_key": experiment_key,
+            "mode": mode,
+            "online": online,
+        }
         self._config_options = kwargs
 
     @property
@@ -74,7 +73,7 @@ class CometLogger(ServiceLogger):
             config = comet_ml.ExperimentConfig(**self._config_options)
             options = {key: value for key, value in self._start_options.items() if value is not None}
             self._experiment = comet_ml.start(experiment_config=config, **options)
-            # Whoever makes this object again, in another process or after a pause, continues the same experiment.
+            # A copy of this logger in another process continues the same experiment.
             self._start_options.update(experiment_key=self._experiment.get_key(), mode=None)
         return self._experiment
 
@@ -96,8 +95,7 @@ class CometLogger(ServiceLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
         """Record parameters, also flattened, so that the web page can filter by each."""
-        params = as_dict(params)
-        self.experiment.log_parameters({**params, **flatten_params(params)})
+        self.experiment.log_parameters({**as_dict(params), **flatten_params(params)})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -40,10 +40,8 @@ class ExperimentWriter:
         self._unsaved_hparams = False
         self._files = get_filesystem(log_dir)
         if self._files.isdir(log_dir) and self._files.ls(log_dir, detail=False):
-            what = f"The logging folder `{log_dir}` exists and is not empty."
-            why = f"Its `{self.NAME_METRICS_FILE}` is removed, because this run writes a new one."
-            fix = "Use another `version`, or `version=None` for the next free number, to keep the old one."
-            rank_zero_warn(explain(what, why, fix))
+            what = f"The logging folder `{log_dir}` exists and is not empty: its `{self.NAME_METRICS_FILE}` is removed."
+            rank_zero_warn(explain(what, fix="Use `version=None` for the next free number, to keep the old one."))
             if self._files.isfile(self.metrics_file_path):
                 self._files.rm(self.metrics_file_path)
         ensure_dir(log_dir)
@@ -66,28 +64,18 @@ class ExperimentWriter:
             self._unsaved_hparams = False
         if not self.metrics:
             return
-        names = {name for row in self.metrics for name in row}
-        if names.issubset(self.metrics_keys):
+        names = sorted({*self.metrics_keys, *(name for row in self.metrics for name in row)})
+        if names == self.metrics_keys:
             with self._files.open(self.metrics_file_path, "a", newline="") as file:
-                file.write(self._as_text(self.metrics))
+                file.write(_as_csv(self.metrics, names))
         else:
-            written: list[dict[str, Any]] = []
+            rows: list[dict[str, Any]] = [dict(zip(names, names))]
             if self.metrics_keys:
                 with self._files.open(self.metrics_file_path, "r", newline="") as file:
-                    written = list(csv.DictReader(file))
-            self.metrics_keys = sorted(names.union(self.metrics_keys))
-            text = self._as_text(written + self.metrics, header=True)
-            atomic_write(self.metrics_file_path, text.encode())
+                    rows += csv.DictReader(file)
+            atomic_write(self.metrics_file_path, _as_csv(rows + self.metrics, names).encode())
+            self.metrics_keys = names
         self.metrics = []
-
-    def _as_text(self, rows: list[dict[str, Any]], header: bool = False) -> str:
-        # Made in memory and written at once, so that a process that dies here leaves whole lines.
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.metrics_keys)
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
 
 
 class CSVLogger(FolderLogger):
@@ -157,3 +145,10 @@ class CSVLogger(FolderLogger):
     def _write(self) -> None:
         self.experiment.save()
         self._written_at = time.monotonic()
+
+
+def _as_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
+    # Made in memory and written at once, so that a process that dies meanwhile leaves whole lines.
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, names).writerows(rows)
+    return text.getvalue()

@@ -37,28 +37,11 @@ class Logger(ABC):
     def version(self) -> int | str | None:
         """Which run of `name` this is."""
 
-    @property
-    def root_dir(self) -> str | None:
-        """The folder that holds all versions, for loggers that write files."""
-        return None
-
-    @property
-    def log_dir(self) -> str | None:
-        """The folder of this version, for loggers that write files."""
-        return None
-
-    @property
-    def save_dir(self) -> str | None:
-        """The folder under which checkpoints of this run are put."""
-        return None
-
-    log_dir_is_run_dir = False
-    """Does `trainer.log_dir` mean `log_dir`, rather than `save_dir`?"""
-
-    @property
-    def group_separator(self) -> str:
-        """What separates the parts of a metric's name."""
-        return "/"
+    root_dir = property(lambda self: None, doc="The folder of all versions, for loggers that write files.")
+    log_dir = property(lambda self: None, doc="The folder of this version, for loggers that write files.")
+    save_dir = property(lambda self: None, doc="The folder under which checkpoints of this run are put.")
+    group_separator = property(lambda self: "/", doc="What separates the parts of a metric's name.")
+    log_dir_is_run_dir = False  # whether `trainer.log_dir` means `log_dir` rather than `save_dir`
 
     @abstractmethod
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -153,14 +136,11 @@ class ServiceLogger(Logger):
         scores = {callback.last_model_path: callback.current_score, callback.best_model_path: callback.best_model_score}
         scores.update(callback.best_k_models)
         times = {path: os.path.getmtime(path) for path in scores if os.path.isfile(path)}
-        settings = ("monitor", "mode", "save_last", "save_top_k", "save_weights_only")
+        names = ("monitor", "mode", "save_last", "save_top_k", "save_weights_only")
+        settings = {type(callback).__name__: {name: getattr(callback, name, None) for name in names}}
         for path in sorted(times, key=times.__getitem__):
             if self._sent.get(path, -1.0) < times[path]:
-                about = {
-                    "score": plain_value(scores[path]),
-                    "original_filename": os.path.basename(path),
-                    type(callback).__name__: {name: getattr(callback, name, None) for name in settings},
-                }
+                about = {"score": plain_value(scores[path]), "original_filename": os.path.basename(path), **settings}
                 best = path == callback.best_model_path
                 self._send_checkpoint(path, ["latest", "best"] if best else ["latest"], about)
                 self._sent[path] = times[path]
@@ -177,10 +157,8 @@ class LitLogger(Logger):
     """Stands for the logger of a commercial platform, which is not supported."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        what = f"`{type(self).__name__}` is not supported."
-        why = "It sends metrics to a vendor's own service."
-        fix = "Use `CSVLogger`, `TensorBoardLogger`, `WandbLogger`, `MLFlowLogger` or `CometLogger`."
-        raise RuntimeError(explain(what, why, fix))
+        what = f"`{type(self).__name__}` is not supported: it sends metrics to a vendor's own service."
+        raise RuntimeError(explain(what, fix="Use one of the other loggers, such as `CSVLogger` or `WandbLogger`."))
 
     name = version = log_metrics = log_hyperparams = None  # type: ignore[assignment]
 
@@ -192,9 +170,8 @@ class NeptuneLogger(LitLogger):
 def as_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The metrics with numbers in place of one-element tensors, and the prefix in front of each name."""
     prefix = prefix and f"{prefix}-"
-    return {
-        f"{prefix}{name}": value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()
-    }
+    numbers = (value.item() if isinstance(value, torch.Tensor) else value for value in metrics.values())
+    return {f"{prefix}{name}": number for name, number in zip(metrics, numbers)}
 
 
 def as_dict(params: Mapping[str, Any] | argparse.Namespace | None) -> dict[str, Any]:

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 FILE_SCHEME = "file:"
-MAX_PARAM_LENGTH = 250
-PARAMS_PER_CALL = 100
+MAX_PARAM_LENGTH, PARAMS_PER_CALL = 250, 100
 
 
 class MLFlowLogger(ServiceLogger):
@@ -83,9 +82,7 @@ class MLFlowLogger(ServiceLogger):
             self._experiment_id = client.create_experiment(self._experiment_name, self._artifact_location)
         from mlflow.tracking.context.registry import resolve_tags
 
-        tags = dict(self.tags or {})
-        if self._run_name is not None:
-            tags["mlflow.runName"] = self._run_name
+        tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
         self._run_id = client.create_run(self._experiment_id, tags=resolve_tags(tags)).info.run_id
 
     @property

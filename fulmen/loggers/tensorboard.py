@@ -88,8 +88,7 @@ class TensorBoardLogger(FolderLogger):
                 writer.add_scalar(name, value, step)
             except Exception as error:
                 what = f"The metric `{name}` is a `{type(value).__name__}`, which TensorBoard cannot draw."
-                fix = "Log a number, a tensor with one element, or a dictionary of these."
-                raise ValueError(explain(what, fix=fix)) from error
+                raise ValueError(explain(what, fix="Log a number, or a dictionary of numbers.")) from error
 
     @rank_zero_only
     def log_hyperparams(
@@ -111,8 +110,7 @@ class TensorBoardLogger(FolderLogger):
         if not isinstance(metrics, dict):
             metrics = {"hp_metric": -1 if metrics is None else metrics}
         self.log_metrics(metrics, step)
-        plain = {name: plain_value(value) for name, value in flatten_params(params).items()}
-        plain = {name: "None" if value is None else value for name, value in plain.items()}
+        plain = {k: "None" if v is None else plain_value(v) for k, v in flatten_params(params).items()}
         for summary in _library(".summary").hparams(plain, as_numbers(metrics, self._prefix)):
             self.experiment._get_file_writer().add_summary(summary)
 

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from wandb import Artifact
     from wandb.sdk.wandb_run import Run
 
-    Columns = list[str] | None
-    Rows = list[list[Any]] | None
-
 
 class WandbLogger(ServiceLogger):
     """Logs to a run of Weights & Biases; the x axis is ``trainer/global_step``.
@@ -129,9 +126,9 @@ class WandbLogger(ServiceLogger):
 
     @rank_zero_only
     def log_table(
-        self, key: str, columns: Columns = None, data: Rows = None, dataframe: Any = None, step: int | None = None
+        self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
     ) -> None:
-        """Log a table of texts, numbers or media, from columns and rows or from a pandas data frame."""
+        """Log texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
         import wandb
 
         self.log_metrics({key: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step)
@@ -140,17 +137,17 @@ class WandbLogger(ServiceLogger):
 
     @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log images: arrays, PIL images or paths. Keyword arguments are lists with one entry per image."""
+        """Log arrays, PIL images or paths. Keyword arguments (such as captions) are lists, one entry per image."""
         self._log_media("Image", key, images, step, kwargs)
 
     @rank_zero_only
     def log_audio(self, key: str, audios: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log sounds: arrays or paths. Keyword arguments are lists with one entry per sound."""
+        """Like `log_image`, for sounds."""
         self._log_media("Audio", key, audios, step, kwargs)
 
     @rank_zero_only
     def log_video(self, key: str, videos: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log videos: arrays or paths. Keyword arguments are lists with one entry per video."""
+        """Like `log_image`, for videos."""
         self._log_media("Video", key, videos, step, kwargs)
 
     def _log_media(self, kind: str, key: str, items: list[Any], step: int | None, options: dict[str, list]) -> None:
@@ -178,10 +175,8 @@ class WandbLogger(ServiceLogger):
     def download_artifact(
         artifact: str, save_dir: Path | str | None = None, artifact_type: str | None = None, use_artifact: bool = True
     ) -> str:
-        """Download an artifact such as ``"team/project/model-abc:best"`` and return the folder it is in.
-
-        With ``use_artifact`` and a run in progress, the run is recorded as a user of the artifact.
-        """
+        """The folder with a downloaded artifact, such as ``"team/project/model-abc:best"``; ``use_artifact`` records
+        a run in progress as its user."""
         import wandb
 
         if wandb.run is not None and use_artifact:

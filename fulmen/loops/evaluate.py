@@ -133,7 +133,7 @@ class EvaluationLoop:
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
         self.step = trainer.strategy.bind(self.step_name)
-        self.num_arguments = min(num_positional(getattr(module, self.step_name)), 3 if self.several else 2)
+        self.num_arguments = int(min(num_positional(getattr(module, self.step_name)), 3 if self.several else 2))
         self.context = trainer.strategy.step_context(self.step_name)
         self.hooks = hooks
         self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)

@@ -39,7 +39,8 @@ class FitLoop:
     def __init__(self, trainer: Trainer, max_epochs: int | None, min_epochs: int | None) -> None:
         self.trainer = trainer
         self.max_epochs, self.min_epochs = max_epochs, min_epochs
-        self.max_steps, self.min_steps = -1, None
+        self.max_steps = -1
+        self.min_steps: int | None = None
         self.progress = Progress()
         self.val_loop = EvaluationLoop(trainer, RunningStage.VALIDATING, inside_fit=True)
         self.feed: Feed | None = None
@@ -186,11 +187,13 @@ class FitLoop:
             trainer.val_check_batch = inf
             return
         if isinstance(interval, float) and self.num_batches == inf and interval != 1.0:
-            raise MisconfigurationException(explain(
-                what=f"`val_check_interval={interval}` with a training loader of unknown length.",
-                why="A fraction of the epoch is not known.",
-                fix="Use `val_check_interval=1.0` (at the end), or an int to count batches.",
-            ))
+            raise MisconfigurationException(
+                explain(
+                    what=f"`val_check_interval={interval}` with a training loader of unknown length.",
+                    why="A fraction of the epoch is not known.",
+                    fix="Use `val_check_interval=1.0` (at the end), or an int to count batches.",
+                )
+            )
         trainer.val_check_batch = cadence.validation_interval(interval, self.num_batches)
         too_long = isinstance(interval, int) and interval > self.num_batches
         if too_long and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches != 0:
@@ -330,9 +333,7 @@ class FitLoop:
         book.page.epoch_over = True
         self.hooks.on_train_epoch_end()
         if progress.is_last_batch and self.schedulers.plateau_by_epoch:
-            self.schedulers.step_plateau(
-                self.schedulers.plateau_by_epoch, progress.epochs + 1, book.callback_metrics
-            )
+            self.schedulers.step_plateau(self.schedulers.plateau_by_epoch, progress.epochs + 1, book.callback_metrics)
         # The x axis is the last step of the epoch, which has been counted already.
         trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
         book.page.reset()
@@ -372,9 +373,7 @@ class FitLoop:
         """The end of a batch, after validation if there was one."""
         schedulers, progress = self.schedulers, self.progress
         if schedulers.plateau_by_step and self.optimization.stepped:
-            schedulers.step_plateau(
-                schedulers.plateau_by_step, progress.batch, self.trainer.book.callback_metrics
-            )
+            schedulers.step_plateau(schedulers.plateau_by_step, progress.batch, self.trainer.book.callback_metrics)
         if self.optimization.stepped:
             progress.log_step += 1
         if self.trainer.received_sigterm:

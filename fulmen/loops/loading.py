@@ -32,7 +32,7 @@ def prepared_loaders(
             loader = loader_tools.sequential(loader)
         if kind == "predict":
             loader = loader_tools.for_prediction(loader)
-        loader_tools.warn_about(loader, stage=kind)
+        loader_tools.warn_about(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
         loader_tools.seed_workers(loader, trainer.global_rank)
         adapted.append(trainer.strategy.process_dataloader(loader))
     combined.flattened = adapted

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fulmen.engine.precision import Precision
 from fulmen.engine.strategy import Strategy
-from fulmen.module import LightningModule
 from fulmen.loops.dispatch import nothing
+from fulmen.module import LightningModule
 from fulmen.utilities.errors import MisconfigurationException, explain
 from fulmen.utilities.introspection import num_positional, overridden
 from fulmen.utilities.rank_zero import WarningCache
@@ -309,8 +309,6 @@ def _check_loss(loss: Any, name: str) -> None:
         return
     raise MisconfigurationException(
         explain(
-            what=f"{name} returned {problem} as the loss.",
-            why="Backward needs one differentiable number.",
-            fix=fix,
+            what=f"{name} returned {problem} as the loss.", why="Backward needs one differentiable number.", fix=fix
         )
     )

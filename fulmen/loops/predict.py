@@ -100,13 +100,15 @@ class PredictionLoop:
         assert self.loaders is not None
         count = len(self.loaders.flattened)
         self.several = count > 1
-        self.feed = Feed(self.loaders, batch_transfer(trainer), profiled_fetch(trainer, "[_PredictionLoop].predict_next"))
+        self.feed = Feed(
+            self.loaders, batch_transfer(trainer), profiled_fetch(trainer, "[_PredictionLoop].predict_next")
+        )
         self.feed.open()
         module = trainer.lightning_module
         names = ("predict_step", "on_predict_batch_start", "on_predict_batch_end")
         check_loader_argument(module, self.several, names)
         self.step = trainer.strategy.bind("predict_step")
-        self.num_arguments = min(num_positional(module.predict_step), 3 if self.several else 2)
+        self.num_arguments = int(min(num_positional(module.predict_step), 3 if self.several else 2))
         self.context = trainer.strategy.step_context("predict_step")
         self.hooks = trainer.compile_hooks()
         self.predictions = [[] for _ in range(count)]
@@ -130,7 +132,9 @@ class PredictionLoop:
             self.epoch_batch_indices[dataloader_idx].append(self.current_batch_indices)
         else:
             self.current_batch_indices = []
-            _warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler of ours.")
+            _warnings.warn(
+                "The indices of the predicted samples are not known: the loader has no batch sampler of ours."
+            )
 
     def finish(self) -> list[Any] | None:
         trainer, hooks = self.trainer, self.hooks

@@ -45,7 +45,9 @@ def configuration(trainer: Trainer) -> None:
 def _for_fit(trainer: Trainer, module: LightningModule) -> None:
     name = type(module).__name__
     _require(module, "training_step", "def training_step(self, batch, batch_idx): return loss")
-    _require(module, "configure_optimizers", "def configure_optimizers(self): return torch.optim.Adam(self.parameters())")
+    _require(
+        module, "configure_optimizers", "def configure_optimizers(self): return torch.optim.Adam(self.parameters())"
+    )
     _require_loader(trainer, module, "train", "fit")
     if any(p.name == "optimizer_idx" for p in parameters_of(module.training_step)):
         raise RuntimeError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -117,6 +118,19 @@ class PassThroughProfiler(Profiler):
 
     def profile(self, action_name: str) -> AbstractContextManager[str]:  # type: ignore[override]
         return nullcontext(action_name)
+
+
+def measured(profiler: Profiler, action_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function itself if nobody measures, else one that measures each call: decide once, before the loop."""
+    if not profiler.active:
+        return function
+
+    @functools.wraps(function)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with profiler.profile(action_name):
+            return function(*args, **kwargs)
+
+    return timed
 
 
 class XLAProfiler(Profiler):

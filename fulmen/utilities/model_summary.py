@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.tables import text_table
 
 # Makes this a package for the import system, so that deep paths below it can be served.
 __path__: list[str] = []
@@ -55,7 +56,8 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
             what = "A parameter has no shape yet, so the total number of parameters detected may be too small."
             warning_cache.warn(f"{what} Set `self.example_input_array`, and a forward pass will give it one.")
         else:
-            total += math.prod(_unpacked_shape(parameter))
+            # DeepSpeed leaves an empty tensor behind and notes the size of the whole.
+            total += getattr(parameter, "ds_numel", None) or math.prod(_unpacked_shape(parameter))
     return total
 
 
@@ -69,8 +71,8 @@ class LayerSummary:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._in_size: str | list | None = None
-        self._out_size: str | list | None = None
+        self.in_size: str | list = UNKNOWN_SIZE
+        self.out_size: str | list = UNKNOWN_SIZE
         # Script modules take no forward hooks.
         scripted = isinstance(module, torch.jit.ScriptModule)
         self._handle = None if scripted else module.register_forward_hook(self._remember_sizes, with_kwargs=True)
@@ -80,8 +82,8 @@ class LayerSummary:
 
     def _remember_sizes(self, _: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         inputs = args or tuple(kwargs.values())
-        self._in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
-        self._out_size = parse_batch_shape(output)
+        self.in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
+        self.out_size = parse_batch_shape(output)
         self.detach_hook()
 
     def detach_hook(self) -> None:
@@ -89,14 +91,6 @@ class LayerSummary:
         handle, self._handle = getattr(self, "_handle", None), None
         if handle is not None:
             handle.remove()
-
-    @property
-    def in_size(self) -> str | list:
-        return self._in_size or UNKNOWN_SIZE
-
-    @property
-    def out_size(self) -> str | list:
-        return self._out_size or UNKNOWN_SIZE
 
     @property
     def layer_type(self) -> str:
@@ -109,6 +103,11 @@ class LayerSummary:
     @property
     def training(self) -> bool:
         return self._module.training
+
+
+def _per_layer(attribute: str) -> property:
+    """A list with one entry per row of the table."""
+    return property(lambda summary: [getattr(layer, attribute) for layer in summary._layer_summary.values()])
 
 
 class ModelSummary:
@@ -189,25 +188,11 @@ class ModelSummary:
     def layer_names(self) -> list[str]:
         return list(self._layer_summary)
 
-    @property
-    def layer_types(self) -> list[str]:
-        return [layer.layer_type for layer in self._layer_summary.values()]
-
-    @property
-    def in_sizes(self) -> list:
-        return [layer.in_size for layer in self._layer_summary.values()]
-
-    @property
-    def out_sizes(self) -> list:
-        return [layer.out_size for layer in self._layer_summary.values()]
-
-    @property
-    def param_nums(self) -> list[int]:
-        return [layer.num_parameters for layer in self._layer_summary.values()]
-
-    @property
-    def training_modes(self) -> list[bool]:
-        return [layer.training for layer in self._layer_summary.values()]
+    layer_types = _per_layer("layer_type")
+    in_sizes = _per_layer("in_size")
+    out_sizes = _per_layer("out_size")
+    param_nums = _per_layer("num_parameters")
+    training_modes = _per_layer("training")
 
     @property
     def total_training_modes(self) -> dict[str, int]:
@@ -267,29 +252,48 @@ class ModelSummary:
                 cells.append(other.get(header, NOT_APPLICABLE))
         return list(table.items())
 
-    def totals(self) -> list[tuple[str, str]]:
-        """The lines below the table: a number and what it counts."""
-        modes = self.total_training_modes
-        return [
-            (get_human_readable_count(self.trainable_parameters), "Trainable params"),
-            (get_human_readable_count(self.total_parameters - self.trainable_parameters), "Non-trainable params"),
-            (get_human_readable_count(self.total_parameters), "Total params"),
-            (get_formatted_model_size(self.model_size), "Total estimated model params size (MB)"),
-            (str(modes["train"]), "Modules in train mode"),
-            (str(modes["eval"]), "Modules in eval mode"),
-            (get_human_readable_count(self.total_flops), "Total Flops"),
-        ]
-
     def __str__(self) -> str:
-        columns = self.columns()
-        widths = [max(len(cell) for cell in [header, *cells]) for header, cells in columns]
-        header, *rows = zip(*([name, *cells] for name, cells in columns))
-        lines = [" | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)) for row in (header, *rows)]
-        rule = "-" * len(lines[0])
-        footer = [f"{number:<10}{label}" for number, label in self.totals()]
-        return "\n".join([lines[0], rule, *lines[1:], rule, *footer])
+        numbers = totals(
+            self.total_parameters,
+            self.trainable_parameters,
+            self.model_size,
+            self.total_training_modes,
+            self.total_flops,
+        )
+        return "\n".join([text_table(self.columns()), *(f"{number:<10}{label}" for label, number in numbers)])
 
     __repr__ = __str__
+
+
+class DeepSpeedSummary(ModelSummary):
+    """With a column for what this process holds of each layer, after DeepSpeed spread the parameters."""
+
+    @property
+    def parameters_per_layer(self) -> list[int]:
+        parts = [[getattr(p, "ds_tensor", p) for p in module.parameters()] for _, module in self.named_modules]
+        return [sum(part.numel() for part in layer) for layer in parts]
+
+    def columns(self) -> list[tuple[str, list[str]]]:
+        columns = super().columns()
+        here = [get_human_readable_count(n).strip() for n in self.parameters_per_layer]
+        here += [NOT_APPLICABLE] * (len(columns[0][1]) - len(here))
+        return [*columns[:4], ("Params per Device", here), *columns[4:]]
+
+
+def totals(
+    parameters: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int
+) -> list[tuple[str, str]]:
+    """The lines below the table: what is counted, and the number."""
+    count = get_human_readable_count
+    return [
+        ("Trainable params", count(trainable).strip()),
+        ("Non-trainable params", count(parameters - trainable).strip()),
+        ("Total params", count(parameters).strip()),
+        ("Total estimated model params size (MB)", get_formatted_model_size(megabytes)),
+        ("Modules in train mode", str(modes["train"])),
+        ("Modules in eval mode", str(modes["eval"])),
+        ("Total Flops", count(flops).strip()),
+    ]
 
 
 def summarize(lightning_module: nn.Module, max_depth: int = 1) -> ModelSummary:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -136,22 +135,3 @@ class Throughput:
         """Forget all updates."""
         for series in self._series.values():
             series.clear()
-
-
-class ThroughputMonitor(Throughput):
-    """Throughput of a script that uses Fabric, written to Fabric's loggers."""
-
-    def __init__(self, fabric: Any, **kwargs: Any) -> None:
-        plugin = getattr(fabric.strategy, "precision", None)
-        dtype = getattr(plugin, "_desired_input_dtype", None) or torch.get_default_dtype()
-        available = kwargs.pop("available_flops", None) or get_available_flops(fabric.device, dtype)
-        super().__init__(available_flops=available, world_size=fabric.world_size, **kwargs)
-        self._fabric = fabric
-        self.step = -1
-
-    def compute_and_log(self, step: int | None = None, **kwargs: Any) -> dict[str, float]:
-        """Compute and log under ``step``, which counts by itself when it is not given."""
-        self.step = self.step + 1 if step is None else step
-        metrics = self.compute(**kwargs)
-        self._fabric.log_dict(metrics=metrics, step=self.step)
-        return metrics

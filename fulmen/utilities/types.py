@@ -17,7 +17,6 @@ from fulmen.utilities.errors import suggestion
 
 _PATH = str | os.PathLike
 _DEVICE = torch.device | str | int
-_NUMBER = int | float
 
 STEP_OUTPUT = Tensor | Mapping[str, Any] | None
 # Loaders may be any iterable, or any nesting of them.

@@ -180,14 +180,20 @@ MOMENTS = [
         {"max_epochs": 1},
         ["epoch=0-step=2 train", "epoch=0-step=4 validate"],
     ),
+    (
+        {"every_n_train_steps": 2, "monitor": "val_loss"},
+        {"max_epochs": 2, "check_val_every_n_epoch": 2},
+        ["epoch=1-step=8 validate"],
+    ),
     ({}, {"fast_dev_run": True}, []),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "given", "expected"), MOMENTS, ids=lambda value: str(value)[:70])
-def test_when_files_are_written(fit, arguments, given, expected):
+def test_when_files_are_written(fit, recwarn, arguments, given, expected):
     callback = Recording(save_top_k=-1, **arguments)
     fit(callback, **given)
+    assert not [warning for warning in recwarn if "ModelCheckpoint" in str(warning.message)]
     assert [f"{e[1].removesuffix('.ckpt')} {e[2]}" for e in callback.events] == expected
 
 

@@ -203,6 +203,7 @@ def test_load_of_the_cpu_can_be_left_out(fit):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_of_the_gpu(fit):
     logger = Memory()
     fit(
@@ -215,4 +216,3 @@ def test_memory_of_the_gpu(fit):
     )
     names = {name.split("/")[1] for name in logger.about("DeviceStatsMonitor")[0][1]}
     assert {"allocated_bytes.all.current", "cpu_percent"} <= names
-    assert torch.cuda.is_available()

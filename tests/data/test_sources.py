@@ -164,11 +164,7 @@ class PreparingModule(Preparing, ModuleBase):
 
 @pytest.mark.parametrize(
     ("local_rank", "global_rank", "expected"),
-    [
-        (0, 0, ["PreparingData", "PreparingModule"]),
-        (0, 4, ["PreparingModule"]),
-        (1, 1, []),
-    ],
+    [(0, 0, ["PreparingData", "PreparingModule"]), (0, 4, ["PreparingModule"]), (1, 1, [])],
 )
 def test_data_is_prepared_once_per_node_or_once_in_all(local_rank, global_rank, expected):
     log = []

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -23,7 +20,7 @@ def gpus(monkeypatch):
     return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-def test_importing_asks_no_hardware():
+def test_importing_asks_no_hardware(run_python):
     code = """
 import torch
 def asked(*args): raise AssertionError("hardware was probed")
@@ -31,7 +28,7 @@ torch.cuda.device_count = torch.cuda.is_available = torch.backends.mps.is_availa
 import fulmen.engine.resolve, fulmen.accelerators, fulmen.plugins, fulmen.strategies
 fulmen.accelerators.CUDAAccelerator
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run_python(code) == 0
 
 
 @pytest.mark.parametrize(("devices", "count"), [(1, 1), (3, 3), ("2", 2), (" 1 ", 1), (True, 1)])

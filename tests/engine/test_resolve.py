@@ -239,7 +239,7 @@ REFUSED = [
     ({"num_nodes": 1.5}, ValueError, ValueError, "num_nodes=1.5"),
     ({"strategy": "fdsp"}, ValueError, ValueError, "Did you mean `fsdp`"),
     ({"strategy": None}, ValueError, ValueError, "strategy=None"),
-    ({"strategy": SingleDeviceStrategy}, ValueError, ValueError, "no `Strategy` object"),
+    ({"strategy": SingleDeviceStrategy}, ValueError, ValueError, "none of .auto., .single_device."),
     ({"strategy": "fsdp"}, ValueError, ValueError, "GPUs only"),
     ({"strategy": "fsdp_cpu_offload"}, ValueError, ValueError, "GPUs only"),
     ({"strategy": "ddp"}, MCE, RuntimeError, "not part of this version"),

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import fulmen
 from fulmen.loggers import CSVLogger
 from fulmen.utilities.rank_zero import rank_zero_only
 
@@ -131,7 +132,8 @@ for step in range(40):
     logger.save()
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    root = os.path.dirname(os.path.dirname(fulmen.__file__))
+    ended = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root})
     assert ended.returncode == -signal.SIGKILL
     rows = rows_of(CSVLogger(tmp_path, version=0))
     assert 33 < len(rows) <= 40

@@ -132,9 +132,7 @@ def test_wandb_sends_checkpoints_when_asked(offline_wandb, tmp_path, checkpoints
     at_end.finalize("failed")
     assert sent == []
     at_end.finalize("success")
-    (worse, worse_aliases), (best, best_aliases) = sorted(
-        sent, key=lambda pair: pair[0].metadata["score"], reverse=True
-    )
+    (best, best_aliases), (_, worse_aliases) = sorted(sent, key=lambda pair: pair[0].metadata["score"])
     assert best.name == f"model-{at_end.version}"
     assert best.metadata["score"] == 0.25
     assert best.metadata["original_filename"] == "a.ckpt"
@@ -190,7 +188,7 @@ def test_mlflow_records_metrics_and_parameters_in_a_folder(tmp_path, monkeypatch
     assert run.data.params["k119"] == "119"
     assert run.data.tags["team"] == "x"
     assert run.info.run_name == "r"
-    assert {key: value for key, value in run.data.metrics.items()} == {
+    assert dict(run.data.metrics) == {
         "p-loss": 0.5, "p-epoch": 1.0, "p-acc1": 0.9, "p-n": 1.0,
     }  # fmt: skip
     assert client.get_metric_history(run_id, "p-loss")[0].step == 3

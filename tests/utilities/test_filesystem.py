@@ -1,10 +1,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import fulmen
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, is_shared_filesystem
+
+
+def run_python(code: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(Path(fulmen.__file__).parents[1])}
+    return subprocess.run([sys.executable, "-c", code], env=environment).returncode
 
 
 def test_urls_are_remote_and_paths_are_not(tmp_path):
@@ -20,7 +27,7 @@ atomic_write({str(tmp_path / "a")!r}, b"1")
 assert get_filesystem({str(tmp_path)!r}).exists({str(tmp_path / "a")!r})
 assert "fsspec" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run_python(code) == 0
 
 
 def test_local_files_are_listed_measured_moved_and_removed(tmp_path):
@@ -77,7 +84,7 @@ def die(file):
 atomic_write({str(tmp_path / "a")!r}, die)
 """
     (tmp_path / "a").write_bytes(b"old")
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert run_python(code) == 9
     assert (tmp_path / "a").read_bytes() == b"old"
 
 

@@ -1,12 +1,15 @@
 """What users get to read: errors, suggestions, and messages from one process only."""
 
 import logging
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
+import fulmen
 from fulmen.utilities.errors import LightningDeprecationWarning, PossibleUserWarning, explain, nearest, suggestion
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import (
@@ -25,11 +28,8 @@ def as_rank_one(monkeypatch):
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=True
-    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(fulmen.__file__).parents[1]), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
 
 
 def test_a_message_has_three_parts_and_the_empty_ones_leave_no_gap():

@@ -1,10 +1,8 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
-from fulmen.utilities.throughput import Throughput, ThroughputMonitor, get_available_flops, measure_flops
+from fulmen.utilities.throughput import Throughput, get_available_flops, measure_flops
 
 
 def test_flops_are_counted_on_the_meta_device():
@@ -54,21 +52,6 @@ def test_totals_must_grow_and_a_refused_update_changes_nothing():
     with pytest.raises(RuntimeError, match="lengths"):
         throughput.update(time=2, batches=2, samples=2, lengths=1)
     assert throughput.compute() == before
-
-
-def test_the_monitor_logs_and_counts_by_itself():
-    logged = []
-    fabric = SimpleNamespace(
-        strategy=SimpleNamespace(),
-        device=torch.device("cpu"),
-        world_size=1,
-        log_dict=lambda metrics, step: logged.append((step, metrics)),
-    )
-    monitor = ThroughputMonitor(fabric, window_size=2)
-    monitor.update(time=1, batches=1, samples=1)
-    monitor.compute_and_log()
-    monitor.compute_and_log(step=9)
-    assert [step for step, _ in logged] == [0, 9] and logged[0][1]["batches"] == 1
 
 
 def test_only_cuda_devices_have_known_peaks():
