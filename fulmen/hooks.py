@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -295,9 +295,7 @@ class CheckpointHooks:
 
 def _not_implemented(hook: str, owner: object) -> MisconfigurationException:
     return MisconfigurationException(
-        explain(
-            what=f"`{type(owner).__name__}.{hook}` was called but is not implemented.",
-            why=f"`{hook}` must be implemented to be used with the Lightning Trainer when no loader is passed to it.",
-            fix=f"Define `def {hook}(self): return DataLoader(...)`, or pass the loader to the trainer's method.",
-        )
+        f"`{type(owner).__name__}.{hook}` was called but is not implemented. "
+        f"`{hook}` must be implemented to be used with the Lightning Trainer when no loader is passed to it. "
+        f"Define `def {hook}(self): return DataLoader(...)`, or pass the loader to the trainer's method."
     )

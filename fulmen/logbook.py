@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fulmen.hooks import LOG_RULES, LogRule
 from fulmen.utilities.collections import extract_batch_size
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.rank_zero import WarningCache
 
 if TYPE_CHECKING:
@@ -197,11 +197,9 @@ class MetricEntry(Entry):
         value = self.metric.compute()
         if not isinstance(value, Tensor):
             raise ValueError(
-                explain(
-                    what=f"`compute()` of the metric logged as `{self.callback_name}` returned {type(value).__name__}.",
-                    why="Only a tensor with one element can be logged.",
-                    fix="Log its parts one by one, or override `compute` to return a tensor.",
-                )
+                f"`compute()` of the metric logged as `{self.callback_name}` returned {type(value).__name__}. "
+                "Only a tensor with one element can be logged. "
+                "Log its parts one by one, or override `compute` to return a tensor."
             )
         return value
 
@@ -328,11 +326,9 @@ class LogBook:
         if self.batch_size is None:
             if self.size_required and self.hook == "training_step":
                 raise MisconfigurationException(
-                    explain(
-                        what="`self.log` cannot know the batch size of a `training_step(dataloader_iter)`.",
-                        why="The step pulls the batches itself, and the mean over the epoch is weighted by their size.",
-                        fix="Pass it: `self.log(..., batch_size=batch.size(0))`.",
-                    )
+                    "`self.log` cannot know the batch size of a `training_step(dataloader_iter)`. "
+                    "The step pulls the batches itself, and the mean over the epoch is weighted by their size. "
+                    "Pass it: `self.log(..., batch_size=batch.size(0))`."
                 )
             if self.batch is None:
                 return 1
@@ -341,7 +337,7 @@ class LogBook:
 
     def _checked_entry(self, name: str, value: Any, options: Options, batch_size: int | None) -> Entry:
         if not isinstance(name, str):
-            raise TypeError(explain(what=f"`self.log` received the name {name!r}.", fix="Pass a string."))
+            raise TypeError(f"`self.log` received the name {name!r}. Pass a string.")
         is_metric = _is_metric(value)
         if not is_metric:
             _check_value(name, value)
@@ -352,21 +348,17 @@ class LogBook:
         if entry is not None:
             if entry.options != options:
                 raise MisconfigurationException(
-                    explain(
-                        what=f"`self.log('{name}', ...)` was called twice in `{self.hook}` with different arguments.",
-                        why="One name in one hook has one way of being reduced and sent.",
-                        fix="Use the same arguments in both calls, or another name.",
-                    )
+                    f"`self.log('{name}', ...)` was called twice in `{self.hook}` with different arguments. "
+                    "One name in one hook has one way of being reduced and sent. "
+                    "Use the same arguments in both calls, or another name."
                 )
             return entry
         on_step, on_epoch = _when(name, self.hook, options[2], options[3])
         if options[8] and "/dataloader_idx_" in name:
             raise MisconfigurationException(
-                explain(
-                    what=f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'.",
-                    why="That suffix is added to names when there are several loaders.",
-                    fix="Choose another name, or pass `add_dataloader_idx=False`.",
-                )
+                f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'. "
+                "That suffix is added to names when there are several loaders. "
+                "Choose another name, or pass `add_dataloader_idx=False`."
             )
         kind = MetricEntry if is_metric else _kind_of(name, options[4])
         if options[1] is True and not self.has_loggers:
@@ -524,20 +516,16 @@ def _check_value(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
-                explain(
-                    what=f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}.",
-                    why="Only one number can be logged under one name.",
-                    fix=f"Reduce it first, for example `self.log('{name}', value.mean())`.",
-                )
+                f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. "
+                "Only one number can be logged under one name. "
+                f"Reduce it first, for example `self.log('{name}', value.mean())`."
             )
     elif not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise ValueError(
-            explain(
-                what=f"`self.log('{name}', ...)` received a {type(value).__name__}; {type(value).__name__} "
-                "values cannot be logged.",
-                why="A number, a tensor with one element or a torchmetrics `Metric` is expected.",
-                fix="Log the parts one by one with `self.log_dict`, or text with `self.logger.experiment`.",
-            )
+            f"`self.log('{name}', ...)` received a {type(value).__name__}; {type(value).__name__} "
+            "values cannot be logged. "
+            "A number, a tensor with one element or a torchmetrics `Metric` is expected. "
+            "Log the parts one by one with `self.log_dict`, or text with `self.logger.experiment`."
         )
 
 
@@ -552,29 +540,23 @@ def _when(name: str, hook: str | None, on_step: bool | None, on_epoch: bool | No
     if rule is None:
         place = f"inside `{hook}`" if hook else "outside of the trainer's hooks"
         raise MisconfigurationException(
-            explain(
-                what=f"You can't `self.log('{name}', ...)` {place}.",
-                why="There is no step and no epoch there to which the value could belong.",
-                fix="Log it in `training_step`, `validation_step`, `test_step` or one of the epoch hooks, "
-                "or send it to `self.logger.log_metrics` yourself.",
-            )
+            f"You can't `self.log('{name}', ...)` {place}. "
+            "There is no step and no epoch there to which the value could belong. "
+            "Log it in `training_step`, `validation_step`, `test_step` or one of the epoch hooks, "
+            "or send it to `self.logger.log_metrics` yourself."
         )
     step = rule.on_step if on_step is None else on_step
     epoch = rule.on_epoch if on_epoch is None else on_epoch
     if step and not rule.step_allowed:
         raise MisconfigurationException(
-            explain(
-                what=f"You can't `self.log('{name}', ..., on_step=True)` inside `{hook}`.",
-                why="That hook runs once per epoch, there is no step.",
-                fix="Leave `on_step` out.",
-            )
+            f"You can't `self.log('{name}', ..., on_step=True)` inside `{hook}`. "
+            "That hook runs once per epoch, there is no step. "
+            "Leave `on_step` out."
         )
     if not step and not epoch:
         raise MisconfigurationException(
-            explain(
-                what=f"`self.log('{name}', ..., on_step=False, on_epoch=False)` would never show the value.",
-                fix="Set at least one of the two to True.",
-            )
+            f"`self.log('{name}', ..., on_step=False, on_epoch=False)` would never show the value. "
+            "Set at least one of the two to True."
         )
     return step, epoch
 
@@ -585,10 +567,8 @@ def _kind_of(name: str, reduce_fx: str | Callable[..., Any]) -> type[Entry]:
     if kind is None:
         hint = suggestion(key, [k for k in KINDS if isinstance(k, str)]) if isinstance(key, str) else ""
         raise MisconfigurationException(
-            explain(
-                what=f"`self.log('{name}', ..., reduce_fx={reduce_fx!r})`: this reduction is not known.{hint}",
-                fix="Use 'mean', 'sum', 'min' or 'max'; for anything else log a torchmetrics `Metric`.",
-            )
+            f"`self.log('{name}', ..., reduce_fx={reduce_fx!r})`: this reduction is not known.{hint} "
+            "Use 'mean', 'sum', 'min' or 'max'; for anything else log a torchmetrics `Metric`."
         )
     return kind
 
@@ -599,12 +579,10 @@ def _check_attribute(name: str, metric: Any, attribute: str | None, module: Any)
         return
     if not any(child is metric for child in module.modules()):
         raise MisconfigurationException(
-            explain(
-                what=f"`self.log('{name}', {type(metric).__name__}(...))`: this metric is not an attribute of "
-                f"`{type(module).__name__}`.",
-                why="It would be left behind when the module moves to another device, and could not be saved.",
-                fix="Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`.",
-            )
+            f"`self.log('{name}', {type(metric).__name__}(...))`: this metric is not an attribute of "
+            f"`{type(module).__name__}`. "
+            "It would be left behind when the module moves to another device, and could not be saved. "
+            "Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`."
         )
 
 

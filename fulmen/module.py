@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
 from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.collections import apply_to_collection
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import WarningCache
 from fulmen.utilities.types import GradClipAlgorithmType
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fulmen.utilities.types import OptimizerLRScheduler
 
 _warnings = WarningCache()
-Number = Union[int, float]  # inside the class, `float` is the method
+Number = int | float  # inside the class, `float` is the method
 
 
 class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
@@ -290,12 +290,10 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             "name"); a list of such dicts; or None to train without one.
         """
         raise MisconfigurationException(
-            explain(
-                what=f"`{type(self).__name__}.configure_optimizers` was called but is not implemented.",
-                why="Without an optimizer nothing would be learned.",
-                fix="Define it, for example: `def configure_optimizers(self): return "
-                "torch.optim.Adam(self.parameters(), lr=1e-3)`.",
-            )
+            f"`{type(self).__name__}.configure_optimizers` was called but is not implemented. "
+            "Without an optimizer nothing would be learned. "
+            "Define it, for example: `def configure_optimizers(self): return "
+            "torch.optim.Adam(self.parameters(), lr=1e-3)`."
         )
 
     # ------------------------------------------------------------------ logging
@@ -439,11 +437,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             return
         if self.automatic_optimization:
             raise MisconfigurationException(
-                explain(
-                    what="`manual_backward` was called with automatic optimization.",
-                    why="The trainer calls backward itself, gradients would be counted twice.",
-                    fix="Set `self.automatic_optimization = False` in `__init__`, or return the loss instead.",
-                )
+                "`manual_backward` was called with automatic optimization. "
+                "The trainer calls backward itself, gradients would be counted twice. "
+                "Set `self.automatic_optimization = False` in `__init__`, or return the loss instead."
             )
         self.trainer.strategy.backward(loss, None, *args, **kwargs)
 
@@ -499,7 +495,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         algorithm = self._agreed("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
         if getattr(algorithm, "value", algorithm) not in ("norm", "value"):
             raise MisconfigurationException(
-                explain(what=f"`gradient_clip_algorithm={algorithm!r}` is not known.", fix="Use 'norm' or 'value'.")
+                f"`gradient_clip_algorithm={algorithm!r}` is not known. Use 'norm' or 'value'."
             )
         if value:
             raw = getattr(optimizer, "optimizer", optimizer)
@@ -513,11 +509,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             return trainers
         if trainers is not None and given != trainers:
             raise MisconfigurationException(
-                explain(
-                    what=f"`Trainer({name}={trainers!r})`, but `clip_gradients` was called with {given!r}.",
-                    why="Two different bounds were asked for.",
-                    fix="Set it in one of the two places only.",
-                )
+                f"`Trainer({name}={trainers!r})`, but `clip_gradients` was called with {given!r}. "
+                "Two different bounds were asked for. "
+                "Set it in one of the two places only."
             )
         return given
 

@@ -11,7 +11,7 @@ from warnings import warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig
@@ -86,10 +86,8 @@ class LightningOptimizer:
         """
         if closure is not None and not callable(closure):
             raise MisconfigurationException(
-                explain(
-                    what=f"`optimizer.step(closure=...)` received a {type(closure).__name__}.",
-                    fix="Pass a function without arguments, or nothing.",
-                )
+                f"`optimizer.step(closure=...)` received a {type(closure).__name__}. "
+                "Pass a function without arguments, or nothing."
             )
         if self._run_step is None:  # outside of a run: an ordinary step
             return self._optimizer.step(closure, **kwargs) if closure is not None else self._optimizer.step(**kwargs)
@@ -153,11 +151,9 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
             raise _unknown_shape(answer, f"{type(optimizer).__name__} is no optimizer")
         if not any(group["params"] for group in optimizer.param_groups):
             raise MisconfigurationException(
-                explain(
-                    what=f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters.",
-                    why="Its steps would change nothing.",
-                    fix="Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`.",
-                )
+                f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters. "
+                "Its steps would change nothing. "
+                "Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`."
             )
     automatic = module.automatic_optimization
     configs = [_scheduler_config(s, monitor, automatic) for s in schedulers]
@@ -223,10 +219,8 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
         given = {key: value for key, value in given.items() if key in _SCHEDULER_KEYS}
     if "scheduler" not in given:
         raise MisconfigurationException(
-            explain(
-                what=f"A scheduler of `configure_optimizers` is a dict without the key 'scheduler' (keys: {list(scheduler)}).",
-                fix='Return {"scheduler": your_scheduler, "interval": "epoch", ...}.',
-            )
+            f"A scheduler of `configure_optimizers` is a dict without the key 'scheduler' (keys: {list(scheduler)}). "
+            'Return {"scheduler": your_scheduler, "interval": "epoch", ...}.'
         )
     if not automatic:
         ignored = [key for key in ("monitor", "strict", "reduce_on_plateau") if key in given]
@@ -242,10 +236,8 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
     config = LRSchedulerConfig(**given)
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(
-            explain(
-                what=f"A scheduler's interval is {config.interval!r}.{suggestion(str(config.interval), ('step', 'epoch'))}",
-                fix='Use "interval": "step" or "interval": "epoch".',
-            )
+            f"A scheduler's interval is {config.interval!r}.{suggestion(str(config.interval), ('step', 'epoch'))} "
+            'Use "interval": "step" or "interval": "epoch".'
         )
     if config.reduce_on_plateau and config.monitor is None:
         raise _plateau_needs_monitor()
@@ -265,29 +257,23 @@ def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any
         name = type(scheduler).__name__
         if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
             raise TypeError(
-                explain(
-                    what=f"The scheduler {name} has no `state_dict` and `load_state_dict`.",
-                    why="Its position could not be saved in checkpoints.",
-                    fix="Define both methods.",
-                )
+                f"The scheduler {name} has no `state_dict` and `load_state_dict`. "
+                "Its position could not be saved in checkpoints. "
+                "Define both methods."
             )
         known = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
         if not known and module.automatic_optimization and not overridden(module, "lr_scheduler_step", _owner(module)):
             raise MisconfigurationException(
-                explain(
-                    what=f"The scheduler {name} does not follow PyTorch's LRScheduler.",
-                    why="How to step it is not known.",
-                    fix="Override `lr_scheduler_step(self, scheduler, metric)` in your module.",
-                )
+                f"The scheduler {name} does not follow PyTorch's LRScheduler. "
+                "How to step it is not known. "
+                "Override `lr_scheduler_step(self, scheduler, metric)` in your module."
             )
         owner = getattr(scheduler, "optimizer", None)
         if owner is not None and not any(owner is getattr(o, "optimizer", o) for o in optimizers):
             raise MisconfigurationException(
-                explain(
-                    what=f"The scheduler {name} belongs to an optimizer that `configure_optimizers` did not return.",
-                    why="It would change the learning rate of an optimizer that never steps.",
-                    fix="Return that optimizer too, or build the scheduler on the one you return.",
-                )
+                f"The scheduler {name} belongs to an optimizer that `configure_optimizers` did not return. "
+                "It would change the learning rate of an optimizer that never steps. "
+                "Return that optimizer too, or build the scheduler on the one you return."
             )
 
 
@@ -302,21 +288,17 @@ def _is_optimizer(obj: Any) -> bool:
 
 def _plateau_needs_monitor() -> MisconfigurationException:
     return MisconfigurationException(
-        explain(
-            what="`configure_optimizers` returned a `ReduceLROnPlateau` without a `monitor`.",
-            why="It needs a metric to step on.",
-            fix='Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}.',
-        )
+        "`configure_optimizers` returned a `ReduceLROnPlateau` without a `monitor`. "
+        "It needs a metric to step on. "
+        'Return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}.'
     )
 
 
 def _unknown_shape(answer: Any, why: str) -> MisconfigurationException:
     return MisconfigurationException(
-        explain(
-            what=f"`configure_optimizers` returned something unknown: {answer!r} ({why}).",
-            fix="Return an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
-            '{"optimizer": ..., "lr_scheduler": ...}; a list of such dicts; or None.',
-        )
+        f"`configure_optimizers` returned something unknown: {answer!r} ({why}). "
+        "Return an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
+        '{"optimizer": ..., "lr_scheduler": ...}; a list of such dicts; or None.'
     )
 
 
@@ -356,11 +338,11 @@ class Schedulers:
             if value is not None:
                 self._step(config.scheduler, value)
                 continue
-            message = explain(
-                what=f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not logged."
-                f"{suggestion(str(config.monitor), list(metrics))}",
-                why=f"Available now: {sorted(metrics)}.",
-                fix="Log it with `self.log`, or change `monitor`.",
+            message = (
+                f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not logged."
+                f"{suggestion(str(config.monitor), list(metrics))} "
+                f"Available now: {sorted(metrics)}. "
+                "Log it with `self.log`, or change `monitor`."
             )
             if config.strict:
                 raise MisconfigurationException(message)

@@ -17,7 +17,7 @@ from fulmen.loggers.logger import DummyLogger, Logger
 from fulmen.loggers.tensorboard import TensorBoardLogger
 from fulmen.profilers.builtin import AdvancedProfiler, SimpleProfiler
 from fulmen.profilers.profiler import PassThroughProfiler, Profiler
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -44,10 +44,8 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
-                explain(
-                    what=f"`Trainer(callbacks=...)` received {callback!r}, a {type(callback).__name__}.",
-                    fix="Pass instances of `Callback`, not classes or strings.",
-                )
+                f"`Trainer(callbacks=...)` received {callback!r}, a {type(callback).__name__}. "
+                "Pass instances of `Callback`, not classes or strings."
             )
     _add_checkpointing(callbacks, settings)
     _add_timer(callbacks, settings)
@@ -89,10 +87,8 @@ def _add_checkpointing(callbacks: list[Callback], settings: Settings) -> None:
     if not settings.enable_checkpointing:
         if _has(callbacks, Checkpoint):
             raise MisconfigurationException(
-                explain(
-                    what="`Trainer(enable_checkpointing=False)` was passed together with a checkpoint callback.",
-                    fix="Remove one of the two.",
-                )
+                "`Trainer(enable_checkpointing=False)` was passed together with a checkpoint callback. "
+                "Remove one of the two."
             )
     elif not _has(callbacks, Checkpoint):
         callbacks.append(ModelCheckpoint())
@@ -111,14 +107,11 @@ def _add_progress_bar(callbacks: list[Callback], settings: Settings) -> None:
     bars = [type(callback).__name__ for callback in callbacks if isinstance(callback, ProgressBar)]
     if len(bars) > 1:
         raise MisconfigurationException(
-            explain(what=f"You added multiple progress bar callbacks: {', '.join(bars)}.", fix="Keep one of them.")
+            f"You added multiple progress bar callbacks: {', '.join(bars)}. Keep one of them."
         )
     if bars and not settings.enable_progress_bar:
         raise MisconfigurationException(
-            explain(
-                what=f"`Trainer(enable_progress_bar=False)` was passed together with {bars[0]}.",
-                fix="Remove one of the two.",
-            )
+            f"`Trainer(enable_progress_bar=False)` was passed together with {bars[0]}. Remove one of the two."
         )
     if not bars and settings.enable_progress_bar:
         # imported by name: the bars' packages are optional, and slow to import
@@ -147,12 +140,10 @@ def _check_state_keys(callbacks: list[Callback]) -> None:
     for callback in callbacks:
         if callback.state_key in seen and callback.state_dict():
             raise RuntimeError(
-                explain(
-                    what=f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key "
-                    f"{callback.state_key!r}.",
-                    why="Checkpoints could not tell their states apart.",
-                    fix="Use different arguments, or override `state_key`.",
-                )
+                f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key "
+                f"{callback.state_key!r}. "
+                "Checkpoints could not tell their states apart. "
+                "Use different arguments, or override `state_key`."
             )
         seen.add(callback.state_key)
 
@@ -215,11 +206,9 @@ def assemble_profiler(given: Any) -> Profiler:
     kind: Any = names.get(given.lower()) if isinstance(given, str) else None
     if kind is None:
         raise MisconfigurationException(
-            explain(
-                what=f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), names)}",
-                why=f"When passing a string, it can be one of {list(names)}.",
-                fix="Use one of them, or pass a `Profiler`.",
-            )
+            f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), names)} "
+            f"When passing a string, it can be one of {list(names)}. "
+            "Use one of them, or pass a `Profiler`."
         )
     if isinstance(kind, str):
         from fulmen import profilers

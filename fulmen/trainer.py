@@ -36,7 +36,7 @@ from fulmen.module import LightningModule
 from fulmen.optimizers import LightningOptimizer, read_optimizers
 from fulmen.run_parts import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, run_dir, send_hparams
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import is_remote
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.modules import from_compiled, is_compiled
@@ -289,26 +289,17 @@ class Trainer:
         if model is None and fn != TrainerFn.FITTING:
             model = self.lightning_module
             if model is None:
-                raise TypeError(
-                    explain(
-                        what=f"`{name}()` was called without a model, and none was run before.", fix="Pass `model=`."
-                    )
-                )
+                raise TypeError(f"`{name}()` was called without a model, and none was run before. Pass `model=`.")
         if is_compiled(model):
             model = from_compiled(model)
         if not isinstance(model, LightningModule):
             raise TypeError(
-                explain(
-                    what=f"`{name}()` requires a `LightningModule`, got: {type(model).__qualname__}.",
-                    fix="Derive your model from `fulmen.LightningModule`.",
-                )
+                f"`{name}()` requires a `LightningModule`, got: {type(model).__qualname__}. "
+                "Derive your model from `fulmen.LightningModule`."
             )
         if datamodule is not None and any(loader is not None for loader in loaders.values()):
             raise MisconfigurationException(
-                explain(
-                    what=f"You cannot pass loaders and a datamodule to `{name}` at the same time.",
-                    fix="Pass one of the two.",
-                )
+                f"You cannot pass loaders and a datamodule to `{name}` at the same time. Pass one of the two."
             )
         self.state.fn, self.state.stage, self.state.status = fn, stage, TrainerStatus.RUNNING
         self.datamodule = datamodule
@@ -572,10 +563,8 @@ class Trainer:
         """
         if self.lightning_module is None:
             raise AttributeError(
-                explain(
-                    what="Saving a checkpoint is only possible if a model is attached to the Trainer.",
-                    fix="Call `trainer.fit`, `validate`, `test` or `predict` first.",
-                )
+                "Saving a checkpoint is only possible if a model is attached to the Trainer. "
+                "Call `trainer.fit`, `validate`, `test` or `predict` first."
             )
         with self.profiler.profile("save_checkpoint"):
             checkpoint = collect(self, bool(weights_only))

@@ -254,13 +254,13 @@ class ModelCheckpoint(Checkpoint):
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return False
         scores, k = self.best_k_models, self.save_top_k if self.save_top_k > 0 else len(self.best_k_models) + 1
+        best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
-        displaced = self.kth_best_model_path if len(scores) >= k else ""
+        displaced = worst(scores, key=scores.__getitem__) if len(scores) >= k else ""
         scores.pop(displaced, None)
         filepath = self._free_path(trainer, metrics, replaces=displaced)
         worst_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self.current_score = scores[filepath] = worst_score if current.isnan() else current
-        best, worst = (min, max) if self.mode == "min" else (max, min)
         self.best_model_path = best(scores, key=scores.__getitem__)
         self.best_model_score = scores[self.best_model_path]
         if len(scores) >= k:
@@ -280,10 +280,9 @@ class ModelCheckpoint(Checkpoint):
             return False
         if self.save_top_k == -1:
             return True
-        better = len(self.best_k_models) < self.save_top_k
-        if not better:
-            kth = self.best_k_models[self.kth_best_model_path]
-            better = bool(current < kth) if self.mode == "min" else bool(current > kth)
+        scores, better = self.best_k_models.values(), len(self.best_k_models) < self.save_top_k
+        if scores and not better:
+            better = bool(current < max(scores) if self.mode == "min" else current > min(scores))
         return trainer.strategy.reduce_boolean_decision(better)
 
     def _write_last(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.checkpoint.loop_counters import from_loops, to_loops
 from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
-from fulmen.utilities.errors import MisconfigurationException, explain, nearest
+from fulmen.utilities.errors import MisconfigurationException, nearest
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states
 
@@ -123,11 +123,9 @@ class Snapshot:
         assert self.content is not None
         if "state_dict" not in self.content:
             raise KeyError(
-                explain(
-                    what=f"The checkpoint at {self.path} has no 'state_dict' (keys: {sorted(map(str, self.content))}).",
-                    why="It does not hold the weights of a module.",
-                    fix="Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`.",
-                )
+                f"The checkpoint at {self.path} has no 'state_dict' (keys: {sorted(map(str, self.content))}). "
+                "It does not hold the weights of a module. "
+                "Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`."
             )
         try:
             self.trainer.strategy.load_model_state_dict(self.content, strict=module.strict_loading)
@@ -168,11 +166,9 @@ class Snapshot:
         missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in content]
         if missing:
             raise KeyError(
-                explain(
-                    what=f"Trying to restore optimizer state but the checkpoint at {self.path} lacks {missing}.",
-                    why="It was saved with weights only.",
-                    fix="Use `MyModule.load_from_checkpoint(path)` and fit without `ckpt_path` to start from its weights.",
-                )
+                f"Trying to restore optimizer state but the checkpoint at {self.path} lacks {missing}. "
+                "It was saved with weights only. "
+                "Use `MyModule.load_from_checkpoint(path)` and fit without `ckpt_path` to start from its weights."
             )
         if trainer.strategy.lightning_restore_optimizer:
             trainer.strategy.load_optimizer_state_dict(content)
@@ -188,12 +184,10 @@ class Snapshot:
         limit = loop.max_epochs
         if limit is not None and limit != -1 and loop.progress.epochs > limit:
             raise MisconfigurationException(
-                explain(
-                    what=f"The checkpoint at {self.path} was saved after {loop.progress.epochs} epochs, but "
-                    f"`Trainer(max_epochs={limit})`.",
-                    why="There is nothing left to train.",
-                    fix=f"Raise `max_epochs` above {loop.progress.epochs}.",
-                )
+                f"The checkpoint at {self.path} was saved after {loop.progress.epochs} epochs, but "
+                f"`Trainer(max_epochs={limit})`. "
+                "There is nothing left to train. "
+                f"Raise `max_epochs` above {loop.progress.epochs}."
             )
 
 
@@ -216,8 +210,8 @@ def _mismatch(path: Any, module: Any, saved: dict[str, Any]) -> str:
         parts.append(f"unexpected: {', '.join(unexpected[:10])}{' ...' if len(unexpected) > 10 else ''}")
     if shapes:
         parts.append(f"of another shape: {'; '.join(shapes[:10])}")
-    return explain(
-        what=f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(parts) or 'differ'}.",
-        why="It was saved by another model, or the model changed since.",
-        fix="Build the module as it was, or set `self.strict_loading = False` to load what fits.",
+    return (
+        f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(parts) or 'differ'}. "
+        "It was saved by another model, or the model changed since. "
+        "Build the module as it was, or set `self.strict_loading = False` to load what fits."
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fulmen.utilities.collections import apply_to_collection
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import overridden
 
 if TYPE_CHECKING:
@@ -148,18 +148,13 @@ class MixedPrecision(Precision):
     def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
         if precision not in ("16-mixed", "bf16-mixed"):
             raise ValueError(
-                explain(
-                    what=f"`MixedPrecision(precision={precision!r})` is not a mixed precision.",
-                    fix="Use '16-mixed' or 'bf16-mixed'.",
-                )
+                f"`MixedPrecision(precision={precision!r})` is not a mixed precision. Use '16-mixed' or 'bf16-mixed'."
             )
         if scaler is not None and precision == "bf16-mixed":
             raise MisconfigurationException(
-                explain(
-                    what=f"`MixedPrecision('bf16-mixed', scaler={type(scaler).__name__}(...))`: bfloat16 takes no scaler.",
-                    why="It has the range of float32, gradients do not underflow.",
-                    fix="Leave `scaler` out, or use '16-mixed'.",
-                )
+                f"`MixedPrecision('bf16-mixed', scaler={type(scaler).__name__}(...))`: bfloat16 takes no scaler. "
+                "It has the range of float32, gradients do not underflow. "
+                "Leave `scaler` out, or use '16-mixed'."
             )
         self.precision = precision
         self.device = str(device).split(":")[0]
@@ -192,11 +187,9 @@ class MixedPrecision(Precision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
-                explain(
-                    what="`precision='16-mixed'` with the LBFGS optimizer.",
-                    why="LBFGS evaluates the loss several times per step, a loss scaler allows one.",
-                    fix="Use 'bf16-mixed' or '32-true', or another optimizer.",
-                )
+                "`precision='16-mixed'` with the LBFGS optimizer. "
+                "LBFGS evaluates the loss several times per step, a loss scaler allows one. "
+                "Use 'bf16-mixed' or '32-true', or another optimizer."
             )
         result = closure()
         if result is None and getattr(model, "automatic_optimization", True):
@@ -214,11 +207,9 @@ class MixedPrecision(Precision):
     ) -> None:
         if clip_val > 0 and self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise RuntimeError(
-                explain(
-                    what=f"Gradients cannot be clipped with the fused optimizer {type(optimizer).__name__} and '16-mixed'.",
-                    why="It takes the loss scale out inside its own step, after clipping.",
-                    fix="Create it with `fused=False`, or use 'bf16-mixed'.",
-                )
+                f"Gradients cannot be clipped with the fused optimizer {type(optimizer).__name__} and '16-mixed'. "
+                "It takes the loss scale out inside its own step, after clipping. "
+                "Create it with `fused=False`, or use 'bf16-mixed'."
             )
         super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 

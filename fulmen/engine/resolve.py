@@ -278,8 +278,8 @@ def _make(name: str, device: torch.device) -> Strategy:
     return StrategyRegistry.get(name)
 
 
-def _unknown(argument: str, value: Any, names: Sequence[str]) -> ValueError:
-    what = f"`{argument}={value!r}` is none of {', '.join(map(repr, names))}, and no object of the right class."
+def _unknown(argument: str, value: Any, names: Sequence[str], or_else: str = "") -> ValueError:
+    what = f"`{argument}={value!r}` is none of {', '.join(map(repr, names))}{or_else}."
     return ValueError(what + suggestion(str(value), names))
 
 
@@ -287,7 +287,7 @@ def _known_accelerator(accelerator: Any) -> str | Accelerator:
     names = ("auto", "gpu", *AcceleratorRegistry)
     if isinstance(accelerator, Accelerator) or (isinstance(accelerator, str) and accelerator in names):
         return accelerator
-    raise _unknown("accelerator", accelerator, names)
+    raise _unknown("accelerator", accelerator, names, ", and no `Accelerator` object")
 
 
 def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
@@ -295,7 +295,7 @@ def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
     known = {name.lower(): name for name in names}
     if isinstance(strategy, Strategy) or (isinstance(strategy, str) and strategy.lower() in known):
         return known[strategy.lower()] if isinstance(strategy, str) else strategy
-    raise _unknown("strategy", strategy, names)
+    raise _unknown("strategy", strategy, names, ", and no `Strategy` object")
 
 
 def _known_precision(precision: Any) -> str | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.precision import Precision
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.errors import explain
 from fulmen.utilities.introspection import overridden
 
 if TYPE_CHECKING:
@@ -325,13 +324,11 @@ class Strategy(ABC):
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.optimizers):
             raise RuntimeError(
-                explain(
-                    what=f"The checkpoint holds the states of {len(states)} optimizers, "
-                    f"`configure_optimizers` returned {len(self.optimizers)}.",
-                    why="Each state belongs to one optimizer, in order.",
-                    fix="Return the same optimizers as the run that was saved, or load only the weights with "
-                    "`load_from_checkpoint`.",
-                )
+                f"The checkpoint holds the states of {len(states)} optimizers, "
+                f"`configure_optimizers` returned {len(self.optimizers)}. "
+                "Each state belongs to one optimizer, in order. "
+                "Return the same optimizers as the run that was saved, or load only the weights with "
+                "`load_from_checkpoint`."
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
@@ -452,10 +449,8 @@ class Registry(dict):
         """Makes `Trainer(strategy=name)` build `strategy(**init_params)`; usable as a decorator."""
         if name in self and not override:
             raise ValueError(
-                explain(
-                    what=f"The strategy name {name!r} is already registered.",
-                    fix="Choose another name, or pass `override=True` to replace it.",
-                )
+                f"The strategy name {name!r} is already registered. "
+                "Choose another name, or pass `override=True` to replace it."
             )
 
         def keep(cls: Any) -> Any:

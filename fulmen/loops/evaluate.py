@@ -11,7 +11,6 @@ from fulmen.data.feed import Feed
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
-from fulmen.utilities.errors import explain
 from fulmen.utilities.introspection import num_positional, overridden, takes_argument
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.types import RunningStage
@@ -231,19 +230,15 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
         takes = takes_argument(method, "dataloader_idx") or num_positional(method) >= (4 if "end" in name else 3)
         if several and not takes:
             raise RuntimeError(
-                explain(
-                    what=f"`{type(module).__name__}.{name}` has no parameter `dataloader_idx`, but there are several loaders.",
-                    why="You provided multiple dataloaders, and the method could not know which one a batch came from.",
-                    fix=f"Write `def {name}(self, ..., batch_idx, dataloader_idx=0)`.",
-                )
+                f"`{type(module).__name__}.{name}` has no parameter `dataloader_idx`, but there are several loaders. "
+                "You provided multiple dataloaders, and the method could not know which one a batch came from. "
+                f"Write `def {name}(self, ..., batch_idx, dataloader_idx=0)`."
             )
         if not several and requires_loader_index(method):
             raise RuntimeError(
-                explain(
-                    what=f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader.",
-                    why="You provided only a single dataloader, it would not be passed.",
-                    fix="Give it a default: `dataloader_idx=0`.",
-                )
+                f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader. "
+                "You provided only a single dataloader, it would not be passed. "
+                "Give it a default: `dataloader_idx=0`."
             )
 
 

@@ -17,7 +17,7 @@ from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetc
 from fulmen.loops.optimize import AutomaticOptimization, ManualOptimization
 from fulmen.loops.progress import Position, Progress
 from fulmen.optimizers import Schedulers
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException, explain
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException
 from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states, isolate_rng, set_generator_states
@@ -156,11 +156,9 @@ class FitLoop:
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
         if combined.mode == "sequential":
             raise ValueError(
-                explain(
-                    what="`CombinedLoader(mode='sequential')` was given for training.",
-                    why="A training step takes one batch of every loader at once.",
-                    fix="Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets.",
-                )
+                "`CombinedLoader(mode='sequential')` was given for training. "
+                "A training step takes one batch of every loader at once. "
+                "Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
             )
         self.loaders = prepared_loaders(trainer, combined, source.label, "train", trainer.limit_train_batches)
         self.num_batches = self.loaders.num_batches()
@@ -188,21 +186,17 @@ class FitLoop:
             return
         if isinstance(interval, float) and self.num_batches == inf and interval != 1.0:
             raise MisconfigurationException(
-                explain(
-                    what=f"`val_check_interval={interval}` with a training loader of unknown length.",
-                    why="A fraction of the epoch is not known.",
-                    fix="Use `val_check_interval=1.0` (at the end), or an int to count batches.",
-                )
+                f"`val_check_interval={interval}` with a training loader of unknown length. "
+                "A fraction of the epoch is not known. "
+                "Use `val_check_interval=1.0` (at the end), or an int to count batches."
             )
         trainer.val_check_batch = cadence.validation_interval(interval, self.num_batches)
         too_long = isinstance(interval, int) and interval > self.num_batches
         if too_long and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches != 0:
             raise ValueError(
-                explain(
-                    what=f"`val_check_interval={interval}` is larger than the {self.num_batches} training batches of an epoch.",
-                    why="Validation would never run, because the counter starts again at each epoch.",
-                    fix="Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs.",
-                )
+                f"`val_check_interval={interval}` is larger than the {self.num_batches} training batches of an epoch. "
+                "Validation would never run, because the counter starts again at each epoch. "
+                "Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs."
             )
         if trainer.loggers and not trainer.fast_dev_run and self.num_batches < trainer.log_every_n_steps:
             rank_zero_warn(

@@ -88,11 +88,9 @@ class AutomaticOptimization(Optimization):
         super().__init__(trainer, hooks, progress)
         if len(trainer.optimizers) > 1:
             raise RuntimeError(
-                explain(
-                    what=f"`configure_optimizers` returned {len(trainer.optimizers)} optimizers with automatic optimization.",
-                    why="Training with multiple optimizers is only supported with manual optimization.",
-                    fix="Set `self.automatic_optimization = False` in `__init__` and step them in `training_step`.",
-                )
+                f"`configure_optimizers` returned {len(trainer.optimizers)} optimizers with automatic optimization. "
+                "Training with multiple optimizers is only supported with manual optimization. "
+                "Set `self.automatic_optimization = False` in `__init__` and step them in `training_step`."
             )
         self.optimizer = trainer.optimizers[0]
         module = self.module
@@ -186,11 +184,9 @@ class AutomaticOptimization(Optimization):
         self.module.optimizer_step(self.progress.epochs, batch_idx, self.trainer.lightning_optimizers[0], closure)
         if not self.closure_ran:
             raise MisconfigurationException(
-                explain(
-                    what=f"`{type(self.module).__name__}.optimizer_step` did not run the closure.",
-                    why="The closure hasn't been executed: forward and backward are inside it, so nothing was learned.",
-                    fix="Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` when skipping a step.",
-                )
+                f"`{type(self.module).__name__}.optimizer_step` did not run the closure. "
+                "The closure hasn't been executed: forward and backward are inside it, so nothing was learned. "
+                "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` when skipping a step."
             )
         return outputs
 
@@ -212,22 +208,18 @@ class AutomaticOptimization(Optimization):
         elif isinstance(output, Mapping):
             if "loss" not in output:
                 raise MisconfigurationException(
-                    explain(
-                        what=f"{name} returned a dict without the key 'loss' (keys: {sorted(map(str, output))}).",
-                        why="Without it there is nothing to call backward on.",
-                        fix='Return {"loss": loss, ...}, the loss alone, or None to skip the batch.',
-                    )
+                    f"{name} returned a dict without the key 'loss' (keys: {sorted(map(str, output))}). "
+                    "Without it there is nothing to call backward on. "
+                    'Return {"loss": loss, ...}, the loss alone, or None to skip the batch.'
                 )
             loss, extra = output["loss"], {k: _detached(v) for k, v in output.items() if k != "loss"}
             if loss is None:
                 return None, extra
         else:
             raise MisconfigurationException(
-                explain(
-                    what=f"{name} returned a {type(output).__name__}: {str(output)[:80]}.",
-                    why="In automatic optimization, `training_step` must return a Tensor, a dict, or None (skip the step).",
-                    fix="Return the loss tensor.",
-                )
+                f"{name} returned a {type(output).__name__}: {str(output)[:80]}. "
+                "In automatic optimization, `training_step` must return a Tensor, a dict, or None (skip the step). "
+                "Return the loss tensor."
             )
         if not self.checked and not self.own_backward:
             _check_loss(loss, name)
@@ -251,11 +243,9 @@ class ManualOptimization(Optimization):
         if isinstance(output, Mapping):
             return {key: _detached(value) for key, value in output.items()}
         raise MisconfigurationException(
-            explain(
-                what=f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}.",
-                why="In manual optimization, `training_step` must either return a Tensor or have no return.",
-                fix="Return the loss, a dict, or nothing.",
-            )
+            f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. "
+            "In manual optimization, `training_step` must either return a Tensor or have no return. "
+            "Return the loss, a dict, or nothing."
         )
 
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:

@@ -12,7 +12,6 @@ from fulmen.data.loaders import IndexRecorder
 from fulmen.loops.evaluate import check_loader_argument
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.utilities.collections import apply_to_collection
-from fulmen.utilities.errors import explain
 from fulmen.utilities.introspection import num_positional
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.rank_zero import WarningCache
@@ -86,11 +85,9 @@ class PredictionLoop:
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
         if combined.mode != "sequential":
             raise ValueError(
-                explain(
-                    what=f"`trainer.predict` received a `CombinedLoader(mode={combined.mode!r})`.",
-                    why="Predictions belong to one loader at a time.",
-                    fix="Use `mode='sequential'`.",
-                )
+                f"`trainer.predict` received a `CombinedLoader(mode={combined.mode!r})`. "
+                "Predictions belong to one loader at a time. "
+                "Use `mode='sequential'`."
             )
         self.loaders = prepared_loaders(trainer, combined, source.label, "predict", trainer.limit_predict_batches)
         self.max_batches = list(self.loaders.lengths())
@@ -137,9 +134,8 @@ class PredictionLoop:
             )
 
     def finish(self) -> list[Any] | None:
-        trainer, hooks = self.trainer, self.hooks
-        hooks.on_predict_epoch_end()
-        hooks.on_predict_end()
+        self.hooks.on_predict_epoch_end()
+        self.hooks.on_predict_end()
         self.restore_modes()
         if not self.return_predictions:
             return None

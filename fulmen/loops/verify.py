@@ -9,7 +9,7 @@ from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.timing import Timer
 from fulmen.hooks import REMOVED_HOOKS
 from fulmen.module import LightningModule
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, explain
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 from fulmen.utilities.introspection import overridden, parameters_of
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerFn
@@ -51,11 +51,9 @@ def _for_fit(trainer: Trainer, module: LightningModule) -> None:
     _require_loader(trainer, module, "train", "fit")
     if any(p.name == "optimizer_idx" for p in parameters_of(module.training_step)):
         raise RuntimeError(
-            explain(
-                what=f"`{name}.training_step` has a parameter `optimizer_idx`.",
-                why="Training with multiple optimizers is only supported with manual optimization.",
-                fix="Set `self.automatic_optimization = False`, remove the parameter, and step the optimizers yourself.",
-            )
+            f"`{name}.training_step` has a parameter `optimizer_idx`. "
+            "Training with multiple optimizers is only supported with manual optimization. "
+            "Set `self.automatic_optimization = False`, remove the parameter, and step the optimizers yourself."
         )
     if not module.automatic_optimization:
         _for_manual(trainer)
@@ -75,19 +73,15 @@ def _for_manual(trainer: Trainer) -> None:
     value, batches = trainer.gradient_clip_val, trainer.accumulate_grad_batches
     if value is not None and value > 0:
         raise MisconfigurationException(
-            explain(
-                what=f"`Trainer(gradient_clip_val={value})` with manual optimization.",
-                why="Automatic gradient clipping is not supported for manual optimization.",
-                fix="Remove it, and call `self.clip_gradients(optimizer, ...)` before `optimizer.step()`.",
-            )
+            f"`Trainer(gradient_clip_val={value})` with manual optimization. "
+            "Automatic gradient clipping is not supported for manual optimization. "
+            "Remove it, and call `self.clip_gradients(optimizer, ...)` before `optimizer.step()`."
         )
     if batches != 1:
         raise MisconfigurationException(
-            explain(
-                what=f"`Trainer(accumulate_grad_batches={batches})` with manual optimization.",
-                why="Automatic gradient accumulation is not supported for manual optimization.",
-                fix="Remove it, and call `optimizer.step()` every so many batches yourself.",
-            )
+            f"`Trainer(accumulate_grad_batches={batches})` with manual optimization. "
+            "Automatic gradient accumulation is not supported for manual optimization. "
+            "Remove it, and call `optimizer.step()` every so many batches yourself."
         )
 
 
@@ -111,10 +105,8 @@ def _resolve_durations(trainer: Trainer) -> None:
 def _for_verb(trainer: Trainer, module: LightningModule, step: str | None, kind: str, verb: str) -> None:
     if step is not None and not overridden(module, step, LightningModule):
         raise MisconfigurationException(
-            explain(
-                what=f"No `{step}()` method defined in {type(module).__name__} to run `Trainer.{verb}`.",
-                fix=f"Define `def {step}(self, batch, batch_idx): ...`.",
-            )
+            f"No `{step}()` method defined in {type(module).__name__} to run `Trainer.{verb}`. "
+            f"Define `def {step}(self, batch, batch_idx): ...`."
         )
     if step is None and not callable(getattr(module, "predict_step", None)):
         raise MisconfigurationException("`predict_step` cannot be None to run `Trainer.predict`. Define it.")
@@ -124,11 +116,9 @@ def _for_verb(trainer: Trainer, module: LightningModule, step: str | None, kind:
 def _require(module: LightningModule, method: str, example: str) -> None:
     if not overridden(module, method, LightningModule):
         raise MisconfigurationException(
-            explain(
-                what=f"No `{method}()` method defined in {type(module).__name__}. Trainer expects one to run `fit`.",
-                why=f"Trainer requires `{method}`.",
-                fix=f"Define `{example}`.",
-            )
+            f"No `{method}()` method defined in {type(module).__name__}. Trainer expects one to run `fit`. "
+            f"Trainer requires `{method}`. "
+            f"Define `{example}`."
         )
 
 
@@ -136,10 +126,8 @@ def _require_loader(trainer: Trainer, module: LightningModule, kind: str, verb: 
     if not trainer.sources.get(kind).is_defined():
         given = f" or the datamodule {type(trainer.datamodule).__name__}" if trainer.datamodule is not None else ""
         raise MisconfigurationException(
-            explain(
-                what=f"`Trainer.{verb}` has no batches: no `{kind}_dataloader()` method defined in {type(module).__name__}{given}.",
-                fix=f"Pass a loader to `trainer.{verb}(...)`, or define `{kind}_dataloader`.",
-            )
+            f"`Trainer.{verb}` has no batches: no `{kind}_dataloader()` method defined in {type(module).__name__}{given}. "
+            f"Pass a loader to `trainer.{verb}(...)`, or define `{kind}_dataloader`."
         )
 
 
@@ -148,11 +136,9 @@ def refuse_removed(module: LightningModule) -> None:
     for name, successor in REMOVED_HOOKS.items():
         if callable(getattr(module, name, None)):
             raise NotImplementedError(
-                explain(
-                    what=f"`{type(module).__name__}.{name}` is defined.",
-                    why=f"Support for `{name}` has been removed, it would never be called.",
-                    fix=f"Collect what you need in the step and use `{successor}(self)`.",
-                )
+                f"`{type(module).__name__}.{name}` is defined. "
+                f"Support for `{name}` has been removed, it would never be called. "
+                f"Collect what you need in the step and use `{successor}(self)`."
             )
 
 
@@ -169,11 +155,9 @@ def refuse_misspelt(owner: Any, base: type) -> None:
             hook = next((k for k in sorted(known) if _alike(name, k)), None)
             if hook is not None and not overridden(owner, hook, base):
                 raise MisconfigurationException(
-                    explain(
-                        what=f"`{cls.__name__}.{name}` looks like a misspelt hook. Did you mean `{hook}`?",
-                        why="A method of that name would never be called.",
-                        fix=f"Rename it to `{hook}`; or, if it is a method of your own, to something less alike.",
-                    )
+                    f"`{cls.__name__}.{name}` looks like a misspelt hook. Did you mean `{hook}`? "
+                    "A method of that name would never be called. "
+                    f"Rename it to `{hook}`; or, if it is a method of your own, to something less alike."
                 )
 
 

@@ -113,9 +113,7 @@ class AdvancedProfiler(Profiler):
             raise _never_started(action_name)
         self.profiled_actions[self._running[-1]].disable()
         # Usually the last one; actions that overlap without nesting may end in any order.
-        self._running.reverse()
-        self._running.remove(action_name)
-        self._running.reverse()
+        del self._running[len(self._running) - 1 - self._running[::-1].index(action_name)]
         if self._running:
             self.profiled_actions[self._running[-1]].enable()
 

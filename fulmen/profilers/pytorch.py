@@ -145,10 +145,7 @@ class PyTorchProfiler(Profiler):
         else:
             options = {"on_trace_ready": self._export, **self._profiler_kwargs}
             if self._default_schedule and _num_steps(self.module, self._stage) < WAIT + WARMUP + ACTIVE:
-                rank_zero_warn(
-                    f"The run has fewer than {WAIT + WARMUP + ACTIVE} steps, too few for the default schedule of the "
-                    "profiler: every step is recorded."
-                )
+                rank_zero_warn("The run has too few steps for the default schedule: every step is profiled.")
                 options["schedule"] = None
             self.profiler = self._open.enter_context(torch.profiler.profile(**options))
         if self._record_module_names and self.module is not None:
@@ -215,9 +212,7 @@ def _num_steps(module: torch.nn.Module | None, stage: str | None) -> float:
         return float("inf")
     if stage == "fit":
         return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    return sum({"validate": trainer.num_val_batches, "test": trainer.num_test_batches}.get(
-        stage, trainer.num_predict_batches
-    ))  # fmt: skip
+    return sum(getattr(trainer, f"num_{'val' if stage == 'validate' else stage}_batches"))
 
 
 def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:

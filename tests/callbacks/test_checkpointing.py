@@ -384,6 +384,14 @@ def test_resumed_run_goes_on_with_the_list_of_the_best(fit, files, tmp_path):
     assert sorted(map(os.path.basename, second.best_k_models)) == ["epoch=1-step=8.ckpt", "epoch=3-step=16.ckpt"]
 
 
+def test_resumed_run_may_keep_fewer_files(fit, files, tmp_path):
+    fit(ModelCheckpoint(monitor="val_loss", save_top_k=3), max_epochs=2)
+    second = ModelCheckpoint(monitor="val_loss", save_top_k=1)
+    fit(second, ckpt_path=tmp_path / "checkpoints" / "epoch=1-step=8.ckpt")
+    assert second.best_model_score == 0.5
+    assert files() == ["epoch=1-step=8.ckpt", "epoch=3-step=16.ckpt"]
+
+
 def test_files_outside_of_the_folder_are_never_removed(fit, tmp_path):
     elsewhere = tmp_path / "elsewhere.ckpt"
     elsewhere.touch()

@@ -1,8 +1,10 @@
 import logging
+import os
 
 import pytest
 import torch
 
+from fulmen import Trainer
 from fulmen.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
 from fulmen.engine.cluster import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from fulmen.engine.resolve import NOT_BUILT, announce, resolve
@@ -239,7 +241,7 @@ REFUSED = [
     ({"num_nodes": 1.5}, ValueError, ValueError, "num_nodes=1.5"),
     ({"strategy": "fdsp"}, ValueError, ValueError, "Did you mean `fsdp`"),
     ({"strategy": None}, ValueError, ValueError, "strategy=None"),
-    ({"strategy": SingleDeviceStrategy}, ValueError, ValueError, "none of .auto., .single_device."),
+    ({"strategy": SingleDeviceStrategy}, ValueError, ValueError, "no `Strategy` object"),
     ({"strategy": "fsdp"}, ValueError, ValueError, "GPUs only"),
     ({"strategy": "fsdp_cpu_offload"}, ValueError, ValueError, "GPUs only"),
     ({"strategy": "ddp"}, MCE, RuntimeError, "not part of this version"),
@@ -332,6 +334,39 @@ def test_every_strategy_of_the_api_is_either_built_or_refused_by_name(gpus, name
     gpus(1)
     with pytest.raises(MisconfigurationException, match=name):
         resolve(strategy=name)
+
+
+# under a Trainer
+
+
+def test_a_storage_plugin_stores_what_the_trainer_saves(tmp_path, model, loader):
+    class Remembering(TorchCheckpointIO):
+        calls: list = []
+
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            self.calls.append(("save", os.path.basename(path), storage_options))
+            super().save_checkpoint(checkpoint, path)
+
+        def load_checkpoint(self, path, map_location=None, weights_only=None):
+            self.calls.append(("load", os.path.basename(path)))
+            return super().load_checkpoint(path, map_location, weights_only)
+
+        def teardown(self):
+            self.calls.append("teardown")
+
+    io = Remembering()
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
+    trainer = Trainer(plugins=io, max_steps=1, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    trainer.fit(model, loader)
+    trainer.save_checkpoint(tmp_path / "x.ckpt", storage_options={"fast": True})
+    trainer.fit(model, loader, ckpt_path=str(tmp_path / "x.ckpt"))
+    saved, loaded = ("save", "x.ckpt", {"fast": True}), ("load", "x.ckpt")
+    assert io.calls == ["teardown", saved, loaded, "teardown"]
 
 
 # what is said

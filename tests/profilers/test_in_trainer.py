@@ -118,6 +118,6 @@ def test_the_pytorch_profiler_traces_three_batches_of_the_run(tmp_path):
 def test_a_short_run_is_recorded_from_its_first_batch(tmp_path):
     profiler = PyTorchProfiler(dirpath=tmp_path, filename="f", row_limit=-1)
     trainer = trainer_with(profiler, tmp_path, limit_train_batches=2)
-    with pytest.warns(UserWarning, match="too few for the default schedule"):
+    with pytest.warns(UserWarning, match="too few steps for the default schedule"):
         trainer.fit(Model(), loader())
     assert "[pl][profile]mine" in (tmp_path / "fit-f.txt").read_text()

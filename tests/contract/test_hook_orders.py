@@ -1,0 +1,43 @@
+"""The order in which hooks run, compared event by event with recordings of PyTorch Lightning 2.6."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Scenario -> why it is not compared yet.
+EXCLUDED = {"fit_ddp_2_processes_rank0": "needs several processes"}
+
+
+@pytest.fixture(scope="module")
+def answer(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the recorder says about all scenarios, run in one process of their own."""
+    recordings = shared / "reference" / "hook_orders.json"
+    scenarios = [name for name in json.loads(recordings.read_text())["scenarios"] if name not in EXCLUDED]
+    command = [sys.executable, str(shared / "tools" / "record_hooks.py"), "--package", "fulmen"]
+    command += ["--compare", str(recordings), "--only", *scenarios]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    folder = tmp_path_factory.mktemp("hooks")
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_scenario_was_run(answer: str, shared: Path) -> None:
+    recorded = json.loads((shared / "reference" / "hook_orders.json").read_text())["scenarios"]
+    compared = answer.splitlines()[-1].rpartition("/")[2]
+    assert int(compared) == len(recorded) - len(EXCLUDED) >= 62
+
+
+def test_hooks_run_in_the_recorded_order(answer: str) -> None:
+    differences = [line for line in answer.splitlines() if line.startswith("DIFF")]
+    assert not differences, "\n".join(differences)
+    equal, _, compared = answer.splitlines()[-1].removeprefix("hooks ").partition("/")
+    assert equal == compared
