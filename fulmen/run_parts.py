@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fulmen import callbacks as all_callbacks
+from fulmen import profilers
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint
 from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
@@ -114,11 +116,8 @@ def _add_progress_bar(callbacks: list[Callback], settings: Settings) -> None:
             f"`Trainer(enable_progress_bar=False)` was passed together with {bars[0]}. Remove one of the two."
         )
     if not bars and settings.enable_progress_bar:
-        # imported by name: the bars' packages are optional, and slow to import
-        from fulmen import callbacks as bars_by_name
-
         kind = "RichProgressBar" if available("rich", RICH) else "TQDMProgressBar"
-        callbacks.append(getattr(bars_by_name, kind)())
+        callbacks.append(getattr(all_callbacks, kind)())
 
 
 def _from_entry_points() -> list[Callback]:
@@ -210,8 +209,4 @@ def assemble_profiler(given: Any) -> Profiler:
             f"When passing a string, it can be one of {list(names)}. "
             "Use one of them, or pass a `Profiler`."
         )
-    if isinstance(kind, str):
-        from fulmen import profilers
-
-        kind = getattr(profilers, kind)
-    return kind()
+    return (getattr(profilers, kind) if isinstance(kind, str) else kind)()

@@ -16,7 +16,7 @@ import torch
 
 from fulmen import settings
 from fulmen.callbacks.callback import Callback
-from fulmen.callbacks.checkpointing import Checkpoint
+from fulmen.callbacks.checkpointing import Checkpoint, folder_of_run
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress_bar import ProgressBar
 from fulmen.checkpoint import paths
@@ -329,6 +329,7 @@ class Trainer:
             root_dir=self.default_root_dir,
             model_given=model_given,
             fast_dev_run=bool(self.fast_dev_run),
+            folder_of=lambda _: folder_of_run(self),
         )
         return self._ckpt_path
 
@@ -397,6 +398,7 @@ class Trainer:
         for logger in self.loggers:
             logger.finalize("success")
         self.profiler.describe()
+        self.profiler.teardown(stage)
         self.state.status, self.state.stage = TrainerStatus.FINISHED, None
         self.book.turn_to(None)
 
@@ -412,6 +414,7 @@ class Trainer:
         for logger in self.loggers:
             logger.finalize("failed")
         self._close(loop)
+        self.profiler.teardown(self.state.fn)
         self.state.stage = None
         self.book.turn_to(None)
 
@@ -439,8 +442,10 @@ class Trainer:
 
     def _prepare_data(self) -> None:
         if self.profiler.active:
+            self.profiler.module = self.lightning_module
+            rank = self.local_rank if self.world_size > 1 else None
             log_dir = self.log_dir or self.default_root_dir
-            self.profiler.setup(stage=cast("str", self.state.fn), local_rank=self.local_rank, log_dir=log_dir)
+            self.profiler.setup(stage=cast("str", self.state.fn), local_rank=rank, log_dir=log_dir)
         self.sources.prepare_data(
             self.lightning_module, self.datamodule, local_rank=self.local_rank, global_rank=self.global_rank
         )
@@ -464,9 +469,8 @@ class Trainer:
 
     def compile_hooks(self) -> HookPlan:
         """A fresh plan of who listens to which hook; cheap, made whenever that may have changed."""
-        profiler = self.profiler if self.profiler.active else None
         self.hooks = HookPlan(
-            self, self.lightning_module, self.callbacks, self.strategy, self.book, Callback, Strategy, profiler
+            self, self.lightning_module, self.callbacks, self.strategy, self.book, Callback, Strategy, self.profiler
         )
         return self.hooks
 

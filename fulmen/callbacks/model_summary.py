@@ -36,12 +36,12 @@ class ModelSummary(Callback):
         summary = kind(pl_module, max_depth=self._max_depth)
         if trainer.is_global_zero:
             self.summarize(
-                summary.columns(),
-                summary.total_parameters,
-                summary.trainable_parameters,
-                summary.model_size,
-                summary.total_training_modes,
-                summary.total_flops,
+                summary_data=summary.columns(),
+                total_parameters=summary.total_parameters,
+                trainable_parameters=summary.trainable_parameters,
+                model_size=summary.model_size,
+                total_training_modes=summary.total_training_modes,
+                total_flops=summary.total_flops,
                 **self._summarize_kwargs,
             )
 

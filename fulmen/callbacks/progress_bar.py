@@ -125,7 +125,7 @@ class ProgressBar(Callback):
 
     def _size(self, kind: str) -> int | float:
         sizes = self._sizes(kind)
-        return sizes[self._current_eval_dataloader_idx or 0] if sizes else 0
+        return sizes[self._current_eval_dataloader_idx or 0] if sizes else inf
 
 
 def standard_metrics(trainer: Trainer) -> dict[str, int | str]:
@@ -148,7 +148,6 @@ class Track:
     drawn: int = 0
     first: int = 0  # where `started` was taken: a resumed epoch does not begin at 0
     started: float = field(default_factory=monotonic)
-    fresh: bool = True  # description and total have not been drawn yet
 
     @property
     def seconds(self) -> float:
@@ -161,7 +160,7 @@ class Track:
 
 
 class TerminalProgressBar(ProgressBar):
-    """Decides when to redraw; subclasses only draw, with `_has_terminal`, `_open`, `_show` and `_close`.
+    """Decides when to redraw; subclasses only draw, with `_has_terminal`, `_open`, `_begin`, `_show`, `_close`.
 
     Per batch this costs an assignment and a look at the clock. Where there is no terminal nothing is drawn, and a line
     of text is printed at the end of each epoch. While the bar of training is open, one of validation may be below it.
@@ -189,6 +188,10 @@ class TerminalProgressBar(ProgressBar):
 
     def _open(self, kind: str) -> None:
         """Make a bar, without drawing it."""
+        raise NotImplementedError
+
+    def _begin(self, track: Track) -> None:
+        """An open bar starts on an epoch or a loader: description and total change."""
         raise NotImplementedError
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
@@ -228,7 +231,6 @@ class TerminalProgressBar(ProgressBar):
         started = monotonic()
         track.drawn = track.done
         self._show(track, metrics)
-        track.fresh = False
         now = monotonic()
         self._redraw_at = now + max(self._seconds_between_redraws, (now - started) / SHARE_OF_TIME)
 
@@ -249,8 +251,10 @@ class TerminalProgressBar(ProgressBar):
         short = self._train is not None and self._train.seconds < SECONDS_BETWEEN_REDRAWS
         name = self._epoch_description(trainer)
         self._train = Track("train", name, self.total_train_batches, done, first=done, drawn=done)
-        if self._drawing and not short:
-            self._draw(self._train)
+        if self._drawing:
+            self._begin(self._train)
+            if not short:
+                self._draw(self._train)
 
     def _epoch_description(self, trainer: Trainer) -> str:
         return f"Epoch {trainer.current_epoch}"
@@ -287,10 +291,12 @@ class TerminalProgressBar(ProgressBar):
         self._open_evaluation("val_sanity")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            if self._train and self._drawing and self._train.drawn != self._train.done:
-                self._draw_training(trainer, pl_module, exactly=False)
-            self._open_evaluation("val")
+        if trainer.sanity_checking:
+            self._begin_loader(0)  # its length is known only now
+            return
+        if self._train and self._drawing and self._train.drawn != self._train.done:
+            self._draw_training(trainer, pl_module, exactly=False)
+        self._open_evaluation("val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -344,7 +350,9 @@ class TerminalProgressBar(ProgressBar):
         track.total = self._size(track.kind)
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
-        track.done, track.drawn, track.fresh = 0, 0, True
+        track.done = track.drawn = 0
+        if self._drawing:
+            self._begin(track)
 
     def _loader_description(self, name: str, dataloader_idx: int) -> str:
         return f"{name} DataLoader {dataloader_idx}"

@@ -105,7 +105,7 @@ class RichProgressBar(TerminalProgressBar):
         if self._console_kwargs:
             reconfigure(**self._console_kwargs)
         console = self._console = get_console()
-        return console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
+        return console.is_interactive or console.is_jupyter
 
     def _epoch_description(self, trainer: Trainer) -> str:
         last = trainer.max_epochs
@@ -137,16 +137,19 @@ class RichProgressBar(TerminalProgressBar):
                 return task
         raise RuntimeError("This bar does not exist at the moment: its loop has not started, or nothing is drawn.")
 
-    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        values: dict[str, Any] = {"elapsed": track.seconds, "rate": track.rate}
-        if track.fresh:
-            values["description"] = track.description
-        if metrics is not None:
-            values["metrics"] = self._formatted(metrics)
-        assert self.progress is not None
+    def _begin(self, track: Track) -> None:
         total = None if track.total == inf else track.total
         task = getattr(self, f"{track.kind}_progress_bar_id")
-        self.progress.update(task, completed=track.done, total=total, visible=True, **values)
+        assert self.progress is not None
+        self.progress.update(task, description=track.description, total=total)
+
+    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
+        values: dict[str, Any] = {"elapsed": track.seconds, "rate": track.rate}
+        if metrics is not None:
+            values["metrics"] = self._formatted(metrics)
+        task = getattr(self, f"{track.kind}_progress_bar_id")
+        assert self.progress is not None
+        self.progress.update(task, completed=track.done, visible=True, **values)
         self.progress.refresh()
 
     def _formatted(self, metrics: dict[str, Any]) -> str:

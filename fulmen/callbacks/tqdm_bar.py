@@ -126,14 +126,15 @@ class TQDMProgressBar(TerminalProgressBar):
         self._bars[_key(kind)] = getattr(self, f"init_{name}_tqdm")()
         self._redirect(self._drawing and "ipykernel" not in sys.modules)
 
+    def _begin(self, track: Track) -> None:
+        bar = self._bars[_key(track.kind)]
+        bar.set_description(track.description, refresh=False)
+        bar.total = None if track.total == inf else track.total
+        if hasattr(bar, "container"):
+            bar.reset(total=bar.total)  # a notebook's widget learns the total only here
+
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
         bar = self._bars[_key(track.kind)]
-        if track.fresh:
-            bar.set_description(track.description, refresh=False)
-            total = None if track.total == inf else track.total
-            if bar.total != total:
-                bar.total = None
-                bar.reset(total=total)
         bar.n, bar.initial = track.done, track.first
         bar.last_print_t = time()  # else `close` believes there is nothing to clear
         bar.start_t = bar.last_print_t - track.seconds

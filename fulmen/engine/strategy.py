@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fulmen.engine.accelerators import Registry
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.precision import Precision
 from fulmen.utilities.collections import move_data_to_device
@@ -440,52 +441,5 @@ def _skip_init(skip: bool) -> AbstractContextManager[Any]:
     return _SkipInit()
 
 
-class Registry(dict):
-    """Names and the strategies they stand for. A class may be given as "module:Name", to be imported when chosen."""
-
-    def register(
-        self, name: str, strategy: Any = None, description: str = "", override: bool = False, **init_params: Any
-    ) -> Any:
-        """Makes `Trainer(strategy=name)` build `strategy(**init_params)`; usable as a decorator."""
-        if name in self and not override:
-            raise ValueError(
-                f"The strategy name {name!r} is already registered. "
-                "Choose another name, or pass `override=True` to replace it."
-            )
-
-        def keep(cls: Any) -> Any:
-            self[name] = {"strategy": cls, "description": description, "init_params": init_params}
-            return cls
-
-        return keep if strategy is None else keep(strategy)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """A new strategy of that name.
-
-        Raises:
-            KeyError: for an unknown name without `default`.
-        """
-        if name not in self:
-            if default is not None:
-                return default
-            raise KeyError(f"No strategy is registered under {name!r}. Known: {', '.join(sorted(self))}.")
-        row = self[name]
-        cls = row["strategy"]
-        if isinstance(cls, str):
-            from importlib import import_module
-
-            module, _, attribute = cls.partition(":")
-            cls = getattr(import_module(module), attribute)
-        return cls(**row["init_params"])
-
-    def remove(self, name: str) -> None:
-        """Forgets a name."""
-        self.pop(name)
-
-    def available_strategies(self) -> list[str]:
-        """All names, sorted."""
-        return sorted(self)
-
-
-StrategyRegistry = Registry()
+StrategyRegistry = Registry("strategy", taken=ValueError)
 StrategyRegistry.register("single_device", SingleDeviceStrategy, "one process, one device")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fulmen.hooks import HOOKS, DataHooks, ModelHooks
+from fulmen.profilers.profiler import measured
 from fulmen.utilities.introspection import overridden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fulmen.logbook import LogBook
-
-Fired = "Callable[..., Any]"
 
 
 def nothing(*_: Any) -> None:
@@ -30,7 +30,7 @@ class HookPlan:
     Arguments:
         trainer: passed to callbacks, not kept otherwise.
         base_callback: the class whose own methods count as "not implemented" (`Callback`).
-        profiler: a `Profiler`, or None for the pass-through one.
+        profiler: a `Profiler`; the pass-through one leaves no trace in the plan.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class HookPlan:
         book: LogBook,
         base_callback: type,
         base_strategy: type,
-        profiler: Any = None,
+        profiler: Any,
     ) -> None:
         for hook in HOOKS:
             listeners = []
@@ -57,7 +57,8 @@ class HookPlan:
                     listeners.append(_for_callback(callback, hook.name, trainer, module, profiler))
             if "module" in hook.order and _module_implements(module, hook.name):
                 module_at = len(listeners)
-                listeners.append(_timed(getattr(module, hook.name), "LightningModule", module, hook.name, profiler))
+                label = f"[LightningModule]{type(module).__name__}.{hook.name}"
+                listeners.append(measured(profiler, label, getattr(module, hook.name)))
             for callback in last:
                 if overridden(callback, hook.name, base_callback):
                     listeners.append(_for_callback(callback, hook.name, trainer, module, profiler))
@@ -84,35 +85,12 @@ def _base_of(module: Any, name: str) -> type:
 
 
 def _for_callback(callback: Any, name: str, trainer: Any, module: Any, profiler: Any) -> Callable[..., Any]:
-    method = getattr(callback, name)
-    if profiler is None:
-        return lambda *args: method(trainer, module, *args)
-    label = f"[Callback]{callback.state_key}.{name}"
-
-    def timed(*args: Any) -> Any:
-        with profiler.profile(label):
-            return method(trainer, module, *args)
-
-    return timed
-
-
-def _timed(method: Callable[..., Any], kind: str, owner: Any, name: str, profiler: Any) -> Callable[..., Any]:
-    if profiler is None:
-        return method
-    label = f"[{kind}]{type(owner).__name__}.{name}"
-
-    def timed(*args: Any) -> Any:
-        with profiler.profile(label):
-            return method(*args)
-
-    return timed
+    bound = partial(getattr(callback, name), trainer, module)
+    return measured(profiler, f"[Callback]{callback.state_key}.{name}", bound)
 
 
 def _strategy_listener(strategy: Any, name: str, profiler: Any) -> Callable[..., Any]:
-    method = _timed(getattr(strategy, name), "Strategy", strategy, name, profiler)
-    if name == "on_train_batch_start":
-        return method
-    return lambda *_: method()
+    return measured(profiler, f"[Strategy]{type(strategy).__name__}.{name}", getattr(strategy, name))
 
 
 def _fired(name: str, listeners: list[Callable[..., Any]], module_at: int | None, book: LogBook) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import torch
 
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
-from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
+from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
 from fulmen.utilities.introspection import num_positional, overridden, takes_argument
@@ -127,11 +127,13 @@ class EvaluationLoop:
         trainer = self.trainer
         assert self.loaders is not None
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
-        self.feed = Feed(self.loaders, batch_transfer(trainer), profiled_fetch(trainer, "[_EvaluationLoop].val_next"))
+        self.feed = Feed(
+            self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_EvaluationLoop].{self.kind}_next")
+        )
         self.feed.open()
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
-        self.step = trainer.strategy.bind(self.step_name)
+        self.step = bound_step(trainer, self.step_name)
         self.num_arguments = int(min(num_positional(getattr(module, self.step_name)), 3 if self.several else 2))
         self.context = trainer.strategy.step_context(self.step_name)
         self.hooks = hooks

@@ -17,6 +17,7 @@ from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetc
 from fulmen.loops.optimize import AutomaticOptimization, ManualOptimization
 from fulmen.loops.progress import Position, Progress
 from fulmen.optimizers import Schedulers
+from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException
 from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -227,6 +228,10 @@ class FitLoop:
             )
         kind = AutomaticOptimization if module.automatic_optimization else ManualOptimization
         self.optimization = kind(trainer, self.hooks, self.progress)
+        if trainer.profiler.active:
+            for part, method, action in ((self, "run_epoch", "epoch"), (self.optimization, "run", "batch")):
+                plain = getattr(type(part), method).__get__(part)
+                setattr(part, method, measured(trainer.profiler, f"run_training_{action}", plain))
         configs = trainer.lr_scheduler_configs if module.automatic_optimization else []
         self.schedulers = Schedulers(configs, module.lr_scheduler_step)
         self._validated_at_s = time.monotonic()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.data import loaders as loader_tools
 from fulmen.data.batches import transfer_to
 from fulmen.hooks import DataHooks
+from fulmen.profilers.profiler import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,14 +52,10 @@ def batch_transfer(trainer: Trainer) -> Callable[[Any, int], Any]:
 def profiled_fetch(trainer: Trainer, action: str) -> Callable[[Callable[[], Any]], Callable[[], Any]] | None:
     """Wraps the fetching of a batch in the profiler; None with the pass-through profiler."""
     profiler = trainer.profiler
-    if not profiler.active:
-        return None
+    return (lambda fetch: measured(profiler, action, fetch)) if profiler.active else None
 
-    def wrap(fetch: Callable[[], Any]) -> Callable[[], Any]:
-        def timed() -> Any:
-            with profiler.profile(action):
-                return fetch()
 
-        return timed
-
-    return wrap
+def bound_step(trainer: Trainer, name: str) -> Callable[..., Any]:
+    """The callable for a step of the module, timed if somebody profiles."""
+    strategy = trainer.strategy
+    return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", strategy.bind(name))

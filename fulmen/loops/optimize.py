@@ -11,7 +11,9 @@ from torch import Tensor
 from fulmen.engine.precision import Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.loops.dispatch import nothing
+from fulmen.loops.loading import bound_step
 from fulmen.module import LightningModule
+from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, explain
 from fulmen.utilities.introspection import num_positional, overridden
 from fulmen.utilities.rank_zero import WarningCache
@@ -33,7 +35,7 @@ class Optimization:
         self.book, self.strategy = trainer.book, trainer.strategy
         self.module: LightningModule = trainer.lightning_module
         self.precision = self.strategy.precision_plugin
-        step = self.strategy.bind("training_step")
+        step = bound_step(trainer, "training_step")
         takes_one = num_positional(self.module.training_step) == 1
         self.training_step = (lambda batch, _: step(batch)) if takes_one else step
         self.context = self.strategy.step_context("training_step")
@@ -96,9 +98,10 @@ class AutomaticOptimization(Optimization):
         module = self.module
         self.own_zero_grad = overridden(module, "optimizer_zero_grad", LightningModule)
         self.own_clipping = overridden(module, "configure_gradient_clipping", LightningModule)
-        self.direct = steps_directly(self.optimizer, self.strategy) and not overridden(
-            module, "optimizer_step", LightningModule
-        )
+        own_step = overridden(module, "optimizer_step", LightningModule) or trainer.profiler.active
+        self.direct = steps_directly(self.optimizer, self.strategy) and not own_step
+        label = f"[LightningModule]{type(module).__name__}.optimizer_step"
+        self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
         self.closure_result: Any = None
         self.closure_ran = False
 
@@ -181,7 +184,7 @@ class AutomaticOptimization(Optimization):
             return self.closure_result
 
         self.book.hook = "optimizer_step"
-        self.module.optimizer_step(self.progress.epochs, batch_idx, self.trainer.lightning_optimizers[0], closure)
+        self.optimizer_step(self.progress.epochs, batch_idx, self.trainer.lightning_optimizers[0], closure)
         if not self.closure_ran:
             raise MisconfigurationException(
                 f"`{type(self.module).__name__}.optimizer_step` did not run the closure. "

@@ -10,7 +10,7 @@ from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
 from fulmen.data.loaders import IndexRecorder
 from fulmen.loops.evaluate import check_loader_argument
-from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
+from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.introspection import num_positional
 from fulmen.utilities.modules import capture_modes
@@ -104,7 +104,7 @@ class PredictionLoop:
         module = trainer.lightning_module
         names = ("predict_step", "on_predict_batch_start", "on_predict_batch_end")
         check_loader_argument(module, self.several, names)
-        self.step = trainer.strategy.bind("predict_step")
+        self.step = bound_step(trainer, "predict_step")
         self.num_arguments = int(min(num_positional(module.predict_step), 3 if self.several else 2))
         self.context = trainer.strategy.step_context("predict_step")
         self.hooks = trainer.compile_hooks()

@@ -12,9 +12,7 @@ from fulmen.checkpoint import paths
 
 
 def find(ckpt_path, callbacks=(), verb="fit", root_dir=".", model_given=True, **kwargs):
-    return paths.find(
-        ckpt_path, verb=verb, callbacks=callbacks, root_dir=root_dir, model_given=model_given, **kwargs
-    )
+    return paths.find(ckpt_path, verb=verb, callbacks=callbacks, root_dir=root_dir, model_given=model_given, **kwargs)
 
 
 def write(folder, *names):

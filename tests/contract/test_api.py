@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 
 # tier -> the part of the surface that must be there. 1: every user meets it; 2: documented for advanced users.
 REQUIRED = {1: 1.0, 2: 0.95}
 
-# What is not asked for yet: recorded paths that start with one of these, and why.
+# What is not part of the surface of one device: recorded paths that start with one of these, and why. Something that
+# belongs to that surface and is merely not written yet does not go here: it counts as missing.
 EXCLUDED = {
     "lightning.Fabric": "Fabric",
     "lightning.fabric": "Fabric",
@@ -39,8 +40,6 @@ EXCLUDED = {
     "lightning.pytorch.utilities.consolidate_checkpoint": "sharded checkpoints",
     "lightning.pytorch.plugins.AsyncCheckpointIO": "the asynchronous checkpoint writer",
     "lightning.pytorch.plugins.io.AsyncCheckpointIO": "the asynchronous checkpoint writer",
-    "lightning.pytorch.plugins.BitsandbytesPrecision": "quantised weights",
-    "lightning.pytorch.plugins.precision.BitsandbytesPrecision": "quantised weights",
     "lightning.pytorch.callbacks.StochasticWeightAveraging": "weight averaging",
     "lightning.pytorch.callbacks.WeightAveraging": "weight averaging",
     "lightning.pytorch.callbacks.EMAWeightAveraging": "weight averaging",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Scenario -> why it is not compared yet.
 EXCLUDED = {"fit_ddp_2_processes_rank0": "needs several processes"}
