@@ -89,7 +89,6 @@ def to_tensorrt(
 
     Args:
         ir: how the module is read: "default", "dynamo" or "ts" (TorchScript).
-        output_format: of the file: "exported_program" or "torchscript".
         default_device: where the module is moved to if it is on the CPU.
         compile_kwargs: for `torch_tensorrt.compile`.
     """

@@ -58,17 +58,17 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
 
-    # `Any`, or type checkers take what a module does not define for one of its tensors
-    _trainer: Any
-    _book: Any
-    _fabric: Any
-    _example_input_array: Any
-    _automatic_optimization: bool
-    _strict_loading: bool | None
-    _device_mesh: Any
-    _device: torch.device
-    _dtype: torch.dtype
-    _requires_grad_before_toggle: dict[Tensor, bool]
+    if TYPE_CHECKING:  # at run time TorchScript would try to read these
+        _trainer: Any
+        _book: Any
+        _fabric: Any
+        _example_input_array: Any
+        _automatic_optimization: bool
+        _strict_loading: bool | None
+        _device_mesh: Any
+        _device: torch.device
+        _dtype: torch.dtype
+        _requires_grad_before_toggle: dict[Tensor, bool]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

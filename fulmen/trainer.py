@@ -25,6 +25,7 @@ from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
 from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
+from fulmen.hparams import drop_unpicklable
 from fulmen.logbook import LogBook, to_host
 from fulmen.loops import cadence, verify
 from fulmen.loops.dispatch import HookPlan
@@ -452,6 +453,9 @@ class Trainer:
 
     def _call_setup_hooks(self) -> None:
         module, stage = self.lightning_module, cast("str", self.state.fn)
+        for owner in (module, self.datamodule):
+            if owner is not None:
+                drop_unpicklable(owner.hparams)
         module.__dict__["_device"] = self.strategy.root_device
         for logger in self.loggers:
             _ = getattr(logger, "experiment", None)

@@ -99,10 +99,13 @@ class ProgressBar(Callback):
     test_description = property(lambda self: "Testing")
     predict_description = property(lambda self: "Predicting")
 
-    @property
-    def total_train_batches(self) -> int | float:
-        """Training batches of this epoch; inf when nobody knows."""
-        return self.trainer.num_training_batches
+    # Batches of an epoch or of the current loader; inf when nobody knows.
+    total_train_batches = property(lambda self: self.trainer.num_training_batches)
+    total_val_batches_current_dataloader = property(
+        lambda self: self._size("val_sanity" if self.trainer.sanity_checking else "val")
+    )
+    total_test_batches_current_dataloader = property(lambda self: self._size("test"))
+    total_predict_batches_current_dataloader = property(lambda self: self._size("predict"))
 
     @property
     def total_val_batches(self) -> int | float:
@@ -111,13 +114,6 @@ class ProgressBar(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and every and (trainer.current_epoch + 1) % every:
             return 0
         return sum(self._sizes("val_sanity" if trainer.sanity_checking else "val"))
-
-    @property
-    def total_val_batches_current_dataloader(self) -> int | float:
-        return self._size("val_sanity" if self.trainer.sanity_checking else "val")
-
-    total_test_batches_current_dataloader = property(lambda self: self._size("test"))
-    total_predict_batches_current_dataloader = property(lambda self: self._size("predict"))
 
     def _sizes(self, kind: str) -> list[int | float]:
         """Batches of every loader."""
@@ -184,23 +180,19 @@ class TerminalProgressBar(ProgressBar):
 
     def _has_terminal(self) -> bool:
         """Can a line be drawn again and again?"""
-        raise NotImplementedError
+        return False
 
     def _open(self, kind: str) -> None:
-        """Make a bar, without drawing it."""
-        raise NotImplementedError
+        """Makes a bar, without drawing it."""
 
     def _begin(self, track: Track) -> None:
         """An open bar starts on an epoch or a loader: description and total change."""
-        raise NotImplementedError
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        """Draw a bar; None leaves its metrics as they are."""
-        raise NotImplementedError
+        """Draws a bar; None leaves its metrics as they are."""
 
     def _close(self, kind: str) -> None:
-        """Take a bar away, or leave it as it stands."""
-        raise NotImplementedError
+        """Takes a bar away, or leaves it as it stands."""
 
     refresh_rate = property(lambda self: self._refresh_rate)
     is_enabled = property(lambda self: self._enabled and self._refresh_rate > 0)

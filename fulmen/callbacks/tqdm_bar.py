@@ -117,14 +117,14 @@ class TQDMProgressBar(TerminalProgressBar):
         )
 
     def _has_terminal(self) -> bool:
-        return "ipykernel" in sys.modules or (sys.stdout is not None and sys.stdout.isatty())
+        return _in_notebook() or (sys.stdout is not None and sys.stdout.isatty())
 
     def _open(self, kind: str) -> None:
         # One is made even when nothing is drawn, because users configure it in their hooks.
         self._redirect(False)
         name = {"val_sanity": "sanity", "val": "validation"}.get(kind, kind)
         self._bars[_key(kind)] = getattr(self, f"init_{name}_tqdm")()
-        self._redirect(self._drawing and "ipykernel" not in sys.modules)
+        self._redirect(self._drawing and not _in_notebook())
 
     def _begin(self, track: Track) -> None:
         bar = self._bars[_key(track.kind)]
@@ -163,11 +163,17 @@ def _key(kind: str) -> str:
     return "val" if kind == "val_sanity" else kind
 
 
+def _in_notebook() -> bool:
+    """Does a Jupyter kernel show the output?"""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 class _AboveBars:
     """A stream that makes room for each complete line by moving the bars on ``screen`` down."""
 
     def __init__(self, stream: Any, screen: Any) -> None:
-        self.stream, self.screen, self.line = stream, screen, ""
+        self.stream, self.screen, self.line, self.process = stream, screen, "", os.getpid()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -176,7 +182,9 @@ class _AboveBars:
         if "\r" in text or "\x1b[A" in text or (not self.line and not text.strip("\n")):
             return self.stream.write(text)  # moves the cursor: somebody else's bar
         lines, newline, self.line = (self.line + text).rpartition("\n")
-        if newline:
+        if newline and os.getpid() != self.process:
+            self.stream.write(f"\r\x1b[K{lines}{newline}")  # a worker: the bars are not its own
+        elif newline:
             with _tqdm_class().external_write_mode(file=self.screen):
                 self.stream.write(lines + newline)
         return len(text)

@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from math import inf
 from typing import IO, Any, NoReturn
 
 import torch
@@ -95,10 +96,8 @@ def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weig
 def keep_available_device(storage: Any, location: str) -> Any:
     """A `map_location` for `torch.load`: what was on a device that is missing here comes to the CPU."""
     kind, _, index = location.partition(":")
-    missing = (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()) or (
-        kind == "mps" and not torch.backends.mps.is_available()
-    )
-    return storage if missing else None
+    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    return storage if int(index or 0) >= present.get(kind, inf) else None
 
 
 def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict) -> Any:
@@ -166,25 +165,22 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
         differences = module.load_state_dict(checkpoint["state_dict"], strict=strict)
     except RuntimeError as error:
         raise RuntimeError(_mismatch(source, module, checkpoint["state_dict"])) from error
-    if strict or differences is None:
-        return
-    if differences.missing_keys:
-        rank_zero_warn(f"Keys of the model that the checkpoint does not have: {list(differences.missing_keys)}")
-    if differences.unexpected_keys:
-        rank_zero_warn(f"Keys of the checkpoint that the model does not have: {list(differences.unexpected_keys)}")
+    # An override may return nothing.
+    missing, unexpected = differences or ([], [])
+    if missing:
+        rank_zero_warn(f"Keys of the model that the checkpoint does not have: {list(missing)}")
+    if unexpected:
+        rank_zero_warn(f"Keys of the checkpoint that the model does not have: {list(unexpected)}")
 
 
 def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
     """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them."""
-    readers: dict[str, Callable] = {
-        ".yaml": load_hparams_from_yaml,
-        ".yml": load_hparams_from_yaml,
-        ".csv": load_hparams_from_tags_csv,
-    }
     extension = os.path.splitext(os.fspath(path))[1].lower()
-    if extension not in readers:
-        raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in {', '.join(readers)} is needed.")
-    return readers[extension](path)
+    if extension in (".yaml", ".yml"):
+        return load_hparams_from_yaml(path)
+    if extension == ".csv":
+        return load_hparams_from_tags_csv(path)
+    raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in .yaml, .yml or .csv is needed.")
 
 
 def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from fulmen.utilities.errors import explain
 from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-_HPC_NAME = "hpc_ckpt_{}.ckpt"
-
 
 def find(
     ckpt_path: str | os.PathLike | None,
@@ -30,7 +28,6 @@ def find(
     Args:
         verb: "fit", "validate", "test" or "predict".
         callbacks: those that write checkpoints, in the trainer's order; others are passed over.
-        root_dir: `trainer.default_root_dir`.
         model_given: whether this call received a model (fit always does).
         folder_of: where a `ModelCheckpoint` without `dirpath` is going to write.
         requeued: whether this is a SLURM job, whose fit resumes by itself.
@@ -81,8 +78,7 @@ def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = Fa
         raise _nothing(verb, "best", "the trainer has no `ModelCheckpoint`")
     if len(judges) > 1:
         rank_zero_warn(
-            f'`trainer.{verb}(ckpt_path="best")`: there are {len(judges)} `ModelCheckpoint` callbacks, and the best'
-            " checkpoint of the first one is used."
+            f'`trainer.{verb}(ckpt_path="best")` is that of the first one of {len(judges)} `ModelCheckpoint` callbacks.'
         )
     if not judges[0].best_model_path:
         raise _nothing(verb, "best", "`ModelCheckpoint` has not saved anything")
@@ -111,18 +107,17 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
 
 def hpc_checkpoint(folder: str | os.PathLike) -> str | None:
     """The file with the highest number among those written when a job was interrupted."""
-    number = _newest_hpc(folder)
-    return None if number is None else os.path.join(folder, _HPC_NAME.format(number))
+    return max(_files(os.fspath(folder), r"hpc_ckpt_\d+\.ckpt"), key=_number, default=None)
 
 
 def next_hpc_path(folder: str | os.PathLike) -> str:
     """Where the next such file goes; the numbers begin at 1."""
-    return os.path.join(folder, _HPC_NAME.format((_newest_hpc(folder) or 0) + 1))
+    newest = hpc_checkpoint(folder)
+    return os.path.join(folder, f"hpc_ckpt_{_number(newest) + 1 if newest else 1}.ckpt")
 
 
-def _newest_hpc(folder: str | os.PathLike) -> int | None:
-    paths = _files(os.fspath(folder), _HPC_NAME.format(r"\d+"))
-    return max((int(re.findall(r"\d+", os.path.basename(path))[-1]) for path in paths), default=None)
+def _number(path: str) -> int:
+    return int(re.findall(r"\d+", os.path.basename(path))[-1])
 
 
 def _files(folder: str, pattern: str) -> list[str]:

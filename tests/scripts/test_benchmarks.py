@@ -14,7 +14,7 @@ ROWS = {
     "calls": ("over the bare loop, nothing on", "each further self.log", "frames from fit to training_step"),
     "imports": ("import fulmen", "threads, processes, network, files, environment"),
     "overhead": ("nothing on", "defaults on, 1 log", "each further log"),
-    "memory": ("bare loop", "fit, defaults on, 1 log"),
+    "memory": ("bare loop", "fit, nothing on", "fit, defaults on, TQDM bar"),
     "autoencoder": (),
 }
 
