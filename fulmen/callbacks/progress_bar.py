@@ -13,16 +13,14 @@ from fulmen.callbacks.callback import Callback
 from fulmen.utilities.rank_zero import WarningCache
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
 _warnings = WarningCache()
 
 SECONDS_BETWEEN_REDRAWS = 0.1
-# A slow terminal must not slow down training: at most this share of the time goes into drawing.
-SHARE_OF_TIME = 0.02
-# In a log file every epoch gets a line, but after so many lines at most one per second.
-UNHURRIED_LINES = 100
 
 # Kinds of bars besides "train": the property that describes one, and the trainer's that counts its batches.
 EVALUATIONS = {
@@ -44,9 +42,6 @@ class ProgressBar(Callback):
     _current_eval_dataloader_idx: int | None = None
     # While a bar is being redrawn, values that have not arrived from the device yet are not waited for.
     _peeking = False
-
-    def __init__(self) -> None:
-        super().__init__()
 
     @property
     def trainer(self) -> Trainer:
@@ -138,8 +133,9 @@ class Track:
     """How far the work is that one bar stands for."""
 
     kind: str  # "train" or one of `EVALUATIONS`
-    description: str = ""
+    name: str
     total: float = inf
+    loader: int = 0
     done: int = 0
     drawn: int = 0
     first: int = 0  # where `started` was taken: a resumed epoch does not begin at 0
@@ -156,47 +152,36 @@ class Track:
 
 
 class TerminalProgressBar(ProgressBar):
-    """Decides when to redraw; subclasses only draw, with `_has_terminal`, `_open`, `_begin`, `_show`, `_close`.
+    """Decides when to redraw; subclasses only draw.
 
     Per batch this costs an assignment and a look at the clock. Where there is no terminal nothing is drawn, and a line
     of text is printed at the end of each epoch. While the bar of training is open, one of validation may be below it.
     """
 
     monitors: ClassVar[bool] = True  # so that the last state of an epoch has what the module logs at its end
+
+    _has_terminal: Callable[[], bool]  # can a line be drawn again and again?
+    _open: Callable[[str], None]  # makes a bar of a kind, without drawing it
+    _begin: Callable[[Track], None]  # an open bar starts on an epoch or a loader: name and total change
+    _show: Callable[[Track, dict[str, Any] | None], None]  # draws a bar; None leaves its metrics as they are
+    _close: Callable[[str], None]  # takes a bar away, or leaves it as it stands
+
     _seconds_between_redraws: float = SECONDS_BETWEEN_REDRAWS
     _batches_between_redraws: int = 1
+    _enabled = True
+    _drawing = False
+    _redraw_at = inf
+    _train: Any = None  # a `Track` while there is training, and so below
+    _evaluation: Any = None
+
+    refresh_rate = property(lambda self: self._refresh_rate)
+    is_enabled = property(lambda self: self._enabled and self._refresh_rate > 0)
+    is_disabled = property(lambda self: not self.is_enabled)
 
     def __init__(self, refresh_rate: int, leave: bool) -> None:
         super().__init__()
         self._refresh_rate = refresh_rate
         self._leave = leave
-        self._enabled = True
-        self._drawing = False
-        self._redraw_at = inf
-        self._train: Any = None  # a `Track` while there is training, and so below
-        self._evaluation: Any = None
-        self._lines_printed = 0
-        self._line_due = 0.0
-
-    def _has_terminal(self) -> bool:
-        """Can a line be drawn again and again?"""
-        return False
-
-    def _open(self, kind: str) -> None:
-        """Makes a bar, without drawing it."""
-
-    def _begin(self, track: Track) -> None:
-        """An open bar starts on an epoch or a loader: description and total change."""
-
-    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        """Draws a bar; None leaves its metrics as they are."""
-
-    def _close(self, kind: str) -> None:
-        """Takes a bar away, or leaves it as it stands."""
-
-    refresh_rate = property(lambda self: self._refresh_rate)
-    is_enabled = property(lambda self: self._enabled and self._refresh_rate > 0)
-    is_disabled = property(lambda self: not self.is_enabled)
 
     def enable(self) -> None:
         self._enabled = True
@@ -220,11 +205,9 @@ class TerminalProgressBar(ProgressBar):
         self.teardown(trainer, pl_module, "")
 
     def _draw(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
-        started = monotonic()
         track.drawn = track.done
         self._show(track, metrics)
-        now = monotonic()
-        self._redraw_at = now + max(self._seconds_between_redraws, (now - started) / SHARE_OF_TIME)
+        self._redraw_at = monotonic() + self._seconds_between_redraws
 
     # Training
 
@@ -240,16 +223,13 @@ class TerminalProgressBar(ProgressBar):
         self._begin_epoch(trainer, done=0)
 
     def _begin_epoch(self, trainer: Trainer, done: int) -> None:
-        short = self._train is not None and self._train.seconds < SECONDS_BETWEEN_REDRAWS
-        name = self._epoch_description(trainer)
-        self._train = Track("train", name, self.total_train_batches, done, first=done, drawn=done)
+        short = self._train and self._train.seconds < SECONDS_BETWEEN_REDRAWS
+        name = f"Epoch {trainer.current_epoch}"
+        self._train = Track("train", name, self.total_train_batches, done=done, drawn=done, first=done)
         if self._drawing:
             self._begin(self._train)
             if not short:
                 self._draw(self._train)
-
-    def _epoch_description(self, trainer: Trainer) -> str:
-        return f"Epoch {trainer.current_epoch}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -268,7 +248,7 @@ class TerminalProgressBar(ProgressBar):
         if self._drawing:
             self._draw(self._train, metrics)
         else:
-            self._print_line(self._train, metrics)
+            print_line(self._train, metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_enabled:
@@ -311,13 +291,7 @@ class TerminalProgressBar(ProgressBar):
     on_sanity_check_end = on_predict_end = on_test_end
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if dataloader_idx != self._current_eval_dataloader_idx:
             self._begin_loader(dataloader_idx)
@@ -330,7 +304,7 @@ class TerminalProgressBar(ProgressBar):
 
     def _open_evaluation(self, kind: str) -> None:
         self._open(kind)
-        self._evaluation = Track(kind)
+        self._evaluation = Track(kind, getattr(self, EVALUATIONS[kind][0]))
         self._begin_loader(0)
         if self._drawing and not self._train:
             self._draw(self._evaluation)
@@ -338,39 +312,30 @@ class TerminalProgressBar(ProgressBar):
     def _begin_loader(self, dataloader_idx: int) -> None:
         self.has_dataloader_changed(dataloader_idx)
         track = self._evaluation
-        track.description = self._loader_description(getattr(self, EVALUATIONS[track.kind][0]), dataloader_idx)
-        track.total = self._size(track.kind)
+        track.loader, track.total = dataloader_idx, self._size(track.kind)
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
         track.done = track.drawn = 0
         if self._drawing:
             self._begin(track)
 
-    def _loader_description(self, name: str, dataloader_idx: int) -> str:
-        return f"{name} DataLoader {dataloader_idx}"
-
     def _close_evaluation(self) -> float:
         """Returns how long it took."""
-        track = self._evaluation
-        self._evaluation = None
+        track, self._evaluation = self._evaluation, None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
             self._draw(track)
         self._close(track.kind)
-        if self.is_enabled and not self._drawing and track.kind != "val_sanity" and not self._train:
-            track.description = getattr(self, EVALUATIONS[track.kind][0])
-            self._print_line(track)
+        if self.is_enabled and not self._drawing and not self._train and track.kind != "val_sanity":
+            print_line(track, {})
         return track.seconds
 
-    def _print_line(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
-        """Where nothing can be drawn: one line when an epoch is over."""
-        if self._lines_printed >= UNHURRIED_LINES and monotonic() < self._line_due:
-            return
-        self._lines_printed += 1
-        self._line_due = monotonic() + 1
-        seconds = track.seconds
-        time = f"{seconds:.1f} s" if seconds < 60 else timedelta(seconds=round(seconds))
-        parts = [f"{track.done - min(track.first, 0)} batches in {time}", f"{track.rate:.2f} it/s"]
-        for name, value in (metrics or {}).items():
-            parts.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
-        builtins.print(f"{track.description}: {', '.join(parts)}", flush=True)
+
+def print_line(track: Track, metrics: dict[str, Any]) -> None:
+    """Where nothing can be drawn: one line when an epoch is over."""
+    seconds = track.seconds
+    time = f"{seconds:.1f} s" if seconds < 60 else timedelta(seconds=round(seconds))
+    parts = [f"{track.done - min(track.first, 0)} batches in {time}", f"{track.rate:.2f} it/s"]
+    for name, value in metrics.items():
+        parts.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
+    print(f"{track.name}: {', '.join(parts)}", flush=True)

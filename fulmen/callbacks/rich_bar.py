@@ -107,14 +107,6 @@ class RichProgressBar(TerminalProgressBar):
         console = self._console = get_console()
         return console.is_interactive or console.is_jupyter
 
-    def _epoch_description(self, trainer: Trainer) -> str:
-        last = trainer.max_epochs
-        return f"Epoch {trainer.current_epoch}" + (f"/{last - 1}" if last is not None and last > 0 else "")
-
-    def _loader_description(self, name: str, dataloader_idx: int) -> str:
-        several = len(self._sizes(self._evaluation.kind)) > 1
-        return super()._loader_description(name, dataloader_idx) if several else name
-
     def _open(self, kind: str) -> None:
         if not self._drawing:
             return
@@ -131,26 +123,26 @@ class RichProgressBar(TerminalProgressBar):
         if getattr(self, f"{kind}_progress_bar_id") is None:
             setattr(self, f"{kind}_progress_bar_id", self.progress.add_task("", total=None, visible=False))
 
-    def _task(self, kind: str) -> Task:
-        for task in self.progress.tasks if self.progress is not None else ():
-            if task.id == getattr(self, f"{kind}_progress_bar_id"):
-                return task
-        raise RuntimeError("This bar does not exist at the moment: its loop has not started, or nothing is drawn.")
+    def _task(self, kind: str) -> Task | None:
+        tasks = [] if self.progress is None else self.progress.tasks
+        return next((task for task in tasks if task.id == getattr(self, f"{kind}_progress_bar_id")), None)
 
     def _begin(self, track: Track) -> None:
-        total = None if track.total == inf else track.total
-        task = getattr(self, f"{track.kind}_progress_bar_id")
-        assert self.progress is not None
-        self.progress.update(task, description=track.description, total=total)
+        name, last = track.name, self.trainer.max_epochs
+        if track.kind != "train" and len(self._sizes(track.kind)) > 1:
+            name += f" DataLoader {track.loader}"
+        elif track.kind == "train" and last is not None and last > 0:
+            name += f"/{last - 1}"
+        self._update(track.kind, description=name, total=None if track.total == inf else track.total)
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        values: dict[str, Any] = {"elapsed": track.seconds, "rate": track.rate}
-        if metrics is not None:
-            values["metrics"] = self._formatted(metrics)
-        task = getattr(self, f"{track.kind}_progress_bar_id")
+        values = {} if metrics is None else {"metrics": self._formatted(metrics)}
+        self._update(track.kind, completed=track.done, visible=True, elapsed=track.seconds, rate=track.rate, **values)
+        self.refresh(hard=True)
+
+    def _update(self, kind: str, **values: Any) -> None:
         assert self.progress is not None
-        self.progress.update(task, completed=track.done, visible=True, **values)
-        self.progress.refresh()
+        self.progress.update(getattr(self, f"{kind}_progress_bar_id"), **values)
 
     def _formatted(self, metrics: dict[str, Any]) -> str:
         form = self.theme.metrics_format
@@ -158,12 +150,10 @@ class RichProgressBar(TerminalProgressBar):
         return self.theme.metrics_text_delimiter.join(texts)
 
     def _close(self, kind: str) -> None:
-        if self.progress is None:
-            return
-        if kind == "val_sanity" or (kind == "val" and self._train):
-            self.progress.update(getattr(self, f"{kind}_progress_bar_id"), visible=False)
-            self.progress.refresh()
-        else:
+        if self.progress is not None and (kind == "val_sanity" or (kind == "val" and self._train)):
+            self._update(kind, visible=False)
+            self.refresh(hard=True)
+        elif self.progress is not None:
             self.progress.stop()
 
 

@@ -41,20 +41,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
 
-def _bar_property(key: str) -> property:
-    """The bar of one loop; users may configure it, or put another one in its place."""
-
-    def get(self: TQDMProgressBar) -> Any:
-        if key not in self._bars:
-            raise TypeError(f"`{type(self).__name__}.{key}_progress_bar` does not exist before its loop has started.")
-        return self._bars[key]
-
-    def set(self: TQDMProgressBar, bar: Any) -> None:
-        self._bars[key] = bar
-
-    return property(get, set)
-
-
 class TQDMProgressBar(TerminalProgressBar):
     """A bar drawn by tqdm on the standard output.
 
@@ -67,10 +53,11 @@ class TQDMProgressBar(TerminalProgressBar):
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
-    train_progress_bar = _bar_property("train")
-    val_progress_bar = _bar_property("val")
-    test_progress_bar = _bar_property("test")
-    predict_progress_bar = _bar_property("predict")
+    # Made when their loops start; users may configure them, or put others in their place.
+    train_progress_bar: Any = None
+    val_progress_bar: Any = None
+    test_progress_bar: Any = None
+    predict_progress_bar: Any = None
     process_position = property(lambda self: self._process_position)
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
@@ -81,10 +68,9 @@ class TQDMProgressBar(TerminalProgressBar):
         super().__init__(refresh_rate, leave)
         self._batches_between_redraws = refresh_rate
         self._process_position = process_position
-        self._bars: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bars": {}}
+        return {name: value for name, value in self.__dict__.items() if not name.endswith("_progress_bar")}
 
     def init_sanity_tqdm(self) -> Any:
         """Override the `init_*_tqdm` methods to make the bars differently."""
@@ -123,18 +109,19 @@ class TQDMProgressBar(TerminalProgressBar):
         # One is made even when nothing is drawn, because users configure it in their hooks.
         self._redirect(False)
         name = {"val_sanity": "sanity", "val": "validation"}.get(kind, kind)
-        self._bars[_key(kind)] = getattr(self, f"init_{name}_tqdm")()
+        setattr(self, _attribute(kind), getattr(self, f"init_{name}_tqdm")())
         self._redirect(self._drawing and not _in_notebook())
 
     def _begin(self, track: Track) -> None:
-        bar = self._bars[_key(track.kind)]
-        bar.set_description(track.description, refresh=False)
+        bar = getattr(self, _attribute(track.kind))
+        loader = "" if track.kind == "train" else f" DataLoader {track.loader}"
+        bar.set_description(track.name + loader, refresh=False)
         bar.total = None if track.total == inf else track.total
         if hasattr(bar, "container"):
             bar.reset(total=bar.total)  # a notebook's widget learns the total only here
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        bar = self._bars[_key(track.kind)]
+        bar = getattr(self, _attribute(track.kind))
         bar.n, bar.initial = track.done, track.first
         bar.last_print_t = time()  # else `close` believes there is nothing to clear
         bar.start_t = bar.last_print_t - track.seconds
@@ -143,7 +130,7 @@ class TQDMProgressBar(TerminalProgressBar):
         bar.refresh()
 
     def _close(self, kind: str) -> None:
-        self._bars[_key(kind)].close()
+        getattr(self, _attribute(kind)).close()
         if not self._train and not self._evaluation:
             self._redirect(False)
 
@@ -159,8 +146,8 @@ class TQDMProgressBar(TerminalProgressBar):
                 setattr(sys, name, stream.stream)
 
 
-def _key(kind: str) -> str:
-    return "val" if kind == "val_sanity" else kind
+def _attribute(kind: str) -> str:
+    return f"{kind.removesuffix('_sanity')}_progress_bar"
 
 
 def _in_notebook() -> bool:

@@ -23,7 +23,7 @@ _LOOP_NAMES = (
 _CHAPTER_NAMES = {"NativeMixedPrecisionPlugin": "MixedPrecision", "MixedPrecisionPlugin": "MixedPrecision"}
 
 
-def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
     """The same dict in today's layout; the version it was written by is kept under another key.
 
     Raises:
@@ -31,7 +31,7 @@ def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """
     if VERSION_KEY not in checkpoint:
         raise KeyError(
-            f"The file has no key `{VERSION_KEY}`, only {sorted(map(str, checkpoint))[:10]}, so no trainer wrote it."
+            f"The file {path} has no key `{VERSION_KEY}`, only {sorted(map(str, checkpoint))[:10]}: no trainer wrote it."
             " For plain weights, use `model.load_state_dict(torch.load(path))`."
         )
     found = checkpoint[VERSION_KEY]
@@ -46,10 +46,7 @@ def migrate_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
         checkpoint[LEGACY_VERSION_KEY], checkpoint[VERSION_KEY] = found, API_VERSION
         if version < (2, 1):
             _upgrade(checkpoint, version)
-            rank_zero_info(
-                f"The checkpoint of version {found} was brought up to date in memory."
-                " `python -m fulmen upgrade PATH` does it for the file."
-            )
+            rank_zero_info(f"The checkpoint of version {found} was brought up to date in memory.")
     return checkpoint
 
 

@@ -105,7 +105,7 @@ class Snapshot:
         if path is None:
             return
         rank_zero_info(f"Restoring states from the checkpoint path at {path}")
-        self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only))
+        self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only), path)
 
     def restore_model(self) -> None:
         """Weights, datamodule and callbacks; before the model is set up, or after, if the strategy asks for that."""

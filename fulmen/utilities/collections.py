@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +18,7 @@ warning_cache = WarningCache()
 
 
 class AttributeDict(dict):
-    """A dict whose keys are attributes too::
-
-    >>> d = AttributeDict(lr=0.1)
-    >>> d.lr, d["lr"]
-    (0.1, 0.1)
-    """
+    """A dict whose keys are attributes too: ``AttributeDict(lr=0.1).lr`` is 0.1."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,36 +30,33 @@ class AttributeDict(dict):
         self[name] = value
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name) from None
+        self.__getattr__(name)  # a missing one raises the right error
+        del self[name]
 
     def __repr__(self) -> str:
-        width = max((len(str(key)) for key in self), default=0) + 3
-        return "\n".join(f"{chr(34) + str(key) + chr(34) + ':':{width}} {self[key]}" for key in sorted(self, key=str))
+        rows = [(f'"{key}":', self[key]) for key in sorted(self, key=str)]
+        width = max((len(key) for key, _ in rows), default=0)
+        return "\n".join(f"{key:{width}} {value}" for key, value in rows)
 
 
-def is_dataclass_instance(value: Any) -> bool:
-    """Is it an object (not the class) of a dataclass?"""
+def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def map_children(data: Any, fn: Callable[[Any], Any], *, include_none: bool = True) -> Any:
+def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
     """A container of the same kind with ``fn`` applied to what it directly holds; anything else comes back as it is.
 
-    Containers are mappings, sequences (not strings), named tuples and dataclasses. ``include_none=False`` leaves out
-    entries that became None.
+    Containers are mappings, sequences (not strings), named tuples and dataclasses.
     """
     if isinstance(data, Mapping):
-        pairs = [(key, fn(value)) for key, value in data.items()]
-        return _like_mapping(data, [(key, value) for key, value in pairs if include_none or value is not None])
+        items = {key: fn(value) for key, value in data.items()}
+        is_default = isinstance(data, defaultdict)
+        return defaultdict(data.default_factory, items) if is_default else type(data)(items)  # type: ignore[call-arg]
     if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(fn(item) for item in data))
+        return type(data)(*map(fn, data))
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes, range)):
-        items = [fn(item) for item in data]
-        return type(data)(items if include_none else [item for item in items if item is not None])  # type: ignore[call-arg]
-    if is_dataclass_instance(data):
+        return type(data)([fn(item) for item in data])  # type: ignore[call-arg]
+    if _is_record(data):
         new = copy.copy(data)
         for field in dataclasses.fields(data):
             if hasattr(data, field.name):
@@ -74,29 +66,15 @@ def map_children(data: Any, fn: Callable[[Any], Any], *, include_none: bool = Tr
     return data
 
 
-def _like_mapping(original: Mapping, pairs: list[tuple[Any, Any]]) -> Mapping:
-    if type(original) is dict:
-        return dict(pairs)
-    if isinstance(original, defaultdict):
-        return defaultdict(original.default_factory, pairs)
-    return type(original)(OrderedDict(pairs))  # type: ignore[call-arg]
-
-
 def apply_to_collection(
-    data: Any,
-    dtype: type | tuple[type, ...] | Any,
-    function: Callable,
-    *args: Any,
-    wrong_dtype: type | tuple[type, ...] | None = None,
-    include_none: bool = True,
-    **kwargs: Any,
+    data: Any, dtype: Any, function: Callable, *args: Any, wrong_dtype: Any = None, **kwargs: Any
 ) -> Any:
     """The same nesting with ``function(item, *args, **kwargs)`` for each ``dtype`` that is not a ``wrong_dtype``."""
 
     def walk(item: Any) -> Any:
         if isinstance(item, dtype) and (wrong_dtype is None or not isinstance(item, wrong_dtype)):
             return function(item, *args, **kwargs)
-        return map_children(item, walk, include_none=include_none)
+        return map_children(item, walk)
 
     return walk(data)
 
@@ -132,19 +110,18 @@ def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
 
 
 def _batch_sizes(batch: Any) -> Iterator[int]:
+    children: Iterable = ()
     if isinstance(batch, Tensor):
-        yield 1 if batch.ndim == 0 else batch.size(0)
-    elif isinstance(batch, (str, bytes)) or hasattr(batch, "__array__"):
-        return  # an array of another library is not split into its elements
+        yield batch.size(0) if batch.ndim else 1
     elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _batch_sizes(value)
-    elif isinstance(batch, Iterable):
-        for item in batch:
-            yield from _batch_sizes(item)
-    elif is_dataclass_instance(batch):
-        for field in dataclasses.fields(batch):
-            yield from _batch_sizes(getattr(batch, field.name))
+        children = batch.values()
+    # An array of another library is not split into its elements.
+    elif isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)) and not hasattr(batch, "__array__"):
+        children = batch
+    elif _is_record(batch):
+        children = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+    for child in children:
+        yield from _batch_sizes(child)
 
 
 def extract_batch_size(batch: Any) -> int:
@@ -154,18 +131,15 @@ def extract_batch_size(batch: Any) -> int:
         MisconfigurationException: if there is no tensor to measure.
     """
     fix = "Simplify the batch or say `self.log(..., batch_size=...)`."
-    first = None
+    sizes = _batch_sizes(batch)
     try:
-        for size in _batch_sizes(batch):
-            if first is None:
-                first = size
-            elif size != first:
-                what = f"The tensors of the batch have different first dimensions ({first} and {size});"
-                warning_cache.warn(explain(f"{what} {first} is taken as the batch size.", fix=fix))
-                break
+        first = next(sizes, None)
+        other = next((size for size in sizes if size != first), None)
     except RecursionError:
         raise RecursionError(explain("The batch contains itself, so its size cannot be found.", fix=fix)) from None
     if first is None:
-        what = f"No batch size could be found in a batch of type `{type(batch).__name__}`."
-        raise MisconfigurationException(explain(what, "It holds no tensor.", fix))
+        raise MisconfigurationException(explain(f"No tensor is in a batch of type `{type(batch).__name__}`.", fix=fix))
+    if other is not None:
+        what = f"The tensors of the batch have different first dimensions ({first} and {other});"
+        warning_cache.warn(explain(f"{what} {first} is taken as the batch size.", fix=fix))
     return first

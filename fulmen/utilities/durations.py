@@ -8,8 +8,7 @@ from typing import Any
 
 from fulmen.utilities.errors import MisconfigurationException, explain
 
-_FORMAT = re.compile(r"(\d+):(\d\d):(\d\d):(\d\d)")
-_UNITS = ("days", "hours", "minutes", "seconds")
+_FORMAT = re.compile(r"(?P<days>\d+):(?P<hours>\d\d):(?P<minutes>\d\d):(?P<seconds>\d\d)")
 
 
 def parse_duration(value: str | timedelta | dict[str, Any], name: str = "duration") -> timedelta:
@@ -21,30 +20,14 @@ def parse_duration(value: str | timedelta | dict[str, Any], name: str = "duratio
     """
     if isinstance(value, timedelta):
         return value
+    what, why = f"`{name}={value!r}` is not a duration.", ""
+    if isinstance(value, str):
+        if match := _FORMAT.fullmatch(value.strip()):
+            return timedelta(**{unit: int(digits) for unit, digits in match.groupdict().items()})
+        raise MisconfigurationException(explain(what, fix="Write DD:HH:MM:SS, '00:12:00:00' for twelve hours."))
     if isinstance(value, dict):
         try:
             return timedelta(**value)
         except TypeError as error:
-            raise TypeError(
-                explain(
-                    what=f"`{name}={value!r}` is not a duration: {error}.",
-                    fix="Use the keyword arguments of `datetime.timedelta`, for example `{'hours': 1}`.",
-                )
-            ) from None
-    if not isinstance(value, str):
-        raise TypeError(
-            explain(
-                what=f"`{name}={value!r}` is a {type(value).__name__}, not a duration.",
-                fix="Use a string 'DD:HH:MM:SS', a `datetime.timedelta`, or a dict of its arguments.",
-            )
-        )
-    match = _FORMAT.fullmatch(value.strip())
-    if match is None:
-        raise MisconfigurationException(
-            explain(
-                what=f"`{name}={value!r}` is not a duration.",
-                why="A string is read as days:hours:minutes:seconds, with two digits for all but the days.",
-                fix="Write DD:HH:MM:SS, for example '00:12:00:00' for twelve hours.",
-            )
-        )
-    return timedelta(**{unit: int(digits) for unit, digits in zip(_UNITS, match.groups(), strict=True)})
+            why = f"{error}."
+    raise TypeError(explain(what, why, "Use 'DD:HH:MM:SS', a `datetime.timedelta`, or a dict such as {'hours': 1}."))

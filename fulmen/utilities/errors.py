@@ -48,7 +48,7 @@ def explain(what: str, why: str = "", fix: str = "") -> str:
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like ``name``, or None when nothing comes close."""
     by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
 
 

@@ -28,36 +28,24 @@ def local_path(path: str | os.PathLike) -> str:
     return text.split("://", 1)[1] if text.startswith(_LOCAL_SCHEMES) else text
 
 
+def _on_path(fn: Callable) -> Callable:
+    """``fn`` as a method whose path may begin with ``file://``."""
+    return lambda _, path, *args, **kwargs: fn(local_path(path), *args, **kwargs)
+
+
 class LocalFiles:
     """This machine's file system, with the methods of an fsspec file system that we use."""
 
-    protocol = "file"
+    exists = _on_path(os.path.exists)
+    isdir = _on_path(os.path.isdir)
+    isfile = _on_path(os.path.isfile)
+    size = _on_path(os.path.getsize)
+    makedirs = _on_path(os.makedirs)
+    open = _on_path(open)
 
-    def exists(self, path: str | os.PathLike) -> bool:
-        return os.path.exists(local_path(path))
-
-    def isdir(self, path: str | os.PathLike) -> bool:
-        return os.path.isdir(local_path(path))
-
-    def isfile(self, path: str | os.PathLike) -> bool:
-        return os.path.isfile(local_path(path))
-
-    def size(self, path: str | os.PathLike) -> int:
-        return os.path.getsize(local_path(path))
-
-    def makedirs(self, path: str | os.PathLike, exist_ok: bool = False) -> None:
-        os.makedirs(local_path(path), exist_ok=exist_ok)
-
-    def open(self, path: str | os.PathLike, mode: str = "rb", **kwargs: Any) -> IO:
-        return open(local_path(path), mode, **kwargs)
-
-    def ls(self, path: str | os.PathLike, detail: bool = False) -> list[Any]:
-        """Full paths, sorted; with ``detail`` dictionaries with "name", "size" and "type"."""
-        entries = sorted(os.scandir(local_path(path)), key=lambda entry: entry.path)
-        if not detail:
-            return [entry.path for entry in entries]
-        kinds = {True: "directory", False: "file"}
-        return [{"name": e.path, "size": e.stat().st_size, "type": kinds[e.is_dir()]} for e in entries]
+    def ls(self, path: str | os.PathLike, detail: bool = False) -> list[str]:
+        """Full paths, sorted; the details fsspec could give are not known here."""
+        return sorted(entry.path for entry in os.scandir(local_path(path)))
 
     def rm(self, path: str | os.PathLike, recursive: bool = False) -> None:
         target = local_path(path)
@@ -65,9 +53,6 @@ class LocalFiles:
             shutil.rmtree(target) if recursive else os.rmdir(target)
         else:
             os.remove(target)
-
-    def mv(self, source: str | os.PathLike, target: str | os.PathLike, recursive: bool = False) -> None:
-        shutil.move(local_path(source), local_path(target))
 
 
 _local_files = LocalFiles()
@@ -77,8 +62,7 @@ def get_filesystem(path: str | os.PathLike, **kwargs: Any) -> Any:
     """The file system that holds ``path``: ours for local paths, fsspec's (imported now) for URLs."""
     if not is_remote(path):
         return _local_files
-    fsspec = require("fsspec", f"to reach `{path}`")
-    return fsspec.core.url_to_fs(os.fspath(path), **kwargs)[0]
+    return require("fsspec", f"to reach `{path}`").core.url_to_fs(os.fspath(path), **kwargs)[0]
 
 
 def ensure_dir(path: str | os.PathLike) -> None:
@@ -89,20 +73,15 @@ def ensure_dir(path: str | os.PathLike) -> None:
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """Write a file so that, whenever the process dies, ``path`` holds the old content or the new one, never a part.
 
-    Args:
-        content: the bytes, or a function that writes them into the open file it is given.
-
-    A write that fails leaves the old file untouched and nothing beside it. The parent folder must exist.
+    ``content`` may be a function that writes into the open file it is given. If that fails, the old file is untouched
+    and nothing lies beside it. The parent folder must exist.
     """
-
-    def write_into(file: IO[bytes]) -> None:
-        file.write(content) if isinstance(content, (bytes, bytearray, memoryview)) else content(file)
-
+    write = content if callable(content) else (lambda file: file.write(content))
     if is_remote(path):
         files = get_filesystem(path)
         # What is written inside a transaction appears at its end, and not at all after an error.
         with files.transaction, files.open(os.fspath(path), "wb") as file:
-            write_into(file)
+            write(file)
         return
 
     target = local_path(path)
@@ -110,7 +89,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:
-            write_into(file)
+            write(file)
             file.flush()
             _flush_to_disk(file.fileno())
         os.replace(temporary, target)
@@ -118,7 +97,12 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
-    _flush_folder(folder)
+    if os.name == "posix":  # makes the renaming permanent; other systems cannot open a folder for that
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _flush_to_disk(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _flush_to_disk(descriptor: int) -> None:
@@ -130,27 +114,14 @@ def _flush_to_disk(descriptor: int) -> None:
             raise
 
 
-def _flush_folder(folder: str) -> None:
-    """Make a renaming permanent; only POSIX systems can open a folder for that."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def is_shared_filesystem(strategy: Any, path: str | os.PathLike | None = None, timeout: int = 3) -> bool:
     """Do all processes of the strategy see the same files under ``path`` (default: the current folder)?
 
     All ranks must call this. A file that the first rank writes has to appear to the others within ``timeout`` seconds.
     """
-    if path is not None and is_remote(path):
+    if getattr(strategy, "world_size", 1) == 1 or (path is not None and is_remote(path)):
         return True
-    if getattr(strategy, "world_size", 1) == 1:
-        return True
-    folder = Path.cwd() if path is None else Path(local_path(path)).resolve()
+    folder = Path(local_path(path or os.curdir)).resolve()
     if not strategy.reduce_boolean_decision(strategy.broadcast(folder) == folder, all=True):
         return False
     folder = folder if folder.is_dir() else folder.parent

@@ -133,9 +133,7 @@ def test_the_batches_of_a_data_loader_stay_within_the_budget(fulmen, tmp_path: P
         return lambda: [harness.bare_loop(net, optimizer, loader) for _ in range(epochs)]
 
     def fit(epochs: int):
-        trainer = fulmen.Trainer(
-            accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, **harness.NOTHING_ON
-        )
+        trainer = fulmen.Trainer(accelerator="cpu", max_epochs=epochs, default_root_dir=tmp_path, **harness.NOTHING_ON)
         return lambda: trainer.fit(harness.tiny_module(fulmen), loader)
 
     with harness.silent_terminal():

@@ -12,7 +12,7 @@ FILES = 3
 
 @pytest.fixture
 def frames(fulmen, tmp_path: Path) -> list[str]:
-    """"file:function" from `Trainer.fit` to the `training_step` of a batch in the middle, both included."""
+    """ "file:function" from `Trainer.fit` to the `training_step` of a batch in the middle, both included."""
     from benchmarks import calls
 
     return calls.frames_from_fit(fulmen, tmp_path)

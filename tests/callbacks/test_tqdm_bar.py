@@ -108,11 +108,6 @@ def test_bars_leave_room_above():
     assert bar.train_progress_bar.pos == -4 and bar.val_progress_bar.pos == -5
 
 
-def test_a_bar_that_does_not_exist_yet_says_so():
-    with pytest.raises(TypeError, match="train_progress_bar` does not exist"):
-        _ = TQDMProgressBar().train_progress_bar
-
-
 @pytest.mark.parametrize("leave", [False, True])
 def test_finished_epochs_stay_if_asked_to(leave):
     text = fit(TQDMProgressBar(leave=leave), Terminal(), max_epochs=3, limit_val_batches=0).getvalue()

@@ -1,6 +1,6 @@
 """Public names and signatures, compared with those recorded from PyTorch Lightning 2.6.
 
-    python tests/contract/test_api.py     prints the figures and what is missing
+python tests/contract/test_api.py     prints the figures and what is missing
 """
 
 from __future__ import annotations

@@ -70,7 +70,9 @@ def call(package: str, *arguments: str) -> dict:
         [python, "-c", SCRIPT, package, *arguments], capture_output=True, text=True, env=environment, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("STATE ")).removeprefix("STATE "))
+    return json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("STATE ")).removeprefix("STATE ")
+    )
 
 
 PAIRS = [("lightning.pytorch", "fulmen"), ("fulmen", "lightning.pytorch")]

@@ -157,10 +157,7 @@ def test_accumulation_divides_by_the_window_and_always_steps_on_the_last_batch(w
     ("arguments", "clip"),
     [
         ({"gradient_clip_val": 0.1}, lambda p: nn.utils.clip_grad_norm_(p, 0.1)),
-        (
-            {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-            lambda p: nn.utils.clip_grad_value_(p, 0.01),
-        ),
+        ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, lambda p: nn.utils.clip_grad_value_(p, 0.01)),
         ({"gradient_clip_val": 0}, None),
     ],
     ids=["norm", "value", "off"],
