@@ -58,6 +58,7 @@ class LitAutoEncoder(pl.LightningModule):
         self.save_hyperparameters()
         self.encoder = Encoder(in_features, hidden, latent)
         self.decoder = Decoder(in_features, hidden, latent)
+        self.example_input_array = torch.zeros(1, in_features)  # the summary shows sizes and FLOPs with it
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decoder(self.encoder(images.flatten(1))).view_as(images)
@@ -339,7 +340,7 @@ def main() -> None:
     title = f"{originals[0].numel()} pixels through {args.latent} numbers and back · test error {test_result['test_loss']:.4f}"
     draw(picture, originals[chosen], decoded[chosen], train, val, title)
 
-    print(f"train loss   {train[0][1]:.4f} -> {smooth(train)[-1]:.4f}")
+    print(f"\ntrain loss   {train[0][1]:.4f} -> {smooth(train)[-1]:.4f}")
     print(f"val loss     {val[0][1]:.4f} -> {min(value for _, value in val):.4f}")
     print(f"test loss    {test_result['test_loss']:.4f}")
     print(f"time         {time.perf_counter() - started:.1f} s, {trainer.global_step} optimizer steps")

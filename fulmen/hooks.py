@@ -43,76 +43,49 @@ class Hook:
     log: LogRule | None = NEVER
 
 
+def _rows(names: str, order: str = "callbacks, module", log: LogRule | None = NEVER) -> list[Hook]:
+    return [Hook(name, order, log) for name in names.split()]
+
+
+_WITH_STRATEGY = "callbacks, module, strategy"
+
 HOOKS: tuple[Hook, ...] = (
-    Hook("setup"),
-    Hook("teardown"),
-    Hook("on_fit_start"),
-    Hook("on_fit_end"),
-    Hook("on_exception", order="callbacks"),
-    Hook("on_sanity_check_start", order="callbacks"),
-    Hook("on_sanity_check_end", order="callbacks"),
+    *_rows("setup teardown on_fit_start on_fit_end on_save_checkpoint on_load_checkpoint"),
+    *_rows("on_exception on_sanity_check_start on_sanity_check_end", "callbacks"),
     # training
-    Hook("on_train_start", order="callbacks, module, strategy", log=EPOCH),
-    Hook("on_train_end", order="callbacks, module, strategy"),
-    Hook("on_train_epoch_start", log=EPOCH),
-    Hook("on_train_epoch_end", order="callbacks, module, monitors", log=EPOCH),
-    Hook("on_train_batch_start", order="callbacks, module, strategy", log=STEP),
-    Hook("on_train_batch_end", log=STEP),
-    Hook("on_before_zero_grad", log=STEP),
-    Hook("on_before_backward", log=STEP),
-    Hook("on_after_backward", log=STEP),
-    Hook("on_before_optimizer_step", log=STEP),
-    # validation
-    Hook("on_validation_model_zero_grad", order="module"),
-    Hook("on_validation_model_eval", order="module"),
-    Hook("on_validation_model_train", order="module"),
-    Hook("on_validation_start", order="callbacks, module, strategy", log=EPOCH),
-    Hook("on_validation_end", order="callbacks, module, strategy"),
-    Hook("on_validation_epoch_start", log=EPOCH),
-    Hook("on_validation_epoch_end", log=EPOCH),
-    Hook("on_validation_batch_start", log=EVALUATION),
-    Hook("on_validation_batch_end", log=EVALUATION),
-    # test
-    Hook("on_test_model_eval", order="module"),
-    Hook("on_test_model_train", order="module"),
-    Hook("on_test_start", order="callbacks, module, strategy", log=EPOCH),
-    Hook("on_test_end", order="callbacks, module, strategy"),
-    Hook("on_test_epoch_start", log=EPOCH),
-    Hook("on_test_epoch_end", log=EPOCH),
-    Hook("on_test_batch_start", log=EVALUATION),
-    Hook("on_test_batch_end", log=EVALUATION),
+    *_rows("on_train_start", _WITH_STRATEGY, EPOCH),
+    *_rows("on_train_end", _WITH_STRATEGY),
+    *_rows("on_train_epoch_start", log=EPOCH),
+    *_rows("on_train_epoch_end", "callbacks, module, monitors", EPOCH),
+    *_rows("on_train_batch_start", _WITH_STRATEGY, STEP),
+    *_rows("on_train_batch_end on_before_zero_grad on_before_backward on_after_backward", log=STEP),
+    *_rows("on_before_optimizer_step", log=STEP),
+    # validation and test
+    *_rows("on_validation_model_zero_grad on_validation_model_eval on_validation_model_train", "module"),
+    *_rows("on_test_model_eval on_test_model_train", "module"),
+    *_rows("on_validation_start on_test_start", _WITH_STRATEGY, EPOCH),
+    *_rows("on_validation_end on_test_end", _WITH_STRATEGY),
+    *_rows("on_validation_epoch_start on_validation_epoch_end on_test_epoch_start on_test_epoch_end", log=EPOCH),
+    *_rows("on_validation_batch_start on_validation_batch_end", log=EVALUATION),
+    *_rows("on_test_batch_start on_test_batch_end", log=EVALUATION),
     # predict
-    Hook("on_predict_model_eval", order="module"),
-    Hook("on_predict_start", order="callbacks, module, strategy"),
-    Hook("on_predict_end", order="callbacks, module, strategy"),
-    Hook("on_predict_epoch_start"),
-    Hook("on_predict_epoch_end"),
-    Hook("on_predict_batch_start"),
-    Hook("on_predict_batch_end"),
-    # checkpoints
-    Hook("on_save_checkpoint"),
-    Hook("on_load_checkpoint"),
+    *_rows("on_predict_model_eval", "module"),
+    *_rows("on_predict_start on_predict_end", _WITH_STRATEGY),
+    *_rows("on_predict_epoch_start on_predict_epoch_end on_predict_batch_start on_predict_batch_end"),
 )
 
 # Methods that are called at one place only and not through the plan, but inside which `self.log` may be called.
+_STEP_METHODS = "training_step backward optimizer_step optimizer_zero_grad configure_gradient_clipping clip_gradients"
 LOG_RULES: dict[str, LogRule | None] = {
     **{hook.name: hook.log for hook in HOOKS},
-    "training_step": STEP,
-    "backward": STEP,
-    "optimizer_step": STEP,
-    "optimizer_zero_grad": STEP,
-    "configure_gradient_clipping": STEP,
-    "clip_gradients": STEP,
-    "validation_step": EVALUATION,
-    "test_step": EVALUATION,
+    **dict.fromkeys(_STEP_METHODS.split(), STEP),
+    **dict.fromkeys(("validation_step", "test_step"), EVALUATION),
 }
 
 # Hooks of 1.x that would silently never be called; defining one is an error that names the successor.
 REMOVED_HOOKS: dict[str, str] = {
-    "training_epoch_end": "on_train_epoch_end",
-    "validation_epoch_end": "on_validation_epoch_end",
-    "test_epoch_end": "on_test_epoch_end",
-    "predict_epoch_end": "on_predict_epoch_end",
+    f"{stage}_epoch_end": f"on_{hook}_epoch_end"
+    for stage, hook in (("training", "train"), ("validation", "validation"), ("test", "test"), ("predict", "predict"))
 }
 
 

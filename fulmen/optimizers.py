@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import alias, overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig
 
@@ -38,36 +38,11 @@ class LightningOptimizer:
         self._module: Any = None
         self._sync_context: Callable[[], Any] = nullcontext
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The optimizer that is wrapped."""
-        return self._optimizer
-
+    optimizer = alias("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self._optimizer.param_groups = param_groups
-
-    @property
-    def state(self) -> Any:
-        return self._optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self._optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self._optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self._optimizer.defaults = defaults
+    param_groups = alias("_optimizer.param_groups", "The groups of parameters with their settings.")
+    state = alias("_optimizer.state", "The state of each parameter.")
+    defaults = alias("_optimizer.defaults", "The settings of groups that have none of their own.")
 
     def __getattr__(self, name: str) -> Any:
         if name == "_optimizer":  # not there yet: unpickling
@@ -186,16 +161,17 @@ def _unpack(answer: Any) -> tuple[list[Any], list[Any], str | None]:
 def _from_dict(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     if "optimizer" not in row:
         raise _unknown_shape(row, "the key 'optimizer' is missing")
-    extra = [key for key in row if key not in _OUTER_KEYS]
-    if extra:
-        hint = "".join(suggestion(str(key), _OUTER_KEYS) for key in extra)
-        warn(
-            f"`configure_optimizers` returned unknown keys {extra}; they are ignored. Known: {list(_OUTER_KEYS)}.{hint}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _warn_unknown(row, _OUTER_KEYS)
     scheduler = row.get("lr_scheduler")
     return row["optimizer"], [] if scheduler is None else [scheduler]
+
+
+def _warn_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        hint = "".join(suggestion(str(key), known) for key in unknown)
+        message = f"`configure_optimizers`: the keys {unknown} are unknown and ignored. Known: {list(known)}.{hint}"
+        warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> LRSchedulerConfig:
@@ -207,16 +183,8 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
             raise _plateau_needs_monitor()
         return LRSchedulerConfig(scheduler, monitor=monitor if plateau else None, reduce_on_plateau=plateau)
     given = dict(scheduler)
-    unknown = [key for key in given if key not in _SCHEDULER_KEYS]
-    if unknown:
-        hint = "".join(suggestion(str(key), _SCHEDULER_KEYS) for key in unknown)
-        warn(
-            f"Unknown keys {unknown} in a scheduler of `configure_optimizers` are ignored. "
-            f"Known: {list(_SCHEDULER_KEYS)}.{hint}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        given = {key: value for key, value in given.items() if key in _SCHEDULER_KEYS}
+    _warn_unknown(given, _SCHEDULER_KEYS)
+    given = {key: value for key, value in given.items() if key in _SCHEDULER_KEYS}
     if "scheduler" not in given:
         raise MisconfigurationException(
             f"A scheduler of `configure_optimizers` is a dict without the key 'scheduler' (keys: {list(scheduler)}). "

@@ -39,7 +39,7 @@ from fulmen.run_parts import arrange, assemble_callbacks, assemble_loggers, asse
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import is_remote
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import alias, overridden
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import seed_everything  # noqa: F401  (imported from here by many scripts)
@@ -52,18 +52,6 @@ if TYPE_CHECKING:
 
 # The deep-path finder of fulmen.compat serves `fulmen.trainer.states` and `fulmen.trainer.trainer`.
 __path__: list[str] = []
-
-
-def alias(path: str, doc: str) -> Any:
-    """A property that forwards to an attribute of a part, for reading and writing."""
-    *owners, name = path.split(".")
-
-    def owner(self: Any) -> Any:
-        for part in owners:
-            self = getattr(self, part)
-        return self
-
-    return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)
 
 
 def first_of(kind: type, doc: str) -> Any:

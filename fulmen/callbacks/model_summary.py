@@ -56,7 +56,9 @@ class ModelSummary(Callback):
         **summarize_kwargs: Any,
     ) -> None:
         """Shows the table; override it to show it differently. ``summary_data`` are the columns, with their headers."""
-        numbers = totals(total_parameters, trainable_parameters, model_size, total_training_modes, total_flops)
+        numbers = summaries.totals(
+            total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
+        )
         footer = "\n".join(f"{number:<10}{label}" for label, number in numbers)
         rank_zero_info(f"\n{text_table(summary_data)}\n{footer}")
 
@@ -96,22 +98,8 @@ class RichModelSummary(ModelSummary):
             table.add_row(*row)
         console = rich_console()
         console.print(table)
-        numbers = totals(total_parameters, trainable_parameters, model_size, total_training_modes, total_flops)
+        numbers = summaries.totals(
+            total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
+        )
         for label, number in numbers:
             console.print(f"[bold]{label}[/]: {number}", highlight=False)
-
-
-def totals(
-    parameters: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int
-) -> list[tuple[str, str]]:
-    """The lines below the table: what is counted, and the number."""
-    count = summaries.get_human_readable_count
-    return [
-        ("Trainable params", count(trainable).strip()),
-        ("Non-trainable params", count(parameters - trainable).strip()),
-        ("Total params", count(parameters).strip()),
-        ("Total estimated model params size (MB)", summaries.get_formatted_model_size(megabytes)),
-        ("Modules in train mode", str(modes["train"])),
-        ("Modules in eval mode", str(modes["eval"])),
-        ("Total FLOPs", count(flops).strip()),
-    ]

@@ -102,8 +102,7 @@ class BasePredictionWriter(Callback):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.interval.on_epoch:
             loop = trainer.predict_loop
-            predictions = loop.predictions if loop.several else loop.predictions[0]
-            self.write_on_epoch_end(trainer, pl_module, predictions, loop.epoch_batch_indices)
+            self.write_on_epoch_end(trainer, pl_module, loop.predictions, loop.epoch_batch_indices)
 
 
 class LambdaCallback(Callback):

@@ -47,32 +47,20 @@ class Precision:
         return data
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """Default dtype of tensors created inside."""
+        """Gives what is created inside its default dtype: here tensors, in `module_init_context` modules."""
         return nullcontext()
 
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        """Default dtype of modules created inside."""
-        return nullcontext()
+    module_init_context = tensor_init_context
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Entered around every forward."""
         return nullcontext()
 
     def train_step_context(self) -> AbstractContextManager[Any]:
-        """Entered around `training_step`."""
+        """Entered around the step of its name, like the three others of this kind."""
         return self.forward_context()
 
-    def val_step_context(self) -> AbstractContextManager[Any]:
-        """Entered around `validation_step`."""
-        return self.forward_context()
-
-    def test_step_context(self) -> AbstractContextManager[Any]:
-        """Entered around `test_step`."""
-        return self.forward_context()
-
-    def predict_step_context(self) -> AbstractContextManager[Any]:
-        """Entered around `predict_step`."""
-        return self.forward_context()
+    val_step_context = test_step_context = predict_step_context = train_step_context
 
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
         """The loss that `backward` is called on."""
@@ -94,24 +82,18 @@ class Precision:
         return optimizer.step(closure=closure, **kwargs)
 
     def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: str | GradClipAlgorithmType = "norm",
+        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | GradClipAlgorithmType = "norm"
     ) -> None:
         """Clips the gradients of the optimizer's parameters; 0 or less does nothing."""
-        if clip_val <= 0:
-            return
-        if getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value":
-            self.clip_grad_by_value(optimizer, clip_val)
-        else:
-            self.clip_grad_by_norm(optimizer, clip_val)
+        by_value = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value"
+        if clip_val > 0:
+            (self.clip_grad_by_value if by_value else self.clip_grad_by_norm)(optimizer, clip_val)
 
-    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clamps every element to [-clip_val, clip_val]."""
         torch.nn.utils.clip_grad_value_(self.main_params(optimizer), clip_value=clip_val)
 
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Scales all gradients together so that their L2 norm is at most `clip_val`."""
         torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
 
@@ -119,9 +101,7 @@ class Precision:
         """The parameters the optimizer updates."""
         return [p for group in optimizer.param_groups for p in group["params"]]
 
-    def connect(
-        self, model: Module, optimizers: list[Any], lr_schedulers: list[Any]
-    ) -> tuple[Any, list[Any], list[Any]]:
+    def connect(self, model: Module, optimizers: list, lr_schedulers: list) -> tuple[Module, list, list]:
         """Last word on the model and its optimizers before training."""
         return model, optimizers, lr_schedulers
 
@@ -147,21 +127,15 @@ class MixedPrecision(Precision):
 
     def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
         if precision not in ("16-mixed", "bf16-mixed"):
-            raise ValueError(
-                f"`MixedPrecision(precision={precision!r})` is not a mixed precision. Use '16-mixed' or 'bf16-mixed'."
-            )
+            raise ValueError(f"`{precision=}` is not a mixed precision. Use '16-mixed' or 'bf16-mixed'.")
         if scaler is not None and precision == "bf16-mixed":
             raise MisconfigurationException(
-                f"`MixedPrecision('bf16-mixed', scaler={type(scaler).__name__}(...))`: bfloat16 takes no scaler. "
-                "It has the range of float32, gradients do not underflow. "
-                "Leave `scaler` out, or use '16-mixed'."
+                "`MixedPrecision('bf16-mixed', scaler=...)`: bfloat16 has the range of float32, its gradients do not"
+                " underflow. Leave `scaler` out, or use '16-mixed'."
             )
-        self.precision = precision
-        self.device = str(device).split(":")[0]
-        if precision == "16-mixed" and scaler is None:
-            scaler = torch.amp.GradScaler(self.device)
-        self.scaler = scaler
+        self.precision, self.device = precision, str(device).split(":")[0]
         self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+        self.scaler = torch.amp.GradScaler(self.device) if precision == "16-mixed" and scaler is None else scaler
 
     @property
     def plain_step(self) -> bool:
@@ -170,9 +144,7 @@ class MixedPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
-    def autocast_context_manager(self) -> AbstractContextManager[Any]:
-        """The autocast context of this precision."""
-        return self.forward_context()
+    autocast_context_manager = forward_context
 
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
         return tensor if self.scaler is None else self.scaler.scale(tensor)
@@ -187,29 +159,21 @@ class MixedPrecision(Precision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(
-                "`precision='16-mixed'` with the LBFGS optimizer. "
-                "LBFGS evaluates the loss several times per step, a loss scaler allows one. "
-                "Use 'bf16-mixed' or '32-true', or another optimizer."
+                "`precision='16-mixed'`: LBFGS evaluates the loss several times per step, a loss scaler allows one."
+                " Use 'bf16-mixed' or '32-true', or another optimizer."
             )
-        result = closure()
-        if result is None and getattr(model, "automatic_optimization", True):
-            # `training_step` returned no loss: there are no gradients to apply
+        # `training_step` returned no loss: there are no gradients to apply
+        if closure() is None and getattr(model, "automatic_optimization", True):
             return None
         outcome = self.scaler.step(optimizer, **kwargs)
         self.scaler.update()
         return outcome
 
-    def clip_gradients(
-        self,
-        optimizer: Optimizer,
-        clip_val: int | float = 0.0,
-        gradient_clip_algorithm: str | GradClipAlgorithmType = "norm",
-    ) -> None:
+    def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
         if clip_val > 0 and self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise RuntimeError(
-                f"Gradients cannot be clipped with the fused optimizer {type(optimizer).__name__} and '16-mixed'. "
-                "It takes the loss scale out inside its own step, after clipping. "
-                "Create it with `fused=False`, or use 'bf16-mixed'."
+                f"The fused {type(optimizer).__name__} takes the loss scale of '16-mixed' out inside its step, too late"
+                " for clipping. Create it with `fused=False`, or use 'bf16-mixed'."
             )
         super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
@@ -241,22 +205,17 @@ class HalfPrecision(Precision):
     def convert_output(self, data: Any) -> Any:
         return _floats_to(data, torch.get_default_dtype())
 
-    def tensor_init_context(self) -> AbstractContextManager[Any]:
-        return default_dtype(self.dtype)
-
-    def module_init_context(self) -> AbstractContextManager[Any]:
-        return default_dtype(self.dtype)
-
     def forward_context(self) -> AbstractContextManager[Any]:
         return default_dtype(self.dtype)
+
+    tensor_init_context = module_init_context = forward_context
 
 
 class DoublePrecision(HalfPrecision):
     """Everything in float64."""
 
     def __init__(self) -> None:
-        self.precision = "64-true"
-        self.dtype = torch.float64
+        self.precision, self.dtype = "64-true", torch.float64
 
 
 @contextmanager

@@ -114,7 +114,7 @@ CONFLICTS: tuple[Conflict, ...] = (
      "`precision={w.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
     (lambda w: w.sync_batchnorm and LayerSync in w.plugins, "misuse",
      "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
-    (lambda w: w.own("_accelerator") and w.accelerator != "auto", "misuse", _OWN.format("accelerator", "accelerator")),
+    (lambda w: w.own("accelerator") and w.accelerator != "auto", "misuse", _OWN.format("accelerator", "accelerator")),
     (lambda w: w.own("_precision") and w.precision not in (None, w.own("_precision").precision), "misuse",
      _OWN.format("precision", "precision")),
     (lambda w: w.own("_precision") and Precision in w.plugins, "misuse", _OWN.format("precision", "plugins")),
@@ -174,7 +174,7 @@ def resolve(
 
 def choose_accelerator(wishes: Wishes) -> Accelerator:
     """An accelerator whose devices exist here."""
-    wish = wishes.own("_accelerator") or wishes.accelerator
+    wish = wishes.own("accelerator") or wishes.accelerator
     if wish == "auto" and isinstance(wishes.strategy, SingleDeviceStrategy):
         wish = wishes.strategy.root_device.type
     if wish in ("auto", "gpu"):

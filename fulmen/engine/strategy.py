@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fulmen.engine.accelerators import Registry
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
@@ -38,38 +39,28 @@ class Strategy(ABC):
     """
 
     strategy_name = "strategy"
+    launcher: Any = None  # starts the processes of a run; None when this one is enough
+    handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
+    restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
+    lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
     def __init__(self, accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None) -> None:
-        self._accelerator = accelerator
+        self.accelerator = accelerator
         self._checkpoint_io: CheckpointIO | None = checkpoint_io
         self._precision: Precision | None = precision_plugin
         self._lightning_module: Any = None
         self._model: Any = None
-        self._optimizers: list[Any] = []
+        self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[Any] = []
         self.cluster_environment: Any = None
         # Between `pre_backward` and `post_backward`; the training loop puts its own in, which fires the hooks there.
         self.run_backward: Callable[..., None] = self._plain_backward
         # What moves a batch; the feed puts the user's transfer hook in.
-        self.transfer: Callable[[Any, torch.device, int], Any] = lambda batch, device, _: move_data_to_device(
-            batch, device
-        )
-
-    # ------------------------------------------------------------------ parts
-
-    @property
-    def accelerator(self) -> Any:
-        return self._accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Any) -> None:
-        self._accelerator = accelerator
+        self.transfer: Callable[..., Any] = lambda batch, device, _: move_data_to_device(batch, device)
 
     @property
     def precision_plugin(self) -> Precision:
-        if self._precision is None:
-            self._precision = Precision()
-        return self._precision
+        return self._precision or Precision()
 
     @precision_plugin.setter
     def precision_plugin(self, precision: Precision | None) -> None:
@@ -89,13 +80,6 @@ class Strategy(ABC):
         self._checkpoint_io = checkpoint_io
 
     @property
-    def launcher(self) -> Any:
-        """Starts the processes of a run; None when this one is enough."""
-        return None
-
-    # ------------------------------------------------------------------ place
-
-    @property
     @abstractmethod
     def root_device(self) -> torch.device:
         """The device of this process."""
@@ -105,23 +89,6 @@ class Strategy(ABC):
         """Whether this process speaks for all."""
         return getattr(self, "global_rank", 0) == 0
 
-    @property
-    def handles_gradient_accumulation(self) -> bool:
-        """Whether accumulation windows are kept inside the strategy."""
-        return False
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Whether weights can only be loaded once the model is wrapped."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether optimizer states are restored from the checkpoint's own list."""
-        return True
-
-    # ------------------------------------------------------------------ life
-
     def setup_environment(self) -> None:
         """Prepares the device, before any user hook runs."""
         if self.accelerator is not None:
@@ -129,8 +96,7 @@ class Strategy(ABC):
 
     def connect(self, model: Module) -> None:
         """The module of this run."""
-        self._lightning_module = model
-        self._model = model
+        self._lightning_module = self._model = model
 
     def setup(self, trainer: Any) -> None:
         """Puts the model into place and, for fit, builds its optimizers."""
@@ -167,8 +133,6 @@ class Strategy(ABC):
     def on_exception(self, exception: BaseException) -> None:
         """After the callbacks heard of an exception, before teardown."""
 
-    # ------------------------------------------------------------------ model
-
     @property
     def model(self) -> Any:
         """The model as it is called, wrapped if the strategy wraps."""
@@ -183,33 +147,25 @@ class Strategy(ABC):
         """The user's module, never wrapped."""
         return self._lightning_module
 
-    @property
-    def optimizers(self) -> list[Any]:
-        """The optimizers of this run."""
-        return self._optimizers
-
-    @optimizers.setter
-    def optimizers(self, optimizers: list[Any]) -> None:
-        self._optimizers = optimizers
-
     @abstractmethod
     def model_to_device(self) -> None:
         """Moves the model to the root device."""
 
-    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
         """Tensors and modules created inside are made on the device, in the dtype of the run.
 
         Arguments:
             empty_init: leave the memory of weights uninitialised, because a checkpoint will fill it.
         """
-        return _entered(self.root_device, self.precision_plugin.module_init_context, _skip_init(bool(empty_init)))
+        skip = _SkipInit() if empty_init else nullcontext()
+        with self.root_device, self.precision_plugin.module_init_context(), skip:
+            yield
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None]:
         """Entered around `configure_model`."""
         yield
-
-    # ------------------------------------------------------------------ step
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
@@ -280,8 +236,6 @@ class Strategy(ABC):
         """A last change to a loader."""
         return dataloader
 
-    # ------------------------------------------------------------------ collectives
-
     @abstractmethod
     def barrier(self, name: str | None = None) -> None:
         """Waits until every process is here."""
@@ -301,8 +255,6 @@ class Strategy(ABC):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all processes (or any, with `all=False`) say yes."""
         return decision
-
-    # ------------------------------------------------------------------ state
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights and buffers under the names of the user's module."""
@@ -325,11 +277,9 @@ class Strategy(ABC):
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.optimizers):
             raise RuntimeError(
-                f"The checkpoint holds the states of {len(states)} optimizers, "
-                f"`configure_optimizers` returned {len(self.optimizers)}. "
-                "Each state belongs to one optimizer, in order. "
-                "Return the same optimizers as the run that was saved, or load only the weights with "
-                "`load_from_checkpoint`."
+                f"The checkpoint holds the states of {len(states)} optimizers, but `configure_optimizers` returned"
+                f" {len(self.optimizers)}. Return those of the run that was saved, or take over its weights only, with"
+                " `load_from_checkpoint`."
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
@@ -348,8 +298,6 @@ class Strategy(ABC):
         """Deletes a checkpoint, on one process."""
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
-
-    # ------------------------------------------------------------------ hooks a subclass may listen to
 
     def on_train_start(self) -> None: ...
     def on_train_end(self) -> None: ...
@@ -376,11 +324,7 @@ class SingleDeviceStrategy(Strategy):
     strategy_name = "single_device"
 
     def __init__(
-        self,
-        device: str | torch.device = "cpu",
-        accelerator: Any = None,
-        checkpoint_io: Any = None,
-        precision_plugin: Any = None,
+        self, device: Any = "cpu", accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision_plugin)
         self._root_device = torch.device(device)
@@ -415,30 +359,12 @@ def move_optimizer_state(optimizer: Any, device: torch.device) -> None:
                 state[name] = move_data_to_device(value, device)
 
 
-@contextmanager
-def _entered(
-    device: torch.device, dtype_context: Callable[[], Any], skip: AbstractContextManager[Any]
-) -> Generator[None]:
-    with ExitStack() as stack:
-        stack.enter_context(device)
-        stack.enter_context(dtype_context())
-        stack.enter_context(skip)
-        yield
-
-
-def _skip_init(skip: bool) -> AbstractContextManager[Any]:
-    if not skip:
-        return nullcontext()
-    from torch.overrides import TorchFunctionMode
-
-    class _SkipInit(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if getattr(func, "__module__", None) == "torch.nn.init":
-                return kwargs["tensor"] if "tensor" in kwargs else args[0]
-            return func(*args, **kwargs)
-
-    return _SkipInit()
+class _SkipInit(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 StrategyRegistry = Registry("strategy", taken=ValueError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,18 +19,19 @@ from fulmen.utilities.types import RunningStage
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
-# stage -> (hook infix, loaders, step, label of the profiler)
+# stage -> (middle of the hooks' names, kind of loaders, step)
 WORDS = {
     RunningStage.VALIDATING: ("validation", "val", "validation_step"),
     RunningStage.TESTING: ("test", "test", "test_step"),
+    RunningStage.PREDICTING: ("predict", "predict", "predict_step"),
 }
 
 
 class EvaluationLoop:
-    """One pass over the loaders of validation or test.
+    """One pass over the loaders of validation or test; `PredictionLoop` is the same story with other results.
 
     Arguments:
-        stage: VALIDATING or TESTING; decides which hooks, loaders and step are used.
+        stage: VALIDATING, TESTING or PREDICTING; decides which hooks, loaders and step are used.
         inside_fit: validation during training: always `no_grad`, nothing printed.
     """
 
@@ -50,7 +52,7 @@ class EvaluationLoop:
 
     # ------------------------------------------------------------------ the story
 
-    def run(self) -> list[dict[str, float]]:
+    def run(self) -> Any:
         """All loaders. Returns the epoch metrics, one dict per loader."""
         trainer = self.trainer
         with torch.no_grad() if self.inside_fit or not trainer.inference_mode else torch.inference_mode():
@@ -79,7 +81,7 @@ class EvaluationLoop:
                 outputs = self.step(*place[: self.num_arguments])
         self.on_batch_end(outputs, *place)
         book.close_batch()
-        self.report_step(dataloader_idx)
+        self.keep(outputs, dataloader_idx)
 
     # ------------------------------------------------------------------ before
 
@@ -96,15 +98,18 @@ class EvaluationLoop:
         self.given_loaders = given = source.request()
         trainer.strategy.barrier(f"{self.kind}_dataloader()")
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
+        self.check_mode(combined.mode)
         self.loaders = prepared_loaders(trainer, combined, source.label, self.kind, self.limit)
         self.loaded_at_epoch = epoch
         self.max_batches = list(self.loaders.lengths())
         self.apply_limits()
 
+    def check_mode(self, mode: str) -> None:
+        """Any way of combining loaders will do."""
+
     @property
     def limit(self) -> int | float:
-        trainer = self.trainer
-        return trainer.limit_val_batches if self.kind == "val" else trainer.limit_test_batches
+        return getattr(self.trainer, f"limit_{self.kind}_batches")
 
     def apply_limits(self) -> None:
         """The sanity check looks at the first batches only."""
@@ -114,10 +119,8 @@ class EvaluationLoop:
     @property
     def num_batches(self) -> list[float]:
         """Batches per loader that this run will see."""
-        steps = self.trainer.num_sanity_val_steps
-        if self.trainer.sanity_checking and steps != -1:
-            return [min(steps, n) for n in self.max_batches]
-        return list(self.max_batches)
+        most = self.trainer.num_sanity_val_steps if self.trainer.sanity_checking else inf
+        return [min(most, n) for n in self.max_batches]
 
     def nothing_to_do(self) -> bool:
         return self.loaders is None or sum(self.num_batches) == 0
@@ -162,7 +165,7 @@ class EvaluationLoop:
             self.dataloader_idx += 1
         book.dataloader_idx = dataloader_idx
 
-    def report_step(self, dataloader_idx: int) -> None:
+    def keep(self, outputs: Any, dataloader_idx: int) -> None:
         """Step metrics go out at every batch, against their own counter."""
         trainer = self.trainer
         if trainer.sanity_checking:
@@ -170,10 +173,10 @@ class EvaluationLoop:
         seen = self.batches_seen.get(dataloader_idx, 0)
         self.batches_seen[dataloader_idx] = seen + 1
         page = trainer.book.page
-        if page is not None and page.has_steps:
-            trainer.report(trainer.book.take(dataloader_idx=dataloader_idx if self.several else None), step=seen)
+        if page is not None and page.has_steps and trainer.loggers:
+            trainer.report(trainer.book.take(dataloader_idx if self.several else None), step=seen)
 
-    def finish(self) -> list[dict[str, float]]:
+    def finish(self) -> Any:
         """Epoch hooks, metrics to the loggers, train mode again."""
         trainer, hooks = self.trainer, self.hooks
         book = trainer.book

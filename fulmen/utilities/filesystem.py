@@ -8,6 +8,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,7 +31,11 @@ def local_path(path: str | os.PathLike) -> str:
 
 def _on_path(fn: Callable) -> Callable:
     """``fn`` as a method whose path may begin with ``file://``."""
-    return lambda _, path, *args, **kwargs: fn(local_path(path), *args, **kwargs)
+
+    def method(self: Any, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        return fn(local_path(path), *args, **kwargs)
+
+    return method
 
 
 class LocalFiles:
@@ -76,7 +81,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     ``content`` may be a function that writes into the open file it is given. If that fails, the old file is untouched
     and nothing lies beside it. The parent folder must exist.
     """
-    write = content if callable(content) else (lambda file: file.write(content))
+    write = content if callable(content) else methodcaller("write", content)
     if is_remote(path):
         files = get_filesystem(path)
         # What is written inside a transaction appears at its end, and not at all after an error.

@@ -35,11 +35,10 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     if instance is None:
         return False
     if parent is None:
-        library = __name__.split(".")[0]
-        ours = [cls for cls in reversed(type(instance).__mro__) if cls.__module__.split(".")[0] == library]
+        ours = [cls for cls in reversed(type(instance).__mro__) if cls.__module__.startswith("fulmen.")]
         if not ours:
             raise ValueError(
-                f"`{type(instance).__name__}` extends no class of {library}. Give a `parent` to compare with."
+                f"`{type(instance).__name__}` extends no class of fulmen. Give a `parent` to compare with."
             )
         parent = next((cls for cls in ours if method_name in vars(cls)), ours[0])
     return hasattr(parent, method_name) and overridden(instance, method_name, parent)
@@ -55,17 +54,16 @@ def parameters_of(fn: Callable) -> list[inspect.Parameter]:
 
 def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
     """May ``fn`` be called with the keyword ``name``? With ``explicit``, ``**kwargs`` does not count."""
-    found = parameters_of(fn)
-    by_name = any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in found)
-    return by_name or (not explicit and any(p.kind is p.VAR_KEYWORD for p in found))
+    return any(
+        (p.name == name and p.kind is not p.POSITIONAL_ONLY) or (p.kind is p.VAR_KEYWORD and not explicit)
+        for p in parameters_of(fn)
+    )
 
 
 def num_positional(fn: Callable) -> float:
     """How many arguments ``fn`` accepts by position; infinite with ``*args``."""
-    found = parameters_of(fn)
-    if any(p.kind is p.VAR_POSITIONAL for p in found):
-        return math.inf
-    return sum(p.kind in _POSITIONAL for p in found)
+    kinds = [p.kind for p in parameters_of(fn)]
+    return math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in _POSITIONAL for kind in kinds)
 
 
 def is_param_in_hook_signature(
@@ -73,8 +71,15 @@ def is_param_in_hook_signature(
 ) -> bool:
     """Does a hook ask for ``param``: by name, through ``*args`` (unless ``explicit``), or by having ``min_args``?"""
     found = parameters_of(hook_fx)
-    if any(p.name == param for p in found):
-        return True
-    if not explicit and any(p.kind is p.VAR_POSITIONAL for p in found):
-        return True
-    return min_args is not None and sum(p.kind in _POSITIONAL for p in found) >= min_args
+    asked = any(p.name == param or (p.kind is p.VAR_POSITIONAL and not explicit) for p in found)
+    return asked or (min_args is not None and sum(p.kind in _POSITIONAL for p in found) >= min_args)
+
+
+def alias(path: str, doc: str) -> Any:
+    """A property that forwards to an attribute of a part (`"strategy.world_size"`), for reading and writing."""
+    *parts, name = path.split(".")
+
+    def owner(obj: Any) -> Any:
+        return functools.reduce(getattr, parts, obj)
+
+    return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)

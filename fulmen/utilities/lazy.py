@@ -17,9 +17,7 @@ def has_module(name: str) -> bool:
         return False
 
 
-def lazy_exports(
-    module_name: str, table: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_exports(module_name: str, table: Mapping[str, str]) -> tuple[Callable, Callable, list[str]]:
     """The ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names live in other modules.
 
     ``table`` maps a public name to the module that holds it; sub-modules need no entry::

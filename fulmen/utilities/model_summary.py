@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,7 +20,6 @@ from fulmen.utilities.tables import text_table
 __path__: list[str] = []
 
 UNKNOWN_SIZE = "?"
-NOT_APPLICABLE = "n/a"
 UNITS = (" ", "K", "M", "B", "T")
 
 warning_cache = WarningCache()
@@ -43,9 +42,7 @@ def parse_batch_shape(batch: Any) -> str | list:
     """The shape of a tensor, the shapes in a list or tuple, ``"?"`` for anything else."""
     if hasattr(batch, "shape"):
         return list(batch.shape)
-    if isinstance(batch, (list, tuple)):
-        return [parse_batch_shape(item) for item in batch]
-    return UNKNOWN_SIZE
+    return [parse_batch_shape(item) for item in batch] if isinstance(batch, (list, tuple)) else UNKNOWN_SIZE
 
 
 def count_parameters(parameters: Iterable[Tensor]) -> int:
@@ -56,14 +53,10 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
             what = "A parameter has no shape yet, so the total number of parameters detected may be too small."
             warning_cache.warn(f"{what} Set `self.example_input_array`, and a forward pass will give it one.")
         else:
-            # DeepSpeed leaves an empty tensor behind and notes the size of the whole.
-            total += getattr(parameter, "ds_numel", None) or math.prod(_unpacked_shape(parameter))
+            # bitsandbytes packs 4-bit weights into fewer elements and keeps the shape that they stand for.
+            packed = getattr(parameter, "quant_state", None)
+            total += math.prod(getattr(packed, "shape", None) or parameter.shape)
     return total
-
-
-def _unpacked_shape(parameter: Tensor) -> torch.Size:
-    """bitsandbytes packs 4-bit weights into fewer elements and keeps the shape that they stand for."""
-    return getattr(getattr(parameter, "quant_state", None), "shape", None) or parameter.shape
 
 
 class LayerSummary:
@@ -88,13 +81,12 @@ class LayerSummary:
 
     def detach_hook(self) -> None:
         """Stop waiting for a forward pass."""
-        handle, self._handle = getattr(self, "_handle", None), None
-        if handle is not None:
-            handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
 
     @property
     def layer_type(self) -> str:
-        return str(self._module.__class__.__name__)
+        return type(self._module).__name__
 
     @property
     def num_parameters(self) -> int:
@@ -121,20 +113,20 @@ class ModelSummary:
     def __init__(self, model: nn.Module, max_depth: int = 1) -> None:
         if not isinstance(max_depth, int) or max_depth < -1:
             raise ValueError(f"`max_depth` can be -1, 0 or > 0, got {max_depth}.")
-        self._model = model
+        self._model: Any = model
         self._max_depth = max_depth
+        self._has_example = getattr(model, "example_input_array", None) is not None
         self._flops: dict[str, dict[Any, int]] = {}
         self._layer_summary = self.summarize()
-        trainer = getattr(model, "_trainer", None)
         # With mixed precision the weights themselves stay in 32 bits.
-        precision = str(getattr(trainer, "precision", "32"))
-        bits = 32 if "mixed" in precision else int("".join(c for c in precision.split("-")[0] if c.isdigit()) or 32)
+        precision = str(getattr(getattr(model, "_trainer", None), "precision", "32"))
+        bits = 32 if "mixed" in precision else int("".join(filter(str.isdigit, precision.split("-")[0])) or 32)
         self._megabytes_per_number = bits / 8 * 1e-6
 
     def summarize(self) -> dict[str, LayerSummary]:
         """Look at the layers again; called by the constructor."""
         layers = {name: LayerSummary(module) for name, module in self.named_modules}
-        if getattr(self._model, "example_input_array", None) is not None:
+        if self._has_example:
             self._forward_example()
         for layer in layers.values():
             layer.detach_hook()
@@ -143,46 +135,32 @@ class ModelSummary:
     def _forward_example(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
-        model: Any = self._model
+        model, example, context = self._model, self._model.example_input_array, nullcontext()
         trainer = getattr(model, "_trainer", None)
-        example = model.example_input_array
-        prepare: Callable | None = getattr(model, "on_before_batch_transfer", None)
-        if trainer is not None and prepare is not None:
-            device = getattr(model, "device", torch.device("cpu"))
-            example = prepare(example, 0)
-            example = model.transfer_batch_to_device(example, device, 0)
+        if trainer is not None:
+            example = model.on_before_batch_transfer(example, 0)
+            example = model.transfer_batch_to_device(example, model.device, 0)
             example = model.on_after_batch_transfer(example, 0)
-        else:
-            first = next(model.parameters(), None)
-            example = example if first is None else move_data_to_device(example, first.device)
-        plugin = getattr(trainer, "precision_plugin", None)
+            context = trainer.precision_plugin.forward_context()
+        elif (parameter := next(model.parameters(), None)) is not None:
+            example = move_data_to_device(example, parameter.device)
         restore = capture_modes(model)
         model.eval()
         counter = FlopCounterMode(display=False)
         try:
-            with torch.no_grad(), plugin.forward_context() if plugin is not None else nullcontext(), counter:
+            with torch.no_grad(), context, counter:
                 if isinstance(example, dict):
                     model(**example)
-                elif isinstance(example, (list, tuple)):
-                    model(*example)
                 else:
-                    model(example)
+                    model(*(example if isinstance(example, (list, tuple)) else [example]))
         finally:
             restore()
-        prefix = type(model).__name__
-        counts = counter.get_flop_counts()
-        self._flops = {name: dict(counts.get(f"{prefix}.{name}", {})) for name, _ in self.named_modules}
-        self._flops[""] = dict(counts.get("Global", {}))
+        self._flops = counter.get_flop_counts()
 
     @property
     def named_modules(self) -> list[tuple[str, nn.Module]]:
-        if self._max_depth == 0:
-            return []
-        return [
-            (name, module)
-            for name, module in self._model.named_modules()
-            if name and (self._max_depth == -1 or name.count(".") < self._max_depth)
-        ]
+        depth = math.inf if self._max_depth == -1 else self._max_depth
+        return [(name, part) for name, part in self._model.named_modules() if name and name.count(".") < depth]
 
     @property
     def layer_names(self) -> list[str]:
@@ -220,80 +198,62 @@ class ModelSummary:
     @property
     def flop_counts(self) -> dict[str, dict[Any, int]]:
         """FLOPs of the example's forward pass by layer and operation."""
-        return {name: self._flops.get(name, {}) for name in self.layer_names}
+        prefix = type(self._model).__name__
+        return {name: dict(self._flops.get(f"{prefix}.{name}", {})) for name in self.layer_names}
 
     @property
     def total_flops(self) -> int:
-        return sum(self._flops.get("", {}).values())
-
-    @property
-    def leftover_parameters(self) -> int:
-        """Parameters that belong to no module of the table but to the model itself."""
-        inside = {p for _, module in self.named_modules for p in module.parameters()}
-        return count_parameters(p for p in self._model.parameters() if p not in inside)
+        return sum(self._flops.get("Global", {}).values())
 
     def columns(self) -> list[tuple[str, list[str]]]:
         """The table by column, header first; the last row is for parameters held by no layer, if there are any."""
-        names, rest = self.layer_names, self.leftover_parameters
         table = {
-            " ": [str(index) for index in range(len(names))],
-            "Name": names,
+            " ": [str(index) for index in range(len(self.layer_names))],
+            "Name": self.layer_names,
             "Type": self.layer_types,
-            "Params": [get_human_readable_count(n).strip() for n in self.param_nums],
+            "Params": [_short(number) for number in self.param_nums],
             "Mode": ["train" if training else "eval" for training in self.training_modes],
-            "FLOPs": [get_human_readable_count(sum(ops.values())).strip() for ops in self.flop_counts.values()],
+            "FLOPs": [_short(sum(operations.values())) for operations in self.flop_counts.values()],
         }
-        if getattr(self._model, "example_input_array", None) is not None:
+        if self._has_example:
             table["In sizes"] = [str(size) for size in self.in_sizes]
             table["Out sizes"] = [str(size) for size in self.out_sizes]
-        if rest:
-            other = {" ": " ", "Name": "other params", "Params": get_human_readable_count(rest).strip()}
+        in_layers = {parameter for _, module in self.named_modules for parameter in module.parameters()}
+        if rest := count_parameters(p for p in self._model.parameters() if p not in in_layers):
+            other = {" ": " ", "Name": "other params", "Params": _short(rest)}
             for header, cells in table.items():
-                cells.append(other.get(header, NOT_APPLICABLE))
+                cells.append(other.get(header, "n/a"))
         return list(table.items())
 
     def __str__(self) -> str:
-        numbers = totals(
-            self.total_parameters,
-            self.trainable_parameters,
-            self.model_size,
-            self.total_training_modes,
-            self.total_flops,
-        )
-        return "\n".join([text_table(self.columns()), *(f"{number:<10}{label}" for label, number in numbers)])
+        numbers = (self.total_parameters, self.trainable_parameters, self.model_size)
+        return with_totals(self.columns(), *numbers, self.total_training_modes, self.total_flops)
 
     __repr__ = __str__
 
 
-class DeepSpeedSummary(ModelSummary):
-    """With a column for what this process holds of each layer, after DeepSpeed spread the parameters."""
-
-    @property
-    def parameters_per_layer(self) -> list[int]:
-        parts = [[getattr(p, "ds_tensor", p) for p in module.parameters()] for _, module in self.named_modules]
-        return [sum(part.numel() for part in layer) for layer in parts]
-
-    def columns(self) -> list[tuple[str, list[str]]]:
-        columns = super().columns()
-        here = [get_human_readable_count(n).strip() for n in self.parameters_per_layer]
-        here += [NOT_APPLICABLE] * (len(columns[0][1]) - len(here))
-        return [*columns[:4], ("Params per Device", here), *columns[4:]]
+def _short(number: int) -> str:
+    return get_human_readable_count(number).strip()
 
 
 def totals(
     parameters: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int
 ) -> list[tuple[str, str]]:
     """The lines below the table: what is counted, and the number."""
-    count = get_human_readable_count
     return [
-        ("Trainable params", count(trainable).strip()),
-        ("Non-trainable params", count(parameters - trainable).strip()),
-        ("Total params", count(parameters).strip()),
+        ("Trainable params", _short(trainable)),
+        ("Non-trainable params", _short(parameters - trainable)),
+        ("Total params", _short(parameters)),
         ("Total estimated model params size (MB)", get_formatted_model_size(megabytes)),
         ("Modules in train mode", str(modes["train"])),
         ("Modules in eval mode", str(modes["eval"])),
-        ("Total Flops", count(flops).strip()),
+        ("Total Flops", _short(flops)),
     ]
+
+
+def with_totals(columns: list[tuple[str, list[str]]], *numbers: Any) -> str:
+    """The table as text, with the `totals` of ``numbers`` below it."""
+    return "\n".join([text_table(columns), *(f"{number:<10}{label}" for label, number in totals(*numbers))])
 
 
 def summarize(lightning_module: nn.Module, max_depth: int = 1) -> ModelSummary:

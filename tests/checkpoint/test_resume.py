@@ -110,7 +110,7 @@ def test_smaller_max_epochs_than_stored_is_refused_and_equal_does_nothing(tmp_pa
     run(tmp_path, 3)
     with pytest.raises(MisconfigurationException, match="3 epochs.*max_epochs=2"):
         run(tmp_path / "rest", 2, ckpt_path=tmp_path / "epoch=2.ckpt")
-    model, trainer = run(tmp_path / "rest", 3, ckpt_path=tmp_path / "epoch=2.ckpt")
+    _, trainer = run(tmp_path / "rest", 3, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert trainer.global_step == 18
 
 
@@ -135,7 +135,7 @@ def test_weights_only_file_cannot_be_resumed_but_evaluated(tmp_path):
 
 
 def test_checkpoint_of_another_model_lists_the_keys(tmp_path):
-    _, trainer = run(tmp_path, 1)
+    run(tmp_path, 1)
     with pytest.raises(RuntimeError, match=r"does not fit Regression.*unexpected: norm\.weight"):
         make_trainer(max_epochs=3).fit(Regression(), make_loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
 
