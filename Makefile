@@ -11,7 +11,7 @@ VENV   ?= .venv
 ARGS   ?=
 
 PY  := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

@@ -356,9 +356,8 @@ class LogBook:
         on_step, on_epoch = _when(name, self.hook, options[2], options[3])
         if options[8] and "/dataloader_idx_" in name:
             raise MisconfigurationException(
-                f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'. "
-                "That suffix is added to names when there are several loaders. "
-                "Choose another name, or pass `add_dataloader_idx=False`."
+                f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'. That suffix is added to names when "
+                "there are several loaders. Choose another name, or pass `add_dataloader_idx=False`."
             )
         kind = MetricEntry if is_metric else _kind_of(name, options[4])
         if options[1] is True and not self.has_loggers:
@@ -516,16 +515,14 @@ def _check_value(name: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
-                f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. "
-                "Only one number can be logged under one name. "
-                f"Reduce it first, for example `self.log('{name}', value.mean())`."
+                f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. Only one number can be "
+                f"logged under one name. Reduce it first, for example `self.log('{name}', value.mean())`."
             )
     elif not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
         raise ValueError(
-            f"`self.log('{name}', ...)` received a {type(value).__name__}; {type(value).__name__} "
-            "values cannot be logged. "
-            "A number, a tensor with one element or a torchmetrics `Metric` is expected. "
-            "Log the parts one by one with `self.log_dict`, or text with `self.logger.experiment`."
+            f"`self.log('{name}', ...)` received a {type(value).__name__}; {type(value).__name__} values cannot be "
+            "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "
+            "one with `self.log_dict`, or text with `self.logger.experiment`."
         )
 
 
@@ -540,18 +537,16 @@ def _when(name: str, hook: str | None, on_step: bool | None, on_epoch: bool | No
     if rule is None:
         place = f"inside `{hook}`" if hook else "outside of the trainer's hooks"
         raise MisconfigurationException(
-            f"You can't `self.log('{name}', ...)` {place}. "
-            "There is no step and no epoch there to which the value could belong. "
-            "Log it in `training_step`, `validation_step`, `test_step` or one of the epoch hooks, "
-            "or send it to `self.logger.log_metrics` yourself."
+            f"You can't `self.log('{name}', ...)` {place}. There is no step and no epoch there to which the value "
+            "could belong. Log it in `training_step`, `validation_step`, `test_step` or one of the epoch hooks, or "
+            "send it to `self.logger.log_metrics` yourself."
         )
     step = rule.on_step if on_step is None else on_step
     epoch = rule.on_epoch if on_epoch is None else on_epoch
     if step and not rule.step_allowed:
         raise MisconfigurationException(
-            f"You can't `self.log('{name}', ..., on_step=True)` inside `{hook}`. "
-            "That hook runs once per epoch, there is no step. "
-            "Leave `on_step` out."
+            f"You can't `self.log('{name}', ..., on_step=True)` inside `{hook}`. That hook runs once per epoch, there "
+            "is no step. Leave `on_step` out."
         )
     if not step and not epoch:
         raise MisconfigurationException(
@@ -580,9 +575,8 @@ def _check_attribute(name: str, metric: Any, attribute: str | None, module: Any)
     if not any(child is metric for child in module.modules()):
         raise MisconfigurationException(
             f"`self.log('{name}', {type(metric).__name__}(...))`: this metric is not an attribute of "
-            f"`{type(module).__name__}`. "
-            "It would be left behind when the module moves to another device, and could not be saved. "
-            "Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`."
+            f"`{type(module).__name__}`. It would be left behind when the module moves to another device, and could "
+            "not be saved. Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`."
         )
 
 

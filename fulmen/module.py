@@ -290,9 +290,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             "name"); a list of such dicts; or None to train without one.
         """
         raise MisconfigurationException(
-            f"`{type(self).__name__}.configure_optimizers` was called but is not implemented. "
-            "Without an optimizer nothing would be learned. "
-            "Define it, for example: `def configure_optimizers(self): return "
+            f"`{type(self).__name__}.configure_optimizers` was called but is not implemented. Without an optimizer "
+            "nothing would be learned. Define it, for example: `def configure_optimizers(self): return "
             "torch.optim.Adam(self.parameters(), lr=1e-3)`."
         )
 
@@ -509,9 +508,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             return trainers
         if trainers is not None and given != trainers:
             raise MisconfigurationException(
-                f"`Trainer({name}={trainers!r})`, but `clip_gradients` was called with {given!r}. "
-                "Two different bounds were asked for. "
-                "Set it in one of the two places only."
+                f"`Trainer({name}={trainers!r})`, but `clip_gradients` was called with {given!r}. Two different bounds "
+                "were asked for. Set it in one of the two places only."
             )
         return given
 

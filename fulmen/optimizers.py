@@ -126,9 +126,8 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
             raise _unknown_shape(answer, f"{type(optimizer).__name__} is no optimizer")
         if not any(group["params"] for group in optimizer.param_groups):
             raise MisconfigurationException(
-                f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters. "
-                "Its steps would change nothing. "
-                "Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`."
+                f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters. Its steps "
+                "would change nothing. Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`."
             )
     automatic = module.automatic_optimization
     configs = [_scheduler_config(s, monitor, automatic) for s in schedulers]
@@ -225,16 +224,14 @@ def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any
         name = type(scheduler).__name__
         if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
             raise TypeError(
-                f"The scheduler {name} has no `state_dict` and `load_state_dict`. "
-                "Its position could not be saved in checkpoints. "
-                "Define both methods."
+                f"The scheduler {name} has no `state_dict` and `load_state_dict`. Its position could not be saved in "
+                "checkpoints. Define both methods."
             )
         known = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
         if not known and module.automatic_optimization and not overridden(module, "lr_scheduler_step", _owner(module)):
             raise MisconfigurationException(
-                f"The scheduler {name} does not follow PyTorch's LRScheduler. "
-                "How to step it is not known. "
-                "Override `lr_scheduler_step(self, scheduler, metric)` in your module."
+                f"The scheduler {name} does not follow PyTorch's LRScheduler. How to step it is not known. Override "
+                "`lr_scheduler_step(self, scheduler, metric)` in your module."
             )
         owner = getattr(scheduler, "optimizer", None)
         if owner is not None and not any(owner is getattr(o, "optimizer", o) for o in optimizers):
@@ -307,10 +304,9 @@ class Schedulers:
                 self._step(config.scheduler, value)
                 continue
             message = (
-                f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not logged."
-                f"{suggestion(str(config.monitor), list(metrics))} "
-                f"Available now: {sorted(metrics)}. "
-                "Log it with `self.log`, or change `monitor`."
+                f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not "
+                f"logged.{suggestion(str(config.monitor), list(metrics))} Available now: {sorted(metrics)}. Log it "
+                "with `self.log`, or change `monitor`."
             )
             if config.strict:
                 raise MisconfigurationException(message)

@@ -140,9 +140,8 @@ def _check_state_keys(callbacks: list[Callback]) -> None:
         if callback.state_key in seen and callback.state_dict():
             raise RuntimeError(
                 f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key "
-                f"{callback.state_key!r}. "
-                "Checkpoints could not tell their states apart. "
-                "Use different arguments, or override `state_key`."
+                f"{callback.state_key!r}. Checkpoints could not tell their states apart. Use different arguments, or "
+                "override `state_key`."
             )
         seen.add(callback.state_key)
 
@@ -205,8 +204,7 @@ def assemble_profiler(given: Any) -> Profiler:
     kind: Any = names.get(given.lower()) if isinstance(given, str) else None
     if kind is None:
         raise MisconfigurationException(
-            f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), names)} "
-            f"When passing a string, it can be one of {list(names)}. "
-            "Use one of them, or pass a `Profiler`."
+            f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), names)} When passing a string, it can "
+            f"be one of {list(names)}. Use one of them, or pass a `Profiler`."
         )
     return (getattr(profilers, kind) if isinstance(kind, str) else kind)()

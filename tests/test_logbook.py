@@ -612,6 +612,21 @@ def test_lr_scheduler_step_may_not_log():
         fit(Model())
 
 
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+def test_transfer_hooks_may_not_log(hook):
+    class Model(Logs):
+        pass
+
+    def transfer(self, batch, dataloader_idx):
+        if self.trainer.global_step == 2:
+            self.log("a", 1.0)
+        return batch
+
+    setattr(Model, hook, transfer)
+    with pytest.raises(MisconfigurationException, match="You can't `self.log"):
+        fit(Model())
+
+
 def test_callbacks_log_under_the_rules_of_the_hook_and_share_the_names():
     """The same name from two hooks is two means: the later one wins."""
 

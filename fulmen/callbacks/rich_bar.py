@@ -115,7 +115,7 @@ class RichProgressBar(TerminalProgressBar):
 
             for bar in ("train", *EVALUATIONS):
                 setattr(self, f"{bar}_progress_bar_id", None)
-            metrics = _column(lambda task: task.fields.get("metrics", ""), self.theme.metrics, wrap=True)
+            metrics = _column(lambda task: task.fields.get("metrics", ""), self.theme.metrics)
             columns = [*self.configure_columns(self.trainer), metrics]
             # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
             self.progress = Progress(*columns, console=self._console, auto_refresh=False)
@@ -157,17 +157,16 @@ class RichProgressBar(TerminalProgressBar):
             self.progress.stop()
 
 
-def _column(text: Callable[[Task], str], style: str, wrap: bool = False) -> ProgressColumn:
+def _column(text: Callable[[Task], str], style: str) -> ProgressColumn:
     """A column with a text that is computed from the task."""
     from rich.progress import ProgressColumn
-    from rich.table import Column
     from rich.text import Text
 
     class Computed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(text(task), style=style)
+            return Text(text(task), style=style, overflow="fold")
 
-    return Computed(Column(no_wrap=not wrap))
+    return Computed()
 
 
 def _batches(task: Task) -> str:

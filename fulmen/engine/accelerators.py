@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pkgutil
@@ -18,11 +19,7 @@ from fulmen.utilities.rank_zero import rank_zero_info
 
 
 class Accelerator(ABC):
-    """One kind of hardware. Subclass and register it to train on something else than CPU, CUDA or MPS.
-
-    ``parse_devices`` turns what the user wrote as ``devices`` into this hardware's own form (a count, a list of
-    indices), ``get_parallel_devices`` turns that form into one `torch.device` per process of this node.
-    """
+    """One kind of hardware. Subclass and register it to train on something else than CPU, CUDA or MPS."""
 
     @abstractmethod
     def setup_device(self, device: torch.device) -> None:
@@ -42,12 +39,12 @@ class Accelerator(ABC):
     @staticmethod
     @abstractmethod
     def parse_devices(devices: Any) -> Any:
-        """What the user wrote as ``devices``, checked. None means that no device was asked for."""
+        """What the user wrote as ``devices`` in this hardware's form (a count, indices); None if it means no device."""
 
     @staticmethod
     @abstractmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """The devices for what ``parse_devices`` returned."""
+        """One device per process of this node, for what ``parse_devices`` returned."""
 
     @staticmethod
     @abstractmethod
@@ -86,8 +83,7 @@ class CPUAccelerator(Accelerator):
     def parse_devices(devices: int | str) -> int:
         count = int(devices) if isinstance(devices, str) and devices.strip().isdigit() else devices
         if not isinstance(count, int) or count <= 0:
-            why = "On the CPU it is the number of processes, a whole number of at least 1."
-            raise TypeError(explain(f"`devices={devices!r}` was given for the CPU.", why, "Use `devices=1`."))
+            raise TypeError(f"`devices={devices!r}`: on the CPU it is a number of processes. Use `devices=1`.")
         return int(count)
 
     @staticmethod
@@ -106,9 +102,9 @@ class CUDAAccelerator(Accelerator):
         _expect_type(device, "cuda")
         torch.cuda.set_device(device)
         if torch.cuda.get_device_capability(device)[0] >= 8 and torch.get_float32_matmul_precision() == "highest":
+            fix = "call `torch.set_float32_matmul_precision('high')` (or 'medium') to trade precision for speed."
             rank_zero_info(
-                f"The GPU {torch.cuda.get_device_name(device)!r} has Tensor Cores. float32 matrix products use them after"
-                " `torch.set_float32_matmul_precision('high')` (or 'medium'), which trades precision for speed."
+                f"{torch.cuda.get_device_name(device)!r} has Tensor Cores, which float32 does not use: {fix}"
             )
 
     def setup(self, trainer: Any) -> None:
@@ -175,24 +171,19 @@ class MPSAccelerator(Accelerator):
 class XLAAccelerator(Accelerator):
     """TPUs. Only the name exists, so that asking for one gets a clear answer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.parse_devices(None)
-
-    # Never reached, as there is no object; without them the class would be abstract and say that instead.
-    setup_device = teardown = None  # type: ignore[assignment]
-
     @staticmethod
-    def parse_devices(devices: Any) -> Any:
+    def parse_devices(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("TPUs (torch_xla) are not supported by fulmen. Use `accelerator='cpu'`, 'cuda' or 'mps'.")
 
-    get_parallel_devices = parse_devices
+    # Also in place of what there would be; without it the class would be abstract, and say that instead.
+    __init__ = setup_device = teardown = get_parallel_devices = parse_devices  # type: ignore[assignment]
     auto_device_count = staticmethod(lambda: 0)
     is_available = staticmethod(lambda: False)
     name = staticmethod(lambda: "tpu")
 
 
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
-    """Indices of GPUs that accept work from this process (some may be taken, in exclusive mode); -1 returns all.
+    """Indices of GPUs that accept work (others are broken, or taken in exclusive mode); -1 returns all.
 
     Every GPU that is tried gets a CUDA context, so call this in the process that will train.
 
@@ -203,18 +194,15 @@ def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
     usable: list[int] = []
     visible = torch.cuda.device_count()
     if num_devices > visible or (num_devices and not visible):
-        raise ValueError(f"`num_devices={num_devices}` were asked for, but {visible} CUDA devices are visible here.")
+        raise ValueError(f"`{num_devices=}` were asked for, but {visible} CUDA devices are visible here.")
     for index in range(visible):
         if len(usable) == num_devices:
             break
-        try:
+        with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=torch.device("cuda", index))
             usable.append(index)
-        except RuntimeError:
-            continue
     if len(usable) < num_devices:
-        what = f"`num_devices={num_devices}` were asked for, but only {usable} of {visible} CUDA devices accept work."
-        raise RuntimeError(explain(what, "The others are broken, or taken by a process that shares them with nobody."))
+        raise RuntimeError(f"`{num_devices=}` were asked for, but only {usable} of {visible} CUDA devices accept work.")
     return usable
 
 
@@ -224,15 +212,15 @@ def _pick(devices: Any, available: list[int], kind: str) -> list[int] | None:
         devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
     is_list = isinstance(devices, Sequence)
     if not all(type(index) is int for index in (devices if is_list else [devices])):
-        what = f"`devices={devices!r}` is no number of {kind} devices, nor a list of their indices."
-        raise TypeError(explain(what, fix="Use for example `devices=1`, `devices=[0]` or `devices='0,1'`."))
+        fix = "Use for example `devices=1`, `devices=[0]` or `devices='0,1'`."
+        raise TypeError(f"`{devices=}` is no number of {kind} devices, nor a list of their indices. {fix}")
     if not devices:
         return None
     if not is_list and devices < -1:
-        raise MisconfigurationException(f"`devices={devices}` is no number of {kind} devices. Use -1 for all of them.")
+        raise MisconfigurationException(f"`{devices=}` is no number of {kind} devices. Use -1 for all of them.")
     if not available:
-        what = f"`devices={devices!r}` asks for {kind} devices, but this machine has none."
-        raise MisconfigurationException(explain(what, fix="Use `accelerator='cpu'`."))
+        what = f"`{devices=}` asks for {kind} devices, but this machine has none."
+        raise MisconfigurationException(f"{what} Use `accelerator='cpu'`.")
     wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
     if len(set(wanted)) < len(wanted):
         raise MisconfigurationException(f"`devices={wanted}` names a device twice. Each index may appear once.")
@@ -240,7 +228,7 @@ def _pick(devices: Any, available: list[int], kind: str) -> list[int] | None:
         return available  # torchrun on a cluster that shows each process only its own GPU
     if missing := sorted(set(wanted) - set(available)):
         what = f"`devices` asks for the {kind} devices {wanted}, but {missing} do not exist."
-        raise MisconfigurationException(explain(what, fix=f"Choose from {available}."))
+        raise MisconfigurationException(f"{what} Choose from {available}.")
     return wanted
 
 

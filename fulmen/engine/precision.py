@@ -120,7 +120,6 @@ class MixedPrecision(Precision):
     """Autocast around every forward, and a loss scaler for float16.
 
     Arguments:
-        precision: "16-mixed" or "bf16-mixed".
         device: device type autocast works on, such as "cuda" or "cpu".
         scaler: used instead of a default `torch.amp.GradScaler`; only with "16-mixed".
     """
@@ -186,11 +185,7 @@ class MixedPrecision(Precision):
 
 
 class HalfPrecision(Precision):
-    """Weights, batches and computation in float16 or bfloat16.
-
-    Arguments:
-        precision: "16-true" or "bf16-true".
-    """
+    """Weights, batches and computation in float16 or bfloat16."""
 
     def __init__(self, precision: Literal["16-true", "bf16-true"] = "16-true") -> None:
         self.precision = precision

@@ -241,9 +241,8 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
             )
         if not several and requires_loader_index(method):
             raise RuntimeError(
-                f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader. "
-                "You provided only a single dataloader, it would not be passed. "
-                "Give it a default: `dataloader_idx=0`."
+                f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader. You "
+                "provided only a single dataloader, it would not be passed. Give it a default: `dataloader_idx=0`."
             )
 
 

@@ -157,9 +157,8 @@ class FitLoop:
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
         if combined.mode == "sequential":
             raise ValueError(
-                "`CombinedLoader(mode='sequential')` was given for training. "
-                "A training step takes one batch of every loader at once. "
-                "Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
+                "`CombinedLoader(mode='sequential')` was given for training. A training step takes one batch of every "
+                "loader at once. Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
             )
         self.loaders = prepared_loaders(trainer, combined, source.label, "train", trainer.limit_train_batches)
         self.num_batches = self.loaders.num_batches()
@@ -187,9 +186,8 @@ class FitLoop:
             return
         if isinstance(interval, float) and self.num_batches == inf and interval != 1.0:
             raise MisconfigurationException(
-                f"`val_check_interval={interval}` with a training loader of unknown length. "
-                "A fraction of the epoch is not known. "
-                "Use `val_check_interval=1.0` (at the end), or an int to count batches."
+                f"`val_check_interval={interval}` with a training loader of unknown length. A fraction of the epoch is "
+                "not known. Use `val_check_interval=1.0` (at the end), or an int to count batches."
             )
         trainer.val_check_batch = cadence.validation_interval(interval, self.num_batches)
         too_long = isinstance(interval, int) and interval > self.num_batches

@@ -220,9 +220,8 @@ class AutomaticOptimization(Optimization):
                 return None, extra
         else:
             raise MisconfigurationException(
-                f"{name} returned a {type(output).__name__}: {str(output)[:80]}. "
-                "In automatic optimization, `training_step` must return a Tensor, a dict, or None (skip the step). "
-                "Return the loss tensor."
+                f"{name} returned a {type(output).__name__}: {str(output)[:80]}. In automatic optimization, "
+                "`training_step` must return a Tensor, a dict, or None (skip the step). Return the loss tensor."
             )
         if not self.checked and not self.own_backward:
             _check_loss(loss, name)
@@ -246,9 +245,8 @@ class ManualOptimization(Optimization):
         if isinstance(output, Mapping):
             return {key: _detached(value) for key, value in output.items()}
         raise MisconfigurationException(
-            f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. "
-            "In manual optimization, `training_step` must either return a Tensor or have no return. "
-            "Return the loss, a dict, or nothing."
+            f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. In manual optimization, "
+            "`training_step` must either return a Tensor or have no return. Return the loss, a dict, or nothing."
         )
 
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:

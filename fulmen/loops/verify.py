@@ -116,9 +116,8 @@ def _for_verb(trainer: Trainer, module: LightningModule, step: str | None, kind:
 def _require(module: LightningModule, method: str, example: str) -> None:
     if not overridden(module, method, LightningModule):
         raise MisconfigurationException(
-            f"No `{method}()` method defined in {type(module).__name__}. Trainer expects one to run `fit`. "
-            f"Trainer requires `{method}`. "
-            f"Define `{example}`."
+            f"No `{method}()` method defined in {type(module).__name__}. Trainer expects one to run `fit`. Trainer "
+            f"requires `{method}`. Define `{example}`."
         )
 
 
@@ -136,9 +135,8 @@ def refuse_removed(module: LightningModule) -> None:
     for name, successor in REMOVED_HOOKS.items():
         if callable(getattr(module, name, None)):
             raise NotImplementedError(
-                f"`{type(module).__name__}.{name}` is defined. "
-                f"Support for `{name}` has been removed, it would never be called. "
-                f"Collect what you need in the step and use `{successor}(self)`."
+                f"`{type(module).__name__}.{name}` is defined. Support for `{name}` has been removed, it would never "
+                f"be called. Collect what you need in the step and use `{successor}(self)`."
             )
 
 

@@ -70,9 +70,6 @@ class LayerSummary:
         scripted = isinstance(module, torch.jit.ScriptModule)
         self._handle = None if scripted else module.register_forward_hook(self._remember_sizes, with_kwargs=True)
 
-    def __del__(self) -> None:
-        self.detach_hook()
-
     def _remember_sizes(self, _: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         inputs = args or tuple(kwargs.values())
         self.in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fulmen.utilities.errors import explain
-
 STEP_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -86,27 +84,6 @@ def is_picklable(obj: object) -> bool:
     return True
 
 
-def _holders(model: Any, attribute: str) -> list[Any]:
-    """Everything that has the attribute, of: the module, its hparams, the datamodule, its hparams."""
-    trainer = getattr(model, "_trainer", None)
-    found = []
-    for owner in (model, getattr(trainer, "datamodule", None)):
-        if owner is not None and hasattr(owner, attribute):
-            found.append(owner)
-        hparams = getattr(owner, "hparams", None)
-        if hparams is not None and (attribute in hparams if isinstance(hparams, dict) else hasattr(hparams, attribute)):
-            found.append(hparams)
-    return found
-
-
-def _existing_holders(model: Any, attribute: str) -> list[Any]:
-    found = _holders(model, attribute)
-    if not found:
-        where = f"the attributes or `hparams` of `{type(model).__name__}` or of its datamodule"
-        raise AttributeError(f"`{attribute}` is not among {where}.", name=attribute)
-    return found
-
-
 def lightning_hasattr(model: Any, attribute: str) -> bool:
     """Is there such an attribute on the module, the datamodule, or the hparams of either?"""
     return bool(_holders(model, attribute))
@@ -127,6 +104,19 @@ def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
             setattr(holder, attribute, value)
 
 
+def _holders(model: Any, attribute: str) -> list[Any]:
+    datamodule = getattr(getattr(model, "_trainer", None), "datamodule", None)
+    places = [place for owner in (model, datamodule) for place in (owner, getattr(owner, "hparams", None))]
+    return [it for it in places if (attribute in it if isinstance(it, dict) else hasattr(it, attribute))]
+
+
+def _existing_holders(model: Any, attribute: str) -> list[Any]:
+    if found := _holders(model, attribute):
+        return found
+    where = f"the attributes or `hparams` of `{type(model).__name__}` or of its datamodule"
+    raise AttributeError(f"`{attribute}` is not among {where}.", name=attribute)
+
+
 def is_compiled(model: Any) -> bool:
     """Is it what `torch.compile` makes of a module? Asking does not import the compiler."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
@@ -135,11 +125,9 @@ def is_compiled(model: Any) -> bool:
 
 def from_compiled(model: Any) -> nn.Module:
     """The module inside `torch.compile(module)`, with its forward and step methods compiled the same way."""
-    if not is_compiled(model):
-        raise ValueError(f"Expected what `torch.compile(module)` returns, not a `{type(model).__name__}`.")
-    module = model._orig_mod
+    module = model._orig_mod if is_compiled(model) else None
     if not hasattr(module, "training_step"):
-        raise ValueError(f"Expected a compiled `LightningModule`, not a compiled `{type(module).__name__}`.")
+        raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
     compiled = model.dynamo_ctx
     originals = {f"original_{name}": getattr(module, name) for name in STEP_METHODS}
     for name in STEP_METHODS:
@@ -151,15 +139,13 @@ def from_compiled(model: Any) -> nn.Module:
 def to_uncompiled(model: Any) -> nn.Module:
     """The plain module again, from `torch.compile(module)` or from `from_compiled`."""
     module = model._orig_mod if is_compiled(model) else model
-    if not hasattr(module, "training_step"):
-        raise ValueError(f"Expected a compiled `LightningModule`, not a `{type(model).__name__}`.")
-    if getattr(module, "_compiler_ctx", None) is None:
-        if module is model:
-            raise ValueError(explain(f"This `{type(model).__name__}` is not compiled.", fix="Use it as it is."))
-        return module
-    for name in STEP_METHODS:
-        vars(module).pop(name, None)
-    module._compiler_ctx = None
+    inside = getattr(module, "_compiler_ctx", None) is not None
+    if not hasattr(module, "training_step") or not (inside or module is not model):
+        raise ValueError(f"Expected a compiled `LightningModule`. This `{type(model).__name__}` can be used as it is.")
+    if inside:
+        for name in STEP_METHODS:
+            vars(module).pop(name, None)
+        module._compiler_ctx = None
     return module
 
 
@@ -184,11 +170,7 @@ def is_oom_error(exception: BaseException) -> bool:
 
 
 def _says(exception: BaseException, *parts: str) -> bool:
-    return (
-        isinstance(exception, RuntimeError)
-        and len(exception.args) == 1
-        and all(part in str(exception.args[0]) for part in parts)
-    )
+    return isinstance(exception, RuntimeError) and all(part in str(exception) for part in parts)
 
 
 def garbage_collection_cuda() -> None:

@@ -9,31 +9,13 @@ import importlib.util
 import re
 from types import ModuleType
 
-from fulmen.utilities.errors import explain
-
 # Packages whose distribution has another name than the module.
-DISTRIBUTIONS = {
-    "comet_ml": "comet-ml",
-    "sklearn": "scikit-learn",
-    "yaml": "PyYAML",
-    "transformer_engine": "transformer-engine",
-}
+DISTRIBUTIONS = {"comet_ml": "comet-ml", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: ``"2.1.0.post3+cu118"`` is (2, 1, 0). Enough to compare minimum versions."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in match.group().split(".")] if match else [0]
-    return (*numbers, *[0] * (3 - len(numbers)))
-
-
-@functools.cache
-def version_of(package: str) -> tuple[int, ...]:
-    """The installed version as numbers; empty when it is unknown."""
-    try:
-        return _release(importlib.metadata.version(DISTRIBUTIONS.get(package, package)))
-    except importlib.metadata.PackageNotFoundError:
-        return ()
+def _release(version: str) -> list[int]:
+    """The leading numbers of a version, without zeros at the end: ``"2.1.0.post3+cu118"`` is [2, 1]."""
+    return [int(part) for part in re.findall(r"\d+", re.match(r"[\d.]*", version).group().rstrip("0."))]
 
 
 @functools.cache
@@ -41,11 +23,11 @@ def available(package: str, minimum: str = "") -> bool:
     """Can ``package`` be imported, in a version such as ``">=10.2.2"``? The package itself is not imported."""
     try:
         found = importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):
+        top = package.partition(".")[0]
+        version = importlib.metadata.version(DISTRIBUTIONS.get(top, top)) if found and minimum else ""
+    except (ImportError, ValueError):  # a parent is missing, or nobody knows the version
         return False
-    if not found or not minimum:
-        return found
-    return version_of(package.split(".")[0]) >= _release(minimum.lstrip("> ="))
+    return found and _release(version) >= _release(minimum.lstrip("> ="))
 
 
 def require(package: str, why: str, extra: str = "", minimum: str = "") -> ModuleType:
@@ -58,10 +40,9 @@ def require(package: str, why: str, extra: str = "", minimum: str = "") -> Modul
     Raises:
         ModuleNotFoundError: with the line that installs it.
     """
-    name = extra or DISTRIBUTIONS.get(package.split(".")[0], package.split(".")[0])
     if not available(package, minimum):
-        what = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
-        raise ModuleNotFoundError(
-            explain(f"{what} installed.", fix=f'Run `pip install "{name}{minimum}"`.'), name=package
-        )
+        top = package.partition(".")[0]
+        missing = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
+        fix = f'Run `pip install "{extra or DISTRIBUTIONS.get(top, top)}{minimum}"`.'
+        raise ModuleNotFoundError(f"{missing} installed. {fix}", name=package)
     return importlib.import_module(package)
