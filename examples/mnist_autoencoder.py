@@ -312,6 +312,7 @@ def main() -> None:
     args = parse_arguments()
     out = Path(args.out)
     started = time.perf_counter()
+    torch.set_num_threads(1)  # matrices this small are multiplied before a second thread has woken up
     pl.seed_everything(args.seed, workers=True)
 
     data = MNISTDataModule(args.data, args.data_dir, args.batch_size, args.seed)

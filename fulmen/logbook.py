@@ -312,7 +312,7 @@ class LogBook:
         self.batch_size = None
 
     def close_batch(self) -> None:
-        self.batch = self.batch_size = None
+        self.batch = self.batch_size = self.hook = None
 
     def write(self, name: str, value: Any, options: Options, batch_size: int | None = None) -> None:
         """Keeps one value. The first write of a name checks everything; later ones compare one tuple and add."""

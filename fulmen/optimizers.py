@@ -19,6 +19,8 @@ from fulmen.utilities.types import LRSchedulerConfig
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from fulmen.logbook import LogBook
+
 _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
 _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
@@ -278,35 +280,43 @@ class Schedulers:
     """
 
     def __init__(self, configs: list[LRSchedulerConfig], step: Callable[[Any, Any], None]) -> None:
-        self._step = step
-        self.by_step = [c for c in configs if c.interval == "step" and not c.reduce_on_plateau]
-        self.by_epoch = [c for c in configs if c.interval == "epoch" and not c.reduce_on_plateau]
-        self.plateau_by_step = [c for c in configs if c.interval == "step" and c.reduce_on_plateau]
-        self.plateau_by_epoch = [c for c in configs if c.interval == "epoch" and c.reduce_on_plateau]
+        self._configs, self._step = configs, step
+        self.any = bool(configs)
 
-    def step_after(self, configs: list[LRSchedulerConfig], count: int) -> None:
-        """Steps those whose frequency divides `count` (batches of the epoch, or epochs, finished)."""
-        for config in configs:
-            if count % config.frequency == 0:
-                self._step(config.scheduler, None)
+    def _due(self, interval: str, count: int, watching: bool) -> list[LRSchedulerConfig]:
+        return [
+            config
+            for config in self._configs
+            if config.interval == interval and config.reduce_on_plateau == watching and count % config.frequency == 0
+        ]
 
-    def step_plateau(self, configs: list[LRSchedulerConfig], count: int, metrics: Mapping[str, Any]) -> None:
+    def after_batch(self, batch: int, epoch: int, stepped: bool, is_last_batch: bool) -> None:
+        """Those per step after an optimizer step; those per epoch after the last batch, before validation.
+
+        Arguments:
+            batch, epoch: batches of this epoch and epochs, both counted from 1; a frequency divides them.
+        """
+        for config in self._due("step", batch, watching=False) if stepped else ():
+            self._step(config.scheduler, None)
+        for config in self._due("epoch", epoch, watching=False) if is_last_batch else ():
+            self._step(config.scheduler, None)
+
+    def watch(self, interval: str, count: int, book: LogBook) -> None:
         """Steps those that watch a metric.
 
         Raises:
             MisconfigurationException: if the metric was not logged and the scheduler is strict about it.
         """
-        for config in configs:
-            if count % config.frequency:
-                continue
+        for config in self._due(interval, count, watching=True):
+            metrics = book.callback_metrics
             value = metrics.get(config.monitor) if config.monitor is not None else None
             if value is not None:
                 self._step(config.scheduler, value)
                 continue
             message = (
-                f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not "
-                f"logged.{suggestion(str(config.monitor), list(metrics))} Available now: {sorted(metrics)}. Log it "
-                "with `self.log`, or change `monitor`."
+                f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not logged."
+                f"{suggestion(str(config.monitor), list(metrics))} Available now: {sorted(metrics)}. "
+                "Log it with `self.log`, or change `monitor`."
             )
             if config.strict:
                 raise MisconfigurationException(message)

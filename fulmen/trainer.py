@@ -31,6 +31,7 @@ from fulmen.loops import cadence, verify
 from fulmen.loops.dispatch import HookPlan
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
+from fulmen.loops.loading import loaders_as_given
 from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.signals import Signals
 from fulmen.module import LightningModule
@@ -131,7 +132,7 @@ class Trainer:
         **unknown: Any,
     ) -> None:
         here = dict(locals())
-        given = {name: here[name] for name in _DEFAULTS if here[name] is not _DEFAULTS[name]}
+        given = {n: here[n] for n, default in _DEFAULTS.items() if n in self._passed or here[n] is not default}
         # Positional arguments are taken in declaration order, as scripts written for the API expect.
         given.update(zip(_DEFAULTS, args, strict=False), **unknown)
         arguments = settings.environment_defaults(_DEFAULTS, given)
@@ -162,12 +163,19 @@ class Trainer:
         self.test_loop = EvaluationLoop(self, RunningStage.TESTING)
         self.predict_loop = PredictionLoop(self)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Trainer:
+        self = super().__new__(cls)
+        # What was passed wins over the environment, also where it is what the signature says anyway.
+        self._passed = frozenset(kwargs)
+        return self
+
     def _keep(self, checked: settings.Settings) -> None:
         """The settings users read and change at run time become plain attributes."""
         for name in _PLAIN_SETTINGS:
             setattr(self, name, getattr(checked, name))
         self._default_root_dir = checked.default_root_dir
 
+    _passed: frozenset[str]
     # declared for readers and tools; set by `_keep`
     accumulate_grad_batches: int
     barebones: bool
@@ -604,9 +612,15 @@ class Trainer:
     num_training_batches = alias("fit_loop.num_batches", "Training batches per epoch; inf before they are known.")
     num_predict_batches = alias("predict_loop.max_batches", "Batches of each predict loader.")
     num_test_batches = alias("test_loop.max_batches", "Batches of each test loader.")
-    train_dataloader = alias("fit_loop.loaders_as_given", "The training loaders, nested as they were given.")
-    test_dataloaders = alias("test_loop.loaders_as_given", "The test loaders, nested as they were given.")
-    predict_dataloaders = alias("predict_loop.loaders_as_given", "The predict loaders, nested as they were given.")
+    train_dataloader = property(
+        lambda self: loaders_as_given(self.fit_loop), doc="The training loaders, nested as they were given."
+    )
+    test_dataloaders = property(
+        lambda self: loaders_as_given(self.test_loop), doc="The test loaders, nested as they were given."
+    )
+    predict_dataloaders = property(
+        lambda self: loaders_as_given(self.predict_loop), doc="The predict loaders, nested as they were given."
+    )
     callback_metrics = alias("book.callback_metrics", "Newest value per logged name, as tensors.")
     logged_metrics = alias("book.logged_metrics", "Newest value per name that goes to loggers, as tensors.")
     progress_bar_metrics = alias("book.progress_bar_metrics", "Newest value per name of the progress bar, as numbers.")
@@ -615,7 +629,7 @@ class Trainer:
     @property
     def val_dataloaders(self) -> Any:
         """The validation loaders, nested as they were given."""
-        return self.fit_loop.val_loop.loaders_as_given or self.validate_loop.loaders_as_given
+        return loaders_as_given(self.fit_loop.val_loop) or loaders_as_given(self.validate_loop)
 
     @property
     def num_val_batches(self) -> list[float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from fulmen.utilities.errors import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,10 +22,8 @@ class Callback:
     What `self.log` may do in each hook is written in `fulmen.hooks.HOOKS`.
     """
 
-    # Looks at logged metrics: its `on_train_epoch_end` runs after the module's, which may log there too.
-    monitors: ClassVar[bool] = False
-    # Runs trials of its own at the start of a run, so it comes before all others.
-    tunes: ClassVar[bool] = False
+    monitors: ClassVar[bool] = False  # looks at metrics: its `on_train_epoch_end` runs after the module's
+    tunes: ClassVar[bool] = False  # runs trials at the start of a run, before all others
 
     @property
     def state_key(self) -> str:
@@ -185,3 +186,11 @@ class Callback:
         dataloader_idx: int = 0,
     ) -> None:
         """After a predict step; ``outputs`` is what it returned."""
+
+
+def missing_monitor(callback: Callback, name: str, known: Iterable[str]) -> str:
+    """What a callback says when nobody logged the value it monitors."""
+    return (
+        f"`{type(callback).__name__}(monitor={name!r})`: no such name was logged.{suggestion(name, known)} There are "
+        f"{list(known)}. Call `self.log({name!r}, value)` in the LightningModule, or monitor one of these names."
+    )

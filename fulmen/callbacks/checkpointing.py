@@ -10,14 +10,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fulmen.callbacks.callback import Callback
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.callbacks.callback import Callback, missing_monitor
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
@@ -28,9 +27,8 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-# `{name}` or `{name:format}` in a file name.
-_FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
-
+_FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # `{name}` or `{name:format}` in a file name
+_TRIGGERS = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
 _STATE_OF_FOLDER = ("best_model_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path")
 _STATE = ("monitor", "best_model_path", "current_score", "dirpath", *_STATE_OF_FOLDER)
 
@@ -47,15 +45,13 @@ class ModelCheckpoint(Checkpoint):
     **When.** At most one of ``every_n_epochs`` (1 if none is given), ``every_n_train_steps`` (optimizer steps) and
     ``train_time_interval``. Epochs are looked at after training or after validation (``save_on_train_epoch_end``); None
     means after training, unless validation runs inside of epochs, by the clock, or not in every epoch. A save by step
-    or time waits for validation when ``monitor`` has no value yet, or validation comes next and gives it a new one.
+    or time waits for the validation that comes next, or first gives ``monitor`` a value.
 
     **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``.
-    What has to make room is removed after the new file was written. ``best_model_path``, ``best_model_score``,
-    ``best_k_models`` and ``last_model_path`` tell what there is.
+    What has to make room is removed after the new file was written.
 
     Args:
-        dirpath: folder or URL; by default ``<save_dir>/<name>/<version>/checkpoints`` of the first logger, or
-            ``checkpoints`` in ``default_root_dir``.
+        dirpath: folder or URL; by default ``checkpoints`` in the first logger's folder, or in ``default_root_dir``.
         filename: may contain logged names, ``"{epoch}-{val_loss:.2f}"``. A name with a slash makes a folder, unless
             ``auto_insert_metric_name=False``: then only the value is written.
         verbose: tell about every decision at level INFO.
@@ -89,33 +85,25 @@ class ModelCheckpoint(Checkpoint):
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
     ) -> None:
-        _check(monitor, save_top_k, mode, every_n_train_steps, every_n_epochs, train_time_interval)
+        self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
+        self._train_time_interval = train_time_interval
+        if every_n_train_steps is every_n_epochs is train_time_interval is None:
+            self._every_n_epochs = 1
         self.dirpath = None if dirpath is None else _normal_folder(dirpath)
         self.filename = None if filename is None else os.fspath(filename)
-        self.monitor = monitor
-        self.verbose = verbose
-        self.save_last = save_last
-        self.save_top_k = save_top_k
+        self.monitor, self.mode, self.verbose = monitor, mode, verbose
+        self.save_last, self.save_top_k, self.save_weights_only = save_last, save_top_k, save_weights_only
         self.save_on_exception = save_on_exception
-        self.save_weights_only = save_weights_only
-        self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
-        no_trigger = every_n_train_steps is None and every_n_epochs is None and train_time_interval is None
-        self._every_n_epochs = 1 if no_trigger else every_n_epochs or 0
-        self._every_n_train_steps = every_n_train_steps or 0
-        self._train_time_interval = train_time_interval
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
+        self._check()
 
         self.current_score: Tensor | None = None
         self.best_model_score: Tensor | None = None
-        self.best_model_path = ""
+        self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
         self.best_k_models: dict[str, Tensor] = {}
-        self.kth_best_model_path = ""
-        self.kth_value = torch.tensor(math.inf if mode == "min" else -math.inf)
-        self.last_model_path = ""
-
-        self._watches_batches = self._every_n_train_steps > 0 or train_time_interval is not None
+        self.kth_value = self._worst_score()
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved = ""
         self._last_time_checked: float | None = None
@@ -123,15 +111,30 @@ class ModelCheckpoint(Checkpoint):
         self._validated = False
         self._warnings = WarningCache()
 
+    def _check(self) -> None:
+        top_k, triggers = self.save_top_k, {name: getattr(self, f"_{name}") for name in _TRIGGERS}
+        chosen = {name: value for name, value in triggers.items() if value}
+        problems = {
+            f"`mode={self.mode!r}` is not known. Use 'min' or 'max'.": self.mode not in ("min", "max"),
+            f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
+            f"`save_top_k={top_k}` needs a `monitor` to tell which files are the best ones. "
+            "Pass the name of a logged value, or `save_top_k=-1` to keep all.": self.monitor is None and top_k > 1,
+            f"{chosen}: intervals must be 0 (never) or more.": self._every_n_train_steps < 0
+            or self._every_n_epochs < 0,
+            f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
+            "Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
+        }
+        for message, wrong in problems.items():
+            if wrong:
+                raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
+
+    def _worst_score(self) -> Tensor:
+        return torch.tensor(math.inf if self.mode == "min" else -math.inf)
+
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(
-            monitor=self.monitor,
-            mode=self.mode,
-            every_n_train_steps=self._every_n_train_steps,
-            every_n_epochs=self._every_n_epochs,
-            train_time_interval=self._train_time_interval,
-        )
+        triggers = {name: getattr(self, f"_{name}") for name in _TRIGGERS}
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **triggers)
 
     @property
     def every_n_epochs(self) -> int | None:
@@ -141,13 +144,8 @@ class ModelCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
         if self.save_last == "link" and is_remote(self.dirpath):
-            raise ValueError(
-                explain(
-                    what=f"`ModelCheckpoint(save_last='link')` cannot be used with `dirpath={self.dirpath}`.",
-                    why="Only local file systems have symbolic links.",
-                    fix="Use `save_last=True`, which writes a full copy.",
-                )
-            )
+            what = f"`ModelCheckpoint(save_last='link')`: there are no symbolic links in `dirpath={self.dirpath}`."
+            raise ValueError(f"{what} Use `save_last=True`, which writes a full copy.")
         if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0:
             files = get_filesystem(self.dirpath)
             if files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
@@ -160,7 +158,8 @@ class ModelCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._watches_batches or not self._batch_due(trainer) or self._idle(trainer):
+        by_batch = self._every_n_train_steps or self._train_time_interval is not None
+        if not by_batch or not self._batch_due(trainer) or self._idle(trainer):
             return
         self._deferred = self.monitor is not None and (
             self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
@@ -173,8 +172,7 @@ class ModelCheckpoint(Checkpoint):
             return
         self._validated = True
         deferred = self._deferred and self.monitor in trainer.callback_metrics
-        after_validation = not _saves_after_training(trainer, self._save_on_train_epoch_end)
-        if (deferred or (after_validation and _epoch_due(trainer, self._every_n_epochs))) and not self._idle(trainer):
+        if (deferred or self._epoch_due(trainer, after_training=False)) and not self._idle(trainer):
             self._deferred = False
             self._save(trainer)
 
@@ -182,8 +180,7 @@ class ModelCheckpoint(Checkpoint):
         # What still waits after validation is settled here, if only by the complaint that `monitor` does not exist.
         deferred = self._deferred and (self._validated or not trainer.enable_validation)
         self._deferred = self._deferred and not deferred
-        after_training = _saves_after_training(trainer, self._save_on_train_epoch_end)
-        if (deferred or (after_training and _epoch_due(trainer, self._every_n_epochs))) and not self._idle(trainer):
+        if (deferred or self._epoch_due(trainer, after_training=True)) and not self._idle(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,12 +200,18 @@ class ModelCheckpoint(Checkpoint):
 
     def _idle(self, trainer: Trainer) -> bool:
         """Is this no moment to write files: not training for real, or already saved at this step?"""
-        return (
-            bool(trainer.fast_dev_run)
-            or trainer.state.fn != TrainerFn.FITTING
-            or trainer.sanity_checking
-            or self._last_global_step_saved == trainer.global_step
-        )
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+        return not training or self._last_global_step_saved == trainer.global_step
+
+    def _epoch_due(self, trainer: Trainer, after_training: bool) -> bool:
+        """Is this epoch's turn, and is it looked at here: after training or after validation?"""
+        every, chosen = self._every_n_epochs, self._save_on_train_epoch_end
+        if every < 1 or (trainer.current_epoch + 1) % every:
+            return False
+        if chosen is None:
+            once_per_epoch = trainer.val_check_time_s is None and trainer.check_val_every_n_epoch == 1
+            chosen = once_per_epoch and (trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches))
+        return chosen is after_training
 
     def _batch_due(self, trainer: Trainer) -> bool:
         if self._every_n_train_steps:
@@ -216,8 +219,7 @@ class ModelCheckpoint(Checkpoint):
         assert self._train_time_interval is not None
         now, before = time.monotonic(), self._last_time_checked
         due = before is None or now - before >= self._train_time_interval.total_seconds()
-        # Clocks differ: the first rank decides for all.
-        due = trainer.strategy.broadcast(due)
+        due = trainer.strategy.broadcast(due)  # clocks differ
         if due:
             self._last_time_checked = now
         return due
@@ -240,11 +242,10 @@ class ModelCheckpoint(Checkpoint):
 
     def _keep_if_best(self, trainer: Trainer, metrics: dict[str, Any]) -> bool:
         if self.monitor not in metrics:
-            message = _missing_monitor(self.monitor, metrics)
+            message = missing_monitor(self, str(self.monitor), metrics)
             if self._validated:
                 raise MisconfigurationException(message)
-            # It may be a value of the validation that has yet to run.
-            self._warnings.warn(message)
+            self._warnings.warn(message)  # validation may yet log it
             return False
         where = f"Epoch {metrics['epoch']}, global step {metrics['step']}: {self.monitor!r}"
         # sync: the decision needs the number; kept on the CPU so that the stored state loads anywhere
@@ -253,14 +254,14 @@ class ModelCheckpoint(Checkpoint):
             if self.verbose:
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return False
-        scores, k = self.best_k_models, self.save_top_k if self.save_top_k > 0 else len(self.best_k_models) + 1
+        scores = self.best_k_models
+        k = self.save_top_k if self.save_top_k > 0 else len(scores) + 1
         best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
         displaced = worst(scores, key=scores.__getitem__) if len(scores) >= k else ""
         scores.pop(displaced, None)
         filepath = self._free_path(trainer, metrics, replaces=displaced)
-        worst_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
-        self.current_score = scores[filepath] = worst_score if current.isnan() else current
+        self.current_score = scores[filepath] = self._worst_score() if current.isnan() else current
         self.best_model_path = best(scores, key=scores.__getitem__)
         self.best_model_score = scores[self.best_model_path]
         if len(scores) >= k:
@@ -270,8 +271,7 @@ class ModelCheckpoint(Checkpoint):
             reached = f"reached {current:.5f} (best {self.best_model_score:.5f})"
             rank_zero_info(f"{where} {reached}, saving model to {filepath!r} as top {k}")
         self._save_checkpoint(trainer, filepath)
-        # … and from the disk after it.
-        self._make_room(trainer, displaced, filepath)
+        self._make_room(trainer, displaced, filepath)  # … and from the disk after it
         return True
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
@@ -311,17 +311,19 @@ class ModelCheckpoint(Checkpoint):
 
     def _make_room(self, trainer: Trainer, previous: str, current: str) -> None:
         """Removes ``previous`` unless that is the new file, the one being resumed from, or outside of ``dirpath``."""
-        resumed = trainer.ckpt_path
-        if not previous or previous == current or (resumed and _absolute(previous) == _absolute(resumed)):
+        if not previous or previous == current:
             return
-        if _absolute(previous).startswith(os.path.join(_absolute(self.dirpath or ""), "")):
+        old, resumed, folder = (
+            os.path.abspath(local_path(path or "")) for path in (previous, trainer.ckpt_path, self.dirpath)
+        )
+        if old != resumed and old.startswith(os.path.join(folder, "")):
             self._remove_checkpoint(trainer, previous)
 
     def _free_path(
         self, trainer: Trainer, metrics: Mapping[str, Any], replaces: str = "", template: str | None = None
     ) -> str:
         """Where the next file goes; ``replaces`` is about to be removed, so its name is free."""
-        # Metrics, and so names, may differ between ranks: those of the first rank count for all.
+        # Metrics, and so names, may differ between ranks.
         share, version = trainer.strategy.broadcast, self.STARTING_VERSION
         filepath, replaces = share((self.format_checkpoint_name(metrics, template), replaces))
         while self._enable_version_counter and filepath != replaces and self.file_exists(filepath, trainer):
@@ -372,11 +374,8 @@ class ModelCheckpoint(Checkpoint):
                 setattr(self, name, state_dict.get(name, getattr(self, name)))
         else:
             rank_zero_warn(
-                explain(
-                    what=f"Checkpoints go to {self.dirpath!r} now, and went to {before!r} in the checkpoint being loaded.",
-                    why="Files of another folder are not managed, so only `best_model_path` is taken over.",
-                    fix="Use the same `dirpath` to go on where the run stopped.",
-                )
+                f"Checkpoints go to {self.dirpath!r} now, and went to {before!r} in the checkpoint being loaded: only "
+                "`best_model_path` is taken over. Use the same `dirpath` to go on where the run stopped."
             )
         self.best_model_path = state_dict["best_model_path"]
 
@@ -392,8 +391,7 @@ class OnExceptionCheckpoint(Checkpoint):
     def __init__(self, dirpath: str | os.PathLike, filename: str = "on_exception") -> None:
         if not filename:
             raise ValueError("`OnExceptionCheckpoint(filename='')` names no file. Leave it out or give a name.")
-        self.dirpath = dirpath
-        self.filename = filename
+        self.dirpath, self.filename = dirpath, filename
 
     @property
     def ckpt_path(self) -> str:
@@ -405,29 +403,6 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         trainer.strategy.remove_checkpoint(self.ckpt_path)
-
-
-def _check(monitor: str | None, top_k: int, mode: str, steps: int | None, epochs: int | None, interval: Any) -> None:
-    counts = {"every_n_train_steps": steps or 0, "every_n_epochs": epochs or 0}
-    chosen = {name: value for name, value in {**counts, "train_time_interval": interval}.items() if value}
-    problems = (
-        (mode not in ("min", "max"), f"`mode={mode!r}` is not known. Use 'min' or 'max'."),
-        (top_k < -1, f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep."),
-        (
-            monitor is None and top_k > 1,
-            f"`save_top_k={top_k}` without a `monitor` cannot tell which files are the best ones. "
-            "Pass `monitor='name_of_a_logged_value'`, or `save_top_k=-1` to keep all.",
-        ),
-        (min(counts.values()) < 0, f"{counts}: intervals must be 0 (never) or more."),
-        (
-            len(chosen) > 1,
-            f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
-            "Add a second `ModelCheckpoint` for the other.",
-        ),
-    )
-    for wrong, message in problems:
-        if wrong:
-            raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
 
 def _normal_folder(dirpath: str | os.PathLike) -> str:
@@ -445,37 +420,10 @@ def folder_of_run(trainer: Trainer) -> str:
     return os.path.join(root, str(logger.name), version, "checkpoints")
 
 
-def _epoch_due(trainer: Trainer, every: int) -> bool:
-    return every >= 1 and (trainer.current_epoch + 1) % every == 0
-
-
 def _metrics_of(trainer: Trainer) -> dict[str, Any]:
     """The logged values with "epoch" and "step", which a user may have logged too."""
-    metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    metrics["epoch"] = int(metrics.get("epoch", trainer.current_epoch))
-    metrics["step"] = int(metrics.get("step", trainer.global_step))
-    return metrics
-
-
-def _missing_monitor(monitor: str | None, metrics: Mapping[str, Any]) -> str:
-    return explain(
-        what=f"`ModelCheckpoint(monitor={monitor!r})`: no such name was logged.{suggestion(str(monitor), metrics)}",
-        why=f"Checkpoints cannot be compared without it; there are {list(metrics)}.",
-        fix=f"Call `self.log({monitor!r}, value)` in the LightningModule, or monitor one of these names.",
-    )
-
-
-def _saves_after_training(trainer: Trainer, choice: bool | None) -> bool:
-    """Are epochs looked at in `on_train_epoch_end` (else in `on_validation_end`)?"""
-    if choice is not None:
-        return choice
-    if trainer.val_check_time_s is not None or trainer.check_val_every_n_epoch != 1:
-        return False
-    return trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches)
-
-
-def _absolute(path: str | os.PathLike) -> str:
-    return os.fspath(path) if is_remote(path) else str(Path(local_path(path)).absolute())
+    metrics = {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
+    return {**metrics, "epoch": int(metrics["epoch"]), "step": int(metrics["step"])}
 
 
 def _link(target: str, link: str) -> None:

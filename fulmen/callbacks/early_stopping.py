@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fulmen.callbacks.callback import Callback
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.callbacks.callback import Callback, missing_monitor
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
 if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
+
+
+_STATE = ("wait_count", "stopped_epoch", "best_score", "patience", "stopping_reason_message")
 
 
 class EarlyStoppingReason(Enum):
@@ -70,20 +73,13 @@ class EarlyStopping(Callback):
     ) -> None:
         if mode not in self.mode_dict:
             raise MisconfigurationException(f"`EarlyStopping(mode={mode!r})` is not known. Use 'min' or 'max'.")
-        self.monitor = monitor
+        self.monitor, self.mode, self.strict, self.verbose = monitor, mode, strict, verbose
         self.min_delta = min_delta if mode == "max" else -min_delta
-        self.patience = patience
-        self.verbose = verbose
-        self.mode = mode
-        self.strict = strict
-        self.check_finite = check_finite
-        self.stopping_threshold = stopping_threshold
-        self.divergence_threshold = divergence_threshold
+        self.patience, self.check_finite = patience, check_finite
+        self.stopping_threshold, self.divergence_threshold = stopping_threshold, divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
         self._check_on_train_epoch_end = check_on_train_epoch_end
-
-        self.wait_count = 0
-        self.stopped_epoch = 0
+        self.wait_count = self.stopped_epoch = 0
         self.best_score = torch.tensor(math.inf if mode == "min" else -math.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
@@ -115,77 +111,52 @@ class EarlyStopping(Callback):
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
-            self._miss_monitor(list(metrics))
+            message = missing_monitor(self, self.monitor, metrics)
+            if self.strict:
+                raise RuntimeError(message)
+            if self.verbose:
+                rank_zero_warn(message, category=RuntimeWarning)
             return
         # sync: the rules need the number
-        reason, message = self._judge(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
+        reason, told = self._judge(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
         stop = reason is not EarlyStoppingReason.NOT_STOPPED
         if stop:
-            self.stopping_reason, self.stopping_reason_message = reason, message
-        if message and self.verbose:
-            self._tell(trainer, message)
+            self.stopping_reason, self.stopping_reason_message = reason, told
+        rank = trainer.global_rank if trainer.world_size > 1 else None
+        if told and self.verbose and not (rank and self.log_rank_zero_only):
+            log.info(rank_prefixed_message(told, None if self.log_rank_zero_only else rank))
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
 
     def _judge(self, current: Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """Applies the rules in their order; also counts, and remembers the best value."""
-        is_better, name = self.monitor_op, f"`{self.monitor}`"
+        reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
         stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
+        better, worse = (self.order_dict[mode] for mode in (("min", "max") if self.mode == "min" else ("max", "min")))
         if self.check_finite and not torch.isfinite(current):
-            message = f"{name} is {current}, which is not finite; the best value was {self.best_score:.3f}. Stopping."
-            return EarlyStoppingReason.NON_FINITE_METRIC, message
+            best = f"the best value was {self.best_score:.3f}"
+            return reason.NON_FINITE_METRIC, f"{name} is {current}, which is not finite; {best}. Stopping."
         if stop_at is not None and is_better(current, stop_at):
-            message = f"{name} is good enough: {current} {self.order_dict[self.mode]} {stop_at}. Stopping."
-            return EarlyStoppingReason.STOPPING_THRESHOLD, message
+            return reason.STOPPING_THRESHOLD, f"{name} is good enough: {current} {better} {stop_at}. Stopping."
         if diverged_at is not None and is_better(-current, -diverged_at):
-            worse = self.order_dict["max" if self.mode == "min" else "min"]
-            message = f"{name} has diverged: {current} {worse} {diverged_at}. Stopping."
-            return EarlyStoppingReason.DIVERGENCE_THRESHOLD, message
+            return reason.DIVERGENCE_THRESHOLD, f"{name} has diverged: {current} {worse} {diverged_at}. Stopping."
         if is_better(current - self.min_delta, self.best_score):
             gain = abs(self.best_score - current)
             by = f" by {gain:.3f} (`min_delta` is {abs(self.min_delta)})" if gain.isfinite() else ""
             self.best_score, self.wait_count = current.clone(), 0
-            return EarlyStoppingReason.NOT_STOPPED, f"{name} improved{by}; the best value is {current:.3f} now."
+            return reason.NOT_STOPPED, f"{name} improved{by}; the best value is {current:.3f} now."
         self.wait_count += 1
         if self.wait_count < self.patience:
-            return EarlyStoppingReason.NOT_STOPPED, None
-        message = (
-            f"{name} did not improve in the last {self.wait_count} checks; the best value was {self.best_score:.3f}."
-        )
-        return EarlyStoppingReason.PATIENCE_EXHAUSTED, f"{message} Stopping."
-
-    def _miss_monitor(self, known: list[str]) -> None:
-        message = explain(
-            what=f"`EarlyStopping(monitor={self.monitor!r})`: no such name was logged.{suggestion(self.monitor, known)}",
-            why=f"Without its value there is nothing to decide on; there are {known}.",
-            fix=f"Call `self.log({self.monitor!r}, value)` in the LightningModule, or monitor one of these names.",
-        )
-        if self.strict:
-            raise RuntimeError(message)
-        if self.verbose:
-            rank_zero_warn(message, category=RuntimeWarning)
-
-    def _tell(self, trainer: Trainer, message: str) -> None:
-        rank = trainer.global_rank if trainer.world_size > 1 else None
-        if not (rank and self.log_rank_zero_only):
-            log.info(rank_prefixed_message(message, None if self.log_rank_zero_only else rank))
+            return reason.NOT_STOPPED, None
+        since = f"did not improve in the last {self.wait_count} checks; the best value was {self.best_score:.3f}"
+        return reason.PATIENCE_EXHAUSTED, f"{name} {since}. Stopping."
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "wait_count": self.wait_count,
-            "stopped_epoch": self.stopped_epoch,
-            "best_score": self.best_score,
-            "patience": self.patience,
-            "stopping_reason": self.stopping_reason.value,
-            "stopping_reason_message": self.stopping_reason_message,
-        }
+        return {**{name: getattr(self, name) for name in _STATE}, "stopping_reason": self.stopping_reason.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.wait_count = state_dict["wait_count"]
-        self.stopped_epoch = state_dict["stopped_epoch"]
-        self.best_score = state_dict["best_score"]
-        self.patience = state_dict["patience"]
         # Files of older versions do not say why training stopped.
+        for name in _STATE:
+            setattr(self, name, state_dict.get(name) if name == "stopping_reason_message" else state_dict[name])
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
-        self.stopping_reason_message = state_dict.get("stopping_reason_message")

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_info
 
@@ -67,13 +67,22 @@ class Accelerator(ABC):
         accelerator_registry.register(cls.name(), cls, description=cls.__name__)
 
 
-class CPUAccelerator(Accelerator):
-    """The host's processor; ``devices`` counts processes."""
+class _Known(Accelerator):
+    """What those that are described below have in common."""
 
     def setup_device(self, device: torch.device) -> None:
-        _expect_type(device, "cpu")
+        if device.type != self.name():
+            raise MisconfigurationException(
+                f"The strategy is on `{device}`, its accelerator for {self.name()} devices."
+            )
 
     def teardown(self) -> None: ...
+
+    auto_device_count = staticmethod(lambda: 1)
+
+
+class CPUAccelerator(_Known):
+    """The host's processor; ``devices`` counts processes."""
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
@@ -90,22 +99,19 @@ class CPUAccelerator(Accelerator):
     def get_parallel_devices(devices: int | str) -> list[torch.device]:
         return [torch.device("cpu")] * CPUAccelerator.parse_devices(devices)
 
-    auto_device_count = staticmethod(lambda: 1)
     is_available = staticmethod(lambda: True)
     name = staticmethod(lambda: "cpu")
 
 
-class CUDAAccelerator(Accelerator):
+class CUDAAccelerator(_Known):
     """NVIDIA GPUs, and AMD GPUs through ROCm builds of torch."""
 
     def setup_device(self, device: torch.device) -> None:
-        _expect_type(device, "cuda")
+        super().setup_device(device)
         torch.cuda.set_device(device)
         if torch.cuda.get_device_capability(device)[0] >= 8 and torch.get_float32_matmul_precision() == "highest":
-            fix = "call `torch.set_float32_matmul_precision('high')` (or 'medium') to trade precision for speed."
-            rank_zero_info(
-                f"{torch.cuda.get_device_name(device)!r} has Tensor Cores, which float32 does not use: {fix}"
-            )
+            fix = "`torch.set_float32_matmul_precision('high')` (or 'medium') trades precision for speed"
+            rank_zero_info(f"{torch.cuda.get_device_name(device)!r} has Tensor Cores: {fix}.")
 
     def setup(self, trainer: Any) -> None:
         self.set_nvidia_flags(trainer.local_rank)
@@ -139,13 +145,8 @@ class CUDAAccelerator(Accelerator):
     name = staticmethod(lambda: "cuda")
 
 
-class MPSAccelerator(Accelerator):
+class MPSAccelerator(_Known):
     """The GPU of Apple silicon. ``DISABLE_MPS=1`` hides it."""
-
-    def setup_device(self, device: torch.device) -> None:
-        _expect_type(device, "mps")
-
-    def teardown(self) -> None: ...
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Memory (shared with the GPU), processor and swap in percent of the whole machine; needs `psutil`."""
@@ -164,19 +165,17 @@ class MPSAccelerator(Accelerator):
         hidden = os.environ.get("DISABLE_MPS", "0") == "1"
         return not hidden and platform.processor() in ("arm", "arm64") and torch.backends.mps.is_available()
 
-    auto_device_count = staticmethod(lambda: 1)
     name = staticmethod(lambda: "mps")
 
 
-class XLAAccelerator(Accelerator):
+class XLAAccelerator(_Known):
     """TPUs. Only the name exists, so that asking for one gets a clear answer."""
 
     @staticmethod
     def parse_devices(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("TPUs (torch_xla) are not supported by fulmen. Use `accelerator='cpu'`, 'cuda' or 'mps'.")
 
-    # Also in place of what there would be; without it the class would be abstract, and say that instead.
-    __init__ = setup_device = teardown = get_parallel_devices = parse_devices  # type: ignore[assignment]
+    __init__ = get_parallel_devices = parse_devices
     auto_device_count = staticmethod(lambda: 0)
     is_available = staticmethod(lambda: False)
     name = staticmethod(lambda: "tpu")
@@ -185,22 +184,18 @@ class XLAAccelerator(Accelerator):
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
     """Indices of GPUs that accept work (others are broken, or taken in exclusive mode); -1 returns all.
 
-    Every GPU that is tried gets a CUDA context, so call this in the process that will train.
-
-    Raises:
-        ValueError: there are fewer GPUs than asked for.
-        RuntimeError: there are enough, but too few accept work.
+    Every GPU that is tried gets a CUDA context, so call this in the process that will train. Raises a `ValueError` when
+    fewer GPUs are visible than asked for, a `RuntimeError` when too few accept work.
     """
     usable: list[int] = []
     visible = torch.cuda.device_count()
     if num_devices > visible or (num_devices and not visible):
         raise ValueError(f"`{num_devices=}` were asked for, but {visible} CUDA devices are visible here.")
     for index in range(visible):
-        if len(usable) == num_devices:
-            break
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=torch.device("cuda", index))
-            usable.append(index)
+            if len(usable) != num_devices:
+                torch.zeros(1, device=torch.device("cuda", index))
+                usable.append(index)
     if len(usable) < num_devices:
         raise RuntimeError(f"`{num_devices=}` were asked for, but only {usable} of {visible} CUDA devices accept work.")
     return usable
@@ -216,25 +211,19 @@ def _pick(devices: Any, available: list[int], kind: str) -> list[int] | None:
         raise TypeError(f"`{devices=}` is no number of {kind} devices, nor a list of their indices. {fix}")
     if not devices:
         return None
-    if not is_list and devices < -1:
-        raise MisconfigurationException(f"`{devices=}` is no number of {kind} devices. Use -1 for all of them.")
-    if not available:
-        what = f"`{devices=}` asks for {kind} devices, but this machine has none."
-        raise MisconfigurationException(f"{what} Use `accelerator='cpu'`.")
     wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
-    if len(set(wanted)) < len(wanted):
-        raise MisconfigurationException(f"`devices={wanted}` names a device twice. Each index may appear once.")
-    if len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-        return available  # torchrun on a cluster that shows each process only its own GPU
-    if missing := sorted(set(wanted) - set(available)):
-        what = f"`devices` asks for the {kind} devices {wanted}, but {missing} do not exist."
-        raise MisconfigurationException(f"{what} Choose from {available}.")
-    return wanted
-
-
-def _expect_type(device: torch.device, kind: str) -> None:
-    if device.type != kind:
-        raise MisconfigurationException(f"The strategy is on `{device}`, but its accelerator is for {kind} devices.")
+    missing = sorted(set(wanted) - set(available))
+    # torchrun on a cluster that shows each process only its own GPU
+    only_own = len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ
+    for wrong, why in (
+        (not is_list and devices < -1, "is no number of devices. Use -1 for all of them"),
+        (not available, "asks for devices, but this machine has none. Use `accelerator='cpu'`"),
+        (len(set(wanted)) < len(wanted), "names a device twice. Each index may appear once"),
+        (missing and not only_own, f"is too much: {missing} do not exist. Choose from {available}"),
+    ):
+        if wrong:
+            raise MisconfigurationException(f"For {kind}, `{devices=}` {why}.")
+    return available if only_own else wanted
 
 
 def _host_stats(prefix: str) -> dict[str, float]:
@@ -261,19 +250,18 @@ class Registry(dict[str, dict[str, Any]]):
         cls = init_params.pop(self.kind, cls)  # as the keyword `accelerator` or `strategy`
         if cls is None:
             return functools.partial(self.register, name, description=description, override=override, **init_params)
-        entry = {"description": description, "init_params": init_params}
-        self[name] = {self.kind: cls, f"{self.kind}_name": name, **entry}
+        names = {self.kind: cls, f"{self.kind}_name": name}
+        self[name] = {**names, "description": description, "init_params": init_params}
         return cls
 
     def get(self, name: str, default: Any = None) -> Any:
         """A new object of that name; unknown names give ``default``, or a `KeyError` if there is none."""
-        if name not in self and default is None:
+        if name in self:
+            cls, init_params = self[name][self.kind], self[name]["init_params"]
+            return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(**init_params)
+        if default is None:
             raise KeyError(f"No {self.kind} {name!r} among {', '.join(sorted(self))}.{suggestion(name, self)}")
-        return self.class_of(name)(**self[name]["init_params"]) if name in self else default
-
-    def class_of(self, name: str) -> Any:
-        """What was registered under the name, imported if it was given as a path."""
-        return pkgutil.resolve_name(cls) if isinstance(cls := self[name][self.kind], str) else cls
+        return default
 
     def remove(self, name: str) -> None:
         del self[name]

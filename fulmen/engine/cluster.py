@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 from abc import ABC, abstractmethod
+from functools import cached_property
 
-from fulmen.utilities.errors import PossibleUserWarning, explain
+from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 12910
@@ -72,22 +73,18 @@ class LightningEnvironment(ClusterEnvironment):
     """
 
     def __init__(self) -> None:
-        self._port: int | None = None
         self._global_rank, self._world_size = 0, 1
 
     creates_processes_externally = property(lambda self: "LOCAL_RANK" in os.environ)
     main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
-
-    @property
-    def main_port(self) -> int:
-        """``MASTER_PORT``, or a free port that stays the same for this object."""
-        if "MASTER_PORT" in os.environ:
-            return _read("MASTER_PORT")
-        if self._port is None:
-            self._port = free_port()
-        return self._port
-
+    main_port = property(lambda self: _read("MASTER_PORT", self._free_port))
     detect = staticmethod(lambda: True)
+
+    @cached_property
+    def _free_port(self) -> int:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
 
     def world_size(self) -> int:
         return self._world_size
@@ -99,18 +96,13 @@ class LightningEnvironment(ClusterEnvironment):
         return self._global_rank
 
     def set_global_rank(self, rank: int) -> None:
-        self._global_rank = rank
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        self._global_rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
         return _read("LOCAL_RANK", 0)
 
     def node_rank(self) -> int:
         return _read("NODE_RANK", _read("GROUP_RANK", 0))
-
-    def teardown(self) -> None:
-        # Our launcher puts it there; a later run in this process starts from nothing again.
-        os.environ.pop("WORLD_SIZE", None)
 
 
 class _StartedElsewhere(ClusterEnvironment):
@@ -144,11 +136,6 @@ class TorchElasticEnvironment(_StartedElsewhere):
 
     detect = staticmethod(lambda: "TORCHELASTIC_RUN_ID" in os.environ)
 
-    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        if num_devices * num_nodes != self.world_size():
-            what = f"`devices={num_devices}` times `num_nodes={num_nodes}` is not the {self.world_size()} of torchrun."
-            raise ValueError(explain(what, fix="Let `--nproc-per-node` equal `devices` and `--nnodes` `num_nodes`."))
-
 
 class SLURMEnvironment(_StartedElsewhere):
     """Processes started by `srun` on a SLURM cluster.
@@ -165,8 +152,8 @@ class SLURMEnvironment(_StartedElsewhere):
         self.requeue_signal = requeue_signal or getattr(signal, "SIGUSR1", None)
         tasks = os.environ.get("SLURM_NTASKS", "1")
         if tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ and not _interactive_slurm():
-            what = f"The SLURM job was started with `--ntasks={tasks}`, which does not say how many share a node."
-            raise RuntimeError(explain(what, fix=f"Use `--ntasks-per-node={tasks}`, together with `--nodes`."))
+            fix = f"Use `--ntasks-per-node={tasks}`, together with `--nodes`."
+            raise RuntimeError(f"The SLURM option `--ntasks={tasks}` does not say how many share a node. {fix}")
 
     @property
     def main_address(self) -> str:
@@ -200,24 +187,6 @@ class SLURMEnvironment(_StartedElsewhere):
         """The first host of a SLURM list: ``"gpu[07-09,12],login"`` gives ``"gpu07"``."""
         return re.split(r"[,\s]", re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes))[0]
 
-    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        if _interactive_slurm():
-            return
-        for argument, given, variable, option in (
-            ("devices", num_devices, "SLURM_NTASKS_PER_NODE", "--ntasks-per-node"),
-            ("num_nodes", num_nodes, "SLURM_NNODES", "--nodes"),
-        ):
-            if variable in os.environ and (started := _read(variable)) != given:
-                what = f"`{argument}={given}` was passed, but SLURM started the job with `{option}={started}`."
-                raise ValueError(explain(what, fix=f"Use `{argument}={started}`."))
-
-
-def free_port() -> int:
-    """A port of this host that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
 
 def _interactive_slurm() -> bool:
     return SLURMEnvironment.job_name() in ("bash", "interactive")
@@ -231,5 +200,5 @@ def _read(variable: str, default: int | None = None) -> int:
     if text is None or not text.strip().isdigit():
         found = "is not set" if text is None else f"is {text!r}"
         fix = "Start the processes with the launcher, or pass `LightningEnvironment()` in `plugins`."
-        raise RuntimeError(explain(f"The environment variable {variable} {found}, where a number must be.", fix=fix))
+        raise RuntimeError(f"The environment variable {variable} {found}, where a number must be. {fix}")
     return int(text)

@@ -210,13 +210,6 @@ class EvaluationLoop:
         """After the sanity check: it never happened."""
         self.batches_seen.clear()
 
-    @property
-    def loaders_as_given(self) -> Any:
-        """What the user gave, in the same nesting, with loaders that were made again in their places."""
-        if self.loaders is None or isinstance(self.given_loaders, CombinedLoader):
-            return self.given_loaders
-        return self.loaders.iterables
-
     def teardown(self) -> None:
         if self.feed is not None:
             self.feed.close()

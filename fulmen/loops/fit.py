@@ -6,8 +6,6 @@ import time
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed
@@ -15,13 +13,13 @@ from fulmen.loops import cadence
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import AutomaticOptimization, ManualOptimization
-from fulmen.loops.progress import Position, Progress
+from fulmen.loops.progress import Draws, Position, Progress
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException
 from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import generator_states, isolate_rng, set_generator_states
+from fulmen.utilities.seed import isolate_rng
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -52,8 +50,7 @@ class FitLoop:
         self.optimization: AutomaticOptimization | ManualOptimization
         self.schedulers: Schedulers
         self.resumed = False  # the first epoch continues where a checkpoint was taken
-        self.generators: dict[str, Any] | None = None  # random states of that checkpoint
-        self.drawn: dict[str, Any] | None = None  # the same, after the iterator of the epoch was made
+        self.draws = Draws(None)  # the random generators of that checkpoint
         self.loaded_at_epoch: int | None = None
         self._validated_at_s = 0.0
         self._said_to_continue = False
@@ -64,10 +61,12 @@ class FitLoop:
         """All of training."""
         with isolate_rng():
             self.sanity_check()
-        self.prepare()
-        if self.nothing_to_do():
+        self.hooks = self.trainer.hooks
+        self.trainer.book.turn_to("train")
+        self.load_data()
+        if self.trainer.limit_train_batches == 0 or self.finished():
             return
-        self.start()
+        self.prepare()
         self.hooks.on_train_start()
         while not self.finished():
             self.run_epoch()
@@ -103,12 +102,18 @@ class FitLoop:
         if self.iterator_feed:
             batch_idx = self.feed.batch_idx  # type: ignore[union-attr]
             progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
-        self.step_schedulers(batch_idx)
+        if self.schedulers.any:
+            self.trainer.book.hook = "lr_scheduler_step"  # nothing may be logged there
+            self.schedulers.after_batch(
+                batch_idx + 1, progress.epochs + 1, self.optimization.stepped, progress.is_last_batch
+            )
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
         book.close_batch()
-        if book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run:
-            self.report_step()
+        due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
+        if due and self.optimization.stepped:
+            # sync: the step metrics go to the loggers, in one transfer from the device
+            self.trainer.report(book.take(), step=progress.log_step, with_epoch=True)
         return True
 
     # ------------------------------------------------------------------ before
@@ -129,17 +134,10 @@ class FitLoop:
         self.progress.position = position
         trainer.stage = RunningStage.TRAINING
 
-    def prepare(self) -> None:
-        """Loaders, limits, and where to pick up again."""
-        trainer = self.trainer
-        self.hooks = trainer.hooks
-        trainer.book.turn_to("train")
-        self.load_data()
-
     def resume(self, progress: dict[str, Any], generators: dict[str, Any] | None) -> None:
         """Continues from a checkpoint: its counters, and the states of all random generators if it has them."""
         self.progress.load_state_dict(progress)
-        self.resumed, self.generators = True, generators
+        self.resumed, self.draws = True, Draws(generators)
         if self.progress.position == Position.EPOCH_END:  # that epoch counts
             self.progress.epochs += 1
             self.progress.open_epoch()
@@ -169,11 +167,9 @@ class FitLoop:
         profile = profiled_fetch(trainer, "[_TrainingEpochLoop].train_dataloader_next")
         kind = IteratorFeed if self.iterator_feed else Feed
         self.feed = kind(self.loaders, transfer, profile)
-        if self.generators is not None:
-            # The order of a shuffled epoch is drawn when its iterator is made.
-            set_generator_states(self.generators)
+        self.draws.rewind()  # the order of a shuffled epoch is drawn when its iterator is made
         self.feed.open()
-        self.drawn = generator_states() if self.generators is not None else None
+        self.draws.note()
         self.loaded_at_epoch = self.progress.epochs
         self.set_validation_interval()
 
@@ -205,11 +201,7 @@ class FitLoop:
                 category=PossibleUserWarning,
             )
 
-    def nothing_to_do(self) -> bool:
-        """Whether the limits were reached before the first batch."""
-        return self.trainer.limit_train_batches == 0 or self.finished()
-
-    def start(self) -> None:
+    def prepare(self) -> None:
         """Everything bound once, before the first batch."""
         trainer = self.trainer
         module = trainer.lightning_module
@@ -280,22 +272,11 @@ class FitLoop:
             return
         progress.open_epoch()
         self.feed.first_batch_idx = 0
-        if self.generators is not None:
-            set_generator_states(self.generators)
+        self.draws.rewind()
         self.hooks.on_train_epoch_start()
-        if self.generators is not None:
-            self.continue_generators()
-        elif progress.epochs > 0 and not resumed:
+        stale = not self.draws.continued() if self.draws.stored is not None else progress.epochs > 0 and not resumed
+        if stale:  # the iterator that is open is not the one of this epoch
             self.feed.open()
-
-    def continue_generators(self) -> None:
-        """The resumed epoch draws what the epoch that was never stopped drew, also if `on_train_epoch_start` draws."""
-        assert self.feed is not None and self.generators is not None and self.drawn is not None
-        if same_generators(generator_states(), self.generators):
-            set_generator_states(self.drawn)
-        else:
-            self.feed.open()
-        self.generators = None
 
     def pick_up(self) -> None:
         """Continues inside an epoch, from the position the checkpoint was taken at."""
@@ -306,9 +287,8 @@ class FitLoop:
             "starts again from its first sample. Give it `state_dict` and `load_state_dict` to continue exactly."
         )
         self.feed.first_batch_idx = progress.batch
-        if self.generators is not None:
-            set_generator_states(self.generators)
-            self.generators = None
+        self.draws.rewind()
+        self.draws = Draws(None)
         position, progress.position = progress.position, Position.BATCH_DONE
         if position == Position.IN_BATCH:
             return
@@ -329,8 +309,8 @@ class FitLoop:
         assert book.page is not None
         book.page.epoch_over = True
         self.hooks.on_train_epoch_end()
-        if progress.is_last_batch and self.schedulers.plateau_by_epoch:
-            self.schedulers.step_plateau(self.schedulers.plateau_by_epoch, progress.epochs + 1, book.callback_metrics)
+        if progress.is_last_batch and self.schedulers.any:
+            self.schedulers.watch("epoch", progress.epochs + 1, book)
         # The x axis is the last step of the epoch, which has been counted already.
         trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
         book.page.reset()
@@ -349,29 +329,15 @@ class FitLoop:
     def skip_epoch(self) -> bool:
         """`on_train_batch_start` returned -1: this counts as the last batch of the epoch, without a step."""
         self.progress.is_last_batch = True
-        if self.schedulers.by_epoch:
-            self.schedulers.step_after(self.schedulers.by_epoch, self.progress.epochs + 1)
+        self.schedulers.after_batch(0, self.progress.epochs + 1, stepped=False, is_last_batch=True)
         return False
-
-    def step_schedulers(self, batch_idx: int) -> None:
-        """After an optimizer step those per step; after the last batch those per epoch, before validation."""
-        schedulers, progress = self.schedulers, self.progress
-        if schedulers.by_step and self.optimization.stepped:
-            schedulers.step_after(schedulers.by_step, batch_idx + 1)
-        if progress.is_last_batch and schedulers.by_epoch:
-            schedulers.step_after(schedulers.by_epoch, progress.epochs + 1)
-
-    def report_step(self) -> None:
-        """Step metrics to the loggers, in one transfer from the device (sync)."""
-        if self.optimization.stepped:
-            self.trainer.report(self.trainer.book.take(), step=self.progress.log_step, with_epoch=True)
 
     def finish_batch(self) -> None:
         """The end of a batch, after validation if there was one."""
-        schedulers, progress = self.schedulers, self.progress
-        if schedulers.plateau_by_step and self.optimization.stepped:
-            schedulers.step_plateau(schedulers.plateau_by_step, progress.batch, self.trainer.book.callback_metrics)
+        progress = self.progress
         if self.optimization.stepped:
+            if self.schedulers.any:
+                self.schedulers.watch("step", progress.batch, self.trainer.book)
             progress.log_step += 1
         if self.trainer.received_sigterm:
             raise SIGTERMException
@@ -427,20 +393,8 @@ class FitLoop:
 
     # ------------------------------------------------------------------ after
 
-    @property
-    def loaders_as_given(self) -> Any:
-        """What the user gave, in the same nesting, with loaders that were made again in their places."""
-        if self.loaders is None or isinstance(self.given_loaders, CombinedLoader):
-            return self.given_loaders
-        return self.loaders.iterables
-
     def teardown(self) -> None:
         """Ends the workers of training and validation."""
         if self.feed is not None:
             self.feed.close()
         self.val_loop.teardown()
-
-
-def same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether nothing was drawn from torch's and Python's generators between two states."""
-    return torch.equal(a["torch"], b["torch"]) and tuple(a["python"][1]) == tuple(b["python"][1])

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.data import loaders as loader_tools
 from fulmen.data.batches import transfer_to
+from fulmen.data.combined import CombinedLoader
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fulmen.data.combined import CombinedLoader
     from fulmen.trainer import Trainer
 
 
@@ -59,3 +59,10 @@ def bound_step(trainer: Trainer, name: str) -> Callable[..., Any]:
     """The callable for a step of the module, timed if somebody profiles."""
     strategy = trainer.strategy
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", strategy.bind(name))
+
+
+def loaders_as_given(loop: Any) -> Any:
+    """What the user gave a loop, in the same nesting, with loaders that were made again in their places."""
+    if loop.loaders is None or isinstance(loop.given_loaders, CombinedLoader):
+        return loop.given_loaders
+    return loop.loaders.iterables

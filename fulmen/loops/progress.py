@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from fulmen.utilities.seed import generator_states, set_generator_states
 from fulmen.utilities.types import LightningEnum
 
 
@@ -50,3 +53,34 @@ class Progress:
                 self.position = Position(value)
             elif name in self.__dataclass_fields__:
                 setattr(self, name, value)
+
+
+class Draws:
+    """Lets a resumed epoch draw the random numbers that the epoch which was never stopped drew.
+
+    Arguments:
+        stored: states of all generators when the checkpoint was taken; None when there is nothing to continue.
+    """
+
+    def __init__(self, stored: dict[str, Any] | None) -> None:
+        self.stored, self.after_opening = stored, None
+
+    def rewind(self) -> None:
+        """Back to the states of the checkpoint."""
+        if self.stored is not None:
+            set_generator_states(self.stored)
+
+    def note(self) -> None:
+        """The iterator of the epoch has just been made, which draws."""
+        self.after_opening = generator_states() if self.stored is not None else None
+
+    def continued(self) -> bool:
+        """After `on_train_epoch_start`: whether the iterator is still the right one; if so, draws go on behind it."""
+        stored, after, self.stored = self.stored, self.after_opening, None
+        if stored is None or after is None:
+            return False
+        now = generator_states()
+        untouched = torch.equal(now["torch"], stored["torch"]) and tuple(now["python"][1]) == tuple(stored["python"][1])
+        if untouched:
+            set_generator_states(after)
+        return untouched

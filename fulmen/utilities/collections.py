@@ -39,10 +39,6 @@ class AttributeDict(dict):
         return "\n".join(f"{key:{width}} {value}" for key, value in rows)
 
 
-def _is_record(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
 def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
     """A container of the same kind with ``fn`` applied to what it directly holds; anything else comes back as it is.
 
@@ -50,13 +46,12 @@ def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
     """
     if isinstance(data, Mapping):
         items = {key: fn(value) for key, value in data.items()}
-        is_default = isinstance(data, defaultdict)
-        return defaultdict(data.default_factory, items) if is_default else type(data)(items)  # type: ignore[call-arg]
+        return defaultdict(data.default_factory, items) if isinstance(data, defaultdict) else type(data)(items)  # type: ignore[call-arg]
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*map(fn, data))
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes, range)):
         return type(data)([fn(item) for item in data])  # type: ignore[call-arg]
-    if _is_record(data):
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
         new = copy.copy(data)
         for field in dataclasses.fields(data):
             if hasattr(data, field.name):
@@ -118,7 +113,7 @@ def _batch_sizes(batch: Any) -> Iterator[int]:
     # An array of another library is not split into its elements.
     elif isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)) and not hasattr(batch, "__array__"):
         children = batch
-    elif _is_record(batch):
+    elif dataclasses.is_dataclass(batch):
         children = (getattr(batch, field.name) for field in dataclasses.fields(batch))
     for child in children:
         yield from _batch_sizes(child)

@@ -125,7 +125,7 @@ def is_compiled(model: Any) -> bool:
 
 def from_compiled(model: Any) -> nn.Module:
     """The module inside `torch.compile(module)`, with its forward and step methods compiled the same way."""
-    module = model._orig_mod if is_compiled(model) else None
+    module: Any = model._orig_mod if is_compiled(model) else None
     if not hasattr(module, "training_step"):
         raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
     compiled = model.dynamo_ctx

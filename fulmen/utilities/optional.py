@@ -14,8 +14,9 @@ DISTRIBUTIONS = {"comet_ml": "comet-ml", "sklearn": "scikit-learn", "yaml": "PyY
 
 
 def _release(version: str) -> list[int]:
-    """The leading numbers of a version, without zeros at the end: ``"2.1.0.post3+cu118"`` is [2, 1]."""
-    return [int(part) for part in re.findall(r"\d+", re.match(r"[\d.]*", version).group().rstrip("0."))]
+    """The leading numbers of a version: ``"2.1.post3+cu118"`` is [2, 1, 0]. Enough to compare minimum versions."""
+    numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0])]
+    return numbers + [0] * (3 - len(numbers))
 
 
 @functools.cache

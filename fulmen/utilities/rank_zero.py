@@ -14,8 +14,6 @@ from fulmen.utilities.errors import LightningDeprecationWarning
 
 T = TypeVar("T")
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-
 
 class _ConsoleHandler(logging.Handler):
     """Writes to stderr as long as the application has not configured logging itself."""
@@ -28,13 +26,7 @@ class _ConsoleHandler(logging.Handler):
 log = logging.getLogger("fulmen")
 if not log.handlers:
     log.addHandler(_ConsoleHandler())
-    if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
-
-
-def rank_from_environment() -> int | None:
-    """The rank a launcher announced in the environment, or None when there is no launcher."""
-    return next((int(os.environ[key]) for key in RANK_VARIABLES if os.environ.get(key, "").isdigit()), None)
+    log.setLevel(log.level or logging.INFO)
 
 
 def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T]:
@@ -51,7 +43,8 @@ def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T
     return on_rank_zero
 
 
-rank_zero_only.rank = rank_from_environment() or 0  # type: ignore[attr-defined]
+_announced = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
+rank_zero_only.rank = next((int(text) for text in _announced if text.isdigit()), 0)  # type: ignore[attr-defined]
 
 
 def is_rank_zero() -> bool:
@@ -98,23 +91,16 @@ def rank_prefixed_message(message: str, rank: int | None) -> str:
 class WarningCache(set[str]):
     """Says each text once."""
 
-    def _is_new(self, message: str | Warning) -> bool:
-        text = str(message)
-        if text in self:
-            return False
-        self.add(text)
-        return True
+    def _once(self, say: Callable, message: str | Warning, stacklevel: int, **kwargs: Any) -> None:
+        if str(message) not in self:
+            self.add(str(message))
+            say(message, stacklevel=stacklevel + 1, **kwargs)
 
-    def warn(
-        self, message: str | Warning, category: type[Warning] = UserWarning, stacklevel: int = 5, **kw: Any
-    ) -> None:
-        if self._is_new(message):
-            rank_zero_warn(message, stacklevel=stacklevel, category=category, **kw)
+    def warn(self, message: str | Warning, stacklevel: int = 5, **kwargs: Any) -> None:
+        self._once(rank_zero_warn, message, stacklevel, **kwargs)
 
     def deprecation(self, message: str | Warning, stacklevel: int = 6, **kwargs: Any) -> None:
-        if self._is_new(message):
-            rank_zero_deprecation(message, stacklevel=stacklevel, **kwargs)
+        self._once(rank_zero_deprecation, message, stacklevel, **kwargs)
 
     def info(self, message: str, stacklevel: int = 5, **kwargs: Any) -> None:
-        if self._is_new(message):
-            rank_zero_info(message, stacklevel=stacklevel, **kwargs)
+        self._once(rank_zero_info, message, stacklevel, **kwargs)

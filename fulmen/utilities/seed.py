@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from fulmen.utilities.errors import explain
 from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 MAX_SEED = 2**32 - 1
 
 
-def _numpy() -> ModuleType | None:
-    if not available("numpy"):
-        return None
-    import numpy
-
-    return numpy
+def _numpy() -> Any:
+    return importlib.import_module("numpy") if available("numpy") else None
 
 
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
@@ -38,37 +33,37 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     Returns:
         The seed that was used. It is the same in all processes of a run.
     """
-    if seed is None:
-        given = os.environ.get("PL_GLOBAL_SEED")
-        if given is None:
-            seed = 0
-            rank_zero_warn(f"No seed found, seed set to {seed}")
-        else:
-            try:
-                seed = int(given)
-            except ValueError:
-                fix = "Set it to an integer or call `seed_everything(seed)`."
-                raise ValueError(explain(f"Invalid seed specified via PL_GLOBAL_SEED: {given!r}.", fix=fix)) from None
-    seed = int(seed)
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"The seed {seed} is out of bounds: numpy accepts 0 to {MAX_SEED}. Choose one in that range.")
+    given = os.environ.get("PL_GLOBAL_SEED") if seed is None else seed
+    if given is None:
+        rank_zero_warn("No seed found, seed set to 0")
+        given = 0
+    try:
+        number = int(given)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= MAX_SEED:
+        name = "PL_GLOBAL_SEED" if seed is None else "seed"
+        raise ValueError(f"`{name}={given!r}` is not a seed. Use an integer from 0 to {MAX_SEED}.")
 
     if verbose:
-        rank_zero_info(f"Seed set to {seed}")
-    os.environ["PL_GLOBAL_SEED"] = str(seed)
+        rank_zero_info(f"Seed set to {number}")
+    os.environ["PL_GLOBAL_SEED"] = str(number)
     os.environ["PL_SEED_WORKERS"] = str(int(workers))
-    random.seed(seed)
+    _seed_generators(number, number, number)
+    return number
+
+
+def _seed_generators(for_python: int, for_numpy: int, for_torch: int) -> None:
+    random.seed(for_python)
     if numpy := _numpy():
-        numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    return seed
+        numpy.random.seed(for_numpy)
+    torch.manual_seed(for_torch)
 
 
 def reset_seed() -> None:
     """Start again from the seed of the last `seed_everything`; nothing happens if there was none."""
     if "PL_GLOBAL_SEED" in os.environ:
-        workers = os.environ.get("PL_SEED_WORKERS", "0") != "0"
-        seed_everything(int(os.environ["PL_GLOBAL_SEED"]), workers=workers, verbose=False)
+        seed_everything(workers=os.environ.get("PL_SEED_WORKERS", "0") != "0", verbose=False)
 
 
 def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
@@ -78,10 +73,7 @@ def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     base = torch.initial_seed() - worker_id
     digest = hashlib.blake2b(f"{base}/{worker_id}/{rank}".encode(), digest_size=32).digest()
     for_torch, for_python, for_numpy = (int.from_bytes(digest[i : i + 8], "big") for i in (0, 8, 16))
-    torch.manual_seed(for_torch)
-    random.seed(for_python)
-    if numpy := _numpy():
-        numpy.random.seed(for_numpy % (MAX_SEED + 1))
+    _seed_generators(for_python, for_numpy % (MAX_SEED + 1), for_torch)
 
 
 def generator_states(include_cuda: bool = True) -> dict[str, Any]:
@@ -105,8 +97,8 @@ def set_generator_states(states: dict[str, Any]) -> None:
         torch.set_rng_state(states["torch"].cpu())
     if "numpy" in states and (numpy := _numpy()):
         numpy.random.set_state(tuple(states["numpy"]))
-    if states.get("cuda") and torch.cuda.is_available():
-        for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+    if torch.cuda.is_available():
+        for index, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), index)
 
 

@@ -34,12 +34,12 @@ class LightningEnum(str, Enum):
     @classmethod
     def from_str(cls, value: str, source: str = "key") -> LightningEnum:
         """The member of this name (``source="key"``), of this value (``"value"``), or either (``"any"``)."""
-        wanted = value.replace("-", "_").lower()
+        wanted, known = value.replace("-", "_").lower(), []
         for member in cls:
-            names = {"key": [member.name], "value": [member.value], "any": [member.name, member.value]}[source]
-            if any(name.replace("-", "_").lower() == wanted for name in names):
+            names = {"key": [member.name], "value": [member.value], "any": [member.value, member.name]}[source]
+            if wanted in [name.replace("-", "_").lower() for name in names]:
                 return member
-        known = [member.name if source == "key" else member.value for member in cls]
+            known.append(names[0])
         raise ValueError(f"`{value}` is not one of {known}.{suggestion(value, known)}")
 
     @classmethod
@@ -67,7 +67,7 @@ class GradClipAlgorithmType(LightningEnum):
     @staticmethod
     def supported_type(val: str) -> bool:
         """Is it the value of a member?"""
-        return any(member.value == val for member in GradClipAlgorithmType)
+        return val in GradClipAlgorithmType.supported_types()
 
     @staticmethod
     def supported_types() -> list[str]:
@@ -174,15 +174,10 @@ class OptimizerLRSchedulerConfig(TypedDict, total=False):
     monitor: str | None
 
 
+_Config = OptimizerConfig | OptimizerLRSchedulerConfig
+_Schedulers = Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]
 OptimizerLRScheduler = (
-    Optimizer
-    | Sequence[Optimizer]
-    | tuple[Sequence[Optimizer], Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]]
-    | OptimizerConfig
-    | OptimizerLRSchedulerConfig
-    | Sequence[OptimizerConfig]
-    | Sequence[OptimizerLRSchedulerConfig]
-    | None
+    Optimizer | _Config | Sequence[Optimizer | _Config] | tuple[Sequence[Optimizer], _Schedulers] | None
 )
 
 
