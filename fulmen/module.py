@@ -24,12 +24,20 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from fulmen.callbacks.callback import Callback
-    from fulmen.loggers.logger import Logger
     from fulmen.trainer import Trainer
     from fulmen.utilities.types import OptimizerLRScheduler
 
 _warnings = WarningCache()
 Number = int | float  # inside the class, `float` is the method
+
+
+def _from_trainer(name: str, otherwise: Any, doc: str) -> Any:
+    """A property that asks the trainer, and has a value without one."""
+
+    def read(self: Any) -> Any:
+        return getattr(self._trainer, name) if self._trainer is not None else otherwise
+
+    return property(read, doc=doc)
 
 
 class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
@@ -50,9 +58,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     """
 
     __jit_unused_properties__ = [
-        "example_input_array", "on_gpu", "current_epoch", "global_step", "global_rank", "local_rank", "logger",
-        "loggers", "automatic_optimization", "trainer", "fabric", "strict_loading", "device_mesh", "hparams",
-        "hparams_initial", "device", "dtype",
+        "example_input_array", "current_epoch", "global_step", "global_rank", "local_rank", "logger", "loggers",
+        "automatic_optimization", "trainer", "strict_loading", "hparams", "hparams_initial", "device", "dtype",
     ]  # fmt: skip
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
@@ -61,11 +68,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     if TYPE_CHECKING:  # at run time TorchScript would try to read these
         _trainer: Any
         _book: Any
-        _fabric: Any
         _example_input_array: Any
         _automatic_optimization: bool
         _strict_loading: bool | None
-        _device_mesh: Any
         _device: torch.device
         _dtype: torch.dtype
         _requires_grad_before_toggle: dict[Tensor, bool]
@@ -76,11 +81,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         self.__dict__.update(
             _trainer=None,
             _book=None,
-            _fabric=None,
             _example_input_array=None,
             _automatic_optimization=True,
             _strict_loading=None,
-            _device_mesh=None,
             _device=torch.device("cpu"),
             _dtype=torch.get_default_dtype(),
             _requires_grad_before_toggle={},
@@ -171,56 +174,12 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
                 child.__dict__["_trainer"] = trainer
                 child.__dict__["_book"] = getattr(trainer, "book", None)
 
-    @property
-    def fabric(self) -> Any:
-        """The `Fabric` this module was set up with, if any."""
-        return self._fabric
-
-    @fabric.setter
-    def fabric(self, fabric: Any) -> None:
-        for child in self.modules():
-            if isinstance(child, LightningModule):
-                child.__dict__["_fabric"] = fabric
-
-    @property
-    def current_epoch(self) -> int:
-        """Epochs finished so far; 0 without a trainer."""
-        return self._trainer.current_epoch if self._trainer is not None else 0
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps made so far; 0 without a trainer."""
-        return self._trainer.global_step if self._trainer is not None else 0
-
-    @property
-    def global_rank(self) -> int:
-        """Index of this process over all nodes; 0 without a trainer."""
-        return self._trainer.global_rank if self._trainer is not None else 0
-
-    @property
-    def local_rank(self) -> int:
-        """Index of this process on its node; 0 without a trainer."""
-        return self._trainer.local_rank if self._trainer is not None else 0
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the module is on a CUDA device."""
-        return self.device.type == "cuda"
-
-    @property
-    def logger(self) -> Logger | None:
-        """The first logger."""
-        return self._trainer.logger if self._trainer is not None else None
-
-    @property
-    def loggers(self) -> list[Logger]:
-        """All loggers."""
-        return self._trainer.loggers if self._trainer is not None else []
-
-    @property
-    def device_mesh(self) -> Any:
-        """The mesh of devices of a model-parallel strategy, or None."""
-        return self._device_mesh
+    current_epoch = _from_trainer("current_epoch", 0, "Epochs finished so far; 0 without a trainer.")
+    global_step = _from_trainer("global_step", 0, "Optimizer steps made so far; 0 without a trainer.")
+    global_rank = _from_trainer("global_rank", 0, "Index of this process over all nodes; 0 without a trainer.")
+    local_rank = _from_trainer("local_rank", 0, "Index of this process on its node; 0 without a trainer.")
+    logger = _from_trainer("logger", None, "The first logger.")
+    loggers = _from_trainer("loggers", (), "All loggers.")
 
     # ------------------------------------------------------------------ switches
 
@@ -328,63 +287,35 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """
         book = self._book
         if book is None:
-            return self._log_elsewhere(name, value)
+            return self._log_nowhere(name)
         book.write(
             name,
             value,
-            (
-                prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph,
-                sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only,
-            ),
+            (prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph,
+             sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only),
             batch_size,
         )  # fmt: skip
 
     def log_dict(
-        self,
-        dictionary: Mapping[str, Any],
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean",
-        enable_graph: bool = False,
-        sync_dist: bool = False,
-        sync_dist_group: Any = None,
-        add_dataloader_idx: bool = True,
-        batch_size: int | None = None,
-        rank_zero_only: bool = False,
-    ) -> None:
+        self, dictionary: Mapping[str, Any], prog_bar: bool = False, logger: bool | None = None,
+        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True, batch_size: int | None = None, rank_zero_only: bool = False,
+    ) -> None:  # fmt: skip
         """`log` for several names at once: a mapping, or a torchmetrics `MetricCollection`."""
-        if self._fabric is not None and self._book is None:
-            return self._fabric.log_dict(dictionary)
         items = dictionary.items()
         if hasattr(dictionary, "compute_groups"):
             # a MetricCollection: the members themselves, not copies, under their prefixed names
             items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
         for name, value in items:
             self.log(
-                name,
-                value,
-                prog_bar,
-                logger,
-                on_step,
-                on_epoch,
-                reduce_fx,
-                enable_graph,
-                sync_dist,
-                sync_dist_group,
-                add_dataloader_idx,
-                batch_size,
-                None,
-                rank_zero_only,
-            )
-        return None
+                name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
+                add_dataloader_idx, batch_size, None, rank_zero_only,
+            )  # fmt: skip
 
-    def _log_elsewhere(self, name: str, value: Any) -> None:
-        """`self.log` without a logbook: Fabric, barebones, or no trainer at all."""
-        if self._fabric is not None:
-            self._fabric.log_dict({name: value})
-        elif self._trainer is not None:
+    def _log_nowhere(self, name: str) -> None:
+        """`self.log` without a logbook: barebones, or no trainer at all."""
+        if self._trainer is not None:
             _warnings.warn("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
         else:
             _warnings.warn(
@@ -394,18 +325,14 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints on one process only, above the progress bar if there is one."""
-        if self._trainer is None:
-            print(*args, **kwargs)
-        elif self._trainer.is_global_zero:
-            bar = self._trainer.progress_bar_callback
-            if bar is not None and bar.is_enabled:
-                bar.print(*args, **kwargs)
-            else:
-                print(*args, **kwargs)
+        trainer = self._trainer
+        if trainer is None or trainer.is_global_zero:
+            bar = trainer and trainer.progress_bar_callback
+            (bar.print if bar is not None and bar.is_enabled else print)(*args, **kwargs)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Tensors and numbers of all processes, along a new first dimension; unchanged on one device."""
-        strategy = (self._trainer or self._fabric).strategy
+        strategy = self.trainer.strategy
         if getattr(strategy, "world_size", 1) == 1:
             return data
         as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
@@ -431,9 +358,6 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """`loss.backward()` for manual optimization: scaled by the precision, with the hooks around it."""
-        if self._fabric is not None and self._trainer is None:
-            self._fabric.backward(loss, *args, **kwargs)
-            return
         if self.automatic_optimization:
             raise MisconfigurationException(
                 "`manual_backward` was called with automatic optimization. "
@@ -444,7 +368,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Calls `loss.backward()`; override it to do something else."""
-        (self._fabric.backward if self._trainer is None and self._fabric else _plain_backward)(loss, *args, **kwargs)
+        loss.backward(*args, **kwargs)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -484,11 +408,6 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             gradient_clip_val: the bound; None takes the trainer's, 0 or less does nothing.
             gradient_clip_algorithm: "norm" or "value"; None takes the trainer's.
         """
-        if self._fabric is not None and self._trainer is None:
-            by_value = gradient_clip_algorithm == "value"
-            bounds = {"clip_val" if by_value else "max_norm": gradient_clip_val}
-            self._fabric.clip_gradients(self, optimizer, **bounds)
-            return
         value = self._agreed("gradient_clip_val", gradient_clip_val, self.trainer.gradient_clip_val)
         algorithm = gradient_clip_algorithm and gradient_clip_algorithm.lower()
         algorithm = self._agreed("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
@@ -606,11 +525,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def __getstate__(self) -> dict[str, Any]:
         # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.
-        return {**self.__dict__, "_trainer": None, "_book": None, "_fabric": None, "_requires_grad_before_toggle": {}}
-
-
-def _plain_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-    loss.backward(*args, **kwargs)
+        return {**self.__dict__, "_trainer": None, "_book": None, "_requires_grad_before_toggle": {}}
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:

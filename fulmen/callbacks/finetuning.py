@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch.nn import Module, ModuleDict, Parameter
+from torch.nn import Module, Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from fulmen.callbacks.callback import Callback
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -56,13 +56,9 @@ class BaseFinetuning(Callback):
     @staticmethod
     def flatten_modules(modules: Modules) -> list[Module]:
         """All modules inside that have no children, or parameters of their own."""
-        if isinstance(modules, ModuleDict):
-            modules = modules.values()
-        if isinstance(modules, Module):
-            found = list(modules.modules())
-        else:
-            found = [module for part in modules for module in BaseFinetuning.flatten_modules(part)]
-        return [module for module in found if not list(module.children()) or module._parameters]
+        if not isinstance(modules, Module):
+            return [module for part in modules for module in BaseFinetuning.flatten_modules(part)]
+        return [module for module in modules.modules() if not list(module.children()) or module._parameters]
 
     @staticmethod
     def filter_params(
@@ -98,11 +94,8 @@ class BaseFinetuning(Callback):
         new = [p for p in params if id(p) not in known]
         if len(new) < len(params):
             rank_zero_warn(
-                explain(
-                    what=f"{len(params) - len(new)} of the parameters to unfreeze are in the optimizer already and skipped.",
-                    why="An optimizer takes each parameter once.",
-                    fix="In `configure_optimizers`, use `filter(lambda p: p.requires_grad, self.parameters())`.",
-                )
+                f"{len(params) - len(new)} of the parameters to unfreeze are in the optimizer already and skipped. "
+                "In `configure_optimizers`, use `filter(lambda p: p.requires_grad, self.parameters())`."
             )
         return new
 
@@ -124,8 +117,9 @@ class BaseFinetuning(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
+            name = type(self).__name__
             raise NotImplementedError(
-                f"`{type(self).__name__}` cannot be used with DeepSpeed, whose optimizers take no further groups."
+                f"`{name}` cannot be used with DeepSpeed, whose optimizers take no further groups."
             )
         if stage == "fit":
             self.freeze_before_training(pl_module)
@@ -184,25 +178,17 @@ class BackboneFinetuning(BaseFinetuning):
         rounding: int = 12,
     ) -> None:
         super().__init__()
-        self.unfreeze_backbone_at_epoch = unfreeze_backbone_at_epoch
-        self.lambda_func = lambda_func
-        self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
-        self.backbone_initial_lr = backbone_initial_lr
-        self.should_align = should_align
-        self.initial_denom_lr = initial_denom_lr
-        self.train_bn = train_bn
-        self.verbose = verbose
-        self.rounding = rounding
+        self.unfreeze_backbone_at_epoch, self.lambda_func = unfreeze_backbone_at_epoch, lambda_func
+        self.backbone_initial_ratio_lr, self.backbone_initial_lr = backbone_initial_ratio_lr, backbone_initial_lr
+        self.should_align, self.initial_denom_lr = should_align, initial_denom_lr
+        self.train_bn, self.verbose, self.rounding = train_bn, verbose, rounding
         self.previous_backbone_lr: float | None = None
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
         if not isinstance(getattr(pl_module, "backbone", None), Module):
             raise MisconfigurationException(
-                explain(
-                    what=f"`BackboneFinetuning`: `{type(pl_module).__name__}` has no module called `backbone`.",
-                    why="That is the part which is frozen at first.",
-                    fix="Name it `self.backbone`, or derive from `BaseFinetuning` to choose other layers.",
-                )
+                f"`BackboneFinetuning`: `{type(pl_module).__name__}` has no module called `backbone` to freeze. "
+                "Name it `self.backbone`, or derive from `BaseFinetuning` to choose other layers."
             )
         self.freeze(pl_module.backbone, train_bn=self.train_bn)
 
@@ -217,12 +203,11 @@ class BackboneFinetuning(BaseFinetuning):
         else:
             assert self.previous_backbone_lr is not None
             lr = self.previous_backbone_lr * self.lambda_func(epoch + 1)
-            lr = min(lr, current) if self.should_align else lr
-            optimizer.param_groups[-1]["lr"] = lr
+            optimizer.param_groups[-1]["lr"] = lr = min(lr, current) if self.should_align else lr
         self.previous_backbone_lr = lr
         if self.verbose:
-            rates = [round(float(rate), self.rounding) for rate in (current, lr)]
-            rank_zero_info(f"Current lr: {rates[0]}, backbone lr: {rates[1]}")
+            now, backbone = (round(float(rate), self.rounding) for rate in (current, lr))
+            rank_zero_info(f"Current lr: {now}, backbone lr: {backbone}")
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}

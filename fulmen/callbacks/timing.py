@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.callbacks.callback import Callback
 from fulmen.module import LightningModule
 from fulmen.utilities.durations import parse_duration
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import RunningStage
@@ -35,13 +35,10 @@ class Timer(Callback):
     ) -> None:
         if interval not in ("step", "epoch"):
             hint = suggestion(str(interval), ("step", "epoch"))
-            raise MisconfigurationException(
-                f"`Timer(interval={interval!r})` is not known. Use 'step' or 'epoch'.{hint}"
-            )
+            raise MisconfigurationException(f"`Timer(interval={interval!r})` must be 'step' or 'epoch'.{hint}")
         limit = None if duration is None else parse_duration(duration, "Timer(duration)")
         self._duration = None if limit is None else limit.total_seconds()
-        self._interval = str(interval)
-        self._verbose = verbose
+        self._interval, self._verbose = str(interval), verbose
         self._start: dict[str, float] = {}
         self._end: dict[str, float] = {}
         self._offset: float = 0  # seconds trained by the run this one resumes
@@ -66,41 +63,26 @@ class Timer(Callback):
         """Seconds left of the duration, None without one."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
-    def _started(self, stage: RunningStage) -> None:
-        self._start[stage.value] = time.monotonic()
-        self._end.pop(stage.value, None)
-
-    def _ended(self, stage: RunningStage) -> None:
-        self._end[stage.value] = time.monotonic()
-
-    def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        # A resumed run may have used up its time already.
-        self._stop_if_over(trainer)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started(RunningStage.TRAINING)
+        stage = trainer.state.stage.value
+        self._start[stage] = time.monotonic()
+        self._end.pop(stage, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended(RunningStage.TRAINING)
+        self._end[trainer.state.stage.value] = time.monotonic()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started(RunningStage.VALIDATING)
+    on_validation_start = on_test_start = on_train_start
+    on_validation_end = on_test_end = on_train_end
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended(RunningStage.VALIDATING)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started(RunningStage.TESTING)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended(RunningStage.TESTING)
+    def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._stop_if_over(trainer)  # a resumed run may have used up its time already
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._interval == "step" and self._duration is not None:
+        if self._interval == "step":
             self._stop_if_over(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._interval == "epoch" and self._duration is not None:
+        if self._interval == "epoch":
             self._stop_if_over(trainer)
 
     def _stop_if_over(self, trainer: Trainer) -> None:
@@ -129,9 +111,8 @@ class GradientAccumulationScheduler(Callback):
 
     def __init__(self, scheduling: Mapping[int, int]) -> None:
         if not scheduling:
-            raise TypeError(
-                f"`GradientAccumulationScheduler({scheduling!r})` schedules nothing. Pass `{{epoch: batches}}`."
-            )
+            what = f"`GradientAccumulationScheduler({scheduling!r})` schedules nothing."
+            raise TypeError(f"{what} Pass `{{epoch: batches}}`.")
         for epoch, batches in scheduling.items():
             if not isinstance(epoch, int) or epoch < 0 or not isinstance(batches, int) or batches < 1:
                 raise MisconfigurationException(
@@ -151,31 +132,19 @@ class GradientAccumulationScheduler(Callback):
         return self.scheduling[max(start for start in self.epochs if start <= epoch)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        what = "`GradientAccumulationScheduler`"
         if not pl_module.automatic_optimization:
             raise RuntimeError(
-                explain(
-                    what="`GradientAccumulationScheduler` is used with manual optimization.",
-                    why="There the module decides when an optimizer steps.",
-                    fix="Remove the callback, or use automatic optimization.",
-                )
+                f"{what}: with manual optimization the module decides when to step. Remove the callback."
             )
         if trainer.strategy.handles_gradient_accumulation:
             raise RuntimeError(
-                explain(
-                    what=f"`GradientAccumulationScheduler` is used with `{type(trainer.strategy).__name__}`.",
-                    why="That strategy accumulates by itself and cannot change the number of batches in between.",
-                    fix="Remove the callback and set `Trainer(accumulate_grad_batches=...)`.",
-                )
+                f"{what}: `{type(trainer.strategy).__name__}` accumulates by itself, always over the same number of "
+                "batches. Remove the callback and set `Trainer(accumulate_grad_batches=...)`."
             )
-        if trainer.accumulate_grad_batches not in (1, self._set):
-            raise ValueError(
-                explain(
-                    what=f"`Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches})` is used together with "
-                    "`GradientAccumulationScheduler`.",
-                    why="The callback overwrites that number.",
-                    fix="Remove one of the two.",
-                )
-            )
+        window = trainer.accumulate_grad_batches
+        if window not in (1, self._set):
+            raise ValueError(f"{what} overwrites `Trainer(accumulate_grad_batches={window})`. Remove one of the two.")
         hooks = ("optimizer_step", "optimizer_zero_grad")
         replaced = [hook for hook in hooks if overridden(pl_module, hook, LightningModule)]
         if replaced and self.going_to_accumulate_grad_batches():

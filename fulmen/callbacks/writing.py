@@ -47,16 +47,15 @@ class BasePredictionWriter(Callback):
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
         known = [interval.value for interval in WriteInterval]
         if write_interval not in known:
-            raise MisconfigurationException(
-                f"`write_interval={write_interval!r}` is not one of {known}.{suggestion(str(write_interval), known)}"
-            )
+            hint = suggestion(str(write_interval), known)
+            raise MisconfigurationException(f"`write_interval={write_interval!r}` is not one of {known}.{hint}")
         self.interval = WriteInterval(write_interval)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if is_param_in_hook_signature(pl_module.predict_step, "dataloader_iter", explicit=True):
             raise NotImplementedError(
-                f"`{type(self).__name__}` needs `predict_step(batch, batch_idx)`: with `dataloader_iter` nobody but the "
-                "module knows which samples a prediction belongs to."
+                f"`{type(self).__name__}` needs `predict_step(batch, batch_idx)`: with `dataloader_iter` only the module "
+                "knows the samples of a prediction."
             )
 
     def write_on_batch_end(
@@ -73,16 +72,11 @@ class BasePredictionWriter(Callback):
         raise NotImplementedError
 
     def write_on_epoch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        predictions: Sequence[Any],
-        batch_indices: Sequence[Any] | None,
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence, batch_indices: Sequence | None
     ) -> None:
         """Stores all predictions: one per batch, in a list per loader if there are several.
 
-        ``batch_indices`` has the indices of the samples as ``[loader][batch][index]``; a loader whose sampler does not
-        tell gives an empty list.
+        ``batch_indices[loader][batch]`` has the indices of samples, or nothing if the sampler does not tell.
         """
         raise NotImplementedError
 
@@ -113,45 +107,20 @@ class LambdaCallback(Callback):
 
     def __init__(
         self,
-        setup: Hook = None,
-        teardown: Hook = None,
-        on_fit_start: Hook = None,
-        on_fit_end: Hook = None,
-        on_sanity_check_start: Hook = None,
-        on_sanity_check_end: Hook = None,
-        on_train_batch_start: Hook = None,
-        on_train_batch_end: Hook = None,
-        on_train_epoch_start: Hook = None,
-        on_train_epoch_end: Hook = None,
-        on_validation_epoch_start: Hook = None,
-        on_validation_epoch_end: Hook = None,
-        on_test_epoch_start: Hook = None,
-        on_test_epoch_end: Hook = None,
-        on_validation_batch_start: Hook = None,
-        on_validation_batch_end: Hook = None,
-        on_test_batch_start: Hook = None,
-        on_test_batch_end: Hook = None,
-        on_train_start: Hook = None,
-        on_train_end: Hook = None,
-        on_validation_start: Hook = None,
-        on_validation_end: Hook = None,
-        on_test_start: Hook = None,
-        on_test_end: Hook = None,
-        on_exception: Hook = None,
-        on_save_checkpoint: Hook = None,
-        on_load_checkpoint: Hook = None,
-        on_before_backward: Hook = None,
-        on_after_backward: Hook = None,
-        on_before_optimizer_step: Hook = None,
-        on_before_zero_grad: Hook = None,
-        on_predict_start: Hook = None,
-        on_predict_end: Hook = None,
-        on_predict_batch_start: Hook = None,
-        on_predict_batch_end: Hook = None,
-        on_predict_epoch_start: Hook = None,
-        on_predict_epoch_end: Hook = None,
+        setup: Hook = None, teardown: Hook = None, on_fit_start: Hook = None, on_fit_end: Hook = None,
+        on_sanity_check_start: Hook = None, on_sanity_check_end: Hook = None, on_train_batch_start: Hook = None,
+        on_train_batch_end: Hook = None, on_train_epoch_start: Hook = None, on_train_epoch_end: Hook = None,
+        on_validation_epoch_start: Hook = None, on_validation_epoch_end: Hook = None, on_test_epoch_start: Hook = None,
+        on_test_epoch_end: Hook = None, on_validation_batch_start: Hook = None, on_validation_batch_end: Hook = None,
+        on_test_batch_start: Hook = None, on_test_batch_end: Hook = None, on_train_start: Hook = None,
+        on_train_end: Hook = None, on_validation_start: Hook = None, on_validation_end: Hook = None,
+        on_test_start: Hook = None, on_test_end: Hook = None, on_exception: Hook = None,
+        on_save_checkpoint: Hook = None, on_load_checkpoint: Hook = None, on_before_backward: Hook = None,
+        on_after_backward: Hook = None, on_before_optimizer_step: Hook = None, on_before_zero_grad: Hook = None,
+        on_predict_start: Hook = None, on_predict_end: Hook = None, on_predict_batch_start: Hook = None,
+        on_predict_batch_end: Hook = None, on_predict_epoch_start: Hook = None, on_predict_epoch_end: Hook = None,
         **unknown: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         given = {name: value for name, value in locals().items() if hasattr(Callback, name)}
         if unknown:
             name = next(iter(unknown))

@@ -7,11 +7,11 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice, zip_longest
-from operator import itemgetter
 from typing import Any
 
 from fulmen.data.fetch import iterate
-from fulmen.utilities.errors import explain, suggestion
+from fulmen.utilities.collections import map_children
+from fulmen.utilities.errors import suggestion
 from fulmen.utilities.types import Stateful
 
 Triple = tuple[Any, int, int]
@@ -20,24 +20,32 @@ _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 _END = object()
 
 
-def is_leaf(tree: Any) -> bool:
+def is_loader(tree: Any) -> bool:
     """Is this one loader, rather than a container of loaders?
 
-    Lists, tuples and dictionaries are containers, also when nested; subclasses of them are not, except named tuples. A
-    list of numbers or strings is data, and so is anything empty.
+    Subclasses of list, tuple and dict are loaders, except named tuples; so are lists of numbers or strings, and what is
+    empty.
     """
-    if type(tree) not in _CONTAINERS and not _is_named_tuple(tree):
+    if type(tree) not in _CONTAINERS and not (isinstance(tree, tuple) and hasattr(tree, "_fields")):
         return True
-    if isinstance(tree, dict):
-        return not tree
-    return all(isinstance(item, (int, float, str)) for item in tree)
+    return not tree if isinstance(tree, dict) else all(isinstance(item, (int, float, str)) for item in tree)
 
 
-def leaves(tree: Any) -> list[Any]:
-    """The loaders of a nested container, in the order they stand there."""
-    if is_leaf(tree):
-        return [tree]
-    return [leaf for item in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(item)]
+def _skeleton(tree: Any, found: list[Any]) -> Any:
+    """The container with its loaders moved to the end of ``found``, and their positions there in their place."""
+    if not is_loader(tree):
+        return map_children(tree, lambda item: _skeleton(item, found))
+    found.append(tree)
+    return len(found) - 1
+
+
+def _fill(skeleton: Any, values: Sequence[Any]) -> Any:
+    return values[skeleton] if type(skeleton) is int else map_children(skeleton, lambda item: _fill(item, values))
+
+
+def _of_each(attribute: str) -> property:
+    """The attribute of each iterable (None for those without), in the shape of ``iterables``."""
+    return property(lambda combined: combined.fill([getattr(each, attribute, None) for each in combined.flattened]))
 
 
 def sized(loader: Any) -> int | float:
@@ -67,11 +75,11 @@ class CombinedLoader:
     def __init__(self, iterables: Any, mode: str = "min_size") -> None:
         if mode not in _MODES:
             hint = f"Use one of {list(_MODES)}.{suggestion(str(mode), _MODES)}"
-            raise ValueError(explain(f"`CombinedLoader(mode={mode!r})` is not a way to combine loaders.", fix=hint))
+            raise ValueError(f"`CombinedLoader(mode={mode!r})` is not a way to combine loaders. {hint}")
         self.mode = mode
         self._iterables = iterables
-        self._flattened = leaves(iterables)
-        self._skeleton = _skeleton(iterables, count())
+        self._flattened: list[Any] = []
+        self._skeleton = _skeleton(iterables, self._flattened)
         self._limits: list[int | float] | None = None
         self._triples: Iterator[Triple] | None = None
 
@@ -89,18 +97,11 @@ class CombinedLoader:
     def flattened(self, flattened: list[Any]) -> None:
         if len(flattened) != len(self._flattened):
             raise ValueError(f"A list of {len(flattened)} cannot replace {len(self._flattened)} iterables.")
-        self._iterables = _fill(self._skeleton, flattened)
+        self._iterables = self.fill(flattened)
         self._flattened = list(flattened)
 
-    @property
-    def sampler(self) -> Any:
-        """The samplers of the iterables (None for those without), in the shape of ``iterables``."""
-        return _fill(self._skeleton, [getattr(loader, "sampler", None) for loader in self._flattened])
-
-    @property
-    def batch_sampler(self) -> Any:
-        """The batch samplers of the iterables (None for those without), in the shape of ``iterables``."""
-        return _fill(self._skeleton, [getattr(loader, "batch_sampler", None) for loader in self._flattened])
+    sampler = _of_each("sampler")
+    batch_sampler = _of_each("batch_sampler")
 
     @property
     def limits(self) -> list[int | float] | None:
@@ -156,9 +157,9 @@ class CombinedLoader:
         limit = self._limits[position] if self._limits and self.mode == "sequential" else math.inf
         return batches if math.isinf(limit) else islice(batches, int(limit))
 
-    def packer(self) -> Callable[[Sequence[Any]], Any]:
-        """A function that gives a list with a batch of each iterable the shape of ``iterables``."""
-        return itemgetter(0) if self._skeleton == 0 else partial(_fill, self._skeleton)
+    def fill(self, values: Sequence[Any]) -> Any:
+        """A value for each iterable, in the shape of ``iterables``."""
+        return _fill(self._skeleton, values)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """The states of those iterables that have one."""
@@ -168,10 +169,8 @@ class CombinedLoader:
         """Hand each iterable that has a state its own, in the order `state_dict` collected them."""
         stateful = [loader for loader in self._flattened if isinstance(loader, Stateful)]
         if len(stateful) != len(states):
-            raise RuntimeError(
-                f"The checkpoint has the states of {len(states)} loaders, but {len(stateful)} of the present loaders "
-                "take a state. Resume with the loaders that were in use when the checkpoint was saved."
-            )
+            what = f"The checkpoint has the states of {len(states)} loaders, but {len(stateful)} loaders take one."
+            raise RuntimeError(f"{what} Resume with the loaders that were in use when it was saved.")
         for loader, state in zip(stateful, states):
             loader.load_state_dict(state)
 
@@ -179,50 +178,26 @@ class CombinedLoader:
         return {**self.__dict__, "_triples": None}
 
 
-def _is_named_tuple(tree: Any) -> bool:
-    return isinstance(tree, tuple) and hasattr(tree, "_fields")
-
-
-def _map_items(tree: Any, fn: Callable[[Any], Any]) -> Any:
-    """A container of the same kind with ``fn`` of each item."""
-    if isinstance(tree, dict):
-        pairs = {key: fn(item) for key, item in tree.items()}
-        return defaultdict(tree.default_factory, pairs) if isinstance(tree, defaultdict) else type(tree)(pairs)
-    items = map(fn, tree)
-    return type(tree)(*items) if _is_named_tuple(tree) else type(tree)(items)
-
-
-def _skeleton(tree: Any, positions: Iterator[int]) -> Any:
-    """The container with the position of each loader in its place."""
-    return next(positions) if is_leaf(tree) else _map_items(tree, lambda item: _skeleton(item, positions))
-
-
-def _fill(skeleton: Any, values: Sequence[Any]) -> Any:
-    return values[skeleton] if type(skeleton) is int else _map_items(skeleton, lambda item: _fill(item, values))
-
-
 def _side_by_side(together: Callable, combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
-    pack = combined.packer()
     for batch_idx, batches in enumerate(together(*iterators)):
-        yield pack(batches), batch_idx, 0
+        yield combined.fill(batches), batch_idx, 0
 
 
 def _cycling(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
-    pack, running = combined.packer(), set(range(len(iterators)))
+    running = set(range(len(iterators)))
     for batch_idx in count():
         batches = []
         for position, iterator in enumerate(iterators):
             batch = next(iterator, _END)
             if batch is _END:
                 running.discard(position)
-                if not running:
-                    return
-                iterators[position] = combined.open(position)
-                batch = next(iterators[position], _END)
+                if running:
+                    iterators[position] = combined.open(position)
+                    batch = next(iterators[position], _END)
                 if batch is _END:
                     return
             batches.append(batch)
-        yield pack(batches), batch_idx, 0
+        yield combined.fill(batches), batch_idx, 0
 
 
 def _sequential(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:

@@ -43,12 +43,11 @@ def in_memory(loader: Any) -> TensorDataset | None:
 def _cut(
     batches: Iterator[list[int]], dataset: Dataset, subsets: list[Sequence[int]], tensors: tuple[Tensor, ...]
 ) -> Iterator[list[Tensor]]:
-    size = len(tensors[0])
     for indices in batches:
-        rows = _rows(indices, subsets, size)
-        if rows is None:
-            # Anything unusual, wrong indices included, is left to the dataset.
-            yield _one_by_one(dataset, indices)
+        rows = _rows(indices, subsets, len(tensors[0]))
+        if rows is None:  # anything unusual, wrong indices included, is left to the dataset
+            several = getattr(dataset, "__getitems__", None)
+            yield default_collate(several(indices) if several else [dataset[index] for index in indices])
         elif isinstance(rows, slice):
             yield [tensor[rows].clone() for tensor in tensors]
         else:
@@ -71,19 +70,12 @@ def _rows(indices: Any, subsets: list[Sequence[int]], size: int) -> list[int] | 
     return indices
 
 
-def _one_by_one(dataset: Any, indices: Any) -> Any:
-    several = getattr(dataset, "__getitems__", None)
-    return default_collate(several(indices) if several else [dataset[index] for index in indices])
-
-
 def _is_plain(loader: Any) -> bool:
     """Does this loader fetch, collate and yield in the one way that is reproduced here?"""
     return (
         type(loader) is DataLoader
         and loader.batch_sampler is not None
-        and loader.num_workers == 0
-        and not loader.pin_memory
-        and not loader.timeout
+        and not (loader.num_workers or loader.pin_memory or loader.timeout)
         and loader.collate_fn is default_collate
         # The table behind `default_collate` may be extended by anybody.
         and default_collate_fn_map.get(Tensor) is collate_tensor_fn
@@ -93,18 +85,14 @@ def _is_plain(loader: Any) -> bool:
 
 def _is_sliceable(tensor: Tensor) -> bool:
     """Does indexing this tensor give what stacking its rows gives, memory layout and autograd included?"""
-    return (
-        type(tensor) is Tensor
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
-    )
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_contiguous()
+    special = tensor.requires_grad or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg()
+    return plain and not special
 
 
 def _compact(indices: Any) -> Sequence[int]:
     """The indices of a subset side by side in memory, where random access is several times faster than in a list."""
     if getattr(indices, "ndim", 0) == 1 and str(indices.dtype).rpartition(".")[-1] in ("int32", "int64"):
         indices = indices.tolist()
-    if type(indices) in (list, tuple, range) and set(map(type, indices)) == {int}:
-        return array("q", indices)
-    return indices
+    plain = type(indices) in (list, tuple, range) and set(map(type, indices)) == {int}
+    return array("q", indices) if plain else indices

@@ -22,6 +22,7 @@ from fulmen.utilities.seed import pl_worker_init_function
 
 # Where an object keeps the arguments it was made with.
 _RECORD = "_fulmen_arguments"
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def length_of(loader: Any) -> int | None:
@@ -41,25 +42,21 @@ def limit_batches(length: int | None, limit: int | float, *, name: str) -> int |
 
     ``limit`` is a number of batches or, as a float up to 1.0, a fraction. ``name`` is the Trainer's argument it is.
     """
+    given, available = f"`{name}={limit}`", math.inf if length is None else length
     if limit < 0 or (limit > 1 and int(limit) != limit):
         fix = "Use a float in [0.0, 1.0] for a fraction of the batches, or an int for their number."
-        raise MisconfigurationException(explain(f"`{name}={limit}` is not an amount of batches.", fix=fix))
-    available = math.inf if length is None else length
+        raise MisconfigurationException(explain(f"{given} is not an amount of batches.", fix=fix))
     if isinstance(limit, int) or limit > 1:
         return min(available, int(limit))
-    if limit == 1.0:
+    if limit == 1.0 or length == 0:
         return available
-    if limit == 0.0 or length == 0:
-        return 0
-    if length is None:
-        what = f"`{name}={limit}` asks for a fraction of a loader that has no length."
-        fix = f"Use `{name}=1.0` for all batches or an int for their number, or define `__len__`."
-        raise MisconfigurationException(explain(what, fix=fix))
-    if int(length * limit) == 0:
-        what = f"`{name}={limit}` leaves none of the {length} batches of a loader."
-        fix = f"Use at least `{name}={1 / length}`, an int, or 0 to switch this part off."
-        raise MisconfigurationException(explain(what, fix=fix))
-    return int(length * limit)
+    if limit and length is None:
+        fix = "Use 1.0 for all batches or an int for their number, or define `__len__`."
+        raise MisconfigurationException(explain(f"{given} is a fraction of a loader without a length.", fix=fix))
+    if limit and int(available * limit) == 0:
+        fix = f"Use at least {1 / available}, an int, or 0 to switch this part off."
+        raise MisconfigurationException(explain(f"{given} leaves none of the {length} batches of a loader.", fix=fix))
+    return int(available * limit) if limit else 0
 
 
 def _leaves(loader: Any) -> list[Any]:
@@ -69,8 +66,7 @@ def _leaves(loader: Any) -> list[Any]:
 def check_iterable(loader: Any, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
     for leaf in _leaves(loader):
-        readable = isinstance(leaf, Iterable) or hasattr(leaf, "__getitem__")
-        if not readable or isinstance(leaf, (str, bytes, type)):
+        if isinstance(leaf, (str, bytes, type)) or not (isinstance(leaf, Iterable) or hasattr(leaf, "__getitem__")):
             fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
             raise TypeError(explain(f"No batches can be read from {leaf!r}, given by {label}.", fix=fix))
 
@@ -82,14 +78,11 @@ def _maybe(message: str) -> None:
 def warn_about(loader: Any, *, stage: str, local_world_size: int = 1, reloaded: bool = False) -> None:
     """Warn about settings of a `DataLoader` that are slow or probably a mistake.
 
-    Args:
-        stage: a `RunningStage`, or the first word of the hook: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
-        local_world_size: how many processes share the CPUs of this machine.
-        reloaded: is the hook asked again for loaders while fitting?
+    ``stage`` is "train", "val", "test" or "predict", and ``reloaded``: is the hook asked again for loaders in fit?
     """
     if not isinstance(loader, DataLoader):
         return
-    name = f"{getattr(stage, 'dataloader_prefix', stage)}_dataloader"
+    name = f"{stage}_dataloader"
     if name != "train_dataloader" and isinstance(_order(loader), RandomSampler):
         _maybe(f"The `{name}` shuffles its samples. Evaluation is best read in order: use `shuffle=False`.")
     possible = suggested_max_num_workers(local_world_size)
@@ -100,16 +93,14 @@ def warn_about(loader: Any, *, stage: str, local_world_size: int = 1, reloaded: 
     if loader.num_workers and not loader.persistent_workers and context.get_start_method() == "spawn":
         rank_zero_warn(f"The workers of the `{name}` are spawned in every epoch. Use `persistent_workers=True`.")
     if reloaded and loader.pin_memory and loader.persistent_workers:
-        _maybe(
-            f"The `{name}` has `pin_memory=True` and `persistent_workers=True`. Torch may hang if such a loader is "
-            "replaced by `reload_dataloaders_every_n_epochs`: use `pin_memory=False`."
-        )
+        what = f"The `{name}` has `pin_memory=True` and `persistent_workers=True`: torch may hang when"
+        _maybe(f"{what} `reload_dataloaders_every_n_epochs` replaces it. Use `pin_memory=False`.")
 
 
 @contextmanager
 def recording_arguments() -> Iterator[None]:
     """Remember how every object of a `DataLoader` or `BatchSampler` subclass made in here was called; see `rebuilt`."""
-    family: list[Any] = [cls for base in (DataLoader, BatchSampler) for cls in _subclasses(base)]
+    family: set[Any] = _subclasses(DataLoader) | _subclasses(BatchSampler)
     originals = {cls: cls.__init__ for cls in family if "__init__" in vars(cls)}
     for cls, init in originals.items():
         cls.__init__ = _recording(cls, init)
@@ -146,19 +137,16 @@ def _parameters(cls: Any) -> list[inspect.Parameter]:
 def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call as keywords; what is passed on as ``*args`` is taken to go to the base class."""
     try:
-        bound = inspect.signature(init).bind(*args, **kwargs)
+        found = inspect.signature(init).bind(*args, **kwargs)
     except TypeError:  # the call itself fails with a better message
         return None
-    found: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        match bound.signature.parameters[name].kind:
-            case inspect.Parameter.VAR_POSITIONAL:
-                found.update(zip((inherited.name for inherited in _parameters(base)), value))
-            case inspect.Parameter.VAR_KEYWORD:
-                found.update(value)
-            case _:
-                found[name] = value
-    return found
+    named: dict[str, Any] = {}
+    for name, value in list(found.arguments.items())[1:]:
+        kind = found.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            value = dict(zip((inherited.name for inherited in _parameters(base)), value))
+        named |= value if kind in _VARIADIC else {name: value}
+    return named
 
 
 def rebuilt(loader: DataLoader, **changes: Any) -> DataLoader:
@@ -204,7 +192,7 @@ def _arguments(obj: Any, error: type[Exception]) -> dict[str, Any]:
     cls, base = type(obj), _base(obj)
     if cls is not base and vars(obj).get(_RECORD) is not None:
         return vars(obj)[_RECORD]
-    own = [p for p in _parameters(cls) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    own = [p for p in _parameters(cls) if p.kind not in _VARIADIC]
     passed_on = _parameters(base) if len(own) < len(_parameters(cls)) else []
     if missing := [p.name for p in own if p.default is p.empty and not hasattr(obj, p.name)]:
         what = f"`{cls.__name__}` has to be made again, but its arguments {missing} are not known."
@@ -229,23 +217,19 @@ def _order(loader: DataLoader) -> Any:
 
 
 def sequential(loader: Any, *, label: str = "loader") -> Any:
-    """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not.
-
-    A batch sampler of the user's own class is left alone.
-    """
+    """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not."""
     if not _reads_indices(loader) or isinstance(_order(loader), (SequentialSampler, list, tuple, range)):
         return loader
-    if type(loader.batch_sampler) not in (BatchSampler, type(None)):
+    if type(loader.batch_sampler) not in (BatchSampler, type(None)):  # a batch sampler of the user knows best
         return loader
     rank_zero_warn(f"`overfit_batches` needs the same batches in every epoch: shuffling is off for the {label}.")
     return rebuilt(loader, sampler=SequentialSampler(loader.dataset))
 
 
 class IndexRecorder:
-    """A batch sampler that remembers which samples it chose.
+    """A batch sampler that remembers which samples it chose: ``seen_indices[batch_idx]``.
 
-    ``seen_indices[batch_idx]`` are the dataset indices of a batch of the present pass. Workers read ahead, so there may
-    be more entries than batches that arrived.
+    Workers read ahead, so there may be more entries than batches that arrived.
     """
 
     def __init__(self, batch_sampler: Any) -> None:

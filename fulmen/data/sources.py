@@ -22,9 +22,9 @@ class Source:
     kind: str
     owner: Any
     base: type
-    argument: Any = None
-    verb: str = "fit"
-    beside_module: bool = False
+    argument: Any
+    verb: str
+    beside_module: bool
 
     @property
     def hook_name(self) -> str:
@@ -47,52 +47,35 @@ class Source:
         """The loader or loaders as the user gave them; a hook is called anew each time."""
         if self.argument is not None:
             return self.argument
-        if not self.is_defined():
-            owner = type(self.owner).__name__
-            what = f"`{self.hook_name}` must be implemented to be used with the Trainer, and `{owner}` does not do so."
-            why = "Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
-            fix = (
-                f"Write `def {self.hook_name}(self): return DataLoader(...)`, or give loaders to `Trainer.{self.verb}`."
-            )
-            raise MisconfigurationException(explain(what, why, fix))
-        with recording_arguments():
-            return getattr(self.owner, self.hook_name)()
+        if self.is_defined():
+            with recording_arguments():
+                return getattr(self.owner, self.hook_name)()
+        what = f"`{self.hook_name}` must be implemented to be used with the Trainer."
+        why = f"`{type(self.owner).__name__}` does not do so."
+        why += " Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
+        fix = f"Write `def {self.hook_name}(self): return DataLoader(...)`, or give loaders to `Trainer.{self.verb}`."
+        raise MisconfigurationException(explain(what, why, fix))
 
 
 class Sources:
     """Who gives which loaders and batch hooks during the present call of the Trainer.
 
-    A hook counts as implemented if it is not the one of the base class. Give a second class if the base of datamodules
-    is another one than that of modules.
+    A hook counts as implemented if it is not the one of the base class.
     """
 
-    def __init__(self, module_base: type, datamodule_base: type | None = None) -> None:
+    def __init__(self, module_base: type, datamodule_base: type) -> None:
         self.module_base = module_base
-        self.datamodule_base = datamodule_base or module_base
-        self.module: Any = None
-        self.datamodule: Any = None
+        self.datamodule_base = datamodule_base
         self._sources: dict[str, Source] = {}
 
-    def attach(
-        self,
-        module: Any,
-        *,
-        train: Any = None,
-        val: Any = None,
-        test: Any = None,
-        predict: Any = None,
-        datamodule: Any = None,
-        verb: str = "fit",
-    ) -> None:
-        """Note what the user gave to ``Trainer.<verb>``.
+    def attach(self, module: Any, *, datamodule: Any = None, verb: str = "fit", **given: Any) -> None:
+        """Note what the user gave to ``Trainer.<verb>``; the arguments with loaders are named like their kind.
 
         A datamodule answers for all kinds of loaders; those of the module are not used beside it.
         """
-        self.module, self.datamodule = module, datamodule
-        owner, base = (module, self.module_base) if datamodule is None else (datamodule, self.datamodule_base)
-        arguments = zip(KINDS, (train, val, test, predict))
-        beside_module = datamodule is not None
-        self._sources = {kind: Source(kind, owner, base, given, verb, beside_module) for kind, given in arguments}
+        beside = datamodule is not None
+        owner, base = (datamodule, self.datamodule_base) if beside else (module, self.module_base)
+        self._sources = {kind: Source(kind, owner, base, given.get(kind), verb, beside) for kind in KINDS}
 
     def get(self, kind: str) -> Source:
         """Who gives the loaders of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -11,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from fulmen.utilities.errors import explain, nearest
+from fulmen.utilities.errors import suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote
 
 # How the usual strangers begin: a download that failed, a pointer instead of the file, another format.
@@ -20,7 +21,6 @@ FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches the file itself",
     b"\x1f\x8b": "a gzip archive; unpack it first",
 }
-STRANGER = "nothing that `torch.save` writes"
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -52,27 +52,20 @@ class TorchCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the file so that a kill at any instant leaves the old content or the new, never a part."""
         if storage_options is not None:
-            what = f"`storage_options={storage_options!r}` were passed, but `TorchCheckpointIO` has none."
-            raise TypeError(explain(what, fix="Leave them out, or pass a `CheckpointIO` of your own in `plugins`."))
+            fix = "Leave them out, or pass a `CheckpointIO` of your own in `plugins`."
+            raise TypeError(f"`{storage_options=}`: `TorchCheckpointIO` has no options. {fix}")
         path = os.fspath(path)
         ensure_dir(os.path.dirname(path) or os.curdir)
         try:
             atomic_write(path, lambda file: torch.save(checkpoint, file))
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             what = f"`{_first_unpicklable(checkpoint)}` cannot be pickled into the checkpoint {path!r}: {error}."
-            fix = "Leave it out in `on_save_checkpoint`, or keep it out of the hyper-parameters and states."
-            raise type(error)(explain(what, fix=fix)) from error
+            raise type(error)(f"{what} Keep it out of hyper-parameters and states.") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file or an http(s) URL.
+        """Read a file or an http(s) URL; without ``map_location`` onto the CPU, whatever device it was written on.
 
-        Args:
-            map_location: as in `torch.load`, but None means the CPU, so that a file written on any device can be read.
-            weights_only: None is `torch.load`'s own default, and False for a URL.
-
-        Raises:
-            DamagedCheckpointError: the file is cut off, changed (checksums are verified), or no checkpoint at all.
-            pickle.UnpicklingError: the file holds classes that ``weights_only`` does not allow.
+        Raises `DamagedCheckpointError` if the file is cut off, changed (checksums are verified) or no checkpoint at all.
         """
         path, where = os.fspath(path), "cpu" if map_location is None else map_location
         if path.startswith(("http://", "https://")):
@@ -81,9 +74,7 @@ class TorchCheckpointIO(CheckpointIO):
         if not files.exists(path):
             raise FileNotFoundError(_what_is_there_instead(files, path))
         if files.isdir(path):
-            raise IsADirectoryError(
-                f"The checkpoint {path!r} is a folder: one in several parts, which are not read here."
-            )
+            raise IsADirectoryError(f"The checkpoint {path!r} is a folder. Only files are read here.")
         with files.open(path, "rb") as file:
             _verify(file, path)
             file.seek(0)
@@ -91,7 +82,11 @@ class TorchCheckpointIO(CheckpointIO):
                 return torch.load(file, map_location=where, weights_only=weights_only)
             except Exception as error:
                 if isinstance(error, pickle.UnpicklingError) and (classes := _refused_classes(file, str(error))):
-                    raise pickle.UnpicklingError(_how_to_allow(path, classes)) from error
+                    raise pickle.UnpicklingError(
+                        f"The checkpoint {path!r} holds objects of {classes}, and `weights_only=True` allows plain values"
+                        " only, as loading classes can run any code. If you trust the file, pass `weights_only=False`,"
+                        f" or call `torch.serialization.add_safe_globals([{classes}])`."
+                    ) from error
                 # A verified archive is not damaged; nor is a file for which a class, a device or memory is missing.
                 missing = isinstance(error, (ImportError, AttributeError, MemoryError)) or "deserialize" in str(error)
                 if missing or (zipfile.is_zipfile(file) and "PytorchStreamReader" not in str(error)):
@@ -99,10 +94,8 @@ class TorchCheckpointIO(CheckpointIO):
                 raise _damaged(path, "it begins like a file of `torch.save`, but does not go on like one") from error
 
     def remove_checkpoint(self, path: Any) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             get_filesystem(path).rm(os.fspath(path), recursive=True)
-        except FileNotFoundError:
-            pass
 
 
 def _verify(file: IO[bytes], path: str) -> None:
@@ -122,51 +115,39 @@ def _verify(file: IO[bytes], path: str) -> None:
             checkable = any(entry.CRC for entry in archive.infolist()) and not is_remote(path)
             broken = archive.testzip() if checkable else None
         except Exception as error:  # what a wrong byte in the archive's directory leads to is hard to foresee
-            raise _damaged(
-                path, f"it is cut off after {size:,} bytes, or changed ({str(error) or 'end of file'})"
-            ) from error
+            raise _damaged(path, f"it is cut off after {size:,} bytes, or changed ({error})") from error
         if broken is not None:
             raise _damaged(path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written")
         if not any(name.endswith("data.pkl") for name in archive.namelist()):
             raise _damaged(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
     elif not head.startswith(b"\x80"):  # every pickle, which older versions of torch wrote, begins like this
-        known = (kind for start, kind in FOREIGN.items() if head.startswith(start))
-        raise _damaged(path, f"its {size:,} bytes begin with {head[:16]!r}, which is {next(known, STRANGER)}")
+        known = [kind for start, kind in FOREIGN.items() if head.startswith(start)]
+        found = known[0] if known else "nothing that `torch.save` writes"
+        raise _damaged(path, f"its {size:,} bytes begin with {head[:16]!r}, which is {found}")
 
 
 def _damaged(path: str, found: str) -> DamagedCheckpointError:
-    what = f"The checkpoint {path!r} cannot be read: {found}."
-    return DamagedCheckpointError(explain(what, fix="Load another checkpoint, or copy or download this one again."))
+    fix = "Load another checkpoint, or copy or download this one again."
+    return DamagedCheckpointError(f"The checkpoint {path!r} cannot be read: {found}. {fix}")
 
 
 def _what_is_there_instead(files: Any, path: str) -> str:
     folder, name = os.path.split(path)
     if not files.isdir(folder or os.curdir):
-        return explain(f"The checkpoint {path!r} does not exist.", f"There is no folder {folder!r} either.")
+        return f"The checkpoint {path!r} does not exist, and there is no folder {folder!r} either."
     names = [os.path.basename(str(entry).rstrip("/")) for entry in files.ls(folder or os.curdir, detail=False)]
     others = [other for other in names if os.path.splitext(other)[1] in (os.path.splitext(name)[1], ".ckpt")]
-    closest = nearest(name, names)
-    fix = f"Did you mean `{closest}`?" if closest else f"The folder has {', '.join(others[:8]) or 'no checkpoints'}."
-    return explain(f"The checkpoint {path!r} does not exist.", fix=fix)
+    found = f" The folder has {', '.join(others[:8]) or 'no checkpoints'}."
+    return f"The checkpoint {path!r} does not exist.{suggestion(name, names) or found}"
 
 
-def _refused_classes(file: IO[bytes], message: str) -> list[str]:
+def _refused_classes(file: IO[bytes], message: str) -> str:
     """The classes because of which `torch.load` refused the file."""
     file.seek(0)
     try:
-        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # torch lists them for its newer format only; its message names the first one
-        return re.findall(r"GLOBAL (\S+)", message)
-
-
-def _how_to_allow(path: str, classes: list[str]) -> str:
-    listed = ", ".join(classes)
-    return explain(
-        f"The checkpoint {path!r} holds objects of {listed}, and was loaded with `weights_only=True`.",
-        "Loading arbitrary classes can run any code, so only weights and plain values are allowed unless you say so.",
-        "If you trust the file, pass `weights_only=False`, or allow just these classes with"
-        f" `torch.serialization.add_safe_globals([{listed}])`.",
-    )
+        return ", ".join(re.findall(r"GLOBAL (\S+)", message))
 
 
 def _first_unpicklable(value: Any, name: str = "checkpoint") -> str:

@@ -44,20 +44,18 @@ class ClusterEnvironment(ABC):
     def world_size(self) -> int: ...
 
     @abstractmethod
-    def set_world_size(self, size: int) -> None:
-        """The strategy's count; ignored where the environment knows it, as is the next."""
-
-    @abstractmethod
     def global_rank(self) -> int: ...
-
-    @abstractmethod
-    def set_global_rank(self, rank: int) -> None: ...
 
     @abstractmethod
     def local_rank(self) -> int: ...
 
     @abstractmethod
     def node_rank(self) -> int: ...
+
+    def set_world_size(self, size: int) -> None:
+        """The strategy's count; ignored where the environment knows it, as is the next."""
+
+    def set_global_rank(self, rank: int) -> None: ...
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Raise if the Trainer's ``devices`` and ``num_nodes`` contradict what the environment started."""
@@ -117,12 +115,8 @@ class _StartedElsewhere(ClusterEnvironment):
     def world_size(self) -> int:
         return _read(self.VARIABLES[0])
 
-    def set_world_size(self, size: int) -> None: ...
-
     def global_rank(self) -> int:
         return _read(self.VARIABLES[1])
-
-    def set_global_rank(self, rank: int) -> None: ...
 
     def local_rank(self) -> int:
         return _read(self.VARIABLES[2])

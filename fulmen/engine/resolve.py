@@ -15,7 +15,7 @@ from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, suggestion
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 
@@ -37,13 +37,16 @@ class Face(NamedTuple):
     absent: type[Exception]  # hardware or machinery that is not there
     plugin: type[Exception]  # something that is no plugin
     plugins: tuple[type, ...]
+    strategies: tuple[str, ...] = ()  # names of not yet built strategies that only it knows
 
 
 MCE = MisconfigurationException
 PARTS = (Precision, CheckpointIO, ClusterEnvironment)
 FACES = {
     "trainer": Face("Trainer", MCE, MCE, MCE, (*PARTS, LayerSync)),
-    "fabric": Face("Fabric", ValueError, RuntimeError, TypeError, PARTS),
+    "fabric": Face(
+        *("Fabric", ValueError, RuntimeError, TypeError, PARTS), ("dp", "deepspeed_stage_1_offload", "xla_fsdp")
+    ),
 }
 
 PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
@@ -65,7 +68,6 @@ NOT_BUILT = (
     *(f"deepspeed{stage}" for stage in ("", "_stage_1", "_stage_2", "_stage_2_offload", "_stage_3")),
     *("deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"),
 )
-NOT_BUILT_FABRIC = ("dp", "deepspeed_stage_1_offload", "xla_fsdp")
 
 
 @dataclass
@@ -94,9 +96,10 @@ class Wishes:
     @property
     def one_device(self) -> bool:
         """Is it a strategy for one device? One of the user's own may spread over as many as it likes."""
-        named = self.strategy in StrategyRegistry
-        kind = StrategyRegistry[self.strategy]["strategy"] if named else type(self.strategy)
-        return self.strategy == "auto" or (isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy))
+        kind: Any = type(self.strategy)
+        if isinstance(self.strategy, str) and self.strategy in StrategyRegistry:
+            kind = StrategyRegistry[self.strategy]["strategy"]
+        return isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy)
 
 
 # A condition, the exception class (or the name the `Face` has for it), a message with the wishes as {w}.
@@ -131,7 +134,7 @@ MISFITS: tuple[Conflict, ...] = (
      "`strategy={w.strategy!r}` works on GPUs only, and the accelerator is {w.hardware!r}. Use `accelerator='gpu'`."),
     (lambda w: w.named("ddp", "dp", "deepspeed") and w.hardware == "mps", ValueError,
      "`strategy={w.strategy!r}` does not work on MPS, which is one device. Use `strategy='auto'`."),
-    (lambda w: isinstance(w.strategy, str) and w.strategy not in ("auto", *StrategyRegistry), "absent",
+    (lambda w: isinstance(w.strategy, str) and w.strategy not in StrategyRegistry, "absent",
      "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use 'auto'."),
     (lambda w: w.one_device and (len(w.found) > 1 or w.num_nodes > 1), "absent",
      "`devices={w.devices!r}` with `num_nodes={w.num_nodes}` asks for several devices, and training on several devices is"
@@ -156,15 +159,15 @@ def resolve(
 ) -> Strategy:
     """The strategy that the arguments of `Trainer` (or, with ``face="fabric"``, of `Fabric`) ask for, complete.
 
-    Raises:
-        ValueError: an unknown name, or a value outside of its range.
-        TypeError: ``devices`` of a type that the accelerator does not understand.
-        Exception: of a class that depends on the face, for what cannot go together or is not there.
+    Raises a `ValueError` for names and numbers that cannot be, a `TypeError` for ``devices`` of a wrong type, and what
+    the `Face` has for what cannot go together or is not there.
     """
     asked = FACES[face]
-    accelerator, strategy = _known_accelerator(accelerator), _known_strategy(strategy, asked)
-    numbers, parts = _known_precision(precision), _by_kind(plugins, asked)
-    wishes = Wishes(asked, accelerator, devices, num_nodes, strategy, numbers, parts, sync_batchnorm)
+    accelerator = _known("accelerator", accelerator, ("auto", "gpu", *AcceleratorRegistry), Accelerator)
+    wishes = Wishes(
+        *(asked, accelerator, devices, num_nodes, _known_strategy(strategy, asked), _known_precision(precision)),
+        *(_by_kind(plugins, asked), sync_batchnorm),
+    )
     _check(wishes, CONFLICTS)
     chosen = choose_accelerator(wishes)
     wishes.hardware, wishes.found = chosen.name(), choose_devices(wishes, chosen)
@@ -177,31 +180,26 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
     wish = wishes.own("accelerator") or wishes.accelerator
     if wish == "auto" and isinstance(wishes.strategy, SingleDeviceStrategy):
         wish = wishes.strategy.root_device.type
+    if wish == "gpu" and not gpu_kind():
+        what = "`accelerator='gpu'` finds no GPU: neither CUDA nor MPS is available."
+        raise wishes.face.absent(f"{what} Use 'cpu', or install a torch and a driver for your GPU.")
     if wish in ("auto", "gpu"):
-        gpu = gpu_kind()
-        if wish == "gpu" and not gpu:
-            what = "`accelerator='gpu'` finds no GPU: neither CUDA nor MPS is available."
-            raise wishes.face.absent(explain(what, fix="Use 'cpu', or install a torch and a driver for your GPU."))
-        wish = gpu or "cpu"
-    kind = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) else wish
-    if not kind.is_available():
+        wish = gpu_kind() or "cpu"
+    chosen = wish if isinstance(wish, Accelerator) else AcceleratorRegistry[wish]["accelerator"]
+    if not chosen.is_available():
         usable = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
-        gone = "fulmen does not support it" if kind.name() == "tpu" else "torch finds no such device on this machine"
-        what = f"The accelerator {kind.name()!r} was asked for, but {gone}."
-        raise wishes.face.absent(explain(what, fix=f"Available are {', '.join(map(repr, usable))}."))
+        gone = "fulmen does not support it" if chosen.name() == "tpu" else "torch finds no such device on this machine"
+        what = f"The accelerator {chosen.name()!r} was asked for, but {gone}."
+        raise wishes.face.absent(f"{what} Available are {', '.join(map(repr, usable))}.")
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
 
 def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.device]:
     """One device per process of this node."""
-    wish = wishes.devices
-    if wish == "auto":
-        wish = accelerator.auto_device_count()
-        if wish > 1 and wishes.one_device:
-            rank_zero_info(
-                f"There are {wish} {accelerator.name()} devices; this version of fulmen trains on the first."
-            )
-            wish = 1
+    wish = accelerator.auto_device_count() if wishes.devices == "auto" else wishes.devices
+    if wishes.devices == "auto" and wish > 1 and wishes.one_device:
+        rank_zero_info(f"There are {wish} {accelerator.name()} devices; this version of fulmen trains on the first.")
+        wish = 1
     parsed = accelerator.parse_devices(wish)
     found = accelerator.get_parallel_devices(parsed) if parsed else []
     if not found:
@@ -211,13 +209,17 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
 
 def assemble(wishes: Wishes, accelerator: Accelerator) -> Strategy:
     """The strategy with all of its parts; those that it brought along stay."""
-    strategy = _make(wishes.strategy, wishes.found[0]) if isinstance(wishes.strategy, str) else wishes.strategy
+    strategy = wishes.strategy
+    if isinstance(strategy, str):
+        kind, arguments = StrategyRegistry[strategy]["strategy"], StrategyRegistry[strategy]["init_params"]
+        on_first = wishes.one_device
+        strategy = kind(**{"device": wishes.found[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
     if getattr(strategy, "parallel_devices", wishes.found) is None:
         setattr(strategy, "parallel_devices", wishes.found)  # noqa: B010
     device = strategy.root_device
     if {device.type, wishes.hardware} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
         what = f"The strategy object is on `{device}`, but the accelerator is {wishes.hardware!r}."
-        raise wishes.face.misuse(explain(what, fix="Choose one of the two."))
+        raise wishes.face.misuse(f"{what} Choose one of the two.")
     strategy.accelerator = accelerator
     strategy.checkpoint_io = wishes.own("_checkpoint_io") or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
     strategy.cluster_environment = strategy.cluster_environment or choose_cluster(wishes, strategy)
@@ -239,13 +241,11 @@ def choose_cluster(wishes: Wishes, strategy: Strategy) -> ClusterEnvironment:
     """The environment the user gave, or the first one that recognises itself."""
     if ClusterEnvironment in wishes.plugins:
         return wishes.plugins[ClusterEnvironment]
-    if not TorchElasticEnvironment.detect():
-        return SLURMEnvironment() if SLURMEnvironment.detect() else LightningEnvironment()
-    cluster = TorchElasticEnvironment()
+    kinds = (TorchElasticEnvironment, SLURMEnvironment, LightningEnvironment)
+    cluster = next(kind for kind in kinds if kind.detect())()
     if isinstance(strategy, SingleDeviceStrategy) and cluster.world_size() > 1:
-        what = f"torchrun started {cluster.world_size()} processes, but each of them trains a model of its own here."
-        why = "The strategy uses one device, and all of them write the same files."
-        rank_zero_warn(explain(what, why, "Use `--nproc-per-node=1`."), category=PossibleUserWarning)
+        what = f"{cluster.world_size()} processes were started, but each trains a model of its own on one device here"
+        rank_zero_warn(f"{what}, and all write the same files. Start one process.", category=PossibleUserWarning)
     return cluster
 
 
@@ -260,7 +260,7 @@ def announce(strategy: Strategy) -> None:
     rank_zero_info(f"GPU available: {bool(gpu)}{f' ({gpu})' if gpu else ''}, used: {used}")
     if gpu and not used:
         what = f"This machine has a GPU ({gpu}), but training runs on `{strategy.root_device}`."
-        rank_zero_warn(explain(what, fix="Use it with `Trainer(accelerator='gpu')`."), category=PossibleUserWarning)
+        rank_zero_warn(f"{what} Use it with `Trainer(accelerator='gpu')`.", category=PossibleUserWarning)
 
 
 def _check(wishes: Wishes, conflicts: Sequence[Conflict]) -> None:
@@ -269,44 +269,28 @@ def _check(wishes: Wishes, conflicts: Sequence[Conflict]) -> None:
             raise (getattr(wishes.face, error) if isinstance(error, str) else error)(message.format(w=wishes))
 
 
-def _make(name: str, device: torch.device) -> Strategy:
-    """A new strategy of a registered name; on ``device``, if it is one for one device that did not fix its own."""
-    name = "single_device" if name == "auto" else name
-    kind, arguments = StrategyRegistry[name]["strategy"], StrategyRegistry[name]["init_params"]
-    if isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy):
-        return kind(**{"device": device, **arguments})
-    return StrategyRegistry.get(name)
-
-
-def _unknown(argument: str, value: Any, names: Sequence[str], or_else: str = "") -> ValueError:
-    what = f"`{argument}={value!r}` is none of {', '.join(map(repr, names))}{or_else}."
-    return ValueError(what + suggestion(str(value), names))
-
-
-def _known_accelerator(accelerator: Any) -> str | Accelerator:
-    names = ("auto", "gpu", *AcceleratorRegistry)
-    if isinstance(accelerator, Accelerator) or (isinstance(accelerator, str) and accelerator in names):
-        return accelerator
-    raise _unknown("accelerator", accelerator, names, ", and no `Accelerator` object")
+def _known(argument: str, value: Any, names: Sequence[str], kind: type = type(None)) -> Any:
+    """The value, which must be one of the names or an object of that kind."""
+    if isinstance(value, kind) or (isinstance(value, str) and value in names):
+        return value
+    or_else = "" if kind is type(None) else f", and no `{kind.__name__}` object"
+    listed = ", ".join(map(repr, names))
+    raise ValueError(f"`{argument}={value!r}` is none of {listed}{or_else}.{suggestion(str(value), names)}")
 
 
 def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
-    names = ("auto", *StrategyRegistry, *NOT_BUILT, *(NOT_BUILT_FABRIC if face.name == "Fabric" else ()))
-    known = {name.lower(): name for name in names}
-    if isinstance(strategy, Strategy) or (isinstance(strategy, str) and strategy.lower() in known):
-        return known[strategy.lower()] if isinstance(strategy, str) else strategy
-    raise _unknown("strategy", strategy, names, ", and no `Strategy` object")
+    names = ("auto", *StrategyRegistry, *NOT_BUILT, *face.strategies)
+    if isinstance(strategy, str):
+        strategy = {name.lower(): name for name in names}.get(strategy.lower(), strategy)
+    return "single_device" if strategy == "auto" else _known("strategy", strategy, names, Strategy)
 
 
 def _known_precision(precision: Any) -> str | None:
-    name, names = str(precision), (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES)
-    if precision is not None and (type(precision) not in (str, int) or name not in names):
-        raise _unknown("precision", precision, names)
+    name = str(precision) if type(precision) is int else precision
+    _known("precision", name, (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES))
     if name in ("16", "bf16"):
-        rank_zero_warn(
-            f"`precision={precision!r}` is an old name. Write `precision={ALIASES[name]!r}`, which is the same."
-        )
-    return None if precision is None else ALIASES.get(name, name)
+        rank_zero_warn(f"`{precision=}` is an old name. Write `precision={ALIASES[name]!r}`, which is the same.")
+    return ALIASES.get(name, name)
 
 
 def _by_kind(plugins: Any, face: Face) -> dict[type, Any]:
@@ -314,11 +298,10 @@ def _by_kind(plugins: Any, face: Face) -> dict[type, Any]:
     for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
         kind = next((kind for kind in face.plugins if isinstance(plugin, kind)), None)
         if kind is None:
-            fix = f"Pass an object of one of {', '.join(kind.__name__ for kind in face.plugins)}."
-            raise face.plugin(explain(f"{plugin!r} is not a plugin for `{face.name}`.", fix=fix))
+            listed = ", ".join(kind.__name__ for kind in face.plugins)
+            raise face.plugin(f"{plugin!r} is not a plugin for `{face.name}`. Pass an object of one of {listed}.")
         if kind in found:
-            raise face.misuse(
-                f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one."
-            )
+            what = f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}."
+            raise face.misuse(f"{what} Pass one.")
         found[kind] = plugin
     return found

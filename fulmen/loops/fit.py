@@ -320,10 +320,12 @@ class FitLoop:
     # ------------------------------------------------------------------ batches
 
     def skip_batch(self, batch_idx: int) -> bool:
-        """The loader gave None: no step, no hooks."""
+        """The loader gave None: no step, and of the hooks only `on_train_batch_end`."""
         rank_zero_warn("`train_dataloader` yielded None. If this was on purpose, ignore this warning...")
-        self.optimization.stepped = False
-        self.progress.finish_batch()
+        progress, self.optimization.stepped = self.progress, False
+        self.schedulers.after_batch(0, progress.epochs + 1, stepped=False, is_last_batch=progress.is_last_batch)
+        progress.finish_batch()
+        self.hooks.on_train_batch_end(None, None, batch_idx)
         return True
 
     def skip_epoch(self) -> bool:

@@ -215,7 +215,7 @@ class AutomaticOptimization(Optimization):
                     "Without it there is nothing to call backward on. "
                     'Return {"loss": loss, ...}, the loss alone, or None to skip the batch.'
                 )
-            loss, extra = output["loss"], {k: _detached(v) for k, v in output.items() if k != "loss"}
+            loss, extra = output["loss"], {k: v for k, v in output.items() if k != "loss"}
             if loss is None:
                 return None, extra
         else:
@@ -243,7 +243,7 @@ class ManualOptimization(Optimization):
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
         if isinstance(output, Mapping):
-            return {key: _detached(value) for key, value in output.items()}
+            return output
         raise MisconfigurationException(
             f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. In manual optimization, "
             "`training_step` must either return a Tensor or have no return. Return the loss, a dict, or nothing."
@@ -279,10 +279,6 @@ def steps_directly(optimizer: Any, strategy: Any) -> bool:
         and not overridden(strategy, "optimizer_step", Strategy)
         and strategy.precision_plugin.plain_step
     )
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _check_loss(loss: Any, name: str) -> None:

@@ -158,7 +158,7 @@ def test_the_environment_recognises_itself(monkeypatch):
 def test_several_processes_on_a_strategy_for_one_device_are_mentioned(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(PossibleUserWarning, match="torchrun started 2 processes"):
+    with pytest.warns(PossibleUserWarning, match="2 processes were started"):
         resolve()
 
 

@@ -121,22 +121,16 @@ def test_outputs_of_a_dict_has_its_other_values_too():
     model = automatic(lambda self, batch: {"loss": self.loss(batch), "size": 4, "x": self(batch[0])})
     fit(model, callbacks=[outputs])
     assert [set(seen) for seen in outputs.seen] == [{"loss", "size", "x"}] * 4
-    assert not any(seen["x"].requires_grad for seen in outputs.seen)
+    assert not any(seen["loss"].requires_grad for seen in outputs.seen)
 
 
 def test_the_loss_in_outputs_is_divided_by_the_window():
     plain, divided = Outputs(), Outputs()
+    torch.manual_seed(0)
     fit(Regression(lr=0.0), callbacks=[plain])
     torch.manual_seed(0)
-    model = Regression(lr=0.0)
-    torch.manual_seed(0)
     fit(Regression(lr=0.0), callbacks=[divided], accumulate_grad_batches=4)
-    del model
-    assert len(divided.seen) == 4
-    torch.manual_seed(0)
-    reference = Outputs()
-    fit(Regression(lr=0.0), callbacks=[reference])
-    for window, whole in zip(divided.seen, reference.seen):
+    for window, whole in zip(divided.seen, plain.seen, strict=True):
         assert torch.equal(window["loss"], whole["loss"] / 4)
 
 
@@ -172,22 +166,40 @@ def test_other_results_are_refused(value):
         fit(automatic(lambda self, batch: value))
 
 
-def test_a_batch_that_is_none_is_skipped_with_a_warning():
-    class Batches(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
+class SomeNone:
+    """Three batches of which one is None, as a collate function returns that found nothing usable."""
 
-        def __getitem__(self, index):
-            return index
+    def __init__(self, none_at: int) -> None:
+        full = next(iter(make_loader()))
+        self.batches = [None if number == none_at else full for number in range(3)]
 
-    full = next(iter(make_loader()))
-    loader = torch.utils.data.DataLoader(Batches(), collate_fn=lambda rows: None if rows[0] == 1 else full)
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("none_at", [1, 2])
+def test_a_batch_that_is_none_is_skipped_with_a_warning(none_at):
+    steps = []
+
+    class Model(Regression):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            return [optimizer], [halving(optimizer)]
+
+        def on_train_batch_start(self, batch, batch_idx):
+            steps.append(batch_idx)
+
     outputs = Outputs()
     trainer = make_trainer(limit_val_batches=0, callbacks=[outputs])
     with pytest.warns(UserWarning, match="yielded None"):
-        trainer.fit(Regression(), loader)
+        trainer.fit(Model(), SomeNone(none_at))
     assert trainer.global_step == 2
-    assert len(outputs.seen) == 2
+    assert steps == [number for number in range(3) if number != none_at]
+    assert [seen is None for seen in outputs.seen] == [number == none_at for number in range(3)]
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5, "the epoch is over all the same"
 
 
 # ---------------------------------------------------------------------- signatures
