@@ -16,10 +16,9 @@ from fulmen.utilities.rank_zero import WarningCache
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What identifies the way a name is logged; compared as one tuple on every later write.
-Options = tuple[
-    Any, ...
-]  # prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, group, add_idx, attribute, zero_only
+# What identifies the way a name is logged, compared as one tuple on every later write: prog_bar, logger, on_step,
+# on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only.
+Options = tuple[Any, ...]
 
 _warnings = WarningCache()
 
@@ -32,23 +31,9 @@ class Entry:
     """
 
     __slots__ = (
-        "bar",
-        "callback_name",
-        "dataloader_idx",
-        "dtype",
-        "empty",
-        "epoch_name",
-        "final",
-        "graph",
-        "logger",
-        "newest",
-        "on_epoch",
-        "on_step",
-        "options",
-        "step_name",
-        "total",
-        "weight",
-    )
+        "bar", "callback_name", "dataloader_idx", "dtype", "empty", "epoch_name", "final", "graph", "logger",
+        "newest", "on_epoch", "on_step", "options", "step_name", "total", "weight",
+    )  # fmt: skip
 
     def __init__(self, name: str, options: Options, on_step: bool, on_epoch: bool, dataloader_idx: int | None) -> None:
         self.options = options
@@ -255,22 +240,9 @@ class LogBook:
     """
 
     __slots__ = (
-        "_bar",
-        "_callback",
-        "_copies",
-        "_logged",
-        "_page_names",
-        "batch",
-        "batch_size",
-        "dataloader_idx",
-        "entries",
-        "has_loggers",
-        "hook",
-        "logging_due",
-        "module",
-        "page",
-        "size_required",
-    )
+        "_bar", "_callback", "_copies", "_logged", "_page_names", "batch", "batch_size", "dataloader_idx",
+        "entries", "has_loggers", "hook", "logging_due", "module", "page", "size_required",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.hook: str | None = None
