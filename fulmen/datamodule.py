@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
+from fulmen.data.combined import sized
 from fulmen.hooks import DataHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.introspection import takes_argument
@@ -48,15 +50,9 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     @classmethod
     def from_datasets(
-        cls,
-        train_dataset: Any = None,
-        val_dataset: Any = None,
-        test_dataset: Any = None,
-        predict_dataset: Any = None,
-        batch_size: int = 1,
-        num_workers: int = 0,
-        **datamodule_kwargs: Any,
-    ) -> Self:
+        cls, train_dataset: Any = None, val_dataset: Any = None, test_dataset: Any = None, predict_dataset: Any = None,
+        batch_size: int = 1, num_workers: int = 0, **datamodule_kwargs: Any,
+    ) -> Self:  # fmt: skip
         """A datamodule around datasets: each one dataset, or a nested list or dict of them.
 
         Training data are shuffled, except iterable-style datasets; memory is pinned. `batch_size` and `num_workers`
@@ -66,14 +62,10 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
             if takes_argument(cls.__init__, name):
                 datamodule_kwargs[name] = value
         datamodule = cls(**datamodule_kwargs)
-        load = partial(DataLoader, batch_size=batch_size, num_workers=num_workers, pin_memory=True)
-        for verb, dataset, make in (
-            ("train", train_dataset, partial(_shuffled, load)),
-            ("val", val_dataset, load),
-            ("test", test_dataset, load),
-            ("predict", predict_dataset, load),
-        ):
+        datasets = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
+        for verb, dataset in datasets.items():
             if dataset is not None:
+                make = partial(_loader, batch_size=batch_size, num_workers=num_workers, shuffle=verb == "train")
                 # Instance attributes count as overridden hooks; partials, unlike closures, reach spawned processes.
                 setattr(datamodule, f"{verb}_dataloader", partial(_map_leaves, make, dataset))
         return datamodule
@@ -90,34 +82,30 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     @ClassOnlyMethod
     def load_from_checkpoint(
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        weights_only: bool | None = None,
+        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, weights_only: bool | None = None,
         **kwargs: Any,
-    ) -> Self:
-        """A datamodule made with the arguments stored in a checkpoint, and its stored state.
+    ) -> Self:  # fmt: skip
+        """A datamodule made with the arguments stored in a checkpoint (path, URL or file), and its stored state.
 
-        Args:
-            checkpoint_path: a path, URL or open binary file.
-            hparams_file: a .yaml or .csv file that replaces the stored arguments.
-            weights_only: False allows any pickled object in the file; only for files you trust.
-            kwargs: arguments that replace stored ones.
+        Arguments in the .yaml or .csv file ``hparams_file`` and in ``kwargs`` replace stored ones. ``weights_only=False``
+        allows any pickled object in the file; only for files you trust.
         """
-        return load_from_checkpoint(
-            cls, checkpoint_path, map_location, hparams_file, weights_only=weights_only, **kwargs
-        )
+        return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, None, weights_only, **kwargs)
 
     def __str__(self) -> str:
         """The sizes of the datasets behind the loaders, as far as these can be made now."""
-        titles = {"train": "Train", "val": "Validation", "test": "Test", "predict": "Predict"}
-        sizes = {title: self._dataset_sizes(f"{verb}_dataloader") for verb, title in titles.items()}
-        return "\n".join(f"{{{title} dataloader: {text}}}" for title, text in sizes.items())
+        titles = {"Train": "train", "Validation": "val", "Test": "test", "Predict": "predict"}
+        return "\n".join(f"{{{title} dataloader: {self._dataset_sizes(verb)}}}" for title, verb in titles.items())
 
-    def _dataset_sizes(self, hook: str) -> str:
+    def _dataset_sizes(self, verb: str) -> str:
+        sizes: list[str] = []
+
+        def measure(loader: Any) -> None:
+            size = sized(getattr(loader, "dataset", loader))
+            sizes.append(f"size={'NA' if size == inf else size}")
+
         try:
-            sizes = [f"size={_dataset_size(loader)}" for loader in _leaves(getattr(self, hook)())]
+            _map_leaves(measure, getattr(self, f"{verb}_dataloader")())
         except Exception:  # not written, or `setup` has not run yet
             return "None"
         if len(sizes) < 2:
@@ -125,8 +113,8 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         return " ; ".join(f"{number}. {size}" for number, size in enumerate(sizes, start=1))
 
 
-def _shuffled(load: Callable, dataset: Any) -> DataLoader:
-    return load(dataset, shuffle=not isinstance(dataset, IterableDataset))
+def _loader(dataset: Any, shuffle: bool, **given: Any) -> DataLoader:
+    return DataLoader(dataset, shuffle=shuffle and not isinstance(dataset, IterableDataset), pin_memory=True, **given)
 
 
 def _map_leaves(fn: Callable[[Any], Any], data: Any) -> Any:
@@ -134,19 +122,4 @@ def _map_leaves(fn: Callable[[Any], Any], data: Any) -> Any:
         return {key: _map_leaves(fn, value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_map_leaves(fn, value) for value in data]
-    return fn(data)
-
-
-def _leaves(data: Any) -> Iterator[Any]:
-    if isinstance(data, (Mapping, list, tuple)):
-        for value in data.values() if isinstance(data, Mapping) else data:
-            yield from _leaves(value)
-    elif data is not None:
-        yield data
-
-
-def _dataset_size(loader: Any) -> int | str:
-    try:
-        return len(getattr(loader, "dataset", loader))
-    except (TypeError, NotImplementedError):
-        return "NA"
+    return None if data is None else fn(data)

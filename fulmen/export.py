@@ -25,31 +25,27 @@ def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = 
 
     Args:
         file_path: where to; None returns the program only.
-        input_sample: a tensor, a tuple of positional arguments or a dict of named ones of `forward`; by default
+        input_sample: a tensor, a tuple of positional arguments or a dict of named ones of `forward`; None takes
             `module.example_input_array`.
         kwargs: for `torch.onnx.export`.
     """
     require("onnx", "by `to_onnx`")
     from torch import onnx  # slow to import
 
-    default = inspect.signature(onnx.export).parameters["dynamo"].default
-    if kwargs.get("dynamo", default):
+    if kwargs.get("dynamo", inspect.signature(onnx.export).parameters["dynamo"].default):
         require("onnxscript", "by `to_onnx` with `dynamo=True`")
-    positional, named = _arguments(_sample(module, input_sample, "to_onnx", "input_sample"))
-    target = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
+    positional, named = _inputs(module, "to_onnx", input_sample=input_sample)
     if named:
         kwargs["kwargs"] = {**named, **(kwargs.get("kwargs") or {})}
     with _evaluating(module):
+        target = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
         return onnx.export(module, positional, target, **kwargs)
 
 
 def to_torchscript(
-    module: LightningModule,
-    file_path: Any = None,
-    method: str | None = "script",
-    example_inputs: Any = None,
+    module: LightningModule, file_path: Any = None, method: str | None = "script", example_inputs: Any = None,
     **kwargs: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """The module as TorchScript, in eval mode, and as a file if a path is given.
 
     Args:
@@ -57,16 +53,15 @@ def to_torchscript(
         example_inputs: for "trace", like `input_sample` of `to_onnx`.
         kwargs: for `torch.jit.script` or `torch.jit.trace`.
     """
-    rank_zero_deprecation(
-        "`to_torchscript` is deprecated like TorchScript itself. Use `torch.export.export(module, args)`, or `to_onnx`."
-    )
+    fix = "Use `torch.export.export(module, args)`, or `to_onnx`."
+    rank_zero_deprecation(f"`to_torchscript` is deprecated like TorchScript itself. {fix}")
     if method not in ("script", "trace"):
         raise ValueError(f"`to_torchscript(method={method!r})` is not known. Use 'script' or 'trace'.")
     with _evaluating(module), _readable(module):
         if method == "script":
             converted = torch.jit.script(module, **kwargs)
         else:
-            positional, named = _arguments(_sample(module, example_inputs, "to_torchscript", "example_inputs"))
+            positional, named = _inputs(module, "to_torchscript", example_inputs=example_inputs)
             if named:
                 kwargs["example_kwarg_inputs"] = named
             converted = torch.jit.trace(module, example_inputs=None if named else positional, **kwargs)
@@ -76,15 +71,9 @@ def to_torchscript(
 
 
 def to_tensorrt(
-    module: LightningModule,
-    file_path: Any = None,
-    input_sample: Any = None,
-    ir: str = "default",
-    output_format: str = "exported_program",
-    retrace: bool = False,
-    default_device: str | torch.device = "cuda",
-    **compile_kwargs: Any,
-) -> Any:
+    module: LightningModule, file_path: Any, input_sample: Any, ir: str, output_format: str, retrace: bool,
+    default_device: str | torch.device, **compile_kwargs: Any,
+) -> Any:  # fmt: skip
     """The module compiled by TensorRT, in eval mode, and as a file if a path is given.
 
     Args:
@@ -93,45 +82,36 @@ def to_tensorrt(
         compile_kwargs: for `torch_tensorrt.compile`.
     """
     if ir == "ts" and output_format != "torchscript":
-        raise ValueError(
-            f"`to_tensorrt(ir='ts', output_format={output_format!r})`: what is read through TorchScript can only be"
-            " written as TorchScript. Use `output_format='torchscript'`, or `ir='dynamo'`."
-        )
+        why = "what is read through TorchScript can only be written as TorchScript."
+        fix = "Use `output_format='torchscript'`, or `ir='dynamo'`."
+        raise ValueError(f"`to_tensorrt(ir='ts', output_format={output_format!r})`: {why} {fix}")
     tensorrt = require("torch_tensorrt", "by `to_tensorrt`", extra="torch-tensorrt")
     device = torch.device(default_device) if module.device.type == "cpu" else module.device
     if device.type != "cuda":
-        raise MisconfigurationException(
-            f"`to_tensorrt` would compile for {device}, but TensorRT knows CUDA devices only. Call `module.cuda()`"
-            " first, or pass `default_device='cuda'`."
-        )
+        fix = "Call `module.cuda()` first, or pass `default_device='cuda'`."
+        raise MisconfigurationException(f"TensorRT compiles for CUDA devices only, not for {device}. {fix}")
     module.to(device)
-    positional, named = _arguments(_sample(module, input_sample, "to_tensorrt", "input_sample"))
+    positional, named = _inputs(module, "to_tensorrt", input_sample=input_sample)
     inputs = [*positional, *named.values()]
     with _evaluating(module):
         compiled = tensorrt.compile(module, ir=ir, inputs=inputs, **compile_kwargs)
         if file_path is not None and ir == "ts":
             atomic_write(file_path, lambda file: torch.jit.save(compiled, file))
         elif file_path is not None:
-            path = os.fspath(file_path)
-            tensorrt.save(compiled, path, inputs=inputs, output_format=output_format, retrace=retrace)
+            target = os.fspath(file_path)
+            tensorrt.save(compiled, target, inputs=inputs, output_format=output_format, retrace=retrace)
     return compiled
 
 
-def _sample(module: LightningModule, given: Any, method: str, argument: str) -> Any:
-    """An input for `forward` that went through the module's transfer hooks, as a batch would."""
-    sample = module.example_input_array if given is None else given
+def _inputs(module: LightningModule, method: str, **given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and named arguments of `forward`, which went through the module's transfer hooks as a batch would."""
+    ((name, sample),) = given.items()
+    sample = module.example_input_array if sample is None else sample
     if sample is None:
-        raise ValueError(
-            f"`{method}` received no `{argument}`, and `{type(module).__name__}.example_input_array` is None. `forward`"
-            f" has to run once to be recorded. Pass an input: `{method}(..., {argument}=torch.randn(...))`."
-        )
+        what = f"`{method}` received no `{name}`, and `{type(module).__name__}.example_input_array` is None."
+        raise ValueError(f"{what} Pass an input of `forward`: `{method}(..., {name}=torch.randn(...))`.")
     sample = module.on_before_batch_transfer(sample, 0)
-    sample = module.transfer_batch_to_device(sample, module.device, 0)
-    return module.on_after_batch_transfer(sample, 0)
-
-
-def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A sample as positional and named arguments of `forward`."""
+    sample = module.on_after_batch_transfer(module.transfer_batch_to_device(sample, module.device, 0), 0)
     if isinstance(sample, Mapping):
         return (), dict(sample)
     return (tuple(sample) if isinstance(sample, (tuple, list)) else (sample,)), {}

@@ -22,7 +22,6 @@ from fulmen.utilities.rank_zero import rank_zero_warn
 INSTANTIATOR_KEY = "_instantiator"
 CLASS_PATH_KEY = "_class_path"
 
-_PRIMITIVES = (bool, int, float, str)
 _given: ContextVar[dict[str, Any] | None] = ContextVar("given_hyperparameters", default=None)
 
 
@@ -43,38 +42,41 @@ class HyperparametersMixin:
         they use the same name, the subclass wins. `**kwargs` are flattened, `*args` are left out.
 
         Args:
-            args: nothing for all arguments, the names of some of them, or one mapping or `Namespace` whose content
-                is kept instead.
+            args: nothing for all arguments, names of some, or one mapping or `Namespace` whose content is kept.
             ignore: arguments not to keep; also forgets them if a base class has kept them.
             frame: where to look for the constructors; the caller's frame by default.
             logger: whether loggers receive them at the start of a run.
-
-        Raises:
-            KeyError: a name is not an argument.
-            ValueError: the object is neither mapping nor `Namespace`, or there are several.
         """
         self._log_hyperparams = logger
-        ignored = [ignore] if isinstance(ignore, str) else list(ignore or ())
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore or ())
         self.remove_ignored_hparams(ignored)
         found = init_arguments(self, frame or inspect.currentframe().f_back)  # type: ignore[union-attr]
-        given = _given.get()
-        arguments = {k: v for k, v in (found if given is None else given).items() if k not in ignored}
         objects = [arg for arg in args if not isinstance(arg, str)]
         if len(objects) > 1:
-            raise ValueError(
-                f"`save_hyperparameters` received {len(objects)} objects. It keeps the content of one, or arguments by"
-                " name. Merge them into one dict, or pass the names of the arguments as strings."
-            )
+            what = f"`save_hyperparameters` keeps the content of one object, not of {len(objects)} objects."
+            raise ValueError(f"{what} Merge them into one dict, or pass names of arguments.")
         if objects:
             chosen = as_hparams(objects[0])
             self._hparams_name = next((name for name, value in found.items() if value is objects[0]), None)
-            if isinstance(chosen, dict):
-                chosen = AttributeDict({k: v for k, v in chosen.items() if k not in ignored})
         else:
-            chosen = AttributeDict(_named(arguments, args, ignored) if args else arguments)
+            given = _given.get()
+            arguments = found if given is None else given
+            unknown = [name for name in args if name not in arguments and name not in ignored]
+            if unknown:
+                what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(arguments)}."
+                raise KeyError(what + suggestion(unknown[0], arguments))
+            chosen = AttributeDict({name: arguments[name] for name in args or arguments if name not in ignored})
             self._hparams_name = "kwargs"
-        _warn_about_modules(chosen)
-        self._set_hparams(chosen)
+        if isinstance(chosen, dict):
+            for name in ignored:
+                chosen.pop(name, None)
+        for name, value in chosen.items():
+            if isinstance(value, torch.nn.Module):
+                _advise_to_ignore(name, "is an `nn.Module`, whose weights a checkpoint would hold twice.")
+        if isinstance(chosen, dict) and isinstance(self.hparams, dict):
+            self.hparams.update(chosen)
+        else:
+            self._hparams = chosen
         self._hparams_initial = _copied(self.hparams)
 
     def remove_ignored_hparams(self, ignore_list: Iterable[str]) -> None:
@@ -92,62 +94,34 @@ class HyperparametersMixin:
         """A copy of what was kept, as it was at that time; this is what loggers receive."""
         return _copied(self.__dict__.get("_hparams_initial", AttributeDict()))
 
-    def _set_hparams(self, hp: MutableMapping | Mapping | Namespace) -> None:
-        hp = as_hparams(hp)
-        if isinstance(hp, dict) and isinstance(self.hparams, dict):
-            self.hparams.update(hp)
-        else:
-            self._hparams = hp
-
 
 def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     """The arguments of all constructors of `obj` that are running in `frame` and its callers."""
     found: dict[str, Any] = {}
     while frame is not None:
         if frame.f_code.co_name == "__init__":
-            # Base classes come first on the way out, so a subclass's value replaces theirs.
-            found.update(_constructor_arguments(obj, frame))
+            names, _, keywords, values = inspect.getargvalues(frame)
+            if names and values.get(names[0]) is obj:
+                # Base classes come first on the way out, so a subclass's value replaces theirs.
+                found.update({name: values[name] for name in names[1:] if name in values})
+                found.update(values.get(keywords or "", {}))
         frame = frame.f_back
-    return found
-
-
-def _constructor_arguments(obj: object, frame: FrameType) -> dict[str, Any]:
-    names, _, keywords, values = inspect.getargvalues(frame)
-    if not names or values.get(names[0]) is not obj:
-        return {}
-    arguments = {name: values[name] for name in names[1:] if name in values}
-    for name, value in arguments.items():
+    for name, value in found.items():
         # A dataclass fills in defaults made by a factory only later; its frame still holds a placeholder.
         if type(value).__module__ == "dataclasses" and type(value).__name__.startswith("_HAS_DEFAULT"):
-            arguments[name] = getattr(obj, name)
-    return {**arguments, **values.get(keywords, {})} if keywords else arguments
-
-
-def _named(arguments: Mapping[str, Any], names: Iterable[str], ignored: Iterable[str]) -> dict[str, Any]:
-    wanted = [name for name in names if name not in ignored]
-    for name in wanted:
-        if name not in arguments:
-            raise KeyError(
-                f"`save_hyperparameters({name!r})`: no running constructor has this argument, only {sorted(arguments)}."
-                f"{suggestion(name, arguments)} Call it inside `__init__`, with names of its arguments."
-            )
-    return {name: arguments[name] for name in wanted}
+            found[name] = getattr(obj, name)
+    return found
 
 
 def as_hparams(hp: Any) -> MutableMapping:
     """`hp` as a mapping with attribute access; configuration objects that are mutable mappings stay what they are."""
-    if hp is None:
-        return AttributeDict()
-    if isinstance(hp, Namespace):
-        return AttributeDict(vars(hp))
     if isinstance(hp, MutableMapping) and not isinstance(hp, dict):
         return hp
-    if isinstance(hp, Mapping):
-        return AttributeDict(hp)
-    kind = "primitive value" if isinstance(hp, _PRIMITIVES) else f"object of type `{type(hp).__name__}`"
+    if hp is None or isinstance(hp, (Mapping, Namespace)):
+        return AttributeDict(vars(hp) if isinstance(hp, Namespace) else hp or {})
     raise ValueError(
-        f"Hyper-parameters were given as the {kind} {hp!r}, in which they have no names. Pass a dict or a `Namespace`,"
-        " the name of the argument as a string, or nothing to keep all arguments."
+        f"Hyper-parameters were given as the {type(hp).__name__} {hp!r}, in which they have no names. Pass a dict or a"
+        " `Namespace`, the name of the argument as a string, or nothing to keep all arguments."
     )
 
 
@@ -157,8 +131,7 @@ def given_hyperparameters(arguments: Mapping[str, Any], instantiator: str | None
 
     Used by the command line interface, whose configuration can rebuild arguments that are objects themselves.
     """
-    marker = {} if instantiator is None else {INSTANTIATOR_KEY: instantiator}
-    token = _given.set({**arguments, **marker})
+    token = _given.set({**arguments, **({INSTANTIATOR_KEY: instantiator} if instantiator else {})})
     try:
         yield
     finally:
@@ -169,31 +142,26 @@ def drop_unpicklable(hparams: MutableMapping) -> None:
     """Remove what could not be stored in a checkpoint; called when a run starts."""
     for name in [name for name, value in hparams.items() if not is_picklable(value)]:
         del hparams[name]
-        rank_zero_warn(
-            f"The hyper-parameter `{name}` was removed from `hparams`: it cannot be pickled, so no checkpoint can hold"
-            f" it. `self.save_hyperparameters(ignore=[{name!r}])` avoids this warning."
-        )
+        _advise_to_ignore(name, "was removed from `hparams`: it cannot be pickled, so no checkpoint can hold it.")
+
+
+def _advise_to_ignore(name: str, what: str) -> None:
+    rank_zero_warn(f"The hyper-parameter `{name}` {what} Use `self.save_hyperparameters(ignore=[{name!r}])`.")
 
 
 def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersMixin | None) -> dict[str, Any]:
-    """The hyper-parameters of both that loggers should receive; empty if there are none.
-
-    Raises:
-        RuntimeError: both use one name for different values.
-    """
-    ours, theirs = (
-        {k: v for k, v in source.hparams_initial.items() if k not in (CLASS_PATH_KEY, INSTANTIATOR_KEY)}
-        if source is not None and source._log_hyperparams
-        else {}
-        for source in (module, datamodule)
-    )
-    clashes = [name for name in ours if name in theirs and not _same(ours[name], theirs[name])]
-    if clashes:
-        raise RuntimeError(
-            f"The module and the datamodule have different values for the hyper-parameters {clashes}, and loggers would"
-            " receive both under one name. Rename one, or save it with `save_hyperparameters(logger=False)`."
-        )
-    return {**ours, **theirs}
+    """The hyper-parameters of both that loggers should receive; an error if one name has different values."""
+    merged: dict[str, Any] = {}
+    for source in (module, datamodule):
+        if source is None or not source._log_hyperparams:
+            continue
+        new = {k: v for k, v in source.hparams_initial.items() if k not in (CLASS_PATH_KEY, INSTANTIATOR_KEY)}
+        clashes = [name for name in merged if name in new and not _same(merged[name], new[name])]
+        if clashes:
+            what = f"Module and datamodule would log different values for the hyper-parameters {clashes}."
+            raise RuntimeError(f"{what} Rename them, or save one side with `save_hyperparameters(logger=False)`.")
+        merged.update(new)
+    return merged
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -210,12 +178,3 @@ def _copied(hparams: Any) -> Any:
         return copy.deepcopy(hparams)
     except Exception:  # a value that cannot be copied (a lock, an open file) is shared
         return copy.copy(hparams)
-
-
-def _warn_about_modules(hparams: Mapping[str, Any]) -> None:
-    for name, value in hparams.items():
-        if isinstance(value, torch.nn.Module):
-            rank_zero_warn(
-                f"The hyper-parameter `{name}` is an `nn.Module`, whose weights are in the checkpoint already and would"
-                f" be stored twice. Leave it out: `self.save_hyperparameters(ignore=[{name!r}])`."
-            )

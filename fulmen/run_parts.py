@@ -17,7 +17,6 @@ from fulmen.hparams import clean_for_loggers
 from fulmen.loggers.csv_logs import CSVLogger
 from fulmen.loggers.logger import DummyLogger, Logger
 from fulmen.loggers.tensorboard import TensorBoardLogger
-from fulmen.profilers.builtin import AdvancedProfiler, SimpleProfiler
 from fulmen.profilers.profiler import PassThroughProfiler, Profiler
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.optional import available
@@ -27,10 +26,12 @@ if TYPE_CHECKING:
     from fulmen.settings import Settings
     from fulmen.trainer import Trainer
 
-RICH = ">=10.2.2"
-
-
-# ---------------------------------------------------------------------- callbacks
+PROFILERS = {
+    "simple": "SimpleProfiler",
+    "advanced": "AdvancedProfiler",
+    "pytorch": "PyTorchProfiler",
+    "xla": "XLAProfiler",
+}
 
 
 def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
@@ -39,24 +40,37 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     Raises:
         MisconfigurationException: for something that is no callback, or a default that was both given and forbidden.
     """
-    if given is None:
-        callbacks = []
-    else:
-        callbacks = [given] if isinstance(given, Callback) else list(given)
+    callbacks = [] if given is None else [given] if isinstance(given, Callback) else list(given)
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            raise MisconfigurationException(
-                f"`Trainer(callbacks=...)` received {callback!r}, a {type(callback).__name__}. "
-                "Pass instances of `Callback`, not classes or strings."
-            )
-    _add_checkpointing(callbacks, settings)
-    _add_timer(callbacks, settings)
-    _add_progress_bar(callbacks, settings)
-    if settings.enable_model_summary and not _has(callbacks, ModelSummary):
-        callbacks.append(RichModelSummary() if available("rich", RICH) else ModelSummary())
+            what = f"`Trainer(callbacks=...)` received {callback!r}, a {type(callback).__name__}."
+            raise MisconfigurationException(f"{what} Pass instances of `Callback`, not classes or strings.")
+    rich = available("rich", ">=10.2.2")
+    if not _given(callbacks, Checkpoint, settings, "enable_checkpointing"):
+        callbacks.append(ModelCheckpoint())
+    if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
+        rank_zero_info("Ignoring `Trainer(max_time=...)`, callbacks list already contains a Timer.")
+    elif settings.max_time is not None:
+        callbacks.append(Timer(duration=settings.max_time, interval="step"))
+    if not _given(callbacks, ProgressBar, settings, "enable_progress_bar"):
+        callbacks.append(getattr(all_callbacks, "RichProgressBar" if rich else "TQDMProgressBar")())
+    if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
+        callbacks.append(RichModelSummary() if rich else ModelSummary())
     callbacks.extend(_from_entry_points())
     _check_state_keys(callbacks)
     return in_order(callbacks)
+
+
+def _given(callbacks: list[Callback], kind: type[Callback], settings: Settings, switch: str) -> bool:
+    """Is there nothing to add: a callback of that kind, or no wish for one?"""
+    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
+    if kind is ProgressBar and len(names) > 1:
+        what = f"You added multiple progress bar callbacks: {', '.join(names)}."
+        raise MisconfigurationException(f"{what} Keep one of them.")
+    if names and not getattr(settings, switch):
+        what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
+        raise MisconfigurationException(f"{what} Remove one of the two.")
+    return bool(names) or not getattr(settings, switch)
 
 
 def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Callback] | None) -> list[Callback]:
@@ -64,60 +78,18 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
     new = [from_module] if isinstance(from_module, Callback) else list(from_module or [])
     if not new:
         return list(callbacks)
-    replaced = [
-        old for old in callbacks if type(old) is not Callback and any(issubclass(type(n), type(old)) for n in new)
-    ]
-    if replaced:
-        names = ", ".join(sorted({type(old).__name__ for old in replaced}))
-        rank_zero_info(
-            f"The following callbacks returned in `LightningModule.configure_callbacks` replace existing ones: {names}"
-        )
-    return in_order([old for old in callbacks if old not in replaced] + new)
+    kinds = {type(old) for old in callbacks if any(issubclass(type(n), type(old)) for n in new)} - {Callback}
+    if kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        what = "The following callbacks returned in `LightningModule.configure_callbacks` replace existing ones:"
+        rank_zero_info(f"{what} {names}")
+    return in_order([old for old in callbacks if type(old) not in kinds] + new)
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     """Finders first, checkpoints last, the rest as they were."""
     callbacks = list(callbacks)
     return sorted(callbacks, key=lambda c: 0 if c.tunes else 2 if isinstance(c, Checkpoint) else 1)
-
-
-def _has(callbacks: list[Callback], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
-
-
-def _add_checkpointing(callbacks: list[Callback], settings: Settings) -> None:
-    if not settings.enable_checkpointing:
-        if _has(callbacks, Checkpoint):
-            raise MisconfigurationException(
-                "`Trainer(enable_checkpointing=False)` was passed together with a checkpoint callback. "
-                "Remove one of the two."
-            )
-    elif not _has(callbacks, Checkpoint):
-        callbacks.append(ModelCheckpoint())
-
-
-def _add_timer(callbacks: list[Callback], settings: Settings) -> None:
-    if settings.max_time is None:
-        return
-    if _has(callbacks, Timer):
-        rank_zero_info("Ignoring `Trainer(max_time=...)`, callbacks list already contains a Timer.")
-    else:
-        callbacks.append(Timer(duration=settings.max_time, interval="step"))
-
-
-def _add_progress_bar(callbacks: list[Callback], settings: Settings) -> None:
-    bars = [type(callback).__name__ for callback in callbacks if isinstance(callback, ProgressBar)]
-    if len(bars) > 1:
-        raise MisconfigurationException(
-            f"You added multiple progress bar callbacks: {', '.join(bars)}. Keep one of them."
-        )
-    if bars and not settings.enable_progress_bar:
-        raise MisconfigurationException(
-            f"`Trainer(enable_progress_bar=False)` was passed together with {bars[0]}. Remove one of the two."
-        )
-    if not bars and settings.enable_progress_bar:
-        kind = "RichProgressBar" if available("rich", RICH) else "TQDMProgressBar"
-        callbacks.append(getattr(all_callbacks, kind)())
 
 
 def _from_entry_points() -> list[Callback]:
@@ -138,45 +110,33 @@ def _check_state_keys(callbacks: list[Callback]) -> None:
     seen: set[str] = set()
     for callback in callbacks:
         if callback.state_key in seen and callback.state_dict():
-            raise RuntimeError(
-                f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key "
-                f"{callback.state_key!r}. Checkpoints could not tell their states apart. Use different arguments, or "
-                "override `state_key`."
-            )
+            what = f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key"
+            fix = "Use different arguments, or override `state_key`."
+            raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
         seen.add(callback.state_key)
-
-
-# ---------------------------------------------------------------------- loggers
 
 
 def assemble_loggers(settings: Settings) -> list[Logger]:
     """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
     given = settings.logger
     if given is True:
-        loggers: list[Any] = [_default_logger(settings.default_root_dir)]
-    elif not given:
-        loggers = []
-    else:
-        loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, Logger) else [given]
-    if settings.fast_dev_run and loggers:
-        return [DummyLogger()]
-    return loggers
+        given = _default_logger(settings.default_root_dir)
+    loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, Logger) else [given] if given else []
+    return [DummyLogger()] if settings.fast_dev_run and loggers else loggers
 
 
 def _default_logger(root_dir: str) -> Logger:
     version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
     if available("tensorboard") or available("tensorboardX"):
         return TensorBoardLogger(save_dir=root_dir, version=version)
-    rank_zero_warn(
-        "Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. "
-        "Install one with `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
-    )
+    fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
+    rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
     return CSVLogger(save_dir=root_dir, version=version)
 
 
 def run_dir(logger: Logger) -> str | None:
     """Where a logger puts the files of this run."""
-    return logger.log_dir if isinstance(logger, (CSVLogger, TensorBoardLogger)) else logger.save_dir
+    return logger.log_dir if logger.log_dir_is_run_dir else logger.save_dir
 
 
 def send_hparams(trainer: Trainer) -> None:
@@ -191,20 +151,14 @@ def send_hparams(trainer: Trainer) -> None:
         logger.save()
 
 
-# ---------------------------------------------------------------------- profiler
-
-
 def assemble_profiler(given: Any) -> Profiler:
     """A profiler from its short name, or the one that was given."""
     if given is None:
         return PassThroughProfiler()
     if isinstance(given, Profiler):
         return given
-    names = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": "PyTorchProfiler", "xla": "XLAProfiler"}
-    kind: Any = names.get(given.lower()) if isinstance(given, str) else None
-    if kind is None:
-        raise MisconfigurationException(
-            f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), names)} When passing a string, it can "
-            f"be one of {list(names)}. Use one of them, or pass a `Profiler`."
-        )
-    return (getattr(profilers, kind) if isinstance(kind, str) else kind)()
+    if not isinstance(given, str) or given.lower() not in PROFILERS:
+        what = f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), PROFILERS)}"
+        fix = f"When passing a string, it can be one of {list(PROFILERS)}; or pass a `Profiler`."
+        raise MisconfigurationException(f"{what} {fix}")
+    return getattr(profilers, PROFILERS[given.lower()])()

@@ -1,23 +1,19 @@
-"""What the Trainer's arguments mean: every rule checks and normalises one topic, without needing a Trainer.
-
-`check` calls them all. Choosing the machine (accelerator, strategy, devices, precision, plugins) is done by
-`engine.resolve`; callbacks, loggers and the profiler are made by the Trainer.
-"""
+"""What the Trainer's arguments mean: `check` applies a rule per topic; `engine.resolve` and `run_parts` make the parts."""
 
 from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from datetime import timedelta
 from math import inf
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from fulmen.utilities.durations import parse_duration
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import GradClipAlgorithmType
 
@@ -40,20 +36,16 @@ BAREBONES = {
 }
 NOT_IN_BAREBONES = (*BAREBONES, "fast_dev_run", "detect_anomaly", "profiler")
 
-# Whole numbers: the smallest allowed, and what is raised for another type and for a smaller number.
-INTEGERS: dict[str, tuple[float, type[Exception], type[Exception]]] = {
-    "max_epochs": (-1, TypeError, MisconfigurationException),
-    "min_epochs": (-inf, TypeError, MisconfigurationException),
-    "max_steps": (-1, TypeError, MisconfigurationException),
-    "min_steps": (-inf, TypeError, MisconfigurationException),
-    "fast_dev_run": (0, TypeError, MisconfigurationException),
-    "check_val_every_n_epoch": (1, MisconfigurationException, MisconfigurationException),
-    "num_sanity_val_steps": (-inf, TypeError, MisconfigurationException),
-    "reload_dataloaders_every_n_epochs": (0, MisconfigurationException, MisconfigurationException),
-    "log_every_n_steps": (-inf, TypeError, MisconfigurationException),
-    "accumulate_grad_batches": (1, TypeError, ValueError),  # smaller ones could only fail later
+# Whole numbers, and the smallest allowed.
+INTEGERS = {
+    **dict.fromkeys(("min_epochs", "min_steps", "num_sanity_val_steps", "log_every_n_steps"), -inf),
+    **dict.fromkeys(("max_epochs", "max_steps"), -1),
+    **dict.fromkeys(("fast_dev_run", "reload_dataloaders_every_n_epochs"), 0),
+    **dict.fromkeys(("check_val_every_n_epoch", "accumulate_grad_batches"), 1),
 }
 MAY_BE_NONE = ("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch")
+# Not even 2.0 counts as a whole number for these.
+STRICT = ("check_val_every_n_epoch", "reload_dataloaders_every_n_epochs")
 
 # Arguments of earlier versions, and what to write today.
 REMOVED = {
@@ -75,42 +67,11 @@ REMOVED = {
 }
 
 
-@dataclass
-class Settings:
-    """The Trainer's arguments, checked, with every default filled in. The Trainer keeps them as plain attributes."""
+class Settings(SimpleNamespace):
+    """The Trainer's arguments, checked, with every default filled in. The Trainer keeps them as plain attributes.
 
-    max_epochs: int | None  # None: decided at each fit, depends on the callbacks
-    min_epochs: int | None
-    max_steps: int
-    min_steps: int | None
-    max_time: timedelta | None
-    limit_train_batches: int | float
-    limit_val_batches: int | float
-    limit_test_batches: int | float
-    limit_predict_batches: int | float
-    overfit_batches: int | float
-    fast_dev_run: bool | int
-    val_check_interval: int | float
-    val_check_time_s: float | None  # set when the interval was given as a time
-    check_val_every_n_epoch: int | None
-    num_sanity_val_steps: int | float
-    reload_dataloaders_every_n_epochs: int
-    accumulate_grad_batches: int
-    gradient_clip_val: int | float | None
-    gradient_clip_algorithm: GradClipAlgorithmType | None
-    log_every_n_steps: int
-    deterministic: bool | str | None
-    benchmark: bool | None
-    inference_mode: bool
-    detect_anomaly: bool
-    use_distributed_sampler: bool
-    barebones: bool
-    logger: Any  # True, False, a logger or several
-    enable_checkpointing: bool
-    enable_progress_bar: bool
-    enable_model_summary: bool
-    enable_autolog_hparams: bool
-    default_root_dir: str
+    None in `max_epochs` and `min_epochs` is decided at each fit; `val_check_time_s` is an interval given as a time.
+    """
 
 
 def check(**given: Any) -> Settings:
@@ -122,31 +83,30 @@ def check(**given: Any) -> Settings:
             values[name] = integer(name, values[name])
     values |= limits(given)
     values |= validation_schedule(values)
-    values |= clipping(values["gradient_clip_val"], values["gradient_clip_algorithm"])
-    values |= flags(values["deterministic"], values["benchmark"])
+    values["gradient_clip_algorithm"] = clip_algorithm(values["gradient_clip_val"], values["gradient_clip_algorithm"])
+    values["benchmark"] = benchmark_flag(values["deterministic"], values["benchmark"])
     values["max_time"] = None if given["max_time"] is None else parse_duration(given["max_time"], "max_time")
     values["default_root_dir"] = root_dir(given["default_root_dir"])
     if values["fast_dev_run"]:
         values |= development_run(values["fast_dev_run"])
     if values["barebones"]:
         values |= BAREBONES
-    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+    return Settings(**values)
 
 
-def environment_defaults(
-    signature_defaults: Mapping[str, Any], given: Mapping[str, Any], environ: Mapping[str, str] = os.environ
-) -> dict[str, Any]:
+def environment_defaults(signature_defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument: as given, else from the variable ``PL_TRAINER_<NAME>``, else as in the signature.
 
     Values from the environment are read as Python literals (``"2"`` is an int) where they are one.
     """
     for name in given:
         if name not in signature_defaults:
-            raise unknown_argument(name, signature_defaults)
-    preset = {}
+            removed = f" It has been removed. Write `{REMOVED[name]}` instead." if name in REMOVED else ""
+            what = f"Trainer.__init__() got an unexpected keyword argument '{name}'."
+            raise TypeError(what + (removed or suggestion(name, signature_defaults)))
+    preset: dict[str, Any] = {}
     for name in signature_defaults:
-        text = environ.get(f"PL_TRAINER_{name.upper()}", "")
-        if text:
+        if text := os.environ.get(f"PL_TRAINER_{name.upper()}"):
             try:
                 preset[name] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
@@ -154,28 +114,17 @@ def environment_defaults(
     return {**signature_defaults, **preset, **given}
 
 
-def unknown_argument(name: str, known: Collection[str]) -> TypeError:
-    """The error for a keyword the Trainer does not have."""
-    what = f"Trainer.__init__() got an unexpected keyword argument '{name}'."
-    if name in REMOVED:
-        return TypeError(explain(what, "It has been removed.", f"Write `{REMOVED[name]}` instead."))
-    return TypeError(what + suggestion(name, known))
-
-
 def refuse_conflicts(given: Mapping[str, Any]) -> None:
     """Raises for arguments that cannot be combined with `barebones=True`, and for a service that is not supported."""
     if given["model_registry"]:
-        what = f"`Trainer(model_registry={given['model_registry']!r})` was passed."
-        why = "The external model registry service behind this argument is not supported."
-        fix = "Remove the argument and save to a path or URL with `ModelCheckpoint(dirpath=...)`."
-        raise MisconfigurationException(explain(what, why, fix))
+        what = f"`Trainer(model_registry={given['model_registry']!r})` needs an external model registry service."
+        raise MisconfigurationException(f"{what} Save to a path or URL with `ModelCheckpoint(dirpath=...)`.")
     if not given["barebones"]:
         return
     for name in NOT_IN_BAREBONES:
         if given[name]:
-            what = f"`Trainer(barebones=True, {name}={given[name]!r})` was passed."
-            why = f"`{name}` costs time, and `barebones` is there to measure raw speed without it."
-            raise ValueError(explain(what, why, f"Drop `{name}` or `barebones`."))
+            why = f"`{name}` costs time, and `barebones` measures speed without it. Drop one of them."
+            raise ValueError(f"`Trainer(barebones=True, {name}={given[name]!r})` was passed. {why}")
     rank_zero_info(
         "`Trainer(barebones=True)`: no checkpoints, loggers, progress bar, model summary, sanity check, and `self.log`"
         " does nothing. This is for measuring overhead, not for training."
@@ -184,17 +133,20 @@ def refuse_conflicts(given: Mapping[str, Any]) -> None:
 
 def integer(name: str, value: Any) -> int:
     """`value` as an int, by the rules of the argument `name`. Whole floats such as 1e5 count unless the API forbids it."""
-    smallest, wrong_type, too_small = INTEGERS[name]
+    smallest = INTEGERS[name]
     if value == inf and smallest == -1:
         return -1
     if isinstance(value, Mapping) and name == "accumulate_grad_batches":
         fix = f"Use `callbacks=[GradientAccumulationScheduler(scheduling={value!r})]`."
-        raise TypeError(explain(f"`{name}={value!r}` is a schedule, not a number.", fix=fix))
-    if not isinstance(value, int) and not (isinstance(value, float) and value.is_integer() and wrong_type is TypeError):
-        raise wrong_type(explain(_typed(name, value), fix=f"`{name}` should be an integer."))
+        raise TypeError(f"`{name}={value!r}` is a schedule, not a number. {fix}")
+    is_whole = isinstance(value, float) and value.is_integer() and name not in STRICT
+    if not isinstance(value, int) and not is_whole:
+        wrong_type = MisconfigurationException if name in STRICT else TypeError
+        raise wrong_type(_typed(name, value, f"`{name}` should be an integer."))
     if value < smallest:
-        allowed = f"{smallest} or more" + (" (-1 is no limit)" if smallest == -1 else "")
-        raise too_small(explain(f"`{name}={value!r}` is too small.", fix=f"`{name}` must be {allowed}."))
+        too_small = ValueError if name == "accumulate_grad_batches" else MisconfigurationException
+        no_limit = " (-1 is no limit)" if smallest == -1 else ""
+        raise too_small(f"`{name}={value!r}` is too small. It must be {smallest} or more{no_limit}.")
     return value if isinstance(value, bool) and name == "fast_dev_run" else int(value)
 
 
@@ -213,19 +165,15 @@ def limits(given: Mapping[str, Any]) -> dict[str, int | float]:
 
 def batches(name: str, value: Any) -> int | float:
     """A number of batches (int) or a fraction of them (float)."""
+    fix = f"Use an int, such as `{name}=10` for ten batches, or a float, such as `{name}=0.1` for a tenth of them."
     if not isinstance(value, (int, float)):
-        fix = "Use an int for a number of batches, or a float from 0.0 to 1.0 for a fraction."
-        raise TypeError(explain(_typed(name, value), fix=fix))
-    if isinstance(value, int) and value >= 0:
+        raise TypeError(_typed(name, value, fix))
+    if value >= 0 and (isinstance(value, int) or (value > 1 and value.is_integer())):
         return int(value)
-    if 0 <= value <= 1:
-        return value
-    if value > 1 and float(value).is_integer():
-        return int(value)
-    what = f"`{name}={value!r}` is neither a number of batches nor a fraction."
-    why = "It has to be in [0.0, 1.0] or an int that is not negative."
-    fix = f"Write for example `{name}=10` for ten batches, or `{name}=0.1` for a tenth of them."
-    raise MisconfigurationException(explain(what, why, fix))
+    if not 0 <= value <= 1:
+        what = f"`{name}={value!r}` is neither a number of batches nor a fraction (in [0.0, 1.0] or an int above)."
+        raise MisconfigurationException(f"{what} {fix}")
+    return value
 
 
 def development_run(fast_dev_run: int) -> dict[str, Any]:
@@ -237,8 +185,7 @@ def development_run(fast_dev_run: int) -> dict[str, Any]:
     )
     schedule = {"val_check_interval": 1.0, "val_check_time_s": None, "check_val_every_n_epoch": 1}
     duration = {"max_steps": count, "max_epochs": 1, "num_sanity_val_steps": 0}
-    limited = dict.fromkeys(LIMITS, count)
-    return {"fast_dev_run": True if count == 1 else count, **limited, **duration, **schedule}
+    return {"fast_dev_run": True if count == 1 else count, **dict.fromkeys(LIMITS, count), **duration, **schedule}
 
 
 def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | None]:
@@ -250,46 +197,38 @@ def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | Non
     interval = batches("val_check_interval", interval)
     if interval == 0 and isinstance(interval, int):
         fix = "Use `limit_val_batches=0` to switch validation off."
-        raise MisconfigurationException(explain("`val_check_interval=0` would validate every 0 batches.", fix=fix))
+        raise MisconfigurationException(f"`val_check_interval=0` would validate every 0 batches. {fix}")
     if given["check_val_every_n_epoch"] is None and isinstance(interval, float) and interval < 1:
-        what = f"`val_check_interval={interval!r}` was passed with `check_val_every_n_epoch=None`."
-        why = "Batches are then counted across epochs, so there is no epoch to take a fraction of."
+        what = f"`val_check_interval={interval!r}` is a fraction, but batches are counted across epochs with"
         fix = "Use an integer (a number of batches) or a duration such as '00:00:30:00'."
-        raise MisconfigurationException(explain(what, why, fix))
-    sanity = given["num_sanity_val_steps"]
-    return {
-        "val_check_interval": interval,
-        "val_check_time_s": seconds,
-        "num_sanity_val_steps": inf if sanity == -1 else max(sanity, 0),
-    }
+        raise MisconfigurationException(f"{what} `check_val_every_n_epoch=None`. {fix}")
+    sanity = inf if given["num_sanity_val_steps"] == -1 else max(given["num_sanity_val_steps"], 0)
+    return {"val_check_interval": interval, "val_check_time_s": seconds, "num_sanity_val_steps": sanity}
 
 
-def clipping(gradient_clip_val: Any, gradient_clip_algorithm: Any) -> dict[str, Any]:
-    """Gradient clipping; the algorithm stays None when it was not given (the norm is clipped then)."""
-    if gradient_clip_val is not None and not isinstance(gradient_clip_val, (int, float)):
-        raise TypeError(explain(_typed("gradient_clip_val", gradient_clip_val), fix="It should be an int or a float."))
-    chosen = None
-    if gradient_clip_algorithm is not None:
-        name = str(gradient_clip_algorithm)
-        chosen = GradClipAlgorithmType.try_from_str(name, source="value")
-        if chosen is None:
-            known = GradClipAlgorithmType.supported_types()
-            what = f"`gradient_clip_algorithm={gradient_clip_algorithm!r}` is not one of {known}."
-            raise MisconfigurationException(what + suggestion(name, known))
-    return {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": chosen}
+def clip_algorithm(value: Any, algorithm: Any) -> GradClipAlgorithmType | None:
+    """How gradients are clipped; None when it was not said (by the norm then)."""
+    if value is not None and not isinstance(value, (int, float)):
+        raise TypeError(_typed("gradient_clip_val", value, "It should be an int or a float."))
+    if algorithm is None:
+        return None
+    name = algorithm.lower() if isinstance(algorithm, str) else str(algorithm)
+    known = GradClipAlgorithmType.supported_types()
+    if name not in known:
+        what = f"`gradient_clip_algorithm={algorithm!r}` is not one of {known}."
+        raise MisconfigurationException(what + suggestion(name, known))
+    return GradClipAlgorithmType(name)
 
 
-def flags(deterministic: Any, benchmark: Any) -> dict[str, Any]:
-    """Torch's switches; nothing is set here."""
+def benchmark_flag(deterministic: Any, benchmark: bool | None) -> bool | None:
+    """What to set cuDNN's benchmark flag to: False in deterministic runs, None leaves it as it is."""
     if isinstance(deterministic, str) and deterministic != "warn":
         hint = suggestion(deterministic, ["warn"])
         rank_zero_warn(f"`deterministic={deterministic!r}` is treated as True; the only word known is 'warn'.{hint}")
     if deterministic and benchmark:
-        rank_zero_warn(
-            "`deterministic` and `benchmark=True` were both passed: cuDNN may pick another algorithm in each run, "
-            "so results will not be reproducible. Drop one of them."
-        )
-    return {"deterministic": deterministic, "benchmark": False if deterministic and benchmark is None else benchmark}
+        why = "cuDNN may pick another algorithm in each run, so results will not be reproducible."
+        rank_zero_warn(f"`deterministic` and `benchmark=True` were both passed: {why} Drop one of them.")
+    return False if deterministic and benchmark is None else benchmark
 
 
 def apply_torch_flags(deterministic: bool | str | None, benchmark: bool | None) -> None:
@@ -308,9 +247,9 @@ def root_dir(default_root_dir: Any) -> str:
     if default_root_dir is None:
         return os.getcwd()
     if not isinstance(default_root_dir, (str, os.PathLike)):
-        raise TypeError(explain(_typed("default_root_dir", default_root_dir), fix="Use a string or a path."))
+        raise TypeError(_typed("default_root_dir", default_root_dir, "Use a string or a path."))
     return os.fspath(default_root_dir)
 
 
-def _typed(name: str, value: Any) -> str:
-    return f"`{name}={value!r}` is a {type(value).__name__}."
+def _typed(name: str, value: Any, fix: str) -> str:
+    return f"`{name}={value!r}` is a {type(value).__name__}. {fix}"

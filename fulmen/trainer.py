@@ -148,7 +148,6 @@ class Trainer:
         self.val_check_batch: float = inf
         self._ckpt_path: Any = None
         self._ckpt_path_by_user = False
-        self._restore_modes: Callable[[], None] | None = None
         machine = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "sync_batchnorm")
         self.strategy: Strategy = resolve(**{name: arguments[name] for name in machine})
         self._num_nodes = arguments["num_nodes"]
@@ -158,7 +157,6 @@ class Trainer:
         self.callbacks: list[Callback] = assemble_callbacks(arguments["callbacks"], checked)
         self.fit_loop = FitLoop(self, checked.max_epochs, checked.min_epochs)
         self.fit_loop.max_steps, self.fit_loop.min_steps = checked.max_steps, checked.min_steps
-        self._max_epochs_given = checked.max_epochs
         self.validate_loop = EvaluationLoop(self, RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(self, RunningStage.TESTING)
         self.predict_loop = PredictionLoop(self)
@@ -200,14 +198,10 @@ class Trainer:
     # ------------------------------------------------------------------ the four verbs
 
     def fit(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
+        self, model: LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None, ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Trains.
 
         Arguments:
@@ -223,62 +217,46 @@ class Trainer:
         self._run(self.fit_loop, self._chosen_path(ckpt_path, True), weights_only)
 
     def validate(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        weights_only: bool | None = None,
-    ) -> list[dict[str, float]]:
+        self, model: LightningModule | None = None, dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
+        datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the validation loaders. Returns the logged epoch metrics, one dict per loader."""
+        self.validate_loop.verbose = verbose
         return self._evaluate(
-            TrainerFn.VALIDATING, RunningStage.VALIDATING, self.validate_loop, "val",
-            model, dataloaders, ckpt_path, verbose, datamodule, weights_only,
-        )  # fmt: skip
+            self.validate_loop, TrainerFn.VALIDATING, model, dataloaders, datamodule, ckpt_path, weights_only
+        )
 
     def test(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
-        verbose: bool = True,
-        datamodule: LightningDataModule | None = None,
-        weights_only: bool | None = None,
-    ) -> list[dict[str, float]]:
+        self, model: LightningModule | None = None, dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
+        datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the test loaders. Returns the logged epoch metrics, one dict per loader."""
+        self.test_loop.verbose = verbose
         return self._evaluate(
-            TrainerFn.TESTING, RunningStage.TESTING, self.test_loop, "test",
-            model, dataloaders, ckpt_path, verbose, datamodule, weights_only,
-        )  # fmt: skip
+            self.test_loop, TrainerFn.TESTING, model, dataloaders, datamodule, ckpt_path, weights_only
+        )
 
     def predict(
-        self,
-        model: LightningModule | None = None,
-        dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
-        return_predictions: bool | None = None,
-        ckpt_path: str | os.PathLike[str] | None = None,
-        weights_only: bool | None = None,
-    ) -> list[Any] | None:
+        self, model: LightningModule | None = None, dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None, return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None, weights_only: bool | None = None,
+    ) -> list[Any] | None:  # fmt: skip
         """Predicts every batch. Returns the outputs on the CPU, a list per loader if there are several."""
-        if isinstance(dataloaders, LightningDataModule):
-            datamodule, dataloaders = dataloaders, None
-        given = model is not None
-        self._begin(TrainerFn.PREDICTING, RunningStage.PREDICTING, model, datamodule, {"predict": dataloaders})
         self.predict_loop.return_predictions = return_predictions is not False
-        return self._run(self.predict_loop, self._chosen_path(ckpt_path, given), weights_only)
+        return self._evaluate(
+            self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, datamodule, ckpt_path, weights_only
+        )
 
     def _evaluate(
-        self, fn: Any, stage: Any, loop: Any, kind: str, model: Any, dataloaders: Any, ckpt_path: Any, verbose: bool,
-        datamodule: Any, weights_only: bool | None,
-    ) -> list[dict[str, float]]:  # fmt: skip
-        if isinstance(dataloaders, LightningDataModule):
-            datamodule, dataloaders = dataloaders, None
-        given = model is not None
-        self._begin(fn, stage, model, datamodule, {kind: dataloaders})
-        loop.verbose = verbose
-        return self._run(loop, self._chosen_path(ckpt_path, given), weights_only)
+        self, loop: EvaluationLoop, fn: TrainerFn, model: Any, loaders: Any, datamodule: Any, ckpt_path: Any,
+        weights_only: bool | None,
+    ) -> Any:  # fmt: skip
+        if isinstance(loaders, LightningDataModule):
+            datamodule, loaders = loaders, None
+        self._begin(fn, RunningStage(fn.value), model, datamodule, {loop.kind: loaders})
+        return self._run(loop, self._chosen_path(ckpt_path, model is not None), weights_only)
 
     def _begin(self, fn: TrainerFn, stage: RunningStage, model: Any, datamodule: Any, loaders: dict[str, Any]) -> None:
         """Checks what was passed to a verb and attaches it; nothing has run yet."""
@@ -403,17 +381,19 @@ class Trainer:
         """The end of a run that failed: everybody is told, logs are closed, workers end."""
         self.state.status = TrainerStatus.INTERRUPTED
         self.book.hook = "on_exception"
-        for callback in self.callbacks:
-            callback.on_exception(self, self.lightning_module, error)
-        if self.datamodule is not None:
-            self.datamodule.on_exception(error)
-        self.strategy.on_exception(error)
-        for logger in self.loggers:
-            logger.finalize("failed")
-        self._close(loop)
-        self.profiler.teardown(self.state.fn)
-        self.state.stage = None
-        self.book.turn_to(None)
+        try:
+            for callback in self.callbacks:
+                callback.on_exception(self, self.lightning_module, error)
+            if self.datamodule is not None:
+                self.datamodule.on_exception(error)
+            self.strategy.on_exception(error)
+        finally:  # also if one of them fails, what was logged is written
+            for logger in self.loggers:
+                logger.finalize("failed")
+            self._close(loop)
+            self.profiler.teardown(self.state.fn)
+            self.state.stage = None
+            self.book.turn_to(None)
 
     def _close(self, loop: Any) -> None:
         self.strategy.teardown()
@@ -476,14 +456,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ what the loops ask for
 
-    @property
-    def stage(self) -> RunningStage:
-        """What is running: training, validation inside it, the sanity check, ..."""
-        return self.state.stage  # type: ignore[return-value]
-
-    @stage.setter
-    def stage(self, stage: RunningStage) -> None:
-        self.state.stage = stage
+    stage = alias("state.stage", "What is running: training, validation inside it, the sanity check, ...")
 
     def read_optimizers(self, module: LightningModule) -> tuple[list[Any], list[Any]]:
         """What `configure_optimizers` returned, as two lists; asked by the strategy."""
@@ -527,27 +500,12 @@ class Trainer:
             logger.log_metrics(metrics=metrics, step=step)
             logger.save()
 
-    def set_mode(self, hook: str) -> None:
-        """`on_*_model_eval`: the user's version, or eval mode."""
-        method = getattr(self.hooks, hook)
-        if overridden(self.lightning_module, hook, LightningModule):
-            method()
-        else:
-            self.lightning_module.eval()
-
-    def restore_mode(self, hook: str, restore: Callable[[], None]) -> None:
-        """`on_*_model_train`: the user's version, or the mode each submodule had."""
+    def mode_hook(self, hook: str, otherwise: Callable[[], Any]) -> None:
+        """One of the hooks that switch the module's mode: the user's version, or what we do without one."""
         if overridden(self.lightning_module, hook, LightningModule):
             getattr(self.hooks, hook)()
         else:
-            restore()
-
-    def zero_grad_before_validation(self) -> None:
-        """`on_validation_model_zero_grad`: the user's version, or plain zero_grad."""
-        if overridden(self.lightning_module, "on_validation_model_zero_grad", LightningModule):
-            self.hooks.on_validation_model_zero_grad()
-        else:
-            self.lightning_module.zero_grad()
+            otherwise()
 
     @property
     def prediction_writers(self) -> list[Any]:

@@ -26,7 +26,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "RichModelSummary": "fulmen.callbacks.model_summary",
         "RichProgressBar": "fulmen.callbacks.rich_bar",
         "RichProgressBarTheme": "fulmen.callbacks.rich_bar",
+        "SpikeDetection": "fulmen.callbacks.monitors",
         "TQDMProgressBar": "fulmen.callbacks.tqdm_bar",
+        "ThroughputMonitor": "fulmen.callbacks.monitors",
         "Timer": "fulmen.callbacks.timing",
         "early_stopping": "fulmen.callbacks.early_stopping",
         "finetuning": "fulmen.callbacks.finetuning",
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from fulmen.callbacks.early_stopping import EarlyStopping
     from fulmen.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
     from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
-    from fulmen.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor
+    from fulmen.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, SpikeDetection, ThroughputMonitor
     from fulmen.callbacks.progress_bar import ProgressBar
     from fulmen.callbacks.rich_bar import RichProgressBar, RichProgressBarTheme
     from fulmen.callbacks.timing import GradientAccumulationScheduler, Timer

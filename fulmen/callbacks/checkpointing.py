@@ -87,7 +87,7 @@ class ModelCheckpoint(Checkpoint):
     ) -> None:
         self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
         self._train_time_interval = train_time_interval
-        if every_n_train_steps is every_n_epochs is train_time_interval is None:
+        if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             self._every_n_epochs = 1
         self.dirpath = None if dirpath is None else _normal_folder(dirpath)
         self.filename = None if filename is None else os.fspath(filename)

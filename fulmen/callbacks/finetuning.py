@@ -31,13 +31,9 @@ class BaseFinetuning(Callback):
     Give the optimizer only what is trainable at the start (``filter(lambda p: p.requires_grad, self.parameters())``).
     The groups added later are part of the checkpoint and added again when a run resumes::
 
-        class UnfreezeAtTen(BaseFinetuning):
-            def freeze_before_training(self, pl_module):
-                self.freeze(pl_module.encoder)
-
-            def finetune_function(self, pl_module, epoch, optimizer):
-                if epoch == 10:
-                    self.unfreeze_and_add_param_group(pl_module.encoder, optimizer)
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 10:
+                self.unfreeze_and_add_param_group(pl_module.encoder, optimizer)
     """
 
     def __init__(self) -> None:
@@ -117,10 +113,7 @@ class BaseFinetuning(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
-            name = type(self).__name__
-            raise NotImplementedError(
-                f"`{name}` cannot be used with DeepSpeed, whose optimizers take no further groups."
-            )
+            raise NotImplementedError(f"`{type(self).__name__}` cannot add groups to the optimizers of DeepSpeed.")
         if stage == "fit":
             self.freeze_before_training(pl_module)
 

@@ -8,7 +8,7 @@ from fulmen.callbacks.callback import Callback
 from fulmen.utilities import model_summary as summaries
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_info
-from fulmen.utilities.tables import rich_console, text_table
+from fulmen.utilities.tables import rich_console
 
 if TYPE_CHECKING:
     from fulmen.module import LightningModule
@@ -31,36 +31,20 @@ class ModelSummary(Callback):
         if not self._max_depth:
             return
         # On every process: the forward pass of an example may need all of them.
-        sharded = getattr(trainer.strategy, "zero_stage_3", False)
-        kind = summaries.DeepSpeedSummary if sharded else summaries.ModelSummary
-        summary = kind(pl_module, max_depth=self._max_depth)
+        summary = summaries.ModelSummary(pl_module, self._max_depth)
         if trainer.is_global_zero:
-            self.summarize(
-                summary_data=summary.columns(),
-                total_parameters=summary.total_parameters,
-                trainable_parameters=summary.trainable_parameters,
-                model_size=summary.model_size,
-                total_training_modes=summary.total_training_modes,
-                total_flops=summary.total_flops,
-                **self._summarize_kwargs,
-            )
+            numbers = ("total_parameters", "trainable_parameters", "model_size", "total_training_modes", "total_flops")
+            given = {name: getattr(summary, name) for name in numbers}
+            self.summarize(summary_data=summary.columns(), **given, **self._summarize_kwargs)
 
     @staticmethod
     def summarize(
-        summary_data: list[tuple[str, list[str]]],
-        total_parameters: int,
-        trainable_parameters: int,
-        model_size: float,
-        total_training_modes: dict[str, int],
-        total_flops: int,
-        **summarize_kwargs: Any,
-    ) -> None:
+        summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, model_size: float,
+        total_training_modes: dict[str, int], total_flops: int, **summarize_kwargs: Any,
+    ) -> None:  # fmt: skip
         """Shows the table; override it to show it differently. ``summary_data`` are the columns, with their headers."""
-        numbers = summaries.totals(
-            total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
-        )
-        footer = "\n".join(f"{number:<10}{label}" for label, number in numbers)
-        rank_zero_info(f"\n{text_table(summary_data)}\n{footer}")
+        numbers = total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
+        rank_zero_info("\n" + summaries.with_totals(summary_data, *numbers))
 
 
 class RichModelSummary(ModelSummary):
@@ -80,26 +64,19 @@ class RichModelSummary(ModelSummary):
 
     @staticmethod
     def summarize(
-        summary_data: list[tuple[str, list[str]]],
-        total_parameters: int,
-        trainable_parameters: int,
-        model_size: float,
-        total_training_modes: dict[str, int],
-        total_flops: int,
-        **summarize_kwargs: Any,
-    ) -> None:
+        summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, model_size: float,
+        total_training_modes: dict[str, int], total_flops: int, **summarize_kwargs: Any,
+    ) -> None:  # fmt: skip
         from rich.table import Table
 
         table = Table(header_style=summarize_kwargs.get("header_style", "bold magenta"))
         for header, _ in summary_data:
-            is_number = header in ("Params", "FLOPs", "Params per Device")
+            is_number = header in ("Params", "FLOPs")
             table.add_column(header.strip(), justify="right" if is_number else "left", no_wrap=header == "Name")
         for row in zip(*(cells for _, cells in summary_data)):
             table.add_row(*row)
         console = rich_console()
         console.print(table)
-        numbers = summaries.totals(
-            total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
-        )
-        for label, number in numbers:
+        numbers = total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
+        for label, number in summaries.totals(*numbers):
             console.print(f"[bold]{label}[/]: {number}", highlight=False)

@@ -1,7 +1,13 @@
-"""Callbacks that send numbers about the run itself to the loggers: learning rates, and what the devices report."""
+"""Callbacks that look at the run itself: learning rates, devices, speed, and whether the loss explodes."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,42 +15,37 @@ from torch.optim import Optimizer
 
 from fulmen.callbacks.callback import Callback
 from fulmen.engine.accelerators import CPUAccelerator
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.throughput import Throughput, get_available_flops
 
 if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
-    from fulmen.utilities.types import STEP_OUTPUT
 
 
 class LearningRateMonitor(Callback):
     """Logs the learning rate of every parameter group, under the name of its scheduler or ``lr-<OptimizerClass>``.
 
-    Further optimizers of the same class get ``-1``, ``-2``, …; several groups of one optimizer get ``/pg1``, ``/pg2``, …,
-    or their own name (key "name" of the group). The values are in ``trainer.callback_metrics`` too.
+    Further optimizers of a class get ``-1``, ``-2``, …; several groups of one optimizer get ``/pg1``, ``/pg2``, …, or
+    their key "name". The values are in ``trainer.callback_metrics`` too, and ``lrs`` keeps all of them.
 
     Args:
-        logging_interval: "step" or "epoch"; None follows each scheduler's own interval, and logs optimizers without a
-            scheduler at both.
+        logging_interval: "step" or "epoch"; None follows each scheduler's own interval, or takes both without one.
         log_momentum: also log ``<name>-momentum`` (for Adam and its kin, the first beta).
         log_weight_decay: also log ``<name>-weight_decay``.
-
-    ``lrs`` keeps every value that was logged, per name.
     """
 
     def __init__(
         self, logging_interval: str | None = None, log_momentum: bool = False, log_weight_decay: bool = False
     ) -> None:
         if logging_interval not in (None, "step", "epoch"):
-            raise MisconfigurationException(
-                f"`LearningRateMonitor(logging_interval={logging_interval!r})` is not known. Use 'step', 'epoch' or "
-                f"None.{suggestion(str(logging_interval), ('step', 'epoch'))}"
-            )
+            hint = suggestion(str(logging_interval), ("step", "epoch"))
+            raise MisconfigurationException(f"`{logging_interval=}` must be 'step', 'epoch' or None.{hint}")
         self.logging_interval = logging_interval
-        self.log_momentum = log_momentum
-        self.log_weight_decay = log_weight_decay
+        self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
         self.lrs: dict[str, list[float]] = {}
         self.last_momentum_values: dict[str, float | None] = {}
         self.last_weight_decay_values: dict[str, float | None] = {}
@@ -54,16 +55,14 @@ class LearningRateMonitor(Callback):
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         _require_logger(self, trainer)
         self._watched = _named_optimizers(trainer)
-        groups = [(base, name) for base, optimizer, _ in self._watched for name in _group_names(base, optimizer)]
-        self.lrs = {name: [] for _, name in groups}
-        self.last_momentum_values = {f"{name}-momentum": None for _, name in groups}
-        self.last_weight_decay_values = {f"{name}-weight_decay": None for _, name in groups}
-        optimizers = [optimizer for _, optimizer, _ in self._watched]
-        if self.log_momentum and not all({"momentum", "betas"} & set(o.defaults) for o in optimizers):
-            rank_zero_warn(
-                "`LearningRateMonitor(log_momentum=True)`: not all optimizers have a momentum. 0 is logged for the others.",
-                category=RuntimeWarning,
-            )
+        names = [name for base, optimizer, _ in self._watched for name in _group_names(base, optimizer)]
+        self.lrs = {name: [] for name in names}
+        self.last_momentum_values = {f"{name}-momentum": None for name in names}
+        self.last_weight_decay_values = {f"{name}-weight_decay": None for name in names}
+        defaults = [optimizer.defaults for _, optimizer, _ in self._watched]
+        if self.log_momentum and not all("momentum" in given or "betas" in given for given in defaults):
+            message = "`LearningRateMonitor(log_momentum=True)`: 0 is logged for optimizers that have no momentum."
+            rank_zero_warn(message, category=RuntimeWarning)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self.logging_interval != "epoch" and _log_due(trainer):
@@ -97,10 +96,27 @@ class LearningRateMonitor(Callback):
                 metrics[key] = self.last_weight_decay_values[key] = _number(group.get("weight_decay", 0))
 
 
-class DeviceStatsMonitor(Callback):
-    """Logs what the accelerator reports, before and after batches: memory on GPUs, load on the CPU (with `psutil`).
+def _logs_stats(hook: str) -> Callable[..., None]:
+    """The method of `DeviceStatsMonitor` for one hook."""
 
-    The keys are ``DeviceStatsMonitor.<hook>/<name>``.
+    def log(self: DeviceStatsMonitor, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if not _log_due(trainer):
+            return
+        device = trainer.strategy.root_device
+        stats: dict[str, float] = {}
+        if device.type != "cpu" or self._cpu_stats is not False:
+            stats.update(trainer.accelerator.get_device_stats(device))
+        if device.type != "cpu" and self._cpu_stats:
+            stats.update(CPUAccelerator().get_device_stats("cpu"))
+        if stats:
+            metrics = {f"{type(self).__qualname__}.{hook}/{name}": value for name, value in stats.items()}
+            trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
+
+    return log
+
+
+class DeviceStatsMonitor(Callback):
+    """Logs what the accelerator reports around batches: memory on GPUs, load on the CPU (with `psutil`).
 
     Args:
         cpu_stats: log the load of the host as well; None does so only if the run is on the CPU, False not even then.
@@ -117,49 +133,184 @@ class DeviceStatsMonitor(Callback):
         if self._cpu_stats or (self._cpu_stats is None and on_cpu):
             require("psutil", "to log the load of the CPU (`DeviceStatsMonitor(cpu_stats=False)` does without)")
 
-    def _log(self, trainer: Trainer, hook: str) -> None:
-        if not _log_due(trainer):
-            return
-        device = trainer.strategy.root_device
-        stats: dict[str, float] = {}
-        if device.type != "cpu" or self._cpu_stats is not False:
-            stats.update(trainer.accelerator.get_device_stats(device))
-        if device.type != "cpu" and self._cpu_stats:
-            stats.update(CPUAccelerator().get_device_stats("cpu"))
-        metrics = {f"{type(self).__qualname__}.{hook}/{name}": value for name, value in stats.items()}
-        if metrics:
-            trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
+    on_train_batch_start = _logs_stats("on_train_batch_start")
+    on_train_batch_end = _logs_stats("on_train_batch_end")
+    on_validation_batch_start = _logs_stats("on_validation_batch_start")
+    on_validation_batch_end = _logs_stats("on_validation_batch_end")
+    on_test_batch_start = _logs_stats("on_test_batch_start")
+    on_test_batch_end = _logs_stats("on_test_batch_end")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._log(trainer, "on_train_batch_start")
+
+class _Pace:
+    """The batches of one stage: ``waiting`` until a row is due, then in ``throughput``."""
+
+    def __init__(self, throughput: Throughput, start: Any, num_batches: int) -> None:
+        self.throughput, self.batch_start = throughput, start
+        self.num_batches = num_batches  # of all passes: the x axis of evaluations
+        self.waiting: list[tuple[Any, Any, dict[str, int]]] = []  # start, end, counts
+        self.totals: dict[str, Any] = {"time": 0.0}
+
+    def measure(self, flops: int | None) -> dict[str, float]:
+        """The metrics up to the last batch."""
+        if isinstance(self.batch_start, torch.cuda.Event):
+            self.batch_start.synchronize()  # sync: only when a row is due
+        for start, end, counts in self.waiting:
+            seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+            self.totals["time"] += max(seconds, 1e-9)  # must grow, whatever the resolution of the clock
+            self.totals.update({name: self.totals.get(name, 0) + count for name, count in counts.items()})
+            self.throughput.update(**self.totals, flops=flops)
+        self.waiting.clear()
+        return self.throughput.compute()
+
+
+class ThroughputMonitor(Callback):
+    """Logs batches, samples and FLOPs per second as ``<stage>/device/samples_per_sec`` and the like (`Throughput`).
+
+    Training is counted without the validation inside. A row comes every ``log_every_n_steps``; only then the host waits
+    for CUDA, which itself notes when each batch is done. For FLOPs, set ``flops_per_batch`` in the module.
+
+    Args:
+        batch_size_fn: the number of samples of a batch.
+        length_fn: its number of items, such as tokens.
+        kwargs: passed to `Throughput`: ``window_size`` and ``separator``.
+    """
+
+    def __init__(
+        self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None, **kwargs: Any
+    ) -> None:
+        self.batch_size_fn, self.length_fn, self.kwargs = batch_size_fn, length_fn, kwargs
+        self.available_flops: int | None = None
+        self._paces: dict[str, _Pace] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        dtype = getattr(trainer.precision_plugin, "dtype", torch.float32)
+        self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
+        self._paces = {}
+        if not hasattr(pl_module, "flops_per_batch"):
+            rank_zero_warn("`ThroughputMonitor` logs no FLOPs, because the LightningModule has no `flops_per_batch`.")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stage = trainer.stage.value
+        before = self._paces[stage].num_batches if stage in self._paces else 0
+        throughput = Throughput(self.available_flops, trainer.world_size, **self.kwargs)
+        self._paces[stage] = _Pace(throughput, _mark(trainer), before)
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if "train" in self._paces:
+            self._paces["train"].batch_start = _mark(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
-        self._log(trainer, "on_train_batch_end")
+        every, training, stage = trainer.log_every_n_steps, trainer.training, trainer.stage.value
+        if not trainer.loggers or every == 0 or trainer.sanity_checking:
+            return
+        counts = {"batches": 1, "samples": self.batch_size_fn(batch)}
+        if self.length_fn is not None:
+            counts["lengths"] = self.length_fn(batch)
+        pace, end = self._paces[stage], _mark(trainer)
+        pace.waiting.append((pace.batch_start, end, counts))
+        pace.batch_start = end
+        pace.num_batches += 1
+        if _log_due(trainer) and trainer.fit_loop.optimization.stepped if training else pace.num_batches % every == 0:
+            metrics = pace.measure(getattr(pl_module, "flops_per_batch", None))
+            metrics = {f"{stage}{pace.throughput.separator}{name}": value for name, value in metrics.items()}
+            step = trainer.fit_loop.progress.log_step if training else pace.num_batches
+            trainer.log_to_loggers(metrics, step, with_epoch=training)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._log(trainer, "on_validation_batch_start")
+    on_validation_start = on_test_start = on_predict_start = on_train_start
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._log(trainer, "on_validation_batch_end")
 
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._log(trainer, "on_test_batch_start")
+def _mark(trainer: Trainer) -> Any:
+    """Now, as seconds on the host, or as an event that CUDA reaches when the work before it is done."""
+    if trainer.strategy.root_device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._log(trainer, "on_test_batch_end")
+
+class TrainingSpikeException(RuntimeError):
+    """The loss jumped in this batch; raised by `SpikeDetection` on all ranks."""
+
+    def __init__(self, batch_idx: int, details: str = "") -> None:
+        super().__init__(f"Training spike detected in batch {batch_idx}{details}")
+        self.batch_idx = batch_idx
+
+
+class SpikeDetection(Callback):
+    """Ends training by a `TrainingSpikeException` when the loss jumps, and notes that batch and the one before.
+
+    A spike is worse than the mean of the last ``window`` finite losses, by ``atol`` or more and by ``rtol`` times that
+    mean or more (None leaves a bound out); with ``finite_only``, NaN and infinity are spikes too. One rank stops all.
+    The rule needs each loss as a number, so every batch waits for the device once.
+
+    Args:
+        mode: whether smaller ("min") or larger ("max") is better.
+        warmup: that many batches at the start of each epoch are not judged.
+        exclude_batches_path: folder of ``skip_batches.json``, the list of batch numbers; by default the working folder.
+    """
+
+    def __init__(
+        self,
+        mode: str = "min",
+        window: int = 10,
+        warmup: int = 1,
+        atol: float | None = None,
+        rtol: float | None = 2.0,
+        exclude_batches_path: str | os.PathLike | None = None,
+        finite_only: bool = True,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"`SpikeDetection(mode={mode!r})` is not known. Use 'min' or 'max'.")
+        self.mode, self.warmup, self.atol, self.rtol, self.finite_only = mode, warmup, atol, rtol, finite_only
+        self.exclude_batches_path = exclude_batches_path
+        self.bad_batches: list[int] = []
+        self.last_val = 0.0
+        self._recent: deque[float] = deque(maxlen=window)
+
+    @property
+    def running_mean(self) -> float:
+        """Of the last finite losses; NaN before the first."""
+        return sum(self._recent) / len(self._recent) if self._recent else math.nan
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        value = math.nan if loss is None else float(loss)  # sync: training goes on only if the number is good
+        spike = loss is not None and batch_idx >= self.warmup and self._is_spike(value)
+        if trainer.strategy.reduce_boolean_decision(spike, all=False):
+            self.bad_batches += [batch_idx - 1, batch_idx]
+            path = os.path.join(self.exclude_batches_path or os.getcwd(), "skip_batches.json")
+            if trainer.is_global_zero:
+                ensure_dir(os.path.dirname(path))
+                atomic_write(path, json.dumps(self.bad_batches, indent=4).encode())
+            details = f"the loss is {value} after a mean of {self.running_mean}; batches to skip are in `{path}`."
+            raise TrainingSpikeException(batch_idx, f": {details}")
+        self.last_val = value
+        if math.isfinite(value):
+            self._recent.append(value)
+
+    def _is_spike(self, loss: float) -> bool:
+        mean = self.running_mean
+        worse_by = loss - mean if self.mode == "min" else mean - loss
+        far = worse_by > 0 and worse_by >= (self.atol or 0) and worse_by >= abs(mean) * (self.rtol or 0)
+        return far or (self.finite_only and not math.isfinite(loss))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_val": self.last_val, "bad_batches": self.bad_batches, "recent": list(self._recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_val, self.bad_batches = float(state_dict["last_val"]), list(state_dict["bad_batches"])
+        self._recent.extend(state_dict.get("recent", ()))
 
 
 def _require_logger(callback: Callback, trainer: Trainer) -> None:
     if not trainer.loggers:
-        raise MisconfigurationException(
-            explain(
-                what=f"`{type(callback).__name__}` is used with a `Trainer` that has no logger.",
-                why="All it does is to send numbers to loggers.",
-                fix="Pass `Trainer(logger=True)` or a logger, or remove the callback.",
-            )
-        )
+        what = f"`{type(callback).__name__}` sends numbers to loggers, and this `Trainer` has none."
+        raise MisconfigurationException(f"{what} Pass `Trainer(logger=True)` or a logger, or remove the callback.")
 
 
 def _log_due(trainer: Trainer) -> bool:
@@ -199,10 +350,7 @@ def _group_names(base: str, optimizer: Optimizer) -> list[str]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise MisconfigurationException(
-            explain(
-                what=f"Several parameter groups of `{base}` have the same name: {repeated}.",
-                why="`LearningRateMonitor` logs each group under its name.",
-                fix="Give every group of one optimizer another `name`, or none.",
-            )
+            f"Several parameter groups of `{base}` have the same name: {repeated}. `LearningRateMonitor` logs each under "
+            "its name, so give every group of one optimizer another `name`, or none."
         )
     return [f"{base}/{name}" for name in names]

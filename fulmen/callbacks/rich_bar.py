@@ -118,7 +118,8 @@ class RichProgressBar(TerminalProgressBar):
             metrics = _column(lambda task: task.fields.get("metrics", ""), self.theme.metrics)
             columns = [*self.configure_columns(self.trainer), metrics]
             # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
-            self.progress = Progress(*columns, console=self._console, auto_refresh=False)
+            # Samples for a speed we do not show would fill memory for their first 30 seconds.
+            self.progress = Progress(*columns, console=self._console, auto_refresh=False, speed_estimate_period=1)
             self.progress.start()
         if getattr(self, f"{kind}_progress_bar_id") is None:
             setattr(self, f"{kind}_progress_bar_id", self.progress.add_task("", total=None, visible=False))

@@ -57,19 +57,18 @@ class Timer(Callback):
         offset = self._offset if stage == RunningStage.TRAINING else 0
         if start is None:
             return offset
-        return (time.monotonic() if end is None else end) - start + offset
+        return offset + (time.monotonic() if end is None else end) - start
 
     def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
         """Seconds left of the duration, None without one."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        stage = trainer.state.stage.value
-        self._start[stage] = time.monotonic()
-        self._end.pop(stage, None)
+        self._start[trainer.stage.value] = time.monotonic()
+        self._end.pop(trainer.stage.value, None)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end[trainer.state.stage.value] = time.monotonic()
+        self._end[trainer.stage.value] = time.monotonic()
 
     on_validation_start = on_test_start = on_train_start
     on_validation_end = on_test_end = on_train_end
@@ -115,10 +114,8 @@ class GradientAccumulationScheduler(Callback):
             raise TypeError(f"{what} Pass `{{epoch: batches}}`.")
         for epoch, batches in scheduling.items():
             if not isinstance(epoch, int) or epoch < 0 or not isinstance(batches, int) or batches < 1:
-                raise MisconfigurationException(
-                    f"`GradientAccumulationScheduler`: {{{epoch!r}: {batches!r}}} is not a pair of an epoch (0 or more) "
-                    "and a number of batches (1 or more)."
-                )
+                what = f"`GradientAccumulationScheduler`: {{{epoch!r}: {batches!r}}} is not a pair"
+                raise MisconfigurationException(f"{what} of an epoch (0 or more) and a number of batches (1 or more).")
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
         self._set: int | None = None
@@ -134,9 +131,7 @@ class GradientAccumulationScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         what = "`GradientAccumulationScheduler`"
         if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                f"{what}: with manual optimization the module decides when to step. Remove the callback."
-            )
+            raise RuntimeError(f"{what}: manual optimization decides itself when to step. Remove the callback.")
         if trainer.strategy.handles_gradient_accumulation:
             raise RuntimeError(
                 f"{what}: `{type(trainer.strategy).__name__}` accumulates by itself, always over the same number of "
@@ -148,9 +143,7 @@ class GradientAccumulationScheduler(Callback):
         hooks = ("optimizer_step", "optimizer_zero_grad")
         replaced = [hook for hook in hooks if overridden(pl_module, hook, LightningModule)]
         if replaced and self.going_to_accumulate_grad_batches():
-            rank_zero_warn(
-                f"Gradients are accumulated: {replaced} will not be called on every batch, only when stepping."
-            )
+            rank_zero_warn(f"Gradients are accumulated: {replaced} will only be called when stepping.")
         # A run that resumes inside an epoch does not start that epoch again.
         self.on_train_epoch_start(trainer)
 

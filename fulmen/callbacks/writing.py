@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.introspection import is_param_in_hook_signature
+from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.types import LightningEnum
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class BasePredictionWriter(Callback):
         self.interval = WriteInterval(write_interval)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if is_param_in_hook_signature(pl_module.predict_step, "dataloader_iter", explicit=True):
+        if takes_argument(pl_module.predict_step, "dataloader_iter", explicit=True):
             raise NotImplementedError(
                 f"`{type(self).__name__}` needs `predict_step(batch, batch_idx)`: with `dataloader_iter` only the module "
                 "knows the samples of a prediction."

@@ -45,8 +45,8 @@ class ClassOnlyMethod(classmethod):
         def refuse(*_: Any, **__: Any) -> NoReturn:
             name = f"{type(instance).__name__}.{self.__func__.__name__}"
             raise TypeError(
-                f"`{name}` was called on an instance. It makes a new object and would leave this one as it is."
-                f" Call it on the class and use what it returns: `loaded = {name}(...)`."
+                f"`{name}` makes a new object; it cannot change the instance it was called on. Call it on the class, and"
+                f" use what it returns: `loaded = {name}(...)`."
             )
 
         return refuse
@@ -86,10 +86,8 @@ def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weig
     location = keep_available_device if map_location is None else map_location
     checkpoint = read(path, map_location=location, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
-        raise TypeError(
-            f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is. Use a file written by"
-            " `trainer.save_checkpoint` or `ModelCheckpoint`."
-        )
+        fix = "Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`."
+        raise TypeError(f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is. {fix}")
     return migrate_checkpoint(checkpoint)
 
 

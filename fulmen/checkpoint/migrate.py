@@ -20,15 +20,12 @@ _LOOP_NAMES = (
     (".batch_loop.manual_loop.", ".manual_optimization."),
     (".val_loop.epoch_loop.", ".val_loop."),
 )
+_LOOP_PARTS_GONE = ("_results", "dataloader_progress", "batch_loop.state_dict")
 _CHAPTER_NAMES = {"NativeMixedPrecisionPlugin": "MixedPrecision", "MixedPrecisionPlugin": "MixedPrecision"}
 
 
 def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
-    """The same dict in today's layout; the version it was written by is kept under another key.
-
-    Raises:
-        KeyError: it does not say which version wrote it, so it is no checkpoint of a trainer.
-    """
+    """The same dict in today's layout; the version it was written by is kept under another key."""
     if VERSION_KEY not in checkpoint:
         raise KeyError(
             f"The file {path} has no key `{VERSION_KEY}`, only {sorted(map(str, checkpoint))[:10]}: no trainer wrote it."
@@ -38,8 +35,7 @@ def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, 
     version, ours = _release(found), _release(API_VERSION)
     if version > ours:
         rank_zero_warn(
-            f"The checkpoint was written by version {found}, which is newer than the {API_VERSION} understood here:"
-            " something in it may be ignored.",
+            f"The checkpoint is of version {found}, newer than {API_VERSION}: something in it may be ignored.",
             category=PossibleUserWarning,
         )
     elif version < ours:
@@ -60,8 +56,7 @@ def _upgrade(checkpoint: dict[str, Any], version: tuple[int, ...]) -> None:
     for old, new in _CHAPTER_NAMES.items():
         if old in checkpoint:
             checkpoint[new] = checkpoint.pop(old)
-    callbacks = checkpoint.get("callbacks")
-    if callbacks:
+    if callbacks := checkpoint.get("callbacks"):
         # Once a part of `ModelCheckpoint.state_key`; it would keep the callback from finding its state.
         checkpoint["callbacks"] = {
             re.sub(r", 'save_on_train_epoch_end': \w+", "", key) if isinstance(key, str) else key: state
@@ -69,18 +64,14 @@ def _upgrade(checkpoint: dict[str, Any], version: tuple[int, ...]) -> None:
         }
     if version < (1, 6):
         # These counted at the top level only, and saved at the end of epochs.
-        counters = {"epochs": checkpoint.get("epoch", 0), "steps": checkpoint.get("global_step", 0)}
-        checkpoint["loops"] = to_loops(counters)
+        checkpoint["loops"] = to_loops(
+            {"epochs": checkpoint.get("epoch", 0), "steps": checkpoint.get("global_step", 0)}
+        )
     for verb, loop in checkpoint.get("loops", {}).items():
-        checkpoint["loops"][verb] = _renamed(loop, is_fit=verb == "fit_loop")
-
-
-def _renamed(loop: dict[str, Any], is_fit: bool) -> dict[str, Any]:
-    renamed = {}
-    for key, value in loop.items():
-        if key.endswith(("_results", "dataloader_progress", "batch_loop.state_dict")):
-            continue
-        for old, new in _LOOP_NAMES:
-            key = key.replace(old, new)
-        renamed[key if is_fit else key.removeprefix("epoch_loop.")] = value
-    return renamed
+        renamed = {}
+        for key, value in loop.items():
+            for old, new in _LOOP_NAMES:
+                key = key.replace(old, new)
+            if not key.endswith(_LOOP_PARTS_GONE):
+                renamed[key if verb == "fit_loop" else key.removeprefix("epoch_loop.")] = value
+        checkpoint["loops"][verb] = renamed

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fulmen.utilities.errors import explain
 from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
 from fulmen.utilities.rank_zero import rank_zero_warn
 
@@ -21,25 +20,16 @@ def find(
     model_given: bool,
     fast_dev_run: bool = False,
     folder_of: Callable[[Any], str] | None = None,
-    requeued: bool = False,
 ) -> str | os.PathLike | None:
-    """The file to load, or None to go on with the weights there are.
+    """The file to load, or None to go on with the weights there are; a `ValueError` if the name leads to nothing.
 
     Args:
-        verb: "fit", "validate", "test" or "predict".
         callbacks: those that write checkpoints, in the trainer's order; others are passed over.
-        model_given: whether this call received a model (fit always does).
         folder_of: where a `ModelCheckpoint` without `dirpath` is going to write.
-        requeued: whether this is a SLURM job, whose fit resumes by itself.
-
-    Raises:
-        ValueError: there is nothing under this name.
     """
     if ckpt_path is None and verb == "fit":
-        # An interrupted job or a broken run goes on; no warning if there is none.
-        found = hpc_checkpoint(root_dir) if requeued else None
-        resumes = any(_saves_on_exception(callback) for callback in callbacks)
-        return last_checkpoint(callbacks, folder_of) if found is None and resumes else found
+        # A broken run goes on; no warning if there is none.
+        return last_checkpoint(callbacks, folder_of) if any(map(_saves_on_exception, callbacks)) else None
     if ckpt_path is None and model_given:
         return None
     if ckpt_path is None:
@@ -52,36 +42,33 @@ def find(
     if ckpt_path == "last":
         found = last_checkpoint(callbacks, folder_of)
         if found is None:
-            rank_zero_warn(
-                f'`trainer.{verb}(ckpt_path="last")` found no such checkpoint, so nothing is loaded.'
-                " `ModelCheckpoint(save_last=True)` writes one."
-            )
+            fix = "`ModelCheckpoint(save_last=True)` writes one."
+            rank_zero_warn(f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no such checkpoint. {fix}')
         return found
-    if ckpt_path == "hpc":
-        found = hpc_checkpoint(root_dir)
-        if found is None:
-            raise _nothing(verb, "hpc", f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
+    if ckpt_path == "hpc" and (found := hpc_checkpoint(root_dir)):
         return found
-    if not os.fspath(ckpt_path):
-        raise _nothing(verb, ckpt_path, "an empty path names no file")
-    if re.match(r"registry(:|$)", os.fspath(ckpt_path)) and not os.path.exists(ckpt_path):
-        raise _nothing(verb, ckpt_path, "the model registry is a hosted service, not reached here")
+    path = os.fspath(ckpt_path)
+    if not path:
+        raise _nothing(verb, path, "an empty path names no file")
+    if path == "hpc":
+        raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
+    if re.match(r"registry(:|$)", path) and not os.path.exists(path):
+        raise _nothing(verb, path, "the model registry is a hosted service, not reached here")
     return ckpt_path
 
 
 def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = False) -> str:
     """The best file of the first `ModelCheckpoint`."""
     judges = [callback for callback in callbacks if hasattr(callback, "best_model_path")]
-    if fast_dev_run:
-        raise _nothing(verb, "best", "`fast_dev_run` writes no checkpoints")
-    if not judges:
-        raise _nothing(verb, "best", "the trainer has no `ModelCheckpoint`")
     if len(judges) > 1:
         rank_zero_warn(
             f'`trainer.{verb}(ckpt_path="best")` is that of the first one of {len(judges)} `ModelCheckpoint` callbacks.'
         )
-    if not judges[0].best_model_path:
-        raise _nothing(verb, "best", "`ModelCheckpoint` has not saved anything")
+    if fast_dev_run:
+        raise _nothing(verb, "best", "`fast_dev_run` writes no checkpoints")
+    if not judges or not judges[0].best_model_path:
+        why = "`ModelCheckpoint` has not saved anything" if judges else "the trainer has no `ModelCheckpoint`"
+        raise _nothing(verb, "best", why)
     return judges[0].best_model_path
 
 
@@ -107,17 +94,8 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
 
 def hpc_checkpoint(folder: str | os.PathLike) -> str | None:
     """The file with the highest number among those written when a job was interrupted."""
-    return max(_files(os.fspath(folder), r"hpc_ckpt_\d+\.ckpt"), key=_number, default=None)
-
-
-def next_hpc_path(folder: str | os.PathLike) -> str:
-    """Where the next such file goes; the numbers begin at 1."""
-    newest = hpc_checkpoint(folder)
-    return os.path.join(folder, f"hpc_ckpt_{_number(newest) + 1 if newest else 1}.ckpt")
-
-
-def _number(path: str) -> int:
-    return int(re.findall(r"\d+", os.path.basename(path))[-1])
+    found = _files(os.fspath(folder), r"hpc_ckpt_\d+\.ckpt")
+    return max(found, key=lambda path: int(re.findall(r"\d+", os.path.basename(path))[-1]), default=None)
 
 
 def _files(folder: str, pattern: str) -> list[str]:
@@ -135,5 +113,6 @@ def _modified(path: str) -> Any:
 
 
 def _nothing(verb: str, given: Any, why: str) -> ValueError:
-    what = f"`trainer.{verb}(ckpt_path={os.fspath(given)!r})` has nothing to load: {why}."
-    return ValueError(explain(what, fix=f"Pass the path of a checkpoint: `trainer.{verb}(ckpt_path=PATH)`."))
+    return ValueError(
+        f"`trainer.{verb}(ckpt_path={given!r})` has nothing to load: {why}. Pass the path of a checkpoint."
+    )

@@ -31,37 +31,31 @@ class ViewModule(ModuleType):
         vars(self).update(_homes=tuple(homes), _originals={})
 
     def _modules(self) -> Iterator[ModuleType]:
-        for home in self._homes:
-            try:
-                yield importlib.import_module(home)
-            except ModuleNotFoundError as error:
-                if error.name != home:
-                    raise
+        return map(importlib.import_module, self._homes)
 
     def _holder(self, name: str) -> ModuleType | None:
         return next((module for module in self._modules() if hasattr(module, name)), None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "__all__":
-            return sorted({public for module in self._modules() for public in _public_names(module)})
+            public = (getattr(module, "__all__", None) or vars(module) for module in self._modules())
+            return sorted({name for names in public for name in names if not name.startswith("_")})
         if name.startswith("__"):  # the import system asks for several before anything should be imported
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}", name=name, obj=self)
         # A path of the table goes before a module that one of the homes happens to import.
         below = f"{self.__name__}.{name}"
         if has_module(below):
             return importlib.import_module(below)
-        holder = self._holder(name)
-        if holder is None:
-            text = f"module {self.__name__!r} has no attribute {name!r}; fulmen looked in {', '.join(self._homes)}"
-            raise AttributeError(text, name=name, obj=self)
-        return getattr(holder, name)
+        if holder := self._holder(name):
+            return getattr(holder, name)
+        text = f"module {self.__name__!r} has no attribute {name!r}; fulmen looked in {', '.join(self._homes)}"
+        raise AttributeError(text, name=name, obj=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         belongs_here = name.startswith("__") or getattr(value, "__name__", None) == f"{self.__name__}.{name}"
         holder = None if belongs_here else self._holder(name) or next(self._modules(), None)
         if holder is None:
-            super().__setattr__(name, value)
-            return
+            return super().__setattr__(name, value)
         if hasattr(holder, name):
             self._originals.setdefault(name, getattr(holder, name))
         setattr(holder, name, value)
@@ -78,10 +72,6 @@ class ViewModule(ModuleType):
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *(name for module in self._modules() for name in dir(module))})
-
-
-def _public_names(module: ModuleType) -> list[str]:
-    return list(getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")])
 
 
 class ViewLoader(Loader):
@@ -109,18 +99,16 @@ class DeepPaths(MetaPathFinder):
         if fullname == SCRIPT_MODULE and SCRIPT_VARIABLE in os.environ:
             return self._script(os.environ[SCRIPT_VARIABLE])
         below = fullname.removeprefix("fulmen.")
-        homes = [home for home in PATHS.get(below, ()) if has_module(home)]
-        if homes:
+        if homes := [home for home in PATHS.get(below, ()) if has_module(home)]:
             return ModuleSpec(fullname, ViewLoader(homes), is_package=True)
-        advice = absent_advice(below)
-        if advice is not None:
+        if advice := absent_advice(below):
             raise ModuleNotFoundError(f"`{fullname}` is not part of fulmen. {advice}", name=fullname)
         return None
 
     @staticmethod
     def _script(path: str) -> ModuleSpec | None:
         install()
-        folder = os.path.dirname(os.path.abspath(path))
+        folder = os.path.dirname(path)
         if folder not in sys.path:
             sys.path.insert(0, folder)
         return importlib.util.spec_from_file_location(SCRIPT_MODULE, path)
@@ -130,16 +118,13 @@ class OriginalNames(MetaPathFinder):
     """Serves `lightning`, `pytorch_lightning` and `lightning_fabric`: each module is a view of ours."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] not in ROOTS:
+        root = max((root for root in ROOTS if f"{fullname}.".startswith(f"{root}.")), key=len, default="")
+        # `lightning` itself has the public names and two packages, and no other sub-modules.
+        if not root or (root == "lightning" and fullname != root):
             return None
-        if fullname in ROOTS:
-            home, version = ROOTS[fullname], API_VERSION
-        else:
-            root = next((r for r in sorted(ROOTS, key=len, reverse=True) if fullname.startswith(f"{r}.")), "lightning")
-            # `lightning` itself has the public names and two packages, and no other sub-modules.
-            home, version = "" if root == "lightning" else ROOTS[root] + fullname.removeprefix(root), None
+        home = ROOTS[root] + fullname.removeprefix(root)
         try:
-            ours = importlib.util.find_spec(home) if home else None
+            ours = importlib.util.find_spec(home)
         except ModuleNotFoundError as error:
             if error.name != home:
                 return None
@@ -148,7 +133,7 @@ class OriginalNames(MetaPathFinder):
         if ours is None:
             return None
         homes = ours.loader.homes if isinstance(ours.loader, ViewLoader) else (home,)
-        return ModuleSpec(fullname, ViewLoader(homes, version), is_package=True)
+        return ModuleSpec(fullname, ViewLoader(homes, API_VERSION if fullname == root else None), is_package=True)
 
     def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
         wanted = (getattr(context, "name", None) or "").replace("_", "-").lower()
@@ -162,9 +147,8 @@ class ApiVersion(Distribution):
         self._name = name
 
     def read_text(self, filename: str) -> str | None:
-        return (
-            f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {API_VERSION}\n" if filename == "METADATA" else None
-        )
+        text = f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {API_VERSION}\n"
+        return text if filename == "METADATA" else None
 
     def locate_file(self, path: Any) -> Any:
         raise FileNotFoundError(f"`{self._name}` is answered by fulmen and has no files of its own.")
@@ -172,24 +156,19 @@ class ApiVersion(Distribution):
 
 def serve_deep_paths() -> None:
     """Make the paths of the table importable below `fulmen`; called once, when `fulmen` is imported."""
-    if not any(isinstance(finder, DeepPaths) for finder in sys.meta_path):
-        sys.meta_path.append(DeepPaths())
+    sys.meta_path.append(DeepPaths())
 
 
 def install() -> None:
     """From now on ``import lightning`` (and `pytorch_lightning`, `lightning_fabric`) gives fulmen.
 
-    Raises:
-        RuntimeError: if the real package was imported before; two sets of classes would not recognise each other.
+    A RuntimeError says so if the real package was imported before.
     """
     if any(isinstance(finder, OriginalNames) for finder in sys.meta_path):
         return
-    tops = {name.partition(".")[0] for name in ROOTS}
-    real = sorted(name for name in sys.modules if name in tops)
-    if real:
+    if real := sorted(ROOTS.keys() & sys.modules.keys()):
         what = f"`{real[0]}` has already been imported from {getattr(sys.modules[real[0]], '__file__', 'elsewhere')}."
         raise RuntimeError(f"{what} Its classes would be mixed with ours. Call `fulmen.compat.install()` before that.")
-    serve_deep_paths()
     sys.meta_path.insert(0, OriginalNames())
     # Scripts choose how much they want to read with `logging.getLogger("lightning.pytorch").setLevel(...)`.
     for name in ROOTS:

@@ -51,10 +51,10 @@ def limit_batches(length: int | None, limit: int | float, *, name: str) -> int |
     if limit == 1.0 or length == 0:
         return available
     if limit and length is None:
-        fix = "Use 1.0 for all batches or an int for their number, or define `__len__`."
-        raise MisconfigurationException(explain(f"{given} is a fraction of a loader without a length.", fix=fix))
+        fix = f"Use `{name}=1.0` for all batches or an int for their number, or define `__len__`."
+        raise MisconfigurationException(explain(f"{given} asks for a fraction of a loader with no length.", fix=fix))
     if limit and int(available * limit) == 0:
-        fix = f"Use at least {1 / available}, an int, or 0 to switch this part off."
+        fix = f"Use at least `{name}={1 / available}`, an int, or 0 to switch this part off."
         raise MisconfigurationException(explain(f"{given} leaves none of the {length} batches of a loader.", fix=fix))
     return int(available * limit) if limit else 0
 
@@ -65,10 +65,9 @@ def _leaves(loader: Any) -> list[Any]:
 
 def check_iterable(loader: Any, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
-    for leaf in _leaves(loader):
-        if isinstance(leaf, (str, bytes, type)) or not (isinstance(leaf, Iterable) or hasattr(leaf, "__getitem__")):
-            fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
-            raise TypeError(explain(f"No batches can be read from {leaf!r}, given by {label}.", fix=fix))
+    if isinstance(loader, (str, bytes, type)) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
+        fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
+        raise TypeError(explain(f"No batches can be read from {loader!r}, given by {label}.", fix=fix))
 
 
 def _maybe(message: str) -> None:
@@ -103,7 +102,7 @@ def recording_arguments() -> Iterator[None]:
     family: set[Any] = _subclasses(DataLoader) | _subclasses(BatchSampler)
     originals = {cls: cls.__init__ for cls in family if "__init__" in vars(cls)}
     for cls, init in originals.items():
-        cls.__init__ = _recording(cls, init)
+        cls.__init__ = _recording(init)
     try:
         yield
     finally:
@@ -115,11 +114,11 @@ def _subclasses(cls: type) -> set[type]:
     return set(cls.__subclasses__()).union(*map(_subclasses, cls.__subclasses__()))
 
 
-def _recording(cls: Any, init: Callable) -> Callable:
+def _recording(init: Callable) -> Callable:
     @functools.wraps(init)
     def recording(self: Any, *args: Any, **kwargs: Any) -> None:
         # Only the constructor the user called counts, not those it calls in turn.
-        if next(owner for owner in type(self).__mro__ if "__init__" in vars(owner)) is cls:
+        if type(self).__init__ is recording:
             vars(self)[_RECORD] = _by_name(init, _base(self), (self, *args), kwargs)
         init(self, *args, **kwargs)
 
@@ -149,45 +148,45 @@ def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) ->
     return named
 
 
-def rebuilt(loader: DataLoader, **changes: Any) -> DataLoader:
-    """A loader of the same class from the same arguments, except for ``changes``: ``rebuilt(loader, sampler=mine)``.
+def rebuilt(loader: DataLoader, **order: Any) -> DataLoader:
+    """A loader of the same class from the same arguments, but with this ``sampler`` or ``batch_sampler``.
 
     The arguments of subclasses are those `recording_arguments` saw, else the attributes of the same names. A custom
-    batch sampler is made again in the same way around a new sampler.
-
-    Raises:
-        MisconfigurationException: the arguments of a subclass are unknown, or it does not take the changed ones.
-        TypeError: the same for a custom batch sampler.
+    batch sampler is made again in the same way around a new sampler; if that is impossible a TypeError is raised, and
+    for a loader a MisconfigurationException.
     """
-    if "sampler" in changes and loader.batch_size is None and loader.batch_sampler is not None:
-        changes["batch_sampler"] = _made_again(loader.batch_sampler, {"sampler": changes.pop("sampler")}, TypeError)
-    if changes.keys() & {"sampler", "batch_sampler"}:
-        given = _arguments(loader, MisconfigurationException)
-        # What torch refuses to take together with the changed arguments is put back to its default.
-        clashing: dict[str, Any] = {"shuffle": False}
-        if "batch_sampler" in changes:
-            clashing |= {"sampler": None, "batch_size": 1, "drop_last": False}
-        for name, default in clashing.items():
-            if name in given or (name != "sampler" and getattr(loader, name, default) != default):
-                changes.setdefault(name, default)
-    return _made_again(loader, changes, MisconfigurationException)
+    if "sampler" in order and loader.batch_size is None and loader.batch_sampler is not None:
+        order = {"batch_sampler": _made_again(loader.batch_sampler, **order)}
+    # What torch refuses to take together with them is put back to its default.
+    clashing: dict[str, Any] = {"shuffle": False}
+    if "batch_sampler" in order:
+        clashing |= {"sampler": None, "batch_size": 1, "drop_last": False}
+    given = _arguments(loader)
+    for name, default in clashing.items():
+        if name in given or (name != "sampler" and getattr(loader, name, default) != default):
+            order[name] = default
+    return _made_again(loader, **order)
 
 
-def _made_again(obj: Any, changes: dict[str, Any], error: type[Exception]) -> Any:
-    cls, arguments = type(obj), {**_arguments(obj, error), **changes}
+def _refusal(obj: Any, problem: str, fix: str) -> Exception:
+    error = MisconfigurationException if isinstance(obj, DataLoader) else TypeError
+    return error(explain(f"`{type(obj).__name__}` has to be made again, but {problem}.", fix=fix))
+
+
+def _made_again(obj: Any, **changes: Any) -> Any:
+    arguments = {**_arguments(obj), **changes}
     try:
-        again = cls(**arguments)
+        again = type(obj)(**arguments)
     except (TypeError, ValueError) as problem:
-        what = f"`{cls.__name__}` has to be made again with another {sorted(changes)}, but that fails: {problem}."
-        fix = f"Let `{cls.__name__}.__init__` take `**kwargs` and pass them to `super().__init__`, with nothing twice."
-        raise error(explain(what, fix=fix)) from problem
+        fix = "Let its `__init__` take `**kwargs` and pass them to `super().__init__`, with nothing twice."
+        raise _refusal(obj, f"with another {sorted(changes)} that fails: {problem}", fix) from problem
     # What the user attached to the old one stays readable.
     vars(again).update({name: value for name, value in vars(obj).items() if name not in vars(again)})
     vars(again)[_RECORD] = arguments
     return again
 
 
-def _arguments(obj: Any, error: type[Exception]) -> dict[str, Any]:
+def _arguments(obj: Any) -> dict[str, Any]:
     """The constructor arguments of a loader or batch sampler, from the record or from attributes."""
     cls, base = type(obj), _base(obj)
     if cls is not base and vars(obj).get(_RECORD) is not None:
@@ -195,9 +194,8 @@ def _arguments(obj: Any, error: type[Exception]) -> dict[str, Any]:
     own = [p for p in _parameters(cls) if p.kind not in _VARIADIC]
     passed_on = _parameters(base) if len(own) < len(_parameters(cls)) else []
     if missing := [p.name for p in own if p.default is p.empty and not hasattr(obj, p.name)]:
-        what = f"`{cls.__name__}` has to be made again, but its arguments {missing} are not known."
         fix = f"Make it inside a `*_dataloader` hook, or keep them: `self.{missing[0]} = {missing[0]}` in `__init__`."
-        raise error(explain(what, fix=fix))
+        raise _refusal(obj, f"its arguments {missing} are not known", fix)
     names = {p.name for p in own + passed_on if hasattr(obj, p.name)}
     if base is DataLoader:
         # The loader has attributes for what it made itself, which it would not take back together.
@@ -264,7 +262,7 @@ def _with_last_batch(batch_sampler: Any) -> Any:
         _maybe(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
     elif batch_sampler.drop_last:
         try:
-            return _made_again(batch_sampler, {"drop_last": False}, TypeError)
+            return _made_again(batch_sampler, drop_last=False)
         except TypeError as problem:
             rank_zero_warn(f"Predictions will miss the last, incomplete batch, which `{name}` drops. {problem}")
     return batch_sampler

@@ -72,21 +72,56 @@ class _Known(Accelerator):
 
     def setup_device(self, device: torch.device) -> None:
         if device.type != self.name():
-            raise MisconfigurationException(
-                f"The strategy is on `{device}`, its accelerator for {self.name()} devices."
-            )
+            raise MisconfigurationException(f"The strategy is on `{device}`, not on one of the {self.name()} devices.")
 
     def teardown(self) -> None: ...
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
+        psutil = require("psutil", "to watch the load of this machine")
+        found = {
+            "": psutil.cpu_percent(),
+            "vm_": psutil.virtual_memory().percent,
+            "swap_": psutil.swap_memory().percent,
+        }
+        return {f"{'M1' if self.name() == 'mps' else 'cpu'}_{what}percent": value for what, value in found.items()}
+
+    @classmethod
+    def parse_devices(cls, devices: Any) -> Any:
+        """The indices meant by ``devices``: a count, a list, or a string holding either; -1 is all."""
+        available = list(range(cls.auto_device_count() if cls.is_available() else 0))
+        if isinstance(devices, str):
+            devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
+        is_list = isinstance(devices, Sequence)
+        if not all(type(index) is int for index in (devices if is_list else [devices])):
+            fix = "Use for example `devices=1`, `devices=[0]` or `devices='0,1'`."
+            raise TypeError(f"For {cls.name().upper()}, `{devices=}` is no number and no list of indices. {fix}")
+        if not devices:
+            return None
+        wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
+        missing = sorted(set(wanted) - set(available))
+        # torchrun on a cluster that shows each process only its own GPU
+        only_own = len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ
+        for wrong, why in (
+            (not is_list and devices < -1, "is no number of devices. Use -1 for all of them"),
+            (not available, "asks for devices, but this machine has none. Use `accelerator='cpu'`"),
+            (len(set(wanted)) < len(wanted), "names a device twice. Each index may appear once"),
+            (missing and not only_own, f"is too much: {missing} do not exist. Choose from {available}"),
+        ):
+            if wrong:
+                raise MisconfigurationException(f"For {cls.name().upper()}, `{devices=}` {why}.")
+        return available if only_own else wanted
+
+    @classmethod
+    def get_parallel_devices(cls, devices: Any) -> list[torch.device]:
+        indices = devices if isinstance(devices, list) else cls.parse_devices(devices) or []
+        return [torch.device(cls.name(), index) for index in indices]
 
     auto_device_count = staticmethod(lambda: 1)
 
 
 class CPUAccelerator(_Known):
     """The host's processor; ``devices`` counts processes."""
-
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
-        return _host_stats("cpu")
 
     @staticmethod
     def parse_devices(devices: int | str) -> int:
@@ -131,14 +166,6 @@ class CUDAAccelerator(_Known):
         """The counters of torch's caching allocator."""
         return torch.cuda.memory_stats(device)
 
-    @staticmethod
-    def parse_devices(devices: int | str | Sequence[int]) -> list[int] | None:
-        return _pick(devices, list(range(torch.cuda.device_count())), "CUDA")
-
-    @staticmethod
-    def get_parallel_devices(devices: Sequence[int]) -> list[torch.device]:
-        return [torch.device("cuda", index) for index in devices]
-
     # Counted, not `torch.cuda.is_available`: that may initialise CUDA, and then the process can no longer be forked.
     auto_device_count = staticmethod(lambda: torch.cuda.device_count())
     is_available = staticmethod(lambda: torch.cuda.device_count() > 0)
@@ -147,18 +174,6 @@ class CUDAAccelerator(_Known):
 
 class MPSAccelerator(_Known):
     """The GPU of Apple silicon. ``DISABLE_MPS=1`` hides it."""
-
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Memory (shared with the GPU), processor and swap in percent of the whole machine; needs `psutil`."""
-        return _host_stats("M1")
-
-    @staticmethod
-    def parse_devices(devices: int | str | Sequence[int]) -> list[int] | None:
-        return _pick(devices, [0] if MPSAccelerator.is_available() else [], "MPS")
-
-    @staticmethod
-    def get_parallel_devices(devices: int | str | Sequence[int]) -> list[torch.device]:
-        return [torch.device("mps", index) for index in MPSAccelerator.parse_devices(devices) or []]
 
     @staticmethod
     def is_available() -> bool:
@@ -201,37 +216,6 @@ def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
     return usable
 
 
-def _pick(devices: Any, available: list[int], kind: str) -> list[int] | None:
-    """The indices meant by ``devices``: a count, a list, or a string holding either; -1 is all. None for "no device"."""
-    if isinstance(devices, str):
-        devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
-    is_list = isinstance(devices, Sequence)
-    if not all(type(index) is int for index in (devices if is_list else [devices])):
-        fix = "Use for example `devices=1`, `devices=[0]` or `devices='0,1'`."
-        raise TypeError(f"`{devices=}` is no number of {kind} devices, nor a list of their indices. {fix}")
-    if not devices:
-        return None
-    wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
-    missing = sorted(set(wanted) - set(available))
-    # torchrun on a cluster that shows each process only its own GPU
-    only_own = len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ
-    for wrong, why in (
-        (not is_list and devices < -1, "is no number of devices. Use -1 for all of them"),
-        (not available, "asks for devices, but this machine has none. Use `accelerator='cpu'`"),
-        (len(set(wanted)) < len(wanted), "names a device twice. Each index may appear once"),
-        (missing and not only_own, f"is too much: {missing} do not exist. Choose from {available}"),
-    ):
-        if wrong:
-            raise MisconfigurationException(f"For {kind}, `{devices=}` {why}.")
-    return available if only_own else wanted
-
-
-def _host_stats(prefix: str) -> dict[str, float]:
-    psutil = require("psutil", "to watch the load of this machine")
-    memory, swap = psutil.virtual_memory().percent, psutil.swap_memory().percent
-    return {f"{prefix}_vm_percent": memory, f"{prefix}_percent": psutil.cpu_percent(), f"{prefix}_swap_percent": swap}
-
-
 class Registry(dict[str, dict[str, Any]]):
     """Names users may write (as ``accelerator``, ``strategy``), each with a class and the arguments it is made with."""
 
@@ -239,19 +223,16 @@ class Registry(dict[str, dict[str, Any]]):
         super().__init__()
         self.kind, self.taken = kind, taken
 
-    def register(
-        self, name: str, cls: Any = None, description: str | None = "", override: bool = False, **init_params: Any
-    ) -> Any:
+    def register(self, name: str, cls: Any = None, description: str = "", override: bool = False, **init: Any) -> Any:
         """Add a class, or its path "module:Class" to import it when chosen; without one, a decorator that adds it."""
         if not isinstance(name, str):
             raise TypeError(f"The name of an entry of the {self.kind} registry must be a string, not {name!r}.")
         if name in self and not override:
             raise self.taken(f"The {self.kind} {name!r} is registered already. Pass `override=True` to replace it.")
-        cls = init_params.pop(self.kind, cls)  # as the keyword `accelerator` or `strategy`
+        cls = init.pop(self.kind, cls)  # as the keyword `accelerator` or `strategy`
         if cls is None:
-            return functools.partial(self.register, name, description=description, override=override, **init_params)
-        names = {self.kind: cls, f"{self.kind}_name": name}
-        self[name] = {**names, "description": description, "init_params": init_params}
+            return functools.partial(self.register, name, description=description, override=override, **init)
+        self[name] = {self.kind: cls, f"{self.kind}_name": name, "description": description, "init_params": init}
         return cls
 
     def get(self, name: str, default: Any = None) -> Any:

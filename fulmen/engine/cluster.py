@@ -132,22 +132,13 @@ class TorchElasticEnvironment(_StartedElsewhere):
 
 
 class SLURMEnvironment(_StartedElsewhere):
-    """Processes started by `srun` on a SLURM cluster.
-
-    Args:
-        auto_requeue: put the job back into the queue, with a checkpoint, when it is told that its time is over.
-        requeue_signal: the signal that tells it; None is SIGUSR1, where the platform has it.
-    """
+    """Processes started by `srun` on a SLURM cluster; without ``requeue_signal``, SIGUSR1 says that time is over."""
 
     VARIABLES = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 
     def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
         self.auto_requeue = auto_requeue
         self.requeue_signal = requeue_signal or getattr(signal, "SIGUSR1", None)
-        tasks = os.environ.get("SLURM_NTASKS", "1")
-        if tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ and not _interactive_slurm():
-            fix = f"Use `--ntasks-per-node={tasks}`, together with `--nodes`."
-            raise RuntimeError(f"The SLURM option `--ntasks={tasks}` does not say how many share a node. {fix}")
 
     @property
     def main_address(self) -> str:
@@ -156,7 +147,7 @@ class SLURMEnvironment(_StartedElsewhere):
 
     @property
     def main_port(self) -> int:
-        """``MASTER_PORT``, or one made of the job's number, so that jobs on the same node do not meet."""
+        # Made of the job's number, so that jobs on the same node do not meet.
         job = os.environ.get("SLURM_JOB_ID", "")
         return _read("MASTER_PORT", 15000 + int(job[-4:]) if job.isdigit() else DEFAULT_PORT)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -29,26 +30,8 @@ class LayerSync(ABC):
     def revert(self, model: Module) -> Module: ...
 
 
-class Face(NamedTuple):
-    """Who asks. The Trainer and Fabric promise different exception classes for the same mistake."""
-
-    name: str
-    misuse: type[Exception]  # arguments that contradict each other
-    absent: type[Exception]  # hardware or machinery that is not there
-    plugin: type[Exception]  # something that is no plugin
-    plugins: tuple[type, ...]
-    strategies: tuple[str, ...] = ()  # names of not yet built strategies that only it knows
-
-
 MCE = MisconfigurationException
-PARTS = (Precision, CheckpointIO, ClusterEnvironment)
-FACES = {
-    "trainer": Face("Trainer", MCE, MCE, MCE, (*PARTS, LayerSync)),
-    "fabric": Face(
-        *("Fabric", ValueError, RuntimeError, TypeError, PARTS), ("dp", "deepspeed_stage_1_offload", "xla_fsdp")
-    ),
-}
-
+PLUGINS = (Precision, CheckpointIO, ClusterEnvironment, LayerSync)
 PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
     "32-true": lambda device: Precision(),
     "64-true": lambda device: DoublePrecision(),
@@ -72,26 +55,33 @@ NOT_BUILT = (
 
 @dataclass
 class Wishes:
-    """What was asked for, with names and types checked; later also what was found for it."""
+    """The arguments of `resolve`, with names and types checked."""
 
-    face: Face
-    accelerator: str | Accelerator
-    devices: Any
-    num_nodes: Any
-    strategy: str | Strategy
-    precision: str | None
-    plugins: dict[type, Any]
-    sync_batchnorm: bool
-    hardware: str = ""  # the chosen accelerator's name
-    found: list[torch.device] = field(default_factory=list)
+    accelerator: str | Accelerator = "auto"
+    devices: Any = "auto"
+    num_nodes: int = 1
+    strategy: str | Strategy = "auto"
+    precision: int | str | None = None
+    plugins: Any = None  # one or several; then by their kind
+    sync_batchnorm: bool = False
+
+    def __post_init__(self) -> None:
+        self.accelerator = _known("accelerator", self.accelerator, ("auto", "gpu", *AcceleratorRegistry), Accelerator)
+        names = ("auto", *StrategyRegistry, *NOT_BUILT)
+        spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
+        self.strategy = "single_device" if spelled == "auto" else _known("strategy", spelled, names, Strategy)
+        asked = str(self.precision) if type(self.precision) is int else self.precision
+        _known("precision", asked, (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES))
+        self.precision = ALIASES.get(str(asked), asked)
+        if asked in ("16", "bf16"):
+            rank_zero_warn(
+                f"`precision={asked!r}` is an old name. Write `precision={self.precision!r}`, which is the same."
+            )
+        self.plugins = _by_kind(self.plugins)
 
     def own(self, attribute: str) -> Any:
         """A part that a strategy object was made with."""
         return getattr(self.strategy, attribute, None) if isinstance(self.strategy, Strategy) else None
-
-    def named(self, *starts: str) -> bool:
-        """Was a strategy asked for by a name that begins like this?"""
-        return isinstance(self.strategy, str) and self.strategy.startswith(starts)
 
     @property
     def one_device(self) -> bool:
@@ -102,77 +92,48 @@ class Wishes:
         return isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy)
 
 
-# A condition, the exception class (or the name the `Face` has for it), a message with the wishes as {w}.
-Conflict = tuple[Callable[[Wishes], Any], "type[Exception] | str", str]
 _OWN = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
 
 # Two lines a row: a table is read by its columns.
 # fmt: off
 
-# Asked before any hardware is looked at. The first that holds is raised.
-CONFLICTS: tuple[Conflict, ...] = (
+# What cannot be, whatever the hardware: a condition, the exception class, a message with the wishes as {w}.
+CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
     (lambda w: type(w.num_nodes) is not int or w.num_nodes < 1, ValueError,
      "`num_nodes={w.num_nodes!r}` is not a number of machines. Use a whole number of at least 1."),
     (lambda w: w.precision and Precision in w.plugins, ValueError,
      "`precision={w.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
-    (lambda w: w.sync_batchnorm and LayerSync in w.plugins, "misuse",
+    (lambda w: w.sync_batchnorm and LayerSync in w.plugins, MCE,
      "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
-    (lambda w: w.own("accelerator") and w.accelerator != "auto", "misuse", _OWN.format("accelerator", "accelerator")),
-    (lambda w: w.own("_precision") and w.precision not in (None, w.own("_precision").precision), "misuse",
+    (lambda w: w.own("accelerator") and w.accelerator != "auto", MCE, _OWN.format("accelerator", "accelerator")),
+    (lambda w: w.own("_precision") and w.precision not in (None, w.own("_precision").precision), MCE,
      _OWN.format("precision", "precision")),
-    (lambda w: w.own("_precision") and Precision in w.plugins, "misuse", _OWN.format("precision", "plugins")),
-    (lambda w: w.own("_checkpoint_io") and CheckpointIO in w.plugins, "misuse", _OWN.format("checkpoint_io", "plugins")),
-    (lambda w: w.own("cluster_environment") and ClusterEnvironment in w.plugins, "misuse",
+    (lambda w: w.own("_precision") and Precision in w.plugins, MCE, _OWN.format("precision", "plugins")),
+    (lambda w: w.own("_checkpoint_io") and CheckpointIO in w.plugins, MCE, _OWN.format("checkpoint_io", "plugins")),
+    (lambda w: w.own("cluster_environment") and ClusterEnvironment in w.plugins, MCE,
      _OWN.format("cluster_environment", "plugins")),
-    (lambda w: w.devices in (0, "0", [], ()), "misuse",
+    (lambda w: w.devices in (0, "0", [], ()), MCE,
      "`devices={w.devices!r}` asks for no device at all. Use `devices=1`, or 'auto'."),
-)
-
-# Asked when it is known which devices there are.
-MISFITS: tuple[Conflict, ...] = (
-    (lambda w: w.named("fsdp") and w.hardware != "cuda", ValueError,
-     "`strategy={w.strategy!r}` works on GPUs only, and the accelerator is {w.hardware!r}. Use `accelerator='gpu'`."),
-    (lambda w: w.named("ddp", "dp", "deepspeed") and w.hardware == "mps", ValueError,
-     "`strategy={w.strategy!r}` does not work on MPS, which is one device. Use `strategy='auto'`."),
-    (lambda w: isinstance(w.strategy, str) and w.strategy not in StrategyRegistry, "absent",
+    (lambda w: isinstance(w.strategy, str) and w.strategy not in StrategyRegistry, MCE,
      "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use 'auto'."),
-    (lambda w: w.one_device and (len(w.found) > 1 or w.num_nodes > 1), "absent",
-     "`devices={w.devices!r}` with `num_nodes={w.num_nodes}` asks for several devices, and training on several devices is"
-     " not part of this version of fulmen. Use `devices=1` (or one GPU by its index, `devices=[1]`) and `num_nodes=1`."),
-    (lambda w: w.precision in NOT_BUILT_PRECISIONS, "absent",
-     "`precision={w.precision!r}` needs a plugin for the package `transformer_engine`, which is not part of this version"
-     " of fulmen. Use 'bf16-mixed'."),
+    (lambda w: w.precision in NOT_BUILT_PRECISIONS, MCE,
+     "`precision={w.precision!r}` needs `transformer_engine`, which fulmen does not use yet. Use 'bf16-mixed'."),
 )
 # fmt: on
 
 
-def resolve(
-    *,
-    accelerator: str | Accelerator = "auto",
-    devices: int | str | Sequence[int] = "auto",
-    num_nodes: int = 1,
-    strategy: str | Strategy = "auto",
-    precision: int | str | None = None,
-    plugins: Any = None,
-    sync_batchnorm: bool = False,
-    face: str = "trainer",
-) -> Strategy:
-    """The strategy that the arguments of `Trainer` (or, with ``face="fabric"``, of `Fabric`) ask for, complete.
+def resolve(**arguments: Any) -> Strategy:
+    """The strategy that arguments of `Trainer` (the fields of `Wishes`) ask for, complete.
 
-    Raises a `ValueError` for names and numbers that cannot be, a `TypeError` for ``devices`` of a wrong type, and what
-    the `Face` has for what cannot go together or is not there.
+    Raises a `ValueError` for names and numbers that cannot be, a `TypeError` for ``devices`` of a wrong type, and a
+    `MisconfigurationException` for what cannot go together or is not there.
     """
-    asked = FACES[face]
-    accelerator = _known("accelerator", accelerator, ("auto", "gpu", *AcceleratorRegistry), Accelerator)
-    wishes = Wishes(
-        *(asked, accelerator, devices, num_nodes, _known_strategy(strategy, asked), _known_precision(precision)),
-        *(_by_kind(plugins, asked), sync_batchnorm),
-    )
-    _check(wishes, CONFLICTS)
+    wishes = Wishes(**arguments)
+    for holds, error, message in CONFLICTS:
+        if holds(wishes):
+            raise error(message.format(w=wishes))
     chosen = choose_accelerator(wishes)
-    wishes.hardware, wishes.found = chosen.name(), choose_devices(wishes, chosen)
-    _check(wishes, MISFITS)
-    return assemble(wishes, chosen)
+    return assemble(wishes, chosen, choose_devices(wishes, chosen))
 
 
 def choose_accelerator(wishes: Wishes) -> Accelerator:
@@ -180,17 +141,15 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
     wish = wishes.own("accelerator") or wishes.accelerator
     if wish == "auto" and isinstance(wishes.strategy, SingleDeviceStrategy):
         wish = wishes.strategy.root_device.type
-    if wish == "gpu" and not gpu_kind():
-        what = "`accelerator='gpu'` finds no GPU: neither CUDA nor MPS is available."
-        raise wishes.face.absent(f"{what} Use 'cpu', or install a torch and a driver for your GPU.")
-    if wish in ("auto", "gpu"):
-        wish = gpu_kind() or "cpu"
-    chosen = wish if isinstance(wish, Accelerator) else AcceleratorRegistry[wish]["accelerator"]
-    if not chosen.is_available():
+    asked = wish if isinstance(wish, str) else wish.name()
+    if asked in ("auto", "gpu"):
+        wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
+    kind = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) else wish
+    if not kind.is_available():
         usable = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
-        gone = "fulmen does not support it" if chosen.name() == "tpu" else "torch finds no such device on this machine"
-        what = f"The accelerator {chosen.name()!r} was asked for, but {gone}."
-        raise wishes.face.absent(f"{what} Available are {', '.join(map(repr, usable))}.")
+        gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
+        what = f"The accelerator {asked!r} was asked for, but {gone}."
+        raise MCE(f"{what} Available are {', '.join(map(repr, usable))}.")
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
 
@@ -203,38 +162,36 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
     parsed = accelerator.parse_devices(wish)
     found = accelerator.get_parallel_devices(parsed) if parsed else []
     if not found:
-        raise wishes.face.misuse(f"`devices={wishes.devices!r}` names no {accelerator.name()} device. Use `devices=1`.")
+        raise MCE(f"`devices={wishes.devices!r}` names no {accelerator.name()} device. Use `devices=1`.")
+    if wishes.one_device and (len(found) > 1 or wishes.num_nodes > 1):
+        what = f"`devices={wishes.devices!r}` with `num_nodes={wishes.num_nodes}` are several devices"
+        fix = "Use `devices=1` (or one GPU by its index, `devices=[1]`) and `num_nodes=1`."
+        raise MCE(f"{what}, and this version of fulmen trains on one. {fix}")
     return found
 
 
-def assemble(wishes: Wishes, accelerator: Accelerator) -> Strategy:
+def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.device]) -> Strategy:
     """The strategy with all of its parts; those that it brought along stay."""
     strategy = wishes.strategy
     if isinstance(strategy, str):
         kind, arguments = StrategyRegistry[strategy]["strategy"], StrategyRegistry[strategy]["init_params"]
         on_first = wishes.one_device
-        strategy = kind(**{"device": wishes.found[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
-    if getattr(strategy, "parallel_devices", wishes.found) is None:
-        setattr(strategy, "parallel_devices", wishes.found)  # noqa: B010
+        strategy = kind(**{"device": devices[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
+    if getattr(strategy, "parallel_devices", devices) is None:
+        setattr(strategy, "parallel_devices", devices)  # noqa: B010
     device = strategy.root_device
-    if {device.type, wishes.hardware} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
-        what = f"The strategy object is on `{device}`, but the accelerator is {wishes.hardware!r}."
-        raise wishes.face.misuse(f"{what} Choose one of the two.")
+    if {device.type, accelerator.name()} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
+        what = f"The strategy object is on `{device}`, but the accelerator is {accelerator.name()!r}."
+        raise MCE(f"{what} Choose one of the two.")
     strategy.accelerator = accelerator
     strategy.checkpoint_io = wishes.own("_checkpoint_io") or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
     strategy.cluster_environment = strategy.cluster_environment or choose_cluster(wishes, strategy)
-    strategy.precision_plugin = wishes.own("_precision") or choose_precision(wishes, device)
-    return strategy
-
-
-def choose_precision(wishes: Wishes, device: torch.device) -> Precision:
-    """The plugin the user gave, or the one that the ``precision`` argument names."""
-    if Precision in wishes.plugins:
-        return wishes.plugins[Precision]
-    name = wishes.precision or "32-true"
-    if name.endswith("-mixed"):
+    given = wishes.own("_precision") or wishes.plugins.get(Precision)
+    name = str(wishes.precision or "32-true")
+    strategy.precision_plugin = given or PRECISIONS[name](device)
+    if not given and name.endswith("-mixed"):
         rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
-    return PRECISIONS[name](device)
+    return strategy
 
 
 def choose_cluster(wishes: Wishes, strategy: Strategy) -> ClusterEnvironment:
@@ -263,45 +220,23 @@ def announce(strategy: Strategy) -> None:
         rank_zero_warn(f"{what} Use it with `Trainer(accelerator='gpu')`.", category=PossibleUserWarning)
 
 
-def _check(wishes: Wishes, conflicts: Sequence[Conflict]) -> None:
-    for holds, error, message in conflicts:
-        if holds(wishes):
-            raise (getattr(wishes.face, error) if isinstance(error, str) else error)(message.format(w=wishes))
-
-
-def _known(argument: str, value: Any, names: Sequence[str], kind: type = type(None)) -> Any:
+def _known(argument: str, value: Any, names: Sequence[str], kind: type = NoneType) -> Any:
     """The value, which must be one of the names or an object of that kind."""
     if isinstance(value, kind) or (isinstance(value, str) and value in names):
         return value
-    or_else = "" if kind is type(None) else f", and no `{kind.__name__}` object"
+    or_else = "" if kind is NoneType else f", and no `{kind.__name__}` object"
     listed = ", ".join(map(repr, names))
     raise ValueError(f"`{argument}={value!r}` is none of {listed}{or_else}.{suggestion(str(value), names)}")
 
 
-def _known_strategy(strategy: Any, face: Face) -> str | Strategy:
-    names = ("auto", *StrategyRegistry, *NOT_BUILT, *face.strategies)
-    if isinstance(strategy, str):
-        strategy = {name.lower(): name for name in names}.get(strategy.lower(), strategy)
-    return "single_device" if strategy == "auto" else _known("strategy", strategy, names, Strategy)
-
-
-def _known_precision(precision: Any) -> str | None:
-    name = str(precision) if type(precision) is int else precision
-    _known("precision", name, (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES))
-    if name in ("16", "bf16"):
-        rank_zero_warn(f"`{precision=}` is an old name. Write `precision={ALIASES[name]!r}`, which is the same.")
-    return ALIASES.get(name, name)
-
-
-def _by_kind(plugins: Any, face: Face) -> dict[type, Any]:
+def _by_kind(plugins: Any) -> dict[type, Any]:
     found: dict[type, Any] = {}
     for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
-        kind = next((kind for kind in face.plugins if isinstance(plugin, kind)), None)
+        kind = next((kind for kind in PLUGINS if isinstance(plugin, kind)), None)
         if kind is None:
-            listed = ", ".join(kind.__name__ for kind in face.plugins)
-            raise face.plugin(f"{plugin!r} is not a plugin for `{face.name}`. Pass an object of one of {listed}.")
+            listed = ", ".join(kind.__name__ for kind in PLUGINS)
+            raise MCE(f"{plugin!r} is not a plugin. Pass an object of one of {listed}.")
         if kind in found:
-            what = f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}."
-            raise face.misuse(f"{what} Pass one.")
+            raise MCE(f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one.")
         found[kind] = plugin
     return found

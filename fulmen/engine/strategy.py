@@ -22,20 +22,14 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-# verb of a step -> the precision's context around it
-STEP_CONTEXTS = {
-    "training_step": "train_step_context",
-    "validation_step": "val_step_context",
-    "test_step": "test_step_context",
-    "predict_step": "predict_step_context",
-}
+# How the precision's context around a step is called, where it is not called like the step.
+SHORT = {"training_step": "train_step", "validation_step": "val_step"}
 
 
 class Strategy(ABC):
     """The machine a model runs on. Fires no hooks: what must happen between its own acts is handed to it.
 
-    Arguments:
-        accelerator, checkpoint_io, precision_plugin: parts; chosen by `engine.resolve` when left out.
+    Parts that are left out are chosen by `engine.resolve`.
     """
 
     strategy_name = "strategy"
@@ -155,8 +149,7 @@ class Strategy(ABC):
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
         """Tensors and modules created inside are made on the device, in the dtype of the run.
 
-        Arguments:
-            empty_init: leave the memory of weights uninitialised, because a checkpoint will fill it.
+        With ``empty_init`` weights are left uninitialised, because a checkpoint will fill them.
         """
         skip = _SkipInit() if empty_init else nullcontext()
         with self.root_device, self.precision_plugin.module_init_context(), skip:
@@ -175,7 +168,7 @@ class Strategy(ABC):
 
     def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """The precision's context around a step; None if it has none, so that nothing is entered."""
-        precision, name = self.precision_plugin, STEP_CONTEXTS[step_name]
+        precision, name = self.precision_plugin, SHORT.get(step_name, step_name) + "_context"
         if overridden(precision, name, Precision):
             return getattr(precision, name)
         return precision.forward_context if overridden(precision, "forward_context", Precision) else None
@@ -269,11 +262,7 @@ class Strategy(ABC):
         return getattr(optimizer, "optimizer", optimizer).state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the optimizer states of a checkpoint back.
-
-        Raises:
-            RuntimeError: if the checkpoint holds another number of optimizers.
-        """
+        """Puts the optimizer states of a checkpoint back; a `RuntimeError` if it holds another number of them."""
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.optimizers):
             raise RuntimeError(
@@ -315,11 +304,7 @@ class Strategy(ABC):
 
 
 class SingleDeviceStrategy(Strategy):
-    """One process, one device.
-
-    Arguments:
-        device: for example "cpu", "cuda:0" or a `torch.device`.
-    """
+    """One process, one ``device``: "cpu", "cuda:0", a `torch.device` …"""
 
     strategy_name = "single_device"
 

@@ -146,7 +146,7 @@ class EvaluationLoop:
         trainer.book.page.reset()  # type: ignore[union-attr]
         self.dataloader_idx = 0
         trainer.book.dataloader_idx = None
-        trainer.set_mode(f"on_{self.infix}_model_eval")
+        trainer.mode_hook(f"on_{self.infix}_model_eval", module.eval)
         getattr(hooks, f"on_{self.infix}_start")()
         getattr(hooks, f"on_{self.infix}_epoch_start")()
         trainer.book.dataloader_idx = 0 if self.several else None
@@ -189,7 +189,7 @@ class EvaluationLoop:
         if self.inside_fit:
             trainer.fit_loop.progress.position = Position.VALIDATED
         getattr(hooks, f"on_{self.infix}_end")()
-        trainer.restore_mode(f"on_{self.infix}_model_train", self.restore_modes)
+        trainer.mode_hook(f"on_{self.infix}_model_train", self.restore_modes)
         results = self.per_loader(numbers)
         book.turn_back(self.page)
         if self.verbose and not self.inside_fit and trainer.is_global_zero:

@@ -63,7 +63,8 @@ class FitLoop:
             self.sanity_check()
         self.hooks = self.trainer.hooks
         self.trainer.book.turn_to("train")
-        self.load_data()
+        if self.loaders is None:  # else `estimated_stepping_batches` was asked for in `configure_optimizers`
+            self.load_data()
         if self.trainer.limit_train_batches == 0 or self.finished():
             return
         self.prepare()
@@ -386,7 +387,7 @@ class FitLoop:
         page = trainer.book.page
         if self.optimization.stepped:
             # an open accumulation window keeps its gradients
-            trainer.zero_grad_before_validation()
+            trainer.mode_hook("on_validation_model_zero_grad", trainer.lightning_module.zero_grad)
         self.val_loop.run()
         trainer.book.turn_back(page)
         trainer.stage = RunningStage.TRAINING

@@ -15,8 +15,6 @@ from fulmen.utilities.types import RunningStage
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
-_warnings = WarningCache()
-
 
 class PredictionLoop(EvaluationLoop):
     """One pass over the loaders of `trainer.predict`.
@@ -48,6 +46,7 @@ class PredictionLoop(EvaluationLoop):
         count = len(self.loaders.flattened)
         self.outputs = [[] for _ in range(count)]
         self.epoch_batch_indices = [[] for _ in range(count)]
+        self.warnings = WarningCache()  # each run says what is wrong with it
         writers = self.trainer.prediction_writers
         self.indices_wanted = bool(writers)
         self.results_wanted = self.return_predictions or any(writer.interval.on_epoch for writer in writers)
@@ -60,7 +59,7 @@ class PredictionLoop(EvaluationLoop):
 
     def keep(self, outputs: Any, dataloader_idx: int) -> None:
         if outputs is None:
-            _warnings.warn("`predict_step` returned `None`; return the predictions to get them back.")
+            self.warnings.warn("`predict_step` returned `None`; return the predictions to get them back.")
         if self.results_wanted:
             # sync: results leave the device, or they would fill its memory
             self.outputs[dataloader_idx].append(apply_to_collection(outputs, torch.Tensor, torch.Tensor.cpu))
@@ -74,11 +73,11 @@ class PredictionLoop(EvaluationLoop):
             self.epoch_batch_indices[dataloader_idx].append(self.current_batch_indices)
         else:
             self.current_batch_indices = []
-            _warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
+            self.warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
 
     def finish(self) -> list[Any] | None:
         self.hooks.on_predict_epoch_end()
         self.hooks.on_predict_end()
-        self.trainer.restore_mode("on_predict_model_train", self.restore_modes)
+        self.trainer.mode_hook("on_predict_model_train", self.restore_modes)
         self.trainer.book.turn_back(self.page)
         return self.predictions if self.return_predictions else None

@@ -40,10 +40,7 @@ class AttributeDict(dict):
 
 
 def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
-    """A container of the same kind with ``fn`` applied to what it directly holds; anything else comes back as it is.
-
-    Containers are mappings, sequences (not strings), named tuples and dataclasses.
-    """
+    """A mapping, sequence or dataclass with ``fn`` applied to what it directly holds; anything else as it is."""
     if isinstance(data, Mapping):
         items = {key: fn(value) for key, value in data.items()}
         return defaultdict(data.default_factory, items) if isinstance(data, defaultdict) else type(data)(items)  # type: ignore[call-arg]
@@ -120,10 +117,9 @@ def _batch_sizes(batch: Any) -> Iterator[int]:
 
 
 def extract_batch_size(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch; tensors that disagree cause one warning.
+    """The first dimension of the first tensor in a batch.
 
-    Raises:
-        MisconfigurationException: if there is no tensor to measure.
+    Tensors that disagree cause one warning. Without any tensor, a MisconfigurationException is raised.
     """
     fix = "Simplify the batch or say `self.log(..., batch_size=...)`."
     sizes = _batch_sizes(batch)

@@ -14,9 +14,7 @@ _FORMAT = re.compile(r"(?P<days>\d+):(?P<hours>\d\d):(?P<minutes>\d\d):(?P<secon
 def parse_duration(value: str | timedelta | dict[str, Any], name: str = "duration") -> timedelta:
     """The duration as a `timedelta`; ``name`` is what error messages call the argument.
 
-    Raises:
-        MisconfigurationException: for a string of another format.
-        TypeError: for another type, or a dict with keys that are not arguments of `timedelta`.
+    A string of another format is a MisconfigurationException; another type, or a dict with other keys, a TypeError.
     """
     if isinstance(value, timedelta):
         return value

@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
 
 def _plain_function(attribute: Any) -> Any:
     """What stands behind bound methods, class methods and partials."""
@@ -62,17 +60,10 @@ def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
 
 def num_positional(fn: Callable) -> float:
     """How many arguments ``fn`` accepts by position; infinite with ``*args``."""
-    kinds = [p.kind for p in parameters_of(fn)]
-    return math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in _POSITIONAL for kind in kinds)
-
-
-def is_param_in_hook_signature(
-    hook_fx: Callable, param: str, explicit: bool = False, min_args: int | None = None
-) -> bool:
-    """Does a hook ask for ``param``: by name, through ``*args`` (unless ``explicit``), or by having ``min_args``?"""
-    found = parameters_of(hook_fx)
-    asked = any(p.name == param or (p.kind is p.VAR_POSITIONAL and not explicit) for p in found)
-    return asked or (min_args is not None and sum(p.kind in _POSITIONAL for p in found) >= min_args)
+    found = parameters_of(fn)
+    if any(p.kind is p.VAR_POSITIONAL for p in found):
+        return math.inf
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in found)
 
 
 def alias(path: str, doc: str) -> Any:

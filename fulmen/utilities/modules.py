@@ -54,10 +54,7 @@ def set_shared_parameters(module: nn.Module, shared_params: list[list[str]]) -> 
 
 
 def capture_modes(module: nn.Module) -> Callable[[], None]:
-    """Remember train or eval of every sub-module; the returned function puts it back.
-
-    A module replaced in between keeps its mode.
-    """
+    """Remember train or eval of every sub-module; the returned function puts it back."""
     modes = [(part, part.training) for part in module.modules()]
 
     def restore() -> None:

@@ -32,14 +32,9 @@ def available(package: str, minimum: str = "") -> bool:
 
 
 def require(package: str, why: str, extra: str = "", minimum: str = "") -> ModuleType:
-    """Import and return an optional package.
+    """Import and return an optional package, or raise a ModuleNotFoundError with the line that installs it.
 
-    Args:
-        why: what it is needed for, as the end of "`package` is needed …".
-        extra: what to type after ``pip install``, when it is not the package's own name.
-
-    Raises:
-        ModuleNotFoundError: with the line that installs it.
+    ``why`` ends the sentence "`package` is needed …"; ``extra`` is what to install, if not the package of that name.
     """
     if not available(package, minimum):
         top = package.partition(".")[0]

@@ -23,15 +23,10 @@ def _numpy() -> Any:
 
 
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
-    """Seed python, numpy and torch (all devices), here and in the processes started from here.
+    """Seed python, numpy and torch (all devices), here and in the processes started from here; returns the seed.
 
-    Args:
-        seed: anything `int` understands, in 0 … 2**32 - 1. None takes ``PL_GLOBAL_SEED`` from the environment, or 0.
-        workers: give each dataloader worker of each rank a stream of its own (see `pl_worker_init_function`).
-        verbose: log the seed, from the first process.
-
-    Returns:
-        The seed that was used. It is the same in all processes of a run.
+    ``seed`` is anything `int` understands, in 0 … 2**32 - 1; None takes ``PL_GLOBAL_SEED`` from the environment, or 0.
+    With ``workers``, each dataloader worker of each rank gets a stream of its own (see `pl_worker_init_function`).
     """
     given = os.environ.get("PL_GLOBAL_SEED") if seed is None else seed
     if given is None:

@@ -1,13 +1,18 @@
-"""Learning rates and device statistics on their way to the loggers."""
+"""Learning rates, device statistics and speed on their way to the loggers; losses that jump."""
 
 from __future__ import annotations
+
+import json
+import math
+import time
 
 import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam
 from torch.optim.lr_scheduler import StepLR
 
-from fulmen.callbacks import DeviceStatsMonitor, LearningRateMonitor
+from fulmen.callbacks import Callback, DeviceStatsMonitor, LearningRateMonitor, SpikeDetection, ThroughputMonitor
+from fulmen.callbacks.monitors import TrainingSpikeException
 from fulmen.loggers import Logger
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -216,3 +221,174 @@ def test_memory_of_the_gpu(fit):
     )
     names = {name.split("/")[1] for name in logger.about("DeviceStatsMonitor")[0][1]}
     assert {"allocated_bytes.all.current", "cpu_percent"} <= names
+
+
+RATES = {"train/device/batches_per_sec", "train/device/samples_per_sec"}
+TOTALS = {"train/time", "train/batches", "train/samples"}
+
+
+@pytest.fixture
+def measure(fit, scripted_model):
+    """`measure(**arguments)` gives the rows a `ThroughputMonitor` logged and the trainer; batches have two samples."""
+
+    def run(model=None, window_size=2, length_fn=None, **trainer):
+        monitor = ThroughputMonitor(lambda batch: 2, length_fn, window_size=window_size)
+        given = {"logger": Memory(), "max_epochs": 1, "log_every_n_steps": 2, "limit_val_batches": 0, **trainer}
+        trainer = fit(monitor, model or scripted_model(), **given)
+        return trainer.logger.about("/samples") if trainer.logger else [], trainer
+
+    return run
+
+
+def test_rates_come_when_the_window_is_full_and_a_log_is_due(measure):
+    rows, _ = measure(window_size=3)
+    assert [step for step, _ in rows] == [1, 3]
+    assert set(rows[0][1]) == {*TOTALS, "epoch"}
+    assert set(rows[1][1]) == {*TOTALS, *RATES, "epoch"}
+    last = rows[1][1]
+    assert (last["train/batches"], last["train/samples"]) == (4, 8)
+    assert last["train/device/samples_per_sec"] == pytest.approx(2 * last["train/device/batches_per_sec"])
+
+
+def test_items_and_flops_are_counted_if_they_are_known(measure, scripted_model):
+    model = scripted_model()
+    model.flops_per_batch = 100
+    rows, _ = measure(model, length_fn=lambda batch: 7)
+    last = rows[-1][1]
+    assert last["train/lengths"] == 28
+    assert last["train/device/items_per_sec"] == pytest.approx(7 * last["train/device/batches_per_sec"])
+    assert last["train/device/flops_per_sec"] == pytest.approx(100 * last["train/device/batches_per_sec"])
+    with pytest.warns(UserWarning, match="flops_per_batch"):
+        measure()
+
+
+def test_accumulation_logs_where_an_optimizer_steps(measure):
+    rows, _ = measure(accumulate_grad_batches=3, log_every_n_steps=1)
+    assert [(step, metrics["train/batches"]) for step, metrics in rows] == [(0, 3), (1, 4)]
+
+
+def test_each_validation_counts_anew_and_is_no_time_of_training(measure, scripted_model):
+    class SlowToValidate(scripted_model):
+        def validation_step(self, batch, batch_idx):
+            time.sleep(0.05)
+
+    rows, _ = measure(
+        SlowToValidate(), limit_val_batches=2, num_sanity_val_steps=1, val_check_interval=2, log_every_n_steps=1
+    )
+    validations = [(step, row["validate/batches"]) for step, row in rows if "validate/batches" in row]
+    assert validations == [(1, 1), (2, 2), (3, 1), (4, 2)]
+    assert rows[-3][1]["train/batches"] == 4
+    assert rows[-1][1]["validate/time"] >= 0.1 > rows[-3][1]["train/time"]
+
+
+def test_evaluation_and_prediction_have_their_own_rows(measure, scripted_model):
+    _, trainer = measure()
+    trainer.logger.rows.clear()
+    trainer.predict(scripted_model(), scripted_model().train_dataloader())
+    rows = trainer.logger.about("predict/device/batches_per_sec")
+    assert [(step, row["predict/batches"]) for step, row in rows] == [(2, 2), (4, 4)]
+
+
+@pytest.mark.parametrize("trainer", [{"logger": False}, {"log_every_n_steps": 0}])
+def test_without_a_log_nothing_is_measured(measure, trainer):
+    assert measure(**trainer)[0] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpu_times_its_batches_while_the_host_runs_ahead(fit, scripted_model):
+    class Busy(scripted_model):
+        def training_step(self, batch, batch_idx):
+            torch.cuda._sleep(100_000_000)
+            return super().training_step(batch, batch_idx)
+
+    class Host(Callback):
+        seen = []
+
+        def on_train_batch_start(self, *args):
+            self.seen.append(time.perf_counter())
+
+    host, logger = Host(), Memory()
+    fit(
+        [ThroughputMonitor(lambda batch: 1, window_size=2), host], Busy(), logger=logger, max_epochs=2,
+        limit_val_batches=0, log_every_n_steps=4, accelerator="gpu", devices=1,
+    )  # fmt: skip
+    (_, first), (_, second) = logger.about("train/time")
+    on_device = second["train/time"] - first["train/time"]
+    assert on_device > 2 * (host.seen[-1] - host.seen[-4])  # four batches, handed out without waiting
+    assert second["train/device/batches_per_sec"] == pytest.approx(4 / on_device, rel=0.2)
+
+
+@pytest.fixture
+def train_on(fit, scripted_model):
+    """`train_on(losses, **arguments)` gives the `SpikeDetection` of a run with these losses."""
+
+    def run(losses, epochs=1, callback=None, **arguments):
+        class Model(scripted_model):
+            def training_step(self, batch, batch_idx):
+                return super().training_step(batch, batch_idx) * 0 + losses[batch_idx]
+
+        callback = callback or SpikeDetection(**arguments)
+        fit(callback, Model(), max_epochs=epochs, limit_train_batches=len(losses), limit_val_batches=0)
+        return callback
+
+    return run
+
+
+CALM = [
+    ((1.0, 1.0, 1.0, 2.9), {}),
+    ((9.0, 1.0, 1.0, 1.0), {"epochs": 2}),  # the first batch of an epoch is not judged
+    ((1.0, 1.0, 10.0, 1.0), {"warmup": 3}),
+    ((10.0, 10.0, 10.0, -100.0), {}),
+    ((1.0, 1.0, 1.0, 10.0), {"mode": "max"}),
+    ((0.1, 0.1, 0.1, 0.5), {"atol": 0.5}),
+    ((1.0, 1.0, 1.0, 1.5), {"atol": 0.4}),
+    ((1.0, 1.0, math.nan, -math.inf), {"finite_only": False}),
+    ((math.nan, 1.0, 1.0, 1.0), {}),
+    ((8.0, 8.0, 1.0, 1.0), {"window": 2}),
+]
+SPIKES = [
+    ((1.0, 1.0, 1.0, 3.0), {}, 3),
+    ((1.0, 10.0, 1.0, 1.0), {}, 1),
+    ((9.0, 1.0, 1.0, 1.0), {"epochs": 2, "warmup": 0}, 0),
+    ((10.0, 10.0, -11.0, 1.0), {"mode": "max"}, 2),
+    ((1.0, 1.0, 1.0, 1.5), {"atol": 0.5, "rtol": None}, 3),
+    ((1.0, 1.0, 1.0, math.nan), {}, 3),
+    ((1.0, 1.0, 1.0, -math.inf), {}, 3),
+    ((1.0, 1.0, 1.0, math.inf), {"finite_only": False}, 3),
+    ((1.0, math.nan, 1.0, 5.0), {"finite_only": False}, 3),
+    ((8.0, 1.0, 1.0, 3.5), {"window": 2}, 3),
+]
+
+
+@pytest.mark.parametrize(("losses", "arguments"), CALM)
+def test_losses_that_are_no_spike(train_on, losses, arguments):
+    assert train_on(losses, **arguments).bad_batches == []
+
+
+@pytest.mark.parametrize(("losses", "arguments", "batch"), SPIKES)
+def test_losses_that_jump(train_on, tmp_path, losses, arguments, batch):
+    with pytest.raises(TrainingSpikeException, match=f"Training spike detected in batch {batch}: ") as error:
+        train_on(losses, **arguments)
+    assert error.value.batch_idx == batch
+    assert json.loads((tmp_path / "skip_batches.json").read_text()) == [batch - 1, batch]
+
+
+def test_the_list_of_bad_batches_grows_where_it_is_told_to(train_on, tmp_path):
+    callback = SpikeDetection(exclude_batches_path=tmp_path / "deep" / "er")
+    for _ in range(2):
+        with pytest.raises(TrainingSpikeException, match="deep"):
+            train_on((1.0, 1.0, 10.0), callback=callback)
+    assert json.loads((tmp_path / "deep" / "er" / "skip_batches.json").read_text()) == [1, 2, 1, 2]
+
+
+def test_a_resumed_run_knows_the_losses_before(train_on):
+    before = train_on((1.0, 2.0, 3.0))
+    after = SpikeDetection()
+    after.load_state_dict(before.state_dict())
+    assert (after.running_mean, after.last_val, after.bad_batches) == (2.0, 3.0, [])
+
+
+def test_mode_of_spikes_is_checked():
+    with pytest.raises(ValueError, match="mode='auto'"):
+        SpikeDetection("auto")

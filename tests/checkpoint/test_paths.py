@@ -100,17 +100,8 @@ def test_fit_resumes_what_an_exception_has_broken(tmp_path):
 def test_hpc_is_the_file_with_the_highest_number(tmp_path):
     with pytest.raises(ValueError, match="hpc_ckpt_N"):
         find("hpc", root_dir=tmp_path)
-    assert paths.next_hpc_path(tmp_path) == str(tmp_path / "hpc_ckpt_1.ckpt")
     write(tmp_path, "hpc_ckpt_10.ckpt", "hpc_ckpt_9.ckpt", "hpc_ckpt_11.txt")
     assert find("hpc", root_dir=tmp_path) == str(tmp_path / "hpc_ckpt_10.ckpt")
-    assert paths.next_hpc_path(tmp_path) == str(tmp_path / "hpc_ckpt_11.ckpt")
-
-
-def test_only_the_fit_of_a_requeued_job_resumes_by_itself(tmp_path):
-    write(tmp_path, "hpc_ckpt_1.ckpt")
-    assert find(None, root_dir=tmp_path) is None
-    assert find(None, root_dir=tmp_path, requeued=True) == str(tmp_path / "hpc_ckpt_1.ckpt")
-    assert find(None, root_dir=tmp_path, requeued=True, verb="test") is None
 
 
 @pytest.mark.parametrize("name", ["registry", "registry:model:version:2"])

@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
 from fulmen.data import CombinedLoader
-from fulmen.data.combined import leaves
 
 MODES = ("min_size", "max_size_cycle", "max_size", "sequential")
 
@@ -188,15 +187,15 @@ def test_a_batch_has_the_shape_of_the_iterables(iterables, batch):
 
 def test_lists_of_numbers_and_empty_containers_are_single_loaders():
     for leaf in ([1, 2], ["a"], (1, "b"), [], {}, "abc", None, 5, torch.arange(3)):
-        assert leaves(leaf) == [leaf]
-    assert leaves([None]) == [None]
-    assert leaves({"a": 5}) == [5]
+        assert CombinedLoader(leaf).flattened == [leaf]
+    assert CombinedLoader([None]).flattened == [None]
+    assert CombinedLoader({"a": 5}).flattened == [5]
 
     class Own(list):
         pass
 
     own = Own([range(2)])
-    assert leaves(own)[0] is own
+    assert CombinedLoader(own).flattened[0] is own
 
 
 def test_loaders_can_be_replaced():

@@ -91,12 +91,6 @@ def test_messages_name_the_argument_of_the_verb(verb):
     assert source.label == f"argument `dataloaders` of `Trainer.{verb}`"
 
 
-def test_modules_and_datamodules_may_share_a_base():
-    found = Sources(Base)
-    found.attach(Module(), datamodule=Data())
-    assert [kind for kind in KINDS if found.get(kind).is_defined()] == ["train"]
-
-
 def test_only_hooks_that_are_written_are_defined():
     found = sources(Module())
     assert [kind for kind in KINDS if found.get(kind).is_defined()] == ["train", "val"]

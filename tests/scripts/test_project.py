@@ -51,3 +51,17 @@ def test_the_layers_are_the_same_in_both_places_that_check_them() -> None:
     rows = re.findall(r"^    \((\{.*?)\),$", (ROOT / "tests/architecture/test_layers.py").read_text(), re.MULTILINE)
     from_test = [set(re.findall(r'"(\w+)"', row)) for row in rows]
     assert from_pyproject == from_test[::-1]
+
+
+def test_every_difference_names_a_test_that_exists() -> None:
+    page = (ROOT / "docs" / "differences.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| fulmen")]
+    named = [re.search(r"`([\w/]+\.py)::(\w+)` \|$", row) for row in rows]
+    assert all(named), [row for row, match in zip(rows, named) if not match]
+    missing = [
+        match[0]
+        for match in named
+        if not (ROOT / "tests" / match[1]).is_file()
+        or f"def {match[2]}(" not in (ROOT / "tests" / match[1]).read_text()
+    ]
+    assert not missing, missing

@@ -4,13 +4,7 @@ import math
 import pytest
 
 from fulmen.callbacks.callback import Callback
-from fulmen.utilities.introspection import (
-    is_overridden,
-    is_param_in_hook_signature,
-    num_positional,
-    overridden,
-    takes_argument,
-)
+from fulmen.utilities.introspection import is_overridden, num_positional, overridden, takes_argument
 
 
 class Base:
@@ -59,6 +53,3 @@ def test_what_a_function_accepts():
     assert takes_argument(lambda **kwargs: 0, "anything") and not takes_argument(lambda **k: 0, "a", explicit=True)
     assert num_positional(Base().hook) == 2
     assert num_positional(lambda *args: 0) == math.inf
-    assert is_param_in_hook_signature(Base().hook, "batch_idx") and not is_param_in_hook_signature(Own().hook, "idx")
-    assert is_param_in_hook_signature(lambda *a: 0, "idx") and not is_param_in_hook_signature(lambda *a: 0, "idx", True)
-    assert is_param_in_hook_signature(lambda a, b: 0, "idx", min_args=2)
