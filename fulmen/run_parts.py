@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fulmen.settings import Settings
     from fulmen.trainer import Trainer
 
+RICH = "rich", ">=10.2.2"
 PROFILERS = {
     "simple": "SimpleProfiler",
     "advanced": "AdvancedProfiler",
@@ -45,24 +46,23 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
         if not isinstance(callback, Callback):
             what = f"`Trainer(callbacks=...)` received {callback!r}, a {type(callback).__name__}."
             raise MisconfigurationException(f"{what} Pass instances of `Callback`, not classes or strings.")
-    rich = available("rich", ">=10.2.2")
-    if not _given(callbacks, Checkpoint, settings, "enable_checkpointing"):
+    if _missing(callbacks, Checkpoint, settings, "enable_checkpointing"):
         callbacks.append(ModelCheckpoint())
     if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
         rank_zero_info("Ignoring `Trainer(max_time=...)`, callbacks list already contains a Timer.")
     elif settings.max_time is not None:
         callbacks.append(Timer(duration=settings.max_time, interval="step"))
-    if not _given(callbacks, ProgressBar, settings, "enable_progress_bar"):
-        callbacks.append(getattr(all_callbacks, "RichProgressBar" if rich else "TQDMProgressBar")())
+    if _missing(callbacks, ProgressBar, settings, "enable_progress_bar"):
+        callbacks.append(getattr(all_callbacks, "RichProgressBar" if available(*RICH) else "TQDMProgressBar")())
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
-        callbacks.append(RichModelSummary() if rich else ModelSummary())
+        callbacks.append(RichModelSummary() if available(*RICH) else ModelSummary())
     callbacks.extend(_from_entry_points())
     _check_state_keys(callbacks)
     return in_order(callbacks)
 
 
-def _given(callbacks: list[Callback], kind: type[Callback], settings: Settings, switch: str) -> bool:
-    """Is there nothing to add: a callback of that kind, or no wish for one?"""
+def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings, switch: str) -> bool:
+    """Is there no callback of a kind that is wanted? An error if there is one of a kind that is not."""
     names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
     if kind is ProgressBar and len(names) > 1:
         what = f"You added multiple progress bar callbacks: {', '.join(names)}."
@@ -70,7 +70,7 @@ def _given(callbacks: list[Callback], kind: type[Callback], settings: Settings, 
     if names and not getattr(settings, switch):
         what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
         raise MisconfigurationException(f"{what} Remove one of the two.")
-    return bool(names) or not getattr(settings, switch)
+    return not names and getattr(settings, switch)
 
 
 def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Callback] | None) -> list[Callback]:
@@ -118,10 +118,8 @@ def _check_state_keys(callbacks: list[Callback]) -> None:
 
 def assemble_loggers(settings: Settings) -> list[Logger]:
     """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
-    given = settings.logger
-    if given is True:
-        given = _default_logger(settings.default_root_dir)
-    loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, Logger) else [given] if given else []
+    given = _default_logger(settings.default_root_dir) if settings.logger is True else settings.logger or []
+    loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, Logger) else [given]
     return [DummyLogger()] if settings.fast_dev_run and loggers else loggers
 
 

@@ -22,12 +22,13 @@ _warnings = WarningCache()
 
 SECONDS_BETWEEN_REDRAWS = 0.1
 
-# Kinds of bars besides "train": the property that describes one, and the trainer's that counts its batches.
+# For each stage but training: what its bar is called, the property that describes it, and the trainer's that counts its
+# batches.
 EVALUATIONS = {
-    "val_sanity": ("sanity_check_description", "num_sanity_val_batches"),
-    "val": ("validation_description", "num_val_batches"),
-    "test": ("test_description", "num_test_batches"),
-    "predict": ("predict_description", "num_predict_batches"),
+    "sanity_check": ("val_sanity", "sanity_check_description", "num_sanity_val_batches"),
+    "validate": ("val", "validation_description", "num_val_batches"),
+    "test": ("test", "test_description", "num_test_batches"),
+    "predict": ("predict", "predict_description", "num_predict_batches"),
 }
 
 
@@ -69,14 +70,16 @@ class ProgressBar(Callback):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
         """What is shown beside the bar; called only when it is redrawn. Override it to add, change or drop values."""
         logged = trainer.book.peek() if self._peeking else trainer.progress_bar_metrics
-        standard = standard_metrics(trainer)
-        clash = sorted(standard.keys() & logged.keys())
-        if clash:
-            _warnings.warn(
-                f"The progress bar shows {clash} by itself, and `self.log(..., prog_bar=True)` with the same name "
-                "overwrites it. Log it under another name, or override `get_metrics`."
+        versions = list(dict.fromkeys(logger.version for logger in trainer.loggers if logger.version not in (None, "")))
+        if not versions:
+            return dict(logged)
+        if "v_num" in logged:
+            what = (
+                "The progress bar shows `v_num` by itself, and `self.log('v_num', ..., prog_bar=True)` overwrites it."
             )
-        return {**standard, **logged}
+            _warnings.warn(f"{what} Log it under another name, or override `get_metrics`.")
+        version = versions[0] if len(versions) == 1 else "_".join(map(str, versions))
+        return {"v_num": version[-4:] if isinstance(version, str) else version, **logged}
 
     def has_dataloader_changed(self, dataloader_idx: int) -> bool:
         """Is this another loader than at the last call?"""
@@ -96,11 +99,12 @@ class ProgressBar(Callback):
 
     # Batches of an epoch or of the current loader; inf when nobody knows.
     total_train_batches = property(lambda self: self.trainer.num_training_batches)
-    total_val_batches_current_dataloader = property(
-        lambda self: self._size("val_sanity" if self.trainer.sanity_checking else "val")
+    total_val_batches_current_dataloader = property(lambda self: self._current(self._val_batches))
+    total_test_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_test_batches))
+    total_predict_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_predict_batches))
+    _val_batches = property(
+        lambda self: getattr(self.trainer, f"num_{'sanity_' if self.trainer.sanity_checking else ''}val_batches")
     )
-    total_test_batches_current_dataloader = property(lambda self: self._size("test"))
-    total_predict_batches_current_dataloader = property(lambda self: self._size("predict"))
 
     @property
     def total_val_batches(self) -> int | float:
@@ -108,47 +112,28 @@ class ProgressBar(Callback):
         trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
         if trainer.state.fn == "fit" and not trainer.sanity_checking and every and (trainer.current_epoch + 1) % every:
             return 0
-        return sum(self._sizes("val_sanity" if trainer.sanity_checking else "val"))
+        return sum(self._val_batches)
 
-    def _sizes(self, kind: str) -> list[int | float]:
-        """Batches of every loader."""
-        return getattr(self.trainer, EVALUATIONS[kind][1])
-
-    def _size(self, kind: str) -> int | float:
-        sizes = self._sizes(kind)
+    def _current(self, sizes: list[int | float]) -> int | float:
         return sizes[self._current_eval_dataloader_idx or 0] if sizes else inf
-
-
-def standard_metrics(trainer: Trainer) -> dict[str, int | str]:
-    """What bars show without being asked: ``v_num``, the version of the logger (of a string its last four letters)."""
-    versions = list(dict.fromkeys(logger.version for logger in trainer.loggers if logger.version not in (None, "")))
-    if not versions:
-        return {}
-    version = versions[0] if len(versions) == 1 else "_".join(map(str, versions))
-    return {"v_num": version[-4:] if isinstance(version, str) else version}
 
 
 @dataclass
 class Track:
     """How far the work is that one bar stands for."""
 
-    kind: str  # "train" or one of `EVALUATIONS`
+    kind: str  # "train" or what `EVALUATIONS` calls it
     name: str
     total: float = inf
     loader: int = 0
+    loaders: int = 1
     done: int = 0
     drawn: int = 0
     first: int = 0  # where `started` was taken: a resumed epoch does not begin at 0
     started: float = field(default_factory=monotonic)
 
-    @property
-    def seconds(self) -> float:
-        return monotonic() - self.started
-
-    @property
-    def rate(self) -> float:
-        """Batches per second."""
-        return (self.done - self.first) / max(self.seconds, 1e-9)
+    seconds = property(lambda self: monotonic() - self.started)
+    rate = property(lambda self: (self.done - self.first) / max(self.seconds, 1e-9), doc="Batches per second.")
 
 
 class TerminalProgressBar(ProgressBar):
@@ -195,21 +180,18 @@ class TerminalProgressBar(ProgressBar):
         self._drawing = self.is_enabled and self._has_terminal()
         self._redraw_at = 0.0 if self._drawing else inf
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
         tracks, self._train, self._evaluation = (self._evaluation, self._train), None, None
         for track in tracks:
             if track is not None:
                 self._close(track.kind)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "")
+    on_train_end = on_exception = teardown
 
     def _draw(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
         track.drawn = track.done
         self._show(track, metrics)
         self._redraw_at = monotonic() + self._seconds_between_redraws
-
-    # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._open("train")
@@ -231,96 +213,45 @@ class TerminalProgressBar(ProgressBar):
             if not short:
                 self._draw(self._train)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         track = self._train
         track.done = batch_idx + 1
         if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
             self._draw_training(trainer, pl_module, exactly=False)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.is_enabled:
+            self._draw_training(trainer, pl_module, exactly=True)
+
     def _draw_training(self, trainer: Trainer, pl_module: LightningModule, exactly: bool) -> None:
         self._peeking = not exactly
-        try:
-            metrics = self.get_metrics(trainer, pl_module)
-        finally:
-            self._peeking = False
+        metrics = self.get_metrics(trainer, pl_module)
+        self._peeking = False
         if self._drawing:
             self._draw(self._train, metrics)
         else:
             print_line(self._train, metrics)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.is_enabled:
-            self._draw_training(trainer, pl_module, exactly=True)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.teardown(trainer, pl_module, "fit")
-
-    # Validation, test, prediction and the sanity check
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open_evaluation("val_sanity")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            self._begin_loader(0)  # its length is known only now
-            return
-        if self._train and self._drawing and self._train.drawn != self._train.done:
-            self._draw_training(trainer, pl_module, exactly=False)
-        self._open_evaluation("val")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        seconds = self._close_evaluation()
-        if self._train:
-            self._train.started += seconds  # training stood still, its speed shall not suffer
-            if self._drawing:
-                self._draw_training(trainer, pl_module, exactly=True)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open_evaluation("test")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open_evaluation("predict")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close_evaluation()
-
-    on_sanity_check_end = on_predict_end = on_test_end
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx != self._current_eval_dataloader_idx:
-            self._begin_loader(dataloader_idx)
-        track = self._evaluation
-        track.done = batch_idx + 1
-        if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
-            self._draw(track)
-
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-    def _open_evaluation(self, kind: str) -> None:
+    def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        kind, description, _ = EVALUATIONS[trainer.state.stage.value]  # type: ignore[union-attr]
         self._open(kind)
-        self._evaluation = Track(kind, getattr(self, EVALUATIONS[kind][0]))
-        self._begin_loader(0)
+        self._evaluation = Track(kind, getattr(self, description))
+        self._begin_loader(trainer, 0)
         if self._drawing and not self._train:
             self._draw(self._evaluation)
 
-    def _begin_loader(self, dataloader_idx: int) -> None:
+    def _begin_loader(self, trainer: Trainer, dataloader_idx: int) -> None:
         self.has_dataloader_changed(dataloader_idx)
+        sizes = getattr(trainer, EVALUATIONS[trainer.state.stage.value][2])  # type: ignore[union-attr]
         track = self._evaluation
-        track.loader, track.total = dataloader_idx, self._size(track.kind)
+        track.loader, track.loaders, track.total = dataloader_idx, len(sizes), self._current(sizes)
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
         track.done = track.drawn = 0
         if self._drawing:
             self._begin(track)
 
-    def _close_evaluation(self) -> float:
-        """Returns how long it took."""
+    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         track, self._evaluation = self._evaluation, None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
@@ -328,14 +259,47 @@ class TerminalProgressBar(ProgressBar):
         self._close(track.kind)
         if self.is_enabled and not self._drawing and not self._train and track.kind != "val_sanity":
             print_line(track, {})
-        return track.seconds
+
+    on_sanity_check_start = on_test_start = on_predict_start = _start_evaluation
+    on_sanity_check_end = on_test_end = on_predict_end = _end_evaluation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            self._begin_loader(trainer, 0)  # its length is known only now
+            return
+        if self._train and self._drawing and self._train.drawn != self._train.done:
+            self._draw_training(trainer, pl_module, exactly=False)
+        self._start_evaluation(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        seconds = self._evaluation.seconds
+        self._end_evaluation(trainer, pl_module)
+        if self._train:
+            self._train.started += seconds  # training stood still, its speed shall not suffer
+            if self._drawing:
+                self._draw_training(trainer, pl_module, exactly=True)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if dataloader_idx != self._current_eval_dataloader_idx:
+            self._begin_loader(trainer, dataloader_idx)
+        track = self._evaluation
+        track.done = batch_idx + 1
+        if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
+            self._draw(track)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
 
 def print_line(track: Track, metrics: dict[str, Any]) -> None:
     """Where nothing can be drawn: one line when an epoch is over."""
     seconds = track.seconds
     time = f"{seconds:.1f} s" if seconds < 60 else timedelta(seconds=round(seconds))
-    parts = [f"{track.done - min(track.first, 0)} batches in {time}", f"{track.rate:.2f} it/s"]
-    for name, value in metrics.items():
-        parts.append(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
-    print(f"{track.name}: {', '.join(parts)}", flush=True)
+    values = [
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in metrics.items()
+    ]
+    batches = track.done - min(track.first, 0)
+    print(f"{track.name}: {', '.join([f'{batches} batches in {time}', f'{track.rate:.2f} it/s', *values])}", flush=True)

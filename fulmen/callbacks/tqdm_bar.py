@@ -77,22 +77,21 @@ class TQDMProgressBar(TerminalProgressBar):
         return self._new_bar(self.sanity_check_description, leave=False)
 
     def init_train_tqdm(self) -> Any:
-        return self._new_bar(self.train_description, leave=True)
+        return self._new_bar(self.train_description)
 
     def init_validation_tqdm(self) -> Any:
-        alone = self.trainer.state.fn == "validate"
-        return self._new_bar(self.validation_description, leave=alone, lines_above=0 if alone else 1)
+        return self._new_bar(self.validation_description, leave=self.trainer.state.fn == "validate")
 
     def init_test_tqdm(self) -> Any:
-        return self._new_bar(self.test_description, leave=True)
+        return self._new_bar(self.test_description)
 
     def init_predict_tqdm(self) -> Any:
-        return self._new_bar(self.predict_description, leave=True)
+        return self._new_bar(self.predict_description)
 
-    def _new_bar(self, description: str, leave: bool, lines_above: int = 0) -> Any:
+    def _new_bar(self, description: str, leave: bool = True) -> Any:
         return _tqdm_class()(
             desc=description,
-            position=2 * self._process_position + lines_above,
+            position=2 * self._process_position + (0 if self._train is None else 1),
             disable=not self._drawing,
             leave=leave,
             dynamic_ncols=True,
@@ -136,13 +135,13 @@ class TQDMProgressBar(TerminalProgressBar):
 
     def _redirect(self, above: bool) -> None:
         """While bars are open, what is printed, warned and logged appears above them."""
-        screen = sys.stdout.stream if isinstance(sys.stdout, _AboveBars) else sys.stdout
+        screen = sys.stdout
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if above and stream is not None and stream.isatty():
                 setattr(sys, name, _AboveBars(stream, screen))
-            elif not above and isinstance(stream, _AboveBars):
-                stream.finish_line()
+            elif isinstance(stream, _AboveBars):
+                stream.stream.write(stream.line)
                 setattr(sys, name, stream.stream)
 
 
@@ -175,6 +174,3 @@ class _AboveBars:
             with _tqdm_class().external_write_mode(file=self.screen):
                 self.stream.write(lines + newline)
         return len(text)
-
-    def finish_line(self) -> None:
-        self.stream.write(self.line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import csv
 import functools
-import importlib
 import inspect
 import os
 import sys
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from fulmen.checkpoint.migrate import migrate_checkpoint
-from fulmen.checkpoint.snapshot import _mismatch
+from fulmen.checkpoint.snapshot import explained_mismatch
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.utilities.collections import AttributeDict
 from fulmen.utilities.errors import suggestion
@@ -26,12 +25,9 @@ from fulmen.utilities.introspection import parameters_of
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-# Files of the command line interface name the function that rebuilds the object. Only names that stand here are
-# followed, or opening a file could run any code; the values say which function of ours does the job.
-INSTANTIATORS = {
-    f"{package}.cli.instantiate_module": "fulmen.cli.instantiate_module"
-    for package in ("fulmen", "lightning.pytorch", "pytorch_lightning")
-}
+# What files of a command line interface name as the function that rebuilds the object. Others are refused, or opening a
+# file could run any code; nor is one of these called: the class gets its arguments directly.
+INSTANTIATORS = {f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning")}
 
 
 class ClassOnlyMethod(classmethod):
@@ -101,6 +97,11 @@ def keep_available_device(storage: Any, location: str) -> Any:
 def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict) -> Any:
     """The new object, from the arguments its constructor accepts."""
     instantiator, class_path = stored.pop("_instantiator", None), stored.pop("_class_path", None)
+    if instantiator is not None and instantiator not in INSTANTIATORS:
+        raise ValueError(
+            f"The checkpoint wants to be built by `{instantiator}`, and a file could name any function. If it only calls"
+            " the class, add its name to `fulmen.checkpoint.load.INSTANTIATORS`."
+        )
     if instantiator is not None and class_path is not None:
         cls = _imported_subclass(cls, class_path)
     found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
@@ -119,17 +120,7 @@ def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint
                 f"The argument `{ignored}` was left out: `{cls.__name__}.__init__` does not accept it."
                 + suggestion(ignored, accepted)
             )
-    return cls(**arguments) if instantiator is None else _trusted(instantiator)(cls, arguments)
-
-
-def _trusted(instantiator: str) -> Callable[[type, dict[str, Any]], Any]:
-    if instantiator not in INSTANTIATORS:
-        raise ValueError(
-            f"The checkpoint wants to be built by `{instantiator}`. A file could name any function, so only known ones"
-            " are called. If you trust it, add the name to `fulmen.checkpoint.load.INSTANTIATORS`."
-        )
-    module, _, function = INSTANTIATORS[instantiator].rpartition(".")
-    return getattr(importlib.import_module(module), function)
+    return cls(**arguments)
 
 
 def _imported_subclass(cls: type, class_path: str) -> type:
@@ -140,10 +131,8 @@ def _imported_subclass(cls: type, class_path: str) -> type:
         found = functools.reduce(lambda holder, part: getattr(holder, part, None), parts[depth:], module)
         if inspect.isclass(found) and issubclass(found, cls):
             return found
-    raise ValueError(
-        f"The checkpoint wants to be loaded as `{class_path}`, which is no imported subclass of `{cls.__name__}`."
-        " A file shall not decide what is imported. If you trust it, import that class first."
-    )
+    what = f"The checkpoint wants to be loaded as `{class_path}`, which is no imported subclass of `{cls.__name__}`."
+    raise ValueError(f"{what} If you trust the file, import that class first.")
 
 
 def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: Any) -> None:
@@ -151,18 +140,14 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
     own = getattr(module, "_strict_loading", None)
     if strict is not None and own is not None and strict != own:
         raise ValueError(
-            f"`load_from_checkpoint(strict={strict})` contradicts `{type(module).__name__}.strict_loading={own}`."
+            f"`load_from_checkpoint({strict=})` contradicts `{type(module).__name__}.strict_loading={own}`."
             " Leave `strict` out, or use the same value for both."
         )
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
-    if "state_dict" not in checkpoint:
-        raise KeyError(f"The checkpoint has no `state_dict`; its keys are {sorted(checkpoint)}.")
-    strict = module.strict_loading if strict is None else strict
-    try:
+    with explained_mismatch(source, module, checkpoint):
+        strict = module.strict_loading if strict is None else strict
         differences = module.load_state_dict(checkpoint["state_dict"], strict=strict)
-    except RuntimeError as error:
-        raise RuntimeError(_mismatch(source, module, checkpoint["state_dict"])) from error
     # An override may return nothing.
     missing, unexpected = differences or ([], [])
     if missing:

@@ -21,62 +21,54 @@ from typing import Any
 _MOMENTS = ("ready", "started", "processed", "completed")
 # How far each moment is ahead of the number of finished epochs, or of finished batches.
 _EPOCHS_AHEAD = {"EPOCH_START": (0, 0, 0, 0), "EPOCH_END": (1, 1, 1, 0)}
-_EPOCHS_AHEAD_INSIDE = (1, 1, 0, 0)
 _BATCHES_AHEAD = {"IN_BATCH": (1, 1, 0, 0), "BATCH_DONE": (0, 0, 0, -1)}
-_LEVEL = (0, 0, 0, 0)
+_LEVEL, _INSIDE = (0, 0, 0, 0), (1, 1, 0, 0)
+_SHORT = ("ready", "completed")
 # Files count a batch that stepped only after its validation; we count it at once.
-_NOT_YET_COUNTED = ("BATCH_DONE", "VALIDATING", "VALIDATED")
+LOG_STEP_PENDING = ("BATCH_DONE", "VALIDATING", "VALIDATED")
 
 
 def to_loops(progress: Mapping[str, Any]) -> dict[str, Any]:
-    """The "loops" chapter of a file, from our counters; what is left out is zero.
+    """The "loops" chapter of a file, from the counters of `Progress`; what is left out is zero.
 
-    Args:
-        progress: "epochs", "batch", "batches", "steps", "log_step", "position", "is_last_batch" as in `Progress`;
-            besides "automatic" (optimization), "val_batches" (evaluated so far) and "stepped": whether the newest
-            finished batch ended in an optimizer step, which it does not inside an accumulation window.
+    Besides those of `Progress` there are "automatic" (optimization), "val_batches" (evaluated so far) and "stepped": did
+    the newest finished batch end in an optimizer step, as it does not inside an accumulation window?
     """
     position = progress.get("position", "EPOCH_START")
-    position = getattr(position, "value", position)
     epochs, batch, batches, steps, log_step, val_batches = (
         int(progress.get(name, 0)) for name in ("epochs", "batch", "batches", "steps", "log_step", "val_batches")
     )
     automatic, stepped = progress.get("automatic", True), progress.get("stepped", True)
-    validating = (1, 1, 0, 0) if position == "VALIDATING" else _LEVEL
-    ahead = _BATCHES_AHEAD.get(position, _LEVEL)
     auto_steps, manual_steps = (steps, 0) if automatic else (0, steps)
     # Gradients are cleared when a window opens, so inside one they were cleared once more than stepped on.
     cleared = auto_steps + (automatic and not stepped)
+    optimizer = {
+        "step": _tracker(auto_steps, min(auto_steps, batch), moments=_SHORT),
+        "zero_grad": _tracker(cleared, min(cleared, batch), moments=("ready", "completed", "started")),
+    }
+    validating = position == "VALIDATING"
+    counted = log_step - (position in LOG_STEP_PENDING and stepped and log_step > 0)
+    is_last_batch = bool(progress.get("is_last_batch", False))
     fit_loop = {
         "state_dict": {},
-        "epoch_loop.state_dict": {
-            "_batches_that_stepped": log_step - (position in _NOT_YET_COUNTED and stepped and log_step > 0)
-        },
-        "epoch_loop.batch_progress": {
-            **_tracker(batches, batch, ahead),
-            "is_last_batch": bool(progress.get("is_last_batch", False)),
-        },
-        "epoch_loop.scheduler_progress": _tracker(0, 0, moments=("ready", "completed")),
-        "epoch_loop.automatic_optimization.state_dict": {},
-        "epoch_loop.automatic_optimization.optim_progress": {
-            "optimizer": {
-                "step": _tracker(auto_steps, min(auto_steps, batch), moments=("ready", "completed")),
-                "zero_grad": _tracker(cleared, min(cleared, batch), moments=("ready", "completed", "started")),
-            }
-        },
-        "epoch_loop.manual_optimization.state_dict": {},
-        "epoch_loop.manual_optimization.optim_step_progress": _tracker(
-            manual_steps, manual_steps, moments=("ready", "completed")
+        "epoch_loop.state_dict": {"_batches_that_stepped": counted},
+        "epoch_loop.batch_progress": _tracker(
+            batches, batch, _BATCHES_AHEAD.get(position, _LEVEL), is_last_batch=is_last_batch
         ),
+        "epoch_loop.scheduler_progress": _tracker(0, 0, moments=_SHORT),
+        "epoch_loop.automatic_optimization.state_dict": {},
+        "epoch_loop.automatic_optimization.optim_progress": {"optimizer": optimizer},
+        "epoch_loop.manual_optimization.state_dict": {},
+        "epoch_loop.manual_optimization.optim_step_progress": _tracker(manual_steps, manual_steps, moments=_SHORT),
         "epoch_loop.val_loop.state_dict": {},
-        "epoch_loop.val_loop.batch_progress": {
-            **_tracker(val_batches, val_batches, validating),
-            "is_last_batch": val_batches > 0 and position != "VALIDATING",
-        },
-        "epoch_progress": _tracker(epochs, epochs, _EPOCHS_AHEAD.get(position, _EPOCHS_AHEAD_INSIDE)),
+        "epoch_loop.val_loop.batch_progress": _tracker(
+            *(val_batches, val_batches, _INSIDE if validating else _LEVEL),
+            is_last_batch=val_batches > 0 and not validating,
+        ),
+        "epoch_progress": _tracker(epochs, epochs, _EPOCHS_AHEAD.get(position, _INSIDE)),
     }
     idle = {"state_dict": {}, "batch_progress": _tracker(0, 0)}
-    evaluation = {**idle, "batch_progress": {**idle["batch_progress"], "is_last_batch": False}}
+    evaluation = {"state_dict": {}, "batch_progress": _tracker(0, 0, is_last_batch=False)}
     return {"fit_loop": fit_loop, "validate_loop": evaluation, "test_loop": dict(evaluation), "predict_loop": idle}
 
 
@@ -93,7 +85,7 @@ def from_loops(loops: Mapping[str, Any]) -> dict[str, Any]:
     # An optimizer step ends a window; until then gradients were cleared once more than stepped on.
     stepped = position == "IN_BATCH" or _moments(optimizer.get("zero_grad"), "total")["ready"] <= auto_steps
     log_step = loop.get("epoch_loop.state_dict", {}).get("_batches_that_stepped")
-    if log_step is not None and position in _NOT_YET_COUNTED and stepped:
+    if log_step is not None and position in LOG_STEP_PENDING and stepped:
         log_step += 1
     # The batch of BATCH_DONE is finished for us: its step was made.
     finished = "processed" if position == "BATCH_DONE" else "completed"
@@ -128,13 +120,11 @@ def _position(epoch: dict, batch: dict, validation: dict, validated: dict) -> st
 
 
 def _tracker(
-    total: int, current: int, ahead: tuple[int, ...] = _LEVEL, moments: tuple[str, ...] = _MOMENTS
-) -> dict[str, dict[str, int]]:
-    offset = dict(zip(_MOMENTS, ahead, strict=True))
-    return {
-        "total": {moment: total + offset[moment] for moment in moments},
-        "current": {moment: current + offset[moment] for moment in moments},
-    }
+    total: int, current: int, ahead: tuple[int, ...] = _LEVEL, moments: tuple[str, ...] = _MOMENTS, **more: bool
+) -> dict[str, Any]:
+    offset = dict(zip(_MOMENTS, ahead))
+    counts = {"total": total, "current": current}
+    return {**{of: {at: count + offset[at] for at in moments} for of, count in counts.items()}, **more}
 
 
 def _moments(tracker: Mapping[str, Any] | None, which: str = "current") -> dict[str, int]:

@@ -6,28 +6,24 @@ position and the states of the random generators in plain types; files without i
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from fulmen.checkpoint.loop_counters import from_loops, to_loops
+from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
 from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
 from fulmen.utilities.errors import MisconfigurationException, nearest
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states
 
 if TYPE_CHECKING:
-    from fulmen.trainer import Trainer
+    from collections.abc import Generator
 
-# The batch is finished, but the loggers' x axis moves on only after its validation.
-_LOG_STEP_PENDING = ("BATCH_DONE", "VALIDATING", "VALIDATED")
+    from fulmen.trainer import Trainer
 
 
 def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
-    """The whole content of a checkpoint, as of now.
-
-    Arguments:
-        weights_only: leave out callbacks, optimizers, schedulers and precision.
-    """
+    """The whole content of a checkpoint, as of now; or without callbacks, optimizers, schedulers and precision."""
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     progress = saved_progress(trainer)
     book = trainer.book
@@ -44,18 +40,14 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        precision_state = strategy.precision_plugin.state_dict()
-        if precision_state:
-            checkpoint[type(strategy.precision_plugin).__qualname__] = precision_state
-        generators = generator_states()
-        checkpoint["fulmen"] = {"version": 1, "progress": progress, "generators": generators}
+        if state := strategy.precision_plugin.state_dict():
+            checkpoint[type(strategy.precision_plugin).__qualname__] = state
+        checkpoint["fulmen"] = {"version": 1, "progress": progress, "generators": generator_states()}
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _write_hparams(checkpoint, owner)
-    if datamodule is not None:
-        state = datamodule.state_dict()
-        if state:
-            checkpoint[type(datamodule).__qualname__] = state
+    if datamodule is not None and (state := datamodule.state_dict()):
+        checkpoint[type(datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
             callback.on_save_checkpoint(trainer, module, checkpoint)
@@ -67,10 +59,9 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
 def saved_progress(trainer: Trainer) -> dict[str, Any]:
     """The counters as a file holds them: a batch that was finished counts in full."""
     loop = trainer.fit_loop
-    optimization = getattr(loop, "optimization", None)
-    stepped = optimization.stepped if optimization is not None else True
+    stepped = getattr(getattr(loop, "optimization", None), "stepped", True)
     progress = loop.progress.state_dict()
-    if progress["position"] in _LOG_STEP_PENDING and stepped:
+    if progress["position"] in LOG_STEP_PENDING and stepped:
         progress["log_step"] += 1
     return {
         **progress,
@@ -83,92 +74,63 @@ def saved_progress(trainer: Trainer) -> dict[str, Any]:
 def _write_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
     if getattr(owner, "_hparams_name", None):
         checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
-    hparams = owner.hparams
-    if type(hparams).__module__.startswith("omegaconf"):
-        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = hparams
-        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = type(hparams)
-    else:
-        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = dict(hparams)
+    special = type(owner.hparams).__module__.startswith("omegaconf")
+    checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = owner.hparams if special else dict(owner.hparams)
+    if special:
+        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = type(owner.hparams)
 
 
 class Snapshot:
-    """An opened checkpoint. Without a path, restoring does nothing.
-
-    Arguments:
-        path: a local path or URL.
-        weights_only: handed to `torch.load`.
-    """
+    """An opened checkpoint, of a local path or URL. Without one, restoring does nothing."""
 
     def __init__(self, trainer: Trainer, path: Any = None, weights_only: bool | None = None) -> None:
         self.trainer, self.path = trainer, path
-        self.content: dict[str, Any] | None = None
-        if path is None:
-            return
-        rank_zero_info(f"Restoring states from the checkpoint path at {path}")
-        self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only), path)
+        self.content: dict[str, Any] = {}
+        if path is not None:
+            rank_zero_info(f"Restoring states from the checkpoint path at {path}")
+            self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only), path)
 
     def restore_model(self) -> None:
         """Weights, datamodule and callbacks; before the model is set up, or after, if the strategy asks for that."""
         content, trainer = self.content, self.trainer
-        if content is None:
+        if self.path is None:
             return
         module, datamodule = trainer.lightning_module, trainer.datamodule
         module.on_load_checkpoint(content)
-        self._load_weights(module)
+        with explained_mismatch(self.path, module, content):
+            trainer.strategy.load_model_state_dict(content, strict=module.strict_loading)
         if datamodule is not None and type(datamodule).__qualname__ in content:
             datamodule.load_state_dict(content[type(datamodule).__qualname__])
-        self._restore_callbacks()
+        if content.get("callbacks") is not None:
+            self._restore_callbacks(content["callbacks"])
 
-    def _load_weights(self, module: Any) -> None:
-        assert self.content is not None
-        if "state_dict" not in self.content:
-            raise KeyError(
-                f"The checkpoint at {self.path} has no 'state_dict' (keys: {sorted(map(str, self.content))}). "
-                "It does not hold the weights of a module. "
-                "Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`."
-            )
-        try:
-            self.trainer.strategy.load_model_state_dict(self.content, strict=module.strict_loading)
-        except RuntimeError as error:
-            raise RuntimeError(_mismatch(self.path, module, self.content["state_dict"])) from error
-
-    def _restore_callbacks(self) -> None:
-        assert self.content is not None
-        trainer, states = self.trainer, self.content.get("callbacks")
-        if states is None:
-            return
+    def _restore_callbacks(self, states: dict[str, Any]) -> None:
+        trainer = self.trainer
         for callback in trainer.callbacks:
             callback.on_load_checkpoint(trainer, trainer.lightning_module, self.content)
-        missing = set(states) - {callback.state_key for callback in trainer.callbacks}
-        if missing:
-            rank_zero_warn(
-                f"The checkpoint holds states of callbacks this Trainer does not have: {sorted(missing)}. "
-                "They are ignored; pass the same callbacks to continue them."
-            )
+        if missing := set(states) - {callback.state_key for callback in trainer.callbacks}:
+            what = f"The checkpoint holds states of callbacks this Trainer does not have: {sorted(missing)}."
+            rank_zero_warn(f"{what} Pass the same callbacks to continue them.")
         for callback in trainer.callbacks:
-            state = states.get(callback.state_key)
-            if state:
+            if state := states.get(callback.state_key):
                 callback.load_state_dict(deepcopy(state))
 
     def restore_training(self) -> None:
         """Precision, counters, optimizers and schedulers; after the optimizers were built."""
         content, trainer = self.content, self.trainer
-        if content is None:
+        if self.path is None:
             return
         precision = trainer.strategy.precision_plugin
-        name = type(precision).__qualname__
-        if name in content:
-            precision.load_state_dict(content[name])
+        if type(precision).__qualname__ in content:
+            precision.load_state_dict(content[type(precision).__qualname__])
         if trainer.state.fn != "fit":
             rank_zero_info(f"Loaded model weights from the checkpoint at {self.path}")
             return
         self._restore_progress()
-        missing = [key for key in ("optimizer_states", "lr_schedulers") if key not in content]
-        if missing:
+        if missing := [key for key in ("optimizer_states", "lr_schedulers") if key not in content]:
             raise KeyError(
-                f"Trying to restore optimizer state but the checkpoint at {self.path} lacks {missing}. "
-                "It was saved with weights only. "
-                "Use `MyModule.load_from_checkpoint(path)` and fit without `ckpt_path` to start from its weights."
+                f"The checkpoint at {self.path} was saved with weights only: it lacks {missing}. To start from its"
+                " weights, use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`."
             )
         if trainer.strategy.lightning_restore_optimizer:
             trainer.strategy.load_optimizer_state_dict(content)
@@ -177,41 +139,44 @@ class Snapshot:
         rank_zero_info(f"Restored all states from the checkpoint at {self.path}")
 
     def _restore_progress(self) -> None:
-        assert self.content is not None
-        trainer, chapter = self.trainer, self.content.get("fulmen") or {}
-        loop = trainer.fit_loop
+        loop, chapter = self.trainer.fit_loop, self.content.get("fulmen") or {}
         loop.resume(chapter.get("progress") or from_loops(self.content.get("loops", {})), chapter.get("generators"))
-        limit = loop.max_epochs
-        if limit is not None and limit != -1 and loop.progress.epochs > limit:
+        limit, done = loop.max_epochs, loop.progress.epochs
+        if limit is not None and limit != -1 and done > limit:
             raise MisconfigurationException(
-                f"The checkpoint at {self.path} was saved after {loop.progress.epochs} epochs, but "
-                f"`Trainer(max_epochs={limit})`. "
-                "There is nothing left to train. "
-                f"Raise `max_epochs` above {loop.progress.epochs}."
+                f"The checkpoint at {self.path} was saved after {done} epochs, so `Trainer(max_epochs={limit})` leaves"
+                f" nothing to train. Raise `max_epochs` above {done}."
             )
 
 
-def _mismatch(path: Any, module: Any, saved: dict[str, Any]) -> str:
-    """Which keys and shapes differ, with the nearest names."""
-    own = module.state_dict()
-    missing = [key for key in own if key not in saved]
-    unexpected = [key for key in saved if key not in own]
-    shapes = [
-        f"{key}: {tuple(saved[key].shape)} in the file, {tuple(own[key].shape)} in the module"
-        for key in own
-        if key in saved and getattr(own[key], "shape", None) != getattr(saved[key], "shape", None)
-    ]
-    parts = []
-    if missing:
+@contextmanager
+def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Generator[None]:
+    """Around loading weights: if they do not fit, the error says which keys and shapes differ, with the nearest names."""
+    if "state_dict" not in checkpoint:
+        raise KeyError(
+            f"The checkpoint at {path} has no `state_dict`, only {sorted(map(str, checkpoint))}. Use a file written by"
+            " `trainer.save_checkpoint` or `ModelCheckpoint`."
+        )
+    try:
+        yield
+    except RuntimeError as error:
+        own, saved = module.state_dict(), checkpoint["state_dict"]
+        unexpected = [key for key in saved if key not in own]
+        missing = [key for key in own if key not in saved]
         near = {key: nearest(key, unexpected) for key in missing[:10]}
-        listed = [f"{key} (saved as {near[key]}?)" if near[key] else key for key in missing[:10]]
-        parts.append(f"missing: {', '.join(listed)}{' ...' if len(missing) > 10 else ''}")
-    if unexpected:
-        parts.append(f"unexpected: {', '.join(unexpected[:10])}{' ...' if len(unexpected) > 10 else ''}")
-    if shapes:
-        parts.append(f"of another shape: {'; '.join(shapes[:10])}")
-    return (
-        f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(parts) or 'differ'}. "
-        "It was saved by another model, or the model changed since. "
-        "Build the module as it was, or set `self.strict_loading = False` to load what fits."
-    )
+        differing = {
+            "missing": [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing],
+            "unexpected": unexpected,
+            "of another shape": [
+                f"{key} {tuple(saved[key].shape)} in the file, {tuple(own[key].shape)} in the module"
+                for key in own
+                if key in saved and getattr(own[key], "shape", None) != getattr(saved[key], "shape", None)
+            ],
+        }
+        listed = [
+            f"{kind}: {', '.join(keys[:10])}{' ...' * (len(keys) > 10)}" for kind, keys in differing.items() if keys
+        ]
+        raise RuntimeError(
+            f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(listed) or 'differ'}. Build"
+            " the module as it was, or set `self.strict_loading = False` to load what fits."
+        ) from error

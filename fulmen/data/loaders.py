@@ -25,38 +25,36 @@ _RECORD = "_fulmen_arguments"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def length_of(loader: Any) -> int | None:
-    """The number of batches, or None if the loader does not know; warns about lengths that are often a mistake."""
+def length_of(loader: Any) -> int | float:
+    """The number of batches, infinite if the loader does not know; warns about lengths that are often a mistake."""
     length = sized(loader)
-    if math.isinf(length):
-        return None
     if length == 0:
         rank_zero_warn(f"The `{type(loader).__name__}` has 0 batches. Nothing will run on it; is that intended?")
-    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+    if not math.isinf(length) and isinstance(getattr(loader, "dataset", None), IterableDataset):
         rank_zero_warn("The `__len__` of an `IterableDataset` is wrong if several workers do not share out the data.")
-    return int(length)
+    return length
 
 
-def limit_batches(length: int | None, limit: int | float, *, name: str) -> int | float:
-    """How many batches are read of a loader with ``length`` batches (None: unknown); infinite means all there are.
+def limit_batches(length: int | float, limit: int | float, *, name: str) -> int | float:
+    """How many batches are read of a loader with ``length`` batches (infinite: unknown, so all there are).
 
     ``limit`` is a number of batches or, as a float up to 1.0, a fraction. ``name`` is the Trainer's argument it is.
     """
-    given, available = f"`{name}={limit}`", math.inf if length is None else length
+    given = f"`{name}={limit}`"
     if limit < 0 or (limit > 1 and int(limit) != limit):
         fix = "Use a float in [0.0, 1.0] for a fraction of the batches, or an int for their number."
         raise MisconfigurationException(explain(f"{given} is not an amount of batches.", fix=fix))
     if isinstance(limit, int) or limit > 1:
-        return min(available, int(limit))
+        return min(length, int(limit))
     if limit == 1.0 or length == 0:
-        return available
-    if limit and length is None:
+        return length
+    if limit and math.isinf(length):
         fix = f"Use `{name}=1.0` for all batches or an int for their number, or define `__len__`."
         raise MisconfigurationException(explain(f"{given} asks for a fraction of a loader with no length.", fix=fix))
-    if limit and int(available * limit) == 0:
-        fix = f"Use at least `{name}={1 / available}`, an int, or 0 to switch this part off."
+    if limit and int(length * limit) == 0:
+        fix = f"Use at least `{name}={1 / length}`, an int, or 0 to switch this part off."
         raise MisconfigurationException(explain(f"{given} leaves none of the {length} batches of a loader.", fix=fix))
-    return int(available * limit) if limit else 0
+    return int(length * limit) if limit else 0
 
 
 def _leaves(loader: Any) -> list[Any]:

@@ -19,7 +19,7 @@ _warnings = WarningCache()
 class Source:
     """Who gives the loaders of one kind: an argument of the call, or a hook of the datamodule or the module."""
 
-    kind: str
+    hook_name: str
     owner: Any
     base: type
     argument: Any
@@ -27,16 +27,11 @@ class Source:
     beside_module: bool
 
     @property
-    def hook_name(self) -> str:
-        """The hook that gives the loaders if no argument does."""
-        return f"{self.kind}_dataloader"
-
-    @property
     def label(self) -> str:
         """Where the loaders come from, for messages."""
         if self.argument is None:
             return f"`{self.hook_name}` of `{type(self.owner).__name__}`"
-        name = f"{self.kind}_dataloaders" if self.verb == "fit" else "dataloaders"
+        name = f"{self.hook_name}s" if self.verb == "fit" else "dataloaders"
         return f"argument `{name}` of `Trainer.{self.verb}`"
 
     def is_defined(self) -> bool:
@@ -50,9 +45,9 @@ class Source:
         if self.is_defined():
             with recording_arguments():
                 return getattr(self.owner, self.hook_name)()
-        what = f"`{self.hook_name}` must be implemented to be used with the Trainer."
-        why = f"`{type(self.owner).__name__}` does not do so."
-        why += " Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
+        owner = type(self.owner).__name__
+        what = f"`{self.hook_name}` must be implemented for `Trainer.{self.verb}`, and `{owner}` does not do so."
+        why = "Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
         fix = f"Write `def {self.hook_name}(self): return DataLoader(...)`, or give loaders to `Trainer.{self.verb}`."
         raise MisconfigurationException(explain(what, why, fix))
 
@@ -75,7 +70,8 @@ class Sources:
         """
         beside = datamodule is not None
         owner, base = (datamodule, self.datamodule_base) if beside else (module, self.module_base)
-        self._sources = {kind: Source(kind, owner, base, given.get(kind), verb, beside) for kind in KINDS}
+        for kind in KINDS:
+            self._sources[kind] = Source(f"{kind}_dataloader", owner, base, given.get(kind), verb, beside)
 
     def get(self, kind: str) -> Source:
         """Who gives the loaders of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, flatten_params, rank_zero_experiment
+from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, flatten_params
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import log, rank_zero_only
 
@@ -32,6 +32,8 @@ class CometLogger(ServiceLogger):
         kwargs: passed to ``comet_ml.ExperimentConfig``, such as ``name``, ``tags`` or ``offline_directory``.
     """
 
+    name = save_dir = None  # the project; where files for a later upload go
+
     def __init__(
         self,
         *,
@@ -53,53 +55,37 @@ class CometLogger(ServiceLogger):
         if "offline" in kwargs:
             log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
             online = not kwargs.pop("offline")
-        self._start_options: dict[str, Any] = {
-            "api_key": api_key,
-            "workspace": workspace,
-            "project": kwargs.pop("project", project),
-            "experiment_key": experiment_key,
-            "mode": mode,
-            "online": online,
-        }
+        self.name = kwargs.pop("project", project)
+        self.save_dir = kwargs.get("offline_directory")
         self._config_options = kwargs
+        self._start_options: dict[str, Any] = {
+            "api_key": api_key, "workspace": workspace, "project": self.name, "experiment_key": experiment_key,
+            "mode": mode, "online": online,
+        }  # fmt: skip
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> CometExperiment:
-        """The Comet experiment, for everything this logger has no method for."""
-        if self._experiment is None:
-            import comet_ml
+    def _open(self) -> CometExperiment:
+        import comet_ml
 
-            config = comet_ml.ExperimentConfig(**self._config_options)
-            options = {key: value for key, value in self._start_options.items() if value is not None}
-            self._experiment = comet_ml.start(experiment_config=config, **options)
-            # A copy of this logger in another process continues the same experiment.
-            self._start_options.update(experiment_key=self._experiment.get_key(), mode=None)
-        return self._experiment
-
-    @property
-    def name(self) -> str | None:
-        """The project."""
-        return self._start_options["project"]
+        config = comet_ml.ExperimentConfig(**self._config_options)
+        options = {key: value for key, value in self._start_options.items() if value is not None}
+        experiment = comet_ml.start(experiment_config=config, **options)
+        # A copy of this logger in another process continues the same experiment.
+        self._start_options.update(experiment_key=experiment.get_key(), mode=None)
+        return experiment
 
     @property
     def version(self) -> str | None:
         """The key of the experiment; None until there is one."""
         return self._start_options["experiment_key"]
 
-    @property
-    def save_dir(self) -> str | None:
-        """Where files for a later upload go."""
-        return self._config_options.get("offline_directory")
-
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
-        """Record parameters, also flattened, so that the web page can filter by each."""
+        """Records parameters, also flattened, so that the web page can filter by each."""
         self.experiment.log_parameters({**as_dict(params), **flatten_params(params)})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record numbers; Comet has an axis of its own for the epoch, so that one is passed apart."""
+        """Records numbers; Comet has an axis of its own for the epoch, so that one is passed apart."""
         others = {name: value for name, value in metrics.items() if name != "epoch"}
         self.experiment.log_metrics(as_numbers(others, self._prefix), step=step, epoch=metrics.get("epoch"))
 
@@ -109,6 +95,6 @@ class CometLogger(ServiceLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Send what is waiting. The experiment stays open, so that more can be logged after training."""
+        """Sends what is waiting. The experiment stays open, so that more can be logged after training."""
         if self._experiment is not None:
             self._experiment.flush()

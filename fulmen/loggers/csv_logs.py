@@ -10,9 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fulmen.loggers.folder import FolderLogger, write_yaml
-from fulmen.loggers.logger import as_dict, as_numbers, rank_zero_experiment
-from fulmen.utilities.errors import explain
+from fulmen.loggers.logger import FolderLogger, as_dict, as_numbers, write_yaml
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -31,8 +29,7 @@ class ExperimentWriter:
     NAME_HPARAMS_FILE = "hparams.yaml"
 
     def __init__(self, log_dir: str) -> None:
-        self.log_dir = log_dir
-        self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
+        self.log_dir, self.metrics_file_path = log_dir, os.path.join(log_dir, self.NAME_METRICS_FILE)
         self.metrics: list[dict[str, Any]] = []  # not yet in the file
         self.metrics_keys: list[str] = []  # the header of the file
         self.hparams: dict[str, Any] = {}
@@ -41,7 +38,7 @@ class ExperimentWriter:
         self._files = get_filesystem(log_dir)
         if self._files.isdir(log_dir) and self._files.ls(log_dir, detail=False):
             what = f"The logging folder `{log_dir}` exists and is not empty: its `{self.NAME_METRICS_FILE}` is removed."
-            rank_zero_warn(explain(what, fix="Use `version=None` for the next free number, to keep the old one."))
+            rank_zero_warn(f"{what} Use `version=None` for the next free number, to keep the old one.")
             if self._files.isfile(self.metrics_file_path):
                 self._files.rm(self.metrics_file_path)
         ensure_dir(log_dir)
@@ -51,14 +48,12 @@ class ExperimentWriter:
         self._unsaved_hparams = True
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
-        """Add a row; without a step it is numbered by its place in the file."""
-        row = as_numbers(metrics_dict)
-        row["step"] = self.num_rows if step is None else step
-        self.metrics.append(row)
+        """Adds a row; without a step it is numbered by its place in the file."""
+        self.metrics.append({**as_numbers(metrics_dict), "step": self.num_rows if step is None else step})
         self.num_rows += 1
 
     def save(self) -> None:
-        """Write now what is only in memory."""
+        """Writes now what is only in memory."""
         if self._unsaved_hparams:
             write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
             self._unsaved_hparams = False
@@ -79,16 +74,13 @@ class ExperimentWriter:
 
 
 class CSVLogger(FolderLogger):
-    """Writes ``<save_dir>/<name>/<version>/metrics.csv``, and ``hparams.yaml`` beside it.
-
-    One row per call, one column per name, values empty where a call did not have that name.
+    """Writes ``<save_dir>/<name>/<version>/metrics.csv``, a row per call, and ``hparams.yaml`` beside it.
 
     Args:
         version: a number (the folder is ``version_<N>``) or the folder's name; None for the next free number.
         prefix: put before each name, joined with "-".
-        flush_logs_every_n_steps: how many rows, or steps, may wait in memory. A process that is killed loses these
-            rows at most. While rows keep coming they also wait no longer than five seconds, and the end of a run
-            writes them all. ``logger.experiment.save()`` writes at any time.
+        flush_logs_every_n_steps: how many rows, or steps, may wait in memory, where a process that is killed loses
+            them. Rows wait no longer than five seconds while more keep coming, and the end of a run writes them all.
     """
 
     def __init__(
@@ -100,20 +92,14 @@ class CSVLogger(FolderLogger):
         flush_logs_every_n_steps: int = 100,
     ) -> None:
         if flush_logs_every_n_steps < 1:
-            raise ValueError(f"`flush_logs_every_n_steps={flush_logs_every_n_steps}` must be at least 1.")
+            raise ValueError(f"`{flush_logs_every_n_steps=}` must be at least 1.")
         super().__init__(save_dir, name, version, prefix)
-        self._experiment: ExperimentWriter | None = None
         self._flush_logs_every_n_steps = flush_logs_every_n_steps
         self._written_at = float("-inf")
         self._rows_at_last_save = -1
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """The writer of this run; the folder is made with it."""
-        if self._experiment is None:
-            self._experiment = ExperimentWriter(self.log_dir)
-        return self._experiment
+    def _open(self) -> ExperimentWriter:
+        return ExperimentWriter(self.log_dir)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace | None = None) -> None:
@@ -121,30 +107,30 @@ class CSVLogger(FolderLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        writer = self._experiment or self.experiment
+        writer, limit = self._experiment or self.experiment, self._flush_logs_every_n_steps
         writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
-        limit = self._flush_logs_every_n_steps
         if len(writer.metrics) >= limit or (step is not None and (step + 1) % limit == 0):
             self._write()
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows if the last writing was long ago, or if nothing was logged since the last call."""
-        writer = self._experiment or self.experiment
-        asked_again = self._rows_at_last_save == writer.num_rows
-        self._rows_at_last_save = writer.num_rows
+        """Writes the rows if the last writing was long ago, or if nothing was logged since the last call."""
+        asked_again = self._rows_at_last_save == self.experiment.num_rows
+        self._rows_at_last_save = self.experiment.num_rows
         if asked_again or time.monotonic() - self._written_at >= WRITE_EVERY_SECONDS:
             self._write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        # A logger that was never used leaves no folder behind.
-        if self._experiment is not None:
+        if self._experiment is not None:  # a logger that was never used leaves no folder behind
             self._write()
 
     def _write(self) -> None:
         self.experiment.save()
         self._written_at = time.monotonic()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__  # the rows that wait travel along
 
 
 def _as_csv(rows: list[dict[str, Any]], names: list[str]) -> str:

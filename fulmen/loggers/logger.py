@@ -1,19 +1,21 @@
-"""What every logger offers, and the small tools loggers share."""
+"""What every logger offers: the base classes, hyper-parameters as plain values, and their YAML file."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fulmen.utilities.errors import explain
+from fulmen.utilities.filesystem import atomic_write, get_filesystem
 from fulmen.utilities.rank_zero import is_rank_zero, rank_zero_only
 
 if TYPE_CHECKING:
@@ -103,7 +105,65 @@ class DummyLogger(DummyExperiment, Logger):
         return DummyExperiment()
 
 
-class ServiceLogger(Logger):
+class ExperimentLogger(Logger):
+    """A logger that works through one object of its library, made when it is first used (`_open`)."""
+
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._experiment: Any = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The library's own object, for everything this logger has no method for."""
+        if self._experiment is None:
+            self._experiment = self._open()
+        return self._experiment
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """Starts or continues the run."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Connections, threads and open files stay in this process; another one opens its own to the same run.
+        return {**self.__dict__, "_experiment": None}
+
+
+class FolderLogger(ExperimentLogger):
+    """A logger that owns the folder ``<save_dir>/<name>/version_<N>``; without a name, that level is left out."""
+
+    NAME_HPARAMS_FILE = "hparams.yaml"
+    log_dir_is_run_dir = True
+    name = save_dir = ""
+
+    def __init__(self, save_dir: str | os.PathLike, name: str | None, version: int | str | None, prefix: str) -> None:
+        super().__init__(prefix)
+        self.save_dir, self.name, self._version = os.fspath(save_dir), name or "", version
+
+    @property
+    def version(self) -> int | str:
+        """The number or text given, else one more than the highest ``version_N`` there is."""
+        if self._version is None:
+            root = expand(self.root_dir)
+            files = get_filesystem(root)
+            names = [str(path).rstrip("/") for path in files.ls(root, detail=False)] if files.isdir(root) else []
+            found = (re.search(r"version_(\d+)$", name) for name in names)
+            self._version = max((int(match[1]) + 1 for match in found if match), default=0)
+        return self._version
+
+    @property
+    def root_dir(self) -> str:
+        return os.path.join(self.save_dir, self.name)
+
+    @property
+    def log_dir(self) -> str:
+        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
+        return expand(os.path.join(self.root_dir, version))
+
+
+class ServiceLogger(ExperimentLogger):
     """A logger that talks to a client library and can send checkpoints through it.
 
     Args:
@@ -111,12 +171,9 @@ class ServiceLogger(Logger):
             all of them); "all" each one when it is written.
     """
 
-    LOGGER_JOIN_CHAR = "-"
-
     def __init__(self, prefix: str = "", log_model: Literal["all"] | bool = False) -> None:
-        self._prefix = prefix
+        super().__init__(prefix)
         self._log_model = log_model
-        self._experiment: Any = None
         self._sent: dict[str, float] = {}  # path -> time of the last change that was sent
         self._to_send_at_end: ModelCheckpoint | None = None
 
@@ -141,16 +198,11 @@ class ServiceLogger(Logger):
         for path in sorted(times, key=times.__getitem__):
             if self._sent.get(path, -1.0) < times[path]:
                 about = {"score": plain_value(scores[path]), "original_filename": os.path.basename(path), **settings}
-                best = path == callback.best_model_path
-                self._send_checkpoint(path, ["latest", "best"] if best else ["latest"], about)
+                self._send_checkpoint(path, ["latest", "best"][: 1 + (path == callback.best_model_path)], about)
                 self._sent[path] = times[path]
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
         raise NotImplementedError
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Connections stay in this process; another one opens its own to the same run.
-        return {**self.__dict__, "_experiment": None}
 
 
 class LitLogger(Logger):
@@ -158,7 +210,7 @@ class LitLogger(Logger):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         what = f"`{type(self).__name__}` is not supported: it sends metrics to a vendor's own service."
-        raise RuntimeError(explain(what, fix="Use one of the other loggers, such as `CSVLogger` or `WandbLogger`."))
+        raise RuntimeError(f"{what} Use one of the other loggers, such as `CSVLogger` or `WandbLogger`.")
 
     name = version = log_metrics = log_hyperparams = None  # type: ignore[assignment]
 
@@ -183,10 +235,8 @@ def flatten_params(params: Mapping[str, Any] | argparse.Namespace) -> dict[str, 
     """Nested dictionaries as one level: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in as_dict(params).items():
-        if isinstance(value, (Mapping, argparse.Namespace)):
-            flat.update((f"{name}/{key}", item) for key, item in flatten_params(value).items())
-        else:
-            flat[str(name)] = value
+        inner = flatten_params(value) if isinstance(value, (Mapping, argparse.Namespace)) else None
+        flat.update({str(name): value} if inner is None else {f"{name}/{key}": item for key, item in inner.items()})
     return flat
 
 
@@ -201,3 +251,41 @@ def plain_value(value: Any) -> bool | int | float | str | None:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)
+
+
+def expand(path: str) -> str:
+    """The path with environment variables and ``~`` replaced."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def write_yaml(path: str, values: Mapping[str, Any]) -> None:
+    """A YAML file that any reader loads safely: objects become text. The same with and without PyYAML installed."""
+    atomic_write(path, ("".join(_yaml_lines(values)) or "{}\n").encode())
+
+
+def _yaml_lines(value: Any, indent: str = "") -> Iterator[str]:
+    for entry in sorted(value, key=str) if isinstance(value, Mapping) else value:
+        head, item = (f"{_scalar(str(entry))}:", value[entry]) if isinstance(value, Mapping) else ("-", entry)
+        item = vars(item) if isinstance(item, argparse.Namespace) else item
+        if item and isinstance(item, (Mapping, list, tuple, set, frozenset)):
+            yield f"{indent}{head}\n"
+            yield from _yaml_lines(item, indent + "  ")
+        else:
+            yield f"{indent}{head} {_scalar(item)}\n"
+
+
+def _scalar(item: Any) -> str:
+    if isinstance(item, (Mapping, list, tuple, set, frozenset)):
+        return "{}" if isinstance(item, Mapping) else "[]"
+    value = plain_value(item)
+    if isinstance(value, float):
+        special = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}
+        text = special.get(str(float(value)), float.__repr__(value))
+        return text if "." in text else text.replace("e", ".0e")  # YAML 1.1 takes "1e-05" for a text
+    if not isinstance(value, str):
+        return json.dumps(value)
+    reserved = value.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+    if re.fullmatch(r"[A-Za-z_/][\w./\-]*", value, re.ASCII) and not reserved:
+        return value
+    escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in value)
+    return f'"{"".join(escaped)}"'

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fulmen.loggers.folder import write_yaml
-from fulmen.loggers.logger import ServiceLogger, as_numbers, flatten_params, plain_value, rank_zero_experiment
+from fulmen.loggers.logger import ServiceLogger, as_numbers, flatten_params, plain_value, write_yaml
 from fulmen.utilities.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -35,6 +34,8 @@ class MLFlowLogger(ServiceLogger):
         synchronous: wait for the server at each call; needs mlflow 2.8.
     """
 
+    save_dir: str | None = None
+
     def __init__(
         self,
         experiment_name: str = "lightning_logs",
@@ -50,40 +51,32 @@ class MLFlowLogger(ServiceLogger):
     ) -> None:
         require("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
         super().__init__(prefix, log_model)
-        self._experiment_name = experiment_name
+        self._experiment_name, self._run_name = experiment_name, run_name
         self._experiment_id: str | None = None
-        self._run_name = run_name
         self._run_id = run_id
         self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"{FILE_SCHEME}{save_dir}"
+        local = self._tracking_uri.startswith(FILE_SCHEME)
+        self.save_dir = local_path(self._tracking_uri).removeprefix(FILE_SCHEME) if local else None
         self._artifact_location = artifact_location
         self._call_options = {} if synchronous is None else {"synchronous": synchronous}
         self.tags = tags
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> MlflowClient:
-        """The MLflow client; the experiment and the run exist after the first use."""
-        if self._experiment is None:
-            from mlflow.tracking import MlflowClient
+    def _open(self) -> MlflowClient:
+        from mlflow.tracking import MlflowClient
+        from mlflow.tracking.context.registry import resolve_tags
 
-            client = MlflowClient(self._tracking_uri)
-            self._open_run(client)
-            self._experiment = client
-        return self._experiment
-
-    def _open_run(self, client: MlflowClient) -> None:
+        client = MlflowClient(self._tracking_uri)
         if self._run_id is not None:
             self._experiment_id = client.get_run(self._run_id).info.experiment_id
-            return
+            return client
         found = client.get_experiment_by_name(self._experiment_name)
         if found is not None and found.lifecycle_stage != "deleted":
             self._experiment_id = found.experiment_id
         else:
             self._experiment_id = client.create_experiment(self._experiment_name, self._artifact_location)
-        from mlflow.tracking.context.registry import resolve_tags
-
         tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
         self._run_id = client.create_run(self._experiment_id, tags=resolve_tags(tags)).info.run_id
+        return client
 
     @property
     def run_id(self) -> str | None:
@@ -98,16 +91,9 @@ class MLFlowLogger(ServiceLogger):
     name = experiment_id
     version = run_id
 
-    @property
-    def save_dir(self) -> str | None:
-        """The folder of a ``file:`` address, None for a server."""
-        if not self._tracking_uri.startswith(FILE_SCHEME):
-            return None
-        return local_path(self._tracking_uri).removeprefix(FILE_SCHEME)
-
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
-        """Record parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value."""
+        """Records parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value."""
         from mlflow.entities import Param
 
         flat = {name: str(plain_value(value))[:MAX_PARAM_LENGTH] for name, value in flatten_params(params).items()}
@@ -118,7 +104,7 @@ class MLFlowLogger(ServiceLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record numbers; text is left out with a warning, and so are characters that MLflow refuses in names."""
+        """Records numbers; text is left out with a warning, and so are characters that MLflow refuses in names."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

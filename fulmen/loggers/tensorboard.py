@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.loggers.folder import FolderLogger, expand, write_yaml
-from fulmen.loggers.logger import as_dict, as_numbers, flatten_params, plain_value, rank_zero_experiment
-from fulmen.utilities.errors import explain
+from fulmen.loggers.logger import FolderLogger, as_dict, as_numbers, expand, flatten_params, plain_value, write_yaml
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -31,11 +29,13 @@ class TensorBoardLogger(FolderLogger):
         save_dir: ``~`` and environment variables are replaced.
         version: a number (the folder is ``version_<N>``) or the folder's name; None for the next free number.
         log_graph: draw the model, from its ``example_input_array``.
-        default_hp_metric: give the hyper-parameter table a metric ``hp_metric`` of -1 when there is no other;
-            without any metric TensorBoard shows no table.
+        default_hp_metric: give the hyper-parameter table, which TensorBoard does not show without any metric, one
+            called ``hp_metric`` of -1.
         prefix: put before each name, joined with "-".
         kwargs: passed to ``SummaryWriter``.
     """
+
+    sub_dir: str | None = None
 
     def __init__(
         self,
@@ -51,34 +51,22 @@ class TensorBoardLogger(FolderLogger):
         if not available("tensorboardX"):
             require("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
-        self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
-        self._log_graph = log_graph
-        self._default_hp_metric = default_hp_metric
-        self._writer_kwargs = kwargs
-        self._experiment: SummaryWriter | None = None
+        self.sub_dir = None if sub_dir is None else os.fspath(sub_dir)
+        self._log_graph, self._default_hp_metric, self._writer_kwargs = log_graph, default_hp_metric, kwargs
         self._flushed_at = float("-inf")
         self._hparams_due = True  # the file is written even if there is nothing in it
         self.hparams: dict[str, Any] = {}
 
     @property
-    def sub_dir(self) -> str | None:
-        return self._sub_dir
-
-    @property
     def log_dir(self) -> str:
-        return super().log_dir if self._sub_dir is None else expand(os.path.join(super().log_dir, self._sub_dir))
+        return os.path.join(super().log_dir, expand(self.sub_dir)) if self.sub_dir else super().log_dir
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> SummaryWriter:
-        """The ``SummaryWriter``, for images, histograms and the like."""
-        if self._experiment is None:
-            self._experiment = _library("").SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
-        return self._experiment
+    def _open(self) -> SummaryWriter:
+        return _library("").SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Add a point to each curve; a dictionary as value becomes several curves in one chart."""
+        """Adds a point to each curve; a dictionary as value becomes several curves in one chart."""
         writer = self._experiment or self.experiment
         for name, value in as_numbers(metrics, self._prefix).items():
             if isinstance(value, dict):
@@ -88,7 +76,7 @@ class TensorBoardLogger(FolderLogger):
                 writer.add_scalar(name, value, step)
             except Exception as error:
                 what = f"The metric `{name}` is a `{type(value).__name__}`, which TensorBoard cannot draw."
-                raise ValueError(explain(what, fix="Log a number, or a dictionary of numbers.")) from error
+                raise ValueError(f"{what} Log a number, or a dictionary of numbers.") from error
 
     @rank_zero_only
     def log_hyperparams(
@@ -97,11 +85,7 @@ class TensorBoardLogger(FolderLogger):
         metrics: dict[str, Any] | float | None = None,
         step: int | None = None,
     ) -> None:
-        """Add a row to the hyper-parameter table.
-
-        Args:
-            metrics: initial values of the metrics the table is sorted by; a number means ``hp_metric``.
-        """
+        """Adds a row to the hyper-parameter table, with first values of its metrics (a number means ``hp_metric``)."""
         params = as_dict(params)
         self.hparams.update(params)
         self._hparams_due = True
@@ -120,12 +104,10 @@ class TensorBoardLogger(FolderLogger):
             return
         example = getattr(model, "example_input_array", None) if input_array is None else input_array
         if not isinstance(example, (torch.Tensor, tuple)):
-            why = f"The example input is a `{type(example).__name__}`, and tracing needs a tensor or a tuple."
-            fix = "Set `self.example_input_array` in the module to a tensor, or a tuple of the arguments."
-            rank_zero_warn(explain("The graph of the model was not logged.", why, fix))
+            what = f"The graph of the model was not logged: the example input is a `{type(example).__name__}`."
+            rank_zero_warn(f"{what} Set `self.example_input_array` to a tensor, or a tuple of the arguments.")
             return
-        # The same hooks a batch goes through, if this module has them.
-        if hasattr(model, "on_before_batch_transfer"):
+        if hasattr(model, "on_before_batch_transfer"):  # the same hooks a batch goes through
             example = model.on_before_batch_transfer(example, 0)
             example = model.transfer_batch_to_device(example, model.device, 0)
             example = model.on_after_batch_transfer(example, 0)
@@ -133,7 +115,7 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write ``hparams.yaml`` if it is not up to date, and hand events to the file every few seconds."""
+        """Writes ``hparams.yaml`` if it is not up to date, and hands events to the file every few seconds."""
         if self._hparams_due:
             path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
             if self.hparams or not get_filesystem(path).isfile(path):
@@ -149,10 +131,6 @@ class TensorBoardLogger(FolderLogger):
         if self._experiment is not None:
             self.save()
             self._experiment.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The writer's thread and open file stay in this process.
-        return {**self.__dict__, "_experiment": None}
 
 
 def _library(part: str) -> Any:

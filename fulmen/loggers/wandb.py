@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, rank_zero_experiment
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -25,7 +25,7 @@ class WandbLogger(ServiceLogger):
 
     Args:
         name: what the run is called on the web page.
-        save_dir: where ``wandb`` keeps its files and the Trainer its checkpoints; ``dir`` is a synonym.
+        save_dir: for the files of ``wandb`` and the Trainer's checkpoints; ``dir`` is a synonym.
         version: the id of a run to continue; ``id`` is a synonym.
         offline: write files only, to be sent later with ``wandb sync``.
         project: defaults to the environment variable ``WANDB_PROJECT``, then to "lightning_logs".
@@ -34,6 +34,8 @@ class WandbLogger(ServiceLogger):
         add_file_policy: "mutable" copies a checkpoint before sending it, "immutable" does not.
         kwargs: passed to ``wandb.init``.
     """
+
+    name = save_dir = ""  # the project; where checkpoints go
 
     def __init__(
         self,
@@ -54,59 +56,42 @@ class WandbLogger(ServiceLogger):
     ) -> None:
         require("wandb", "by `WandbLogger`", minimum=">=0.12.10")
         if offline and log_model:
-            what = f"`WandbLogger` got `log_model={log_model}` and `offline=True`."
-            why = "Checkpoints cannot be sent without a connection."
-            raise MisconfigurationException(explain(what, why, "Use `log_model=False` or `offline=False`."))
+            what = f"`WandbLogger(log_model={log_model}, offline=True)` cannot send checkpoints without a connection."
+            raise MisconfigurationException(f"{what} Leave one of the two out.")
         super().__init__(prefix, log_model)
         self._experiment = experiment
-        self._checkpoint_name = checkpoint_name
-        self.add_file_policy = add_file_policy
-        self._init_options: dict[str, Any] = {
-            "name": name,
-            "project": project or os.environ.get("WANDB_PROJECT", "lightning_logs"),
-            "dir": os.fspath(save_dir if dir is None else dir),
-            "id": version or id,
-            "resume": "allow",
-            **({} if anonymous is None else {"anonymous": "allow" if anonymous else None}),
-            **({"mode": "offline"} if offline else {}),
-            **kwargs,
-        }
+        self._checkpoint_name, self.add_file_policy = checkpoint_name, add_file_policy
+        self.name = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        self.save_dir = os.fspath(save_dir if dir is None else dir)
+        options = {"name": name, "project": self.name, "dir": self.save_dir, "id": version or id, "resume": "allow"}
+        if anonymous is not None:
+            options["anonymous"] = "allow" if anonymous else None
+        if offline:
+            options["mode"] = "offline"
+        self._init_options: dict[str, Any] = {**options, **kwargs}
         # With `sync_tensorboard`, wandb itself logs an axis of this name.
         self._step_name = "global_step" if self._init_options.get("sync_tensorboard") else "trainer/global_step"
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Run:
-        """The ``wandb`` run, for everything this logger has no method for."""
-        if self._experiment is None:
-            import wandb
+    def _open(self) -> Run:
+        import wandb
 
-            if wandb.run is not None:
-                what = "A wandb run is already in progress and is used by this `WandbLogger`."
-                rank_zero_warn(explain(what, fix="Call `wandb.finish()` before making the logger to get a new run."))
-                self._experiment = wandb.run
-            else:
-                os.makedirs(self.save_dir, exist_ok=True)
-                self._experiment = wandb.init(**self._init_options)
-            self._init_options["id"] = self._experiment.id
-            if callable(getattr(self._experiment, "define_metric", None)):
-                self._experiment.define_metric(self._step_name)
-                self._experiment.define_metric("*", step_metric=self._step_name, step_sync=True)
-        return self._experiment
-
-    @property
-    def name(self) -> str | None:
-        """The project."""
-        return self._init_options["project"]
+        run = wandb.run
+        if run is not None:
+            what = "A wandb run is already in progress and is used by this `WandbLogger`."
+            rank_zero_warn(f"{what} Call `wandb.finish()` before making the logger to get a new run.")
+        else:
+            os.makedirs(self.save_dir, exist_ok=True)
+            run = wandb.init(**self._init_options)
+        self._init_options["id"] = run.id
+        if callable(getattr(run, "define_metric", None)):
+            run.define_metric(self._step_name)
+            run.define_metric("*", step_metric=self._step_name, step_sync=True)
+        return run
 
     @property
     def version(self) -> str | None:
         """The id of the run; None until there is one."""
         return self._experiment.id if self._experiment is not None else self._init_options["id"]
-
-    @property
-    def save_dir(self) -> str:
-        return self._init_options["dir"]
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
@@ -121,35 +106,33 @@ class WandbLogger(ServiceLogger):
     def watch(
         self, model: torch.nn.Module, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True
     ) -> None:
-        """Send histograms of gradients and/or parameters ("gradients", "parameters", "all") and the graph."""
+        """Sends histograms of gradients and/or parameters ("gradients", "parameters", "all") and the graph."""
         self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
 
     @rank_zero_only
     def log_table(
         self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
     ) -> None:
-        """Log texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
+        """Logs texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
         import wandb
 
         self.log_metrics({key: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step)
 
     log_text = log_table
 
-    @rank_zero_only
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log arrays, PIL images or paths. Keyword arguments (such as captions) are lists, one entry per image."""
+        """Logs arrays, PIL images or paths. Keyword arguments (such as captions) are lists, one entry per image."""
         self._log_media("Image", key, images, step, kwargs)
 
-    @rank_zero_only
     def log_audio(self, key: str, audios: list[Any], step: int | None = None, **kwargs: Any) -> None:
         """Like `log_image`, for sounds."""
         self._log_media("Audio", key, audios, step, kwargs)
 
-    @rank_zero_only
     def log_video(self, key: str, videos: list[Any], step: int | None = None, **kwargs: Any) -> None:
         """Like `log_image`, for videos."""
         self._log_media("Video", key, videos, step, kwargs)
 
+    @rank_zero_only
     def _log_media(self, kind: str, key: str, items: list[Any], step: int | None, options: dict[str, list]) -> None:
         import wandb
 
@@ -158,9 +141,8 @@ class WandbLogger(ServiceLogger):
         for name, values in options.items():
             if len(values) != len(items):
                 raise ValueError(f"`{name}` has {len(values)} entries for the {len(items)} items of `{key}`.")
-        each = [{name: values[i] for name, values in options.items()} for i in range(len(items))]
-        media = getattr(wandb, kind)
-        self.log_metrics({key: [media(item, **own) for item, own in zip(items, each)]}, step)
+        each = ({name: values[i] for name, values in options.items()} for i in range(len(items)))
+        self.log_metrics({key: [getattr(wandb, kind)(item, **own) for item, own in zip(items, each)]}, step)
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
         import wandb
@@ -175,8 +157,7 @@ class WandbLogger(ServiceLogger):
     def download_artifact(
         artifact: str, save_dir: Path | str | None = None, artifact_type: str | None = None, use_artifact: bool = True
     ) -> str:
-        """The folder with a downloaded artifact, such as ``"team/project/model-abc:best"``; ``use_artifact`` records
-        a run in progress as its user."""
+        """Downloads an artifact, such as ``"team/project/model-abc:best"``, and returns its folder."""
         import wandb
 
         if wandb.run is not None and use_artifact:
@@ -186,5 +167,5 @@ class WandbLogger(ServiceLogger):
         return found.download(root=None if save_dir is None else os.fspath(save_dir))
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Artifact:
-        """Record that the run uses an artifact, and return it."""
+        """Records that the run uses an artifact, and returns it."""
         return self.experiment.use_artifact(artifact, type=artifact_type)

@@ -12,6 +12,8 @@ from fulmen.data.feed import Feed
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
+from fulmen.loops.signals import TERMINATED
+from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import num_positional, overridden, takes_argument
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.types import RunningStage
@@ -65,6 +67,8 @@ class EvaluationLoop:
                 if dataloader_idx != self.dataloader_idx:
                     self.next_loader(dataloader_idx)
                 self.run_batch(batch, batch_idx, dataloader_idx)
+                if trainer.signals.received_sigterm:
+                    raise SIGTERMException(TERMINATED)
             return self.finish()
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:

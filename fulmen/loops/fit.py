@@ -14,6 +14,7 @@ from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import AutomaticOptimization, ManualOptimization
 from fulmen.loops.progress import Draws, Position, Progress
+from fulmen.loops.signals import TERMINATED
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException
@@ -342,8 +343,8 @@ class FitLoop:
             if self.schedulers.any:
                 self.schedulers.watch("step", progress.batch, self.trainer.book)
             progress.log_step += 1
-        if self.trainer.received_sigterm:
-            raise SIGTERMException
+        if self.trainer.signals.received_sigterm:
+            raise SIGTERMException(TERMINATED)
 
     def stop_due(self) -> bool:
         """Whether the epoch ends before its last batch."""

@@ -11,6 +11,8 @@ from fulmen.utilities.rank_zero import rank_zero_info
 if TYPE_CHECKING:
     from types import FrameType
 
+TERMINATED = 128 + signal.SIGTERM  # the exit status of whoever was told to end, by convention
+
 
 class Signals:
     """Installs our handler for the time of a run, and puts the user's back."""

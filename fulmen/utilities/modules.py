@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
 import sys
@@ -81,39 +80,6 @@ def is_picklable(obj: object) -> bool:
     return True
 
 
-def lightning_hasattr(model: Any, attribute: str) -> bool:
-    """Is there such an attribute on the module, the datamodule, or the hparams of either?"""
-    return bool(_holders(model, attribute))
-
-
-def lightning_getattr(model: Any, attribute: str) -> Any:
-    """Its value; the last of module, hparams, datamodule, datamodule hparams decides."""
-    holder = _existing_holders(model, attribute)[-1]
-    return holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute)
-
-
-def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
-    """Set it wherever it exists."""
-    for holder in _existing_holders(model, attribute):
-        if isinstance(holder, dict):
-            holder[attribute] = value
-        else:
-            setattr(holder, attribute, value)
-
-
-def _holders(model: Any, attribute: str) -> list[Any]:
-    datamodule = getattr(getattr(model, "_trainer", None), "datamodule", None)
-    places = [place for owner in (model, datamodule) for place in (owner, getattr(owner, "hparams", None))]
-    return [it for it in places if (attribute in it if isinstance(it, dict) else hasattr(it, attribute))]
-
-
-def _existing_holders(model: Any, attribute: str) -> list[Any]:
-    if found := _holders(model, attribute):
-        return found
-    where = f"the attributes or `hparams` of `{type(model).__name__}` or of its datamodule"
-    raise AttributeError(f"`{attribute}` is not among {where}.", name=attribute)
-
-
 def is_compiled(model: Any) -> bool:
     """Is it what `torch.compile` makes of a module? Asking does not import the compiler."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
@@ -125,57 +91,7 @@ def from_compiled(model: Any) -> nn.Module:
     module: Any = model._orig_mod if is_compiled(model) else None
     if not hasattr(module, "training_step"):
         raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
-    compiled = model.dynamo_ctx
-    originals = {f"original_{name}": getattr(module, name) for name in STEP_METHODS}
     for name in STEP_METHODS:
-        setattr(module, name, compiled(originals[f"original_{name}"]))
-    module._compiler_ctx = {"compiler": "dynamo", "dynamo_ctx": compiled, **originals}
+        setattr(module, name, model.dynamo_ctx(getattr(module, name)))
+    module._compiler_ctx = {"compiler": "dynamo", "dynamo_ctx": model.dynamo_ctx}
     return module
-
-
-def to_uncompiled(model: Any) -> nn.Module:
-    """The plain module again, from `torch.compile(module)` or from `from_compiled`."""
-    module = model._orig_mod if is_compiled(model) else model
-    inside = getattr(module, "_compiler_ctx", None) is not None
-    if not hasattr(module, "training_step") or not (inside or module is not model):
-        raise ValueError(f"Expected a compiled `LightningModule`. This `{type(model).__name__}` can be used as it is.")
-    if inside:
-        for name in STEP_METHODS:
-            vars(module).pop(name, None)
-        module._compiler_ctx = None
-    return module
-
-
-def is_cuda_out_of_memory(exception: BaseException) -> bool:
-    """Did a CUDA device run out of memory?"""
-    return isinstance(exception, torch.cuda.OutOfMemoryError) or _says(exception, "CUDA", "out of memory")
-
-
-def is_cudnn_snafu(exception: BaseException) -> bool:
-    """Did cuDNN fail in the way it does when memory is short?"""
-    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
-
-
-def is_out_of_cpu_memory(exception: BaseException) -> bool:
-    """Did the host run out of memory?"""
-    return isinstance(exception, MemoryError) or _says(exception, "DefaultCPUAllocator: can't allocate memory")
-
-
-def is_oom_error(exception: BaseException) -> bool:
-    """Did some memory run out?"""
-    return is_cuda_out_of_memory(exception) or is_cudnn_snafu(exception) or is_out_of_cpu_memory(exception)
-
-
-def _says(exception: BaseException, *parts: str) -> bool:
-    return isinstance(exception, RuntimeError) and all(part in str(exception) for part in parts)
-
-
-def garbage_collection_cuda() -> None:
-    """Free what Python no longer uses, on the CUDA device as well."""
-    gc.collect()
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            if not is_oom_error(error):
-                raise

@@ -12,7 +12,7 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
-from fulmen.checkpoint.load import INSTANTIATORS, keep_available_device, load_hparams
+from fulmen.checkpoint.load import keep_available_device, load_hparams
 from fulmen.checkpoint.migrate import API_VERSION
 
 
@@ -229,17 +229,12 @@ def write_cli_file(path, instantiator, class_path):
     return write(path, net)
 
 
-def test_a_file_may_name_its_builder_and_an_imported_subclass(tmp_path, monkeypatch):
-    monkeypatch.setitem(INSTANTIATORS, "my.builder", f"{__name__}.build")
+def test_a_file_of_a_command_line_may_name_an_imported_subclass(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, __name__, sys.modules[type(Special()).__module__])
-    path = write_cli_file(tmp_path / "cli.ckpt", "my.builder", f"{__name__}.Special")
+    path = write_cli_file(tmp_path / "cli.ckpt", "lightning.pytorch.cli.instantiate_module", f"{__name__}.Special")
     loaded = Net.load_from_checkpoint(path, lr=6)
     assert type(loaded) is Special
     assert loaded.hparams == {"lr": 6, "width": 2}
-
-
-def build(cls, arguments):
-    return cls(**arguments)
 
 
 def test_other_builders_and_classes_are_not_called(tmp_path):

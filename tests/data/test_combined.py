@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
-from fulmen.data import CombinedLoader
+from fulmen.data.combined import CombinedLoader
 
 MODES = ("min_size", "max_size_cycle", "max_size", "sequential")
 

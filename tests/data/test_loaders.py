@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fulmen.data import CombinedLoader
+from fulmen.data.combined import CombinedLoader
 from fulmen.data.loaders import (
     IndexRecorder,
     check_iterable,
@@ -79,11 +79,11 @@ def eight_cpus(monkeypatch):
     ("loader", "length"),
     [
         (DataLoader(Numbers(), batch_size=2), 3),
-        (DataLoader(Stream(), batch_size=2), None),
+        (DataLoader(Stream(), batch_size=2), math.inf),
         ([1, 2], 2),
-        (iter([1, 2]), None),
+        (iter([1, 2]), math.inf),
         (CombinedLoader([range(3), range(2)], "sequential"), 5),
-        (CombinedLoader([range(3), iter([])], "sequential"), None),
+        (CombinedLoader([range(3), iter([])], "sequential"), math.inf),
     ],
 )
 def test_the_length_of_a_loader(loader, length):
@@ -111,10 +111,10 @@ def test_suspicious_lengths_are_pointed_out():
         (10, 0.0, 0),
         (0, 0.5, 0),
         (0, 1.0, 0),
-        (None, 1.0, math.inf),
-        (None, 3, 3),
-        (None, 0, 0),
-        (None, 0.0, 0),
+        (math.inf, 1.0, math.inf),
+        (math.inf, 3, 3),
+        (math.inf, 0, 0),
+        (math.inf, 0.0, 0),
     ],
 )
 def test_limits(length, limit, expected):
@@ -129,7 +129,7 @@ def test_limits(length, limit, expected):
         (10, -1, "`limit_val_batches=-1` is not an amount"),
         (10, 1.5, r"`limit_val_batches=1.5` is not an amount.*\[0.0, 1.0\] .* or an int"),
         (4, 0.1, "leaves none of the 4 batches.*at least `limit_val_batches=0.25`"),
-        (None, 0.5, "`limit_val_batches=0.5` asks for a fraction.*no length.*limit_val_batches=1.0"),
+        (math.inf, 0.5, "`limit_val_batches=0.5` asks for a fraction.*no length.*limit_val_batches=1.0"),
     ],
 )
 def test_impossible_limits(length, limit, message):

@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from fulmen.loggers import LitLogger, Logger
-from fulmen.loggers.folder import write_yaml
-from fulmen.loggers.logger import DummyLogger, NeptuneLogger, as_dict, flatten_params, plain_value, rank_zero_experiment
+from fulmen.loggers.logger import (
+    DummyLogger,
+    NeptuneLogger,
+    as_dict,
+    flatten_params,
+    plain_value,
+    rank_zero_experiment,
+    write_yaml,
+)  # fmt: skip
 from fulmen.utilities.rank_zero import rank_zero_only
 
 

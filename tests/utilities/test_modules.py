@@ -1,25 +1,17 @@
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from fulmen.utilities.collections import AttributeDict
 from fulmen.utilities.modules import (
     capture_modes,
     find_shared_parameters,
     from_compiled,
-    garbage_collection_cuda,
     grad_norm,
-    is_oom_error,
     is_picklable,
-    lightning_getattr,
-    lightning_hasattr,
-    lightning_setattr,
     set_shared_parameters,
     suggested_max_num_workers,
-    to_uncompiled,
 )
 
 
@@ -74,34 +66,6 @@ def test_what_can_be_pickled():
     assert is_picklable([1]) and not is_picklable(lambda: 0)
 
 
-def test_attributes_are_looked_up_in_all_the_usual_places():
-    datamodule = SimpleNamespace(batch_size=4, hparams=SimpleNamespace(batch_size=8))
-    model = SimpleNamespace(
-        lr=1, hparams=AttributeDict(lr=2, batch_size=2), _trainer=SimpleNamespace(datamodule=datamodule)
-    )
-    assert lightning_hasattr(model, "lr") and not lightning_hasattr(model, "momentum")
-    assert lightning_getattr(model, "lr") == 2 and lightning_getattr(model, "batch_size") == 8
-    lightning_setattr(model, "batch_size", 16)
-    assert (model.hparams.batch_size, datamodule.batch_size, datamodule.hparams.batch_size) == (16, 16, 16)
-    with pytest.raises(AttributeError, match="momentum"):
-        lightning_setattr(model, "momentum", 1)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: out of memory",
-        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear",
-        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried",
-    ],
-)
-def test_running_out_of_memory_is_recognised(text):
-    assert is_oom_error(RuntimeError(text))
-    assert is_oom_error(torch.cuda.OutOfMemoryError("CUDA out of memory"))
-    assert not is_oom_error(RuntimeError("shapes differ")) and not is_oom_error(ValueError(text))
-    garbage_collection_cuda()
-
-
 class Steps(nn.Module):
     def __init__(self):
         super().__init__()
@@ -113,17 +77,13 @@ class Steps(nn.Module):
     training_step = validation_step = test_step = predict_step = forward
 
 
-def test_a_compiled_module_keeps_its_steps_and_can_be_unwrapped():
+def test_a_compiled_module_keeps_its_steps():
     module = Steps()
     compiled = torch.compile(module, backend="eager")
     assert from_compiled(compiled) is module
     x = torch.ones(1, 1)
     assert torch.equal(module.training_step(x), module.layer(x))
     assert "training_step" in vars(module)
-    assert to_uncompiled(module) is module and "training_step" not in vars(module)
-    assert to_uncompiled(compiled) is module
     for bad in (module, nn.Linear(1, 1)):
-        with pytest.raises(ValueError):
-            to_uncompiled(bad)
         with pytest.raises(ValueError):
             from_compiled(bad)
