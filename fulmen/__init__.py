@@ -11,17 +11,7 @@ __version__ = "0.1.0"
 
 serve_deep_paths()
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "Callback": "fulmen.callbacks.callback",
-        "LightningDataModule": "fulmen.datamodule",
-        "LightningModule": "fulmen.module",
-        "Trainer": "fulmen.trainer",
-        "disable_possible_user_warnings": "fulmen.utilities.errors",
-        "seed_everything": "fulmen.utilities.seed",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fulmen.engine.accelerators import (
-    ACCELERATOR_REGISTRY,
     Accelerator,
     AcceleratorRegistry,
     CPUAccelerator,

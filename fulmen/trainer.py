@@ -290,9 +290,9 @@ class Trainer:
     def _chosen_path(self, ckpt_path: Any, model_given: bool) -> Any:
         """The checkpoint to load, from the argument or a path the user set on the trainer."""
         if self._ckpt_path_by_user:
-            self._ckpt_path_by_user = False
             if ckpt_path is None:
                 return self._ckpt_path
+            self._ckpt_path_by_user = False
             rank_zero_warn(
                 f"`trainer.ckpt_path = {self._ckpt_path!r}` was set, but `ckpt_path={ckpt_path!r}` is passed: "
                 "the argument is used."

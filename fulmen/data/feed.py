@@ -90,7 +90,7 @@ class Feed:
 
     def _combined(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
         given, unsized = self.first_batch_idx, self.num_batches == inf
-        ahead = fetch() if unsized else None
+        ahead: Any = fetch() if unsized else None
         while given < self.num_batches:
             item = ahead if unsized else fetch()
             if item is _END:

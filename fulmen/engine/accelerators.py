@@ -254,7 +254,6 @@ class Registry(dict[str, dict[str, Any]]):
     available_accelerators = available_strategies = available
 
 
-# Two names for one registry: the Trainer's users know the first, Fabric's the second.
-AcceleratorRegistry = ACCELERATOR_REGISTRY = Registry("accelerator", taken=MisconfigurationException)
+AcceleratorRegistry = Registry("accelerator", taken=MisconfigurationException)
 for _class in (CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator):
     _class.register_accelerators(AcceleratorRegistry)

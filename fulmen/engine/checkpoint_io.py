@@ -15,13 +15,6 @@ import torch
 from fulmen.utilities.errors import suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote
 
-# How the usual strangers begin: a download that failed, a pointer instead of the file, another format.
-FOREIGN = {
-    b"<": "a web page, as a failed download leaves it",
-    b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches the file itself",
-    b"\x1f\x8b": "a gzip archive; unpack it first",
-}
-
 
 class DamagedCheckpointError(RuntimeError):
     """The file is no checkpoint, or not a whole one. Nothing of it was loaded."""
@@ -121,9 +114,7 @@ def _verify(file: IO[bytes], path: str) -> None:
         if not any(name.endswith("data.pkl") for name in archive.namelist()):
             raise _damaged(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
     elif not head.startswith(b"\x80"):  # every pickle, which older versions of torch wrote, begins like this
-        known = [kind for start, kind in FOREIGN.items() if head.startswith(start)]
-        found = known[0] if known else "nothing that `torch.save` writes"
-        raise _damaged(path, f"its {size:,} bytes begin with {head[:16]!r}, which is {found}")
+        raise _damaged(path, f"its {size:,} bytes begin with {head[:30]!r}, which `torch.save` does not write")
 
 
 def _damaged(path: str, found: str) -> DamagedCheckpointError:

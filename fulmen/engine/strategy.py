@@ -60,9 +60,6 @@ class Strategy(ABC):
     def precision_plugin(self, precision: Precision | None) -> None:
         self._precision = precision
 
-    # two names for one part: the Trainer's users know the first, Fabric's the second
-    precision = precision_plugin
-
     @property
     def checkpoint_io(self) -> CheckpointIO:
         if self._checkpoint_io is None:

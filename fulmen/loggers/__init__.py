@@ -6,18 +6,7 @@ from typing import TYPE_CHECKING
 
 from fulmen.utilities.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "CSVLogger": "fulmen.loggers.csv_logs",
-        "CometLogger": "fulmen.loggers.comet",
-        "LitLogger": "fulmen.loggers.logger",
-        "Logger": "fulmen.loggers.logger",
-        "MLFlowLogger": "fulmen.loggers.mlflow",
-        "TensorBoardLogger": "fulmen.loggers.tensorboard",
-        "WandbLogger": "fulmen.loggers.wandb",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 
 if TYPE_CHECKING:
     from fulmen.loggers.comet import CometLogger

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, flatten_params
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import log, rank_zero_only
-
-if TYPE_CHECKING:
-    from comet_ml import CometExperiment
 
 # Names of earlier versions, and what they are called now.
 OLD_NAMES = {"project_name": "project", "experiment_name": "name", "save_dir": "offline_directory"}
@@ -55,22 +52,18 @@ class CometLogger(ServiceLogger):
         if "offline" in kwargs:
             log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
             online = not kwargs.pop("offline")
-        self.name = kwargs.pop("project", project)
-        self.save_dir = kwargs.get("offline_directory")
+        self.name, self.save_dir = kwargs.pop("project", project), kwargs.get("offline_directory")
         self._config_options = kwargs
-        self._start_options: dict[str, Any] = {
-            "api_key": api_key, "workspace": workspace, "project": self.name, "experiment_key": experiment_key,
-            "mode": mode, "online": online,
-        }  # fmt: skip
+        self._start_options: dict[str, Any] = {"api_key": api_key, "workspace": workspace, "project": self.name}
+        self._start_options.update(experiment_key=experiment_key, mode=mode, online=online)
 
-    def _open(self) -> CometExperiment:
+    def _open(self) -> Any:
         import comet_ml
 
         config = comet_ml.ExperimentConfig(**self._config_options)
         options = {key: value for key, value in self._start_options.items() if value is not None}
         experiment = comet_ml.start(experiment_config=config, **options)
-        # A copy of this logger in another process continues the same experiment.
-        self._start_options.update(experiment_key=experiment.get_key(), mode=None)
+        self._start_options.update(experiment_key=experiment.get_key(), mode=None)  # what a copy continues
         return experiment
 
     @property

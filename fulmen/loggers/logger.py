@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 
 class Logger(ABC):
-    """Takes the numbers of a run somewhere.
+    """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members.
 
-    A logger of your own needs the four abstract members. Decorate what must happen once per run with `rank_zero_only`,
-    and an ``experiment`` property with `rank_zero_experiment`.
+    Decorate what must happen once per run with `rank_zero_only`, an ``experiment`` property with `rank_zero_experiment`.
     """
 
     @property
@@ -127,8 +126,7 @@ class ExperimentLogger(Logger):
         """Starts or continues the run."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # Connections, threads and open files stay in this process; another one opens its own to the same run.
-        return {**self.__dict__, "_experiment": None}
+        return {**self.__dict__, "_experiment": None}  # another process opens its own connection to the same run
 
 
 class FolderLogger(ExperimentLogger):
@@ -167,8 +165,7 @@ class ServiceLogger(ExperimentLogger):
     """A logger that talks to a client library and can send checkpoints through it.
 
     Args:
-        log_model: False sends none; True those that exist when the run ends well (each at once if the callback keeps
-            all of them); "all" each one when it is written.
+        log_model: True sends those that exist when the run ends well, "all" each one when it is written.
     """
 
     def __init__(self, prefix: str = "", log_model: Literal["all"] | bool = False) -> None:
@@ -178,7 +175,7 @@ class ServiceLogger(ExperimentLogger):
         self._to_send_at_end: ModelCheckpoint | None = None
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        if self._log_model == "all" or (self._log_model and checkpoint_callback.save_top_k == -1):
+        if self._log_model == "all" or (self._log_model and checkpoint_callback.save_top_k == -1):  # all are kept
             self._send_new_checkpoints(checkpoint_callback)
         elif self._log_model:
             self._to_send_at_end = checkpoint_callback
@@ -198,7 +195,8 @@ class ServiceLogger(ExperimentLogger):
         for path in sorted(times, key=times.__getitem__):
             if self._sent.get(path, -1.0) < times[path]:
                 about = {"score": plain_value(scores[path]), "original_filename": os.path.basename(path), **settings}
-                self._send_checkpoint(path, ["latest", "best"][: 1 + (path == callback.best_model_path)], about)
+                aliases = ["latest", "best"] if path == callback.best_model_path else ["latest"]
+                self._send_checkpoint(path, aliases, about)
                 self._sent[path] = times[path]
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
@@ -209,8 +207,9 @@ class LitLogger(Logger):
     """Stands for the logger of a commercial platform, which is not supported."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        what = f"`{type(self).__name__}` is not supported: it sends metrics to a vendor's own service."
-        raise RuntimeError(f"{what} Use one of the other loggers, such as `CSVLogger` or `WandbLogger`.")
+        raise RuntimeError(
+            f"`{type(self).__name__}` is not supported: it serves one vendor. Use `CSVLogger` or another."
+        )
 
     name = version = log_metrics = log_hyperparams = None  # type: ignore[assignment]
 
@@ -235,8 +234,10 @@ def flatten_params(params: Mapping[str, Any] | argparse.Namespace) -> dict[str, 
     """Nested dictionaries as one level: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in as_dict(params).items():
-        inner = flatten_params(value) if isinstance(value, (Mapping, argparse.Namespace)) else None
-        flat.update({str(name): value} if inner is None else {f"{name}/{key}": item for key, item in inner.items()})
+        if isinstance(value, (Mapping, argparse.Namespace)):
+            flat.update({f"{name}/{key}": item for key, item in flatten_params(value).items()})
+        else:
+            flat[str(name)] = value
     return flat
 
 

@@ -9,15 +9,12 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from fulmen.loggers.logger import ServiceLogger, as_numbers, flatten_params, plain_value, write_yaml
 from fulmen.utilities.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
 
 FILE_SCHEME = "file:"
 MAX_PARAM_LENGTH, PARAMS_PER_CALL = 250, 100
@@ -27,9 +24,7 @@ class MLFlowLogger(ServiceLogger):
     """Logs to a run of an MLflow experiment, in a folder or on a server.
 
     Args:
-        tracking_uri: the server, or ``file:<folder>``; defaults to the environment variable ``MLFLOW_TRACKING_URI``,
-            then to ``file:<save_dir>``.
-        save_dir: unused when there is a ``tracking_uri``.
+        tracking_uri: the server, or ``file:<folder>``; defaults to ``MLFLOW_TRACKING_URI``, then ``file:<save_dir>``.
         run_id: a run to continue; ``experiment_name`` is then ignored.
         synchronous: wait for the server at each call; needs mlflow 2.8.
     """
@@ -51,17 +46,15 @@ class MLFlowLogger(ServiceLogger):
     ) -> None:
         require("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
         super().__init__(prefix, log_model)
-        self._experiment_name, self._run_name = experiment_name, run_name
+        self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id
         self._experiment_id: str | None = None
-        self._run_id = run_id
         self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"{FILE_SCHEME}{save_dir}"
         local = self._tracking_uri.startswith(FILE_SCHEME)
         self.save_dir = local_path(self._tracking_uri).removeprefix(FILE_SCHEME) if local else None
-        self._artifact_location = artifact_location
+        self._artifact_location, self.tags = artifact_location, tags
         self._call_options = {} if synchronous is None else {"synchronous": synchronous}
-        self.tags = tags
 
-    def _open(self) -> MlflowClient:
+    def _open(self) -> Any:
         from mlflow.tracking import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -96,8 +89,8 @@ class MLFlowLogger(ServiceLogger):
         """Records parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value."""
         from mlflow.entities import Param
 
-        flat = {name: str(plain_value(value))[:MAX_PARAM_LENGTH] for name, value in flatten_params(params).items()}
-        entities = [Param(name, value) for name, value in flat.items()]
+        flat = flatten_params(params)
+        entities = [Param(name, str(plain_value(value))[:MAX_PARAM_LENGTH]) for name, value in flat.items()]
         for start in range(0, len(entities), PARAMS_PER_CALL):
             batch = entities[start : start + PARAMS_PER_CALL]
             self.experiment.log_batch(run_id=self.run_id, params=batch, **self._call_options)
@@ -107,8 +100,7 @@ class MLFlowLogger(ServiceLogger):
         """Records numbers; text is left out with a warning, and so are characters that MLflow refuses in names."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        batch = []
+        now, batch = int(time.time() * 1000), []
         for name, value in as_numbers(metrics, self._prefix).items():
             if isinstance(value, str):
                 rank_zero_warn(f"The metric `{name}` has the text {value!r} as value, which MLflow cannot record.")

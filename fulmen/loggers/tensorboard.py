@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,6 @@ from fulmen.loggers.logger import FolderLogger, as_dict, as_numbers, expand, fla
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 # Flushing waits for the writer's thread; more often than this nobody would see the difference.
 FLUSH_EVERY_SECONDS = 5.0
@@ -29,8 +26,7 @@ class TensorBoardLogger(FolderLogger):
         save_dir: ``~`` and environment variables are replaced.
         version: a number (the folder is ``version_<N>``) or the folder's name; None for the next free number.
         log_graph: draw the model, from its ``example_input_array``.
-        default_hp_metric: give the hyper-parameter table, which TensorBoard does not show without any metric, one
-            called ``hp_metric`` of -1.
+        default_hp_metric: the hyper-parameter table, which is not shown without a metric, gets ``hp_metric`` of -1.
         prefix: put before each name, joined with "-".
         kwargs: passed to ``SummaryWriter``.
     """
@@ -59,9 +55,9 @@ class TensorBoardLogger(FolderLogger):
 
     @property
     def log_dir(self) -> str:
-        return os.path.join(super().log_dir, expand(self.sub_dir)) if self.sub_dir else super().log_dir
+        return expand(os.path.join(super().log_dir, self.sub_dir)) if self.sub_dir else super().log_dir
 
-    def _open(self) -> SummaryWriter:
+    def _open(self) -> Any:
         return _library("").SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
 
     @rank_zero_only

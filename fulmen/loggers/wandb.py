@@ -54,7 +54,7 @@ class WandbLogger(ServiceLogger):
         add_file_policy: Literal["mutable", "immutable"] = "mutable",
         **kwargs: Any,
     ) -> None:
-        require("wandb", "by `WandbLogger`", minimum=">=0.12.10")
+        _library()
         if offline and log_model:
             what = f"`WandbLogger(log_model={log_model}, offline=True)` cannot send checkpoints without a connection."
             raise MisconfigurationException(f"{what} Leave one of the two out.")
@@ -73,8 +73,7 @@ class WandbLogger(ServiceLogger):
         self._step_name = "global_step" if self._init_options.get("sync_tensorboard") else "trainer/global_step"
 
     def _open(self) -> Run:
-        import wandb
-
+        wandb = _library()
         run = wandb.run
         if run is not None:
             what = "A wandb run is already in progress and is used by this `WandbLogger`."
@@ -114,9 +113,7 @@ class WandbLogger(ServiceLogger):
         self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
     ) -> None:
         """Logs texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
-        import wandb
-
-        self.log_metrics({key: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step)
+        self.log_metrics({key: _library().Table(columns=columns, data=data, dataframe=dataframe)}, step)
 
     log_text = log_table
 
@@ -134,21 +131,18 @@ class WandbLogger(ServiceLogger):
 
     @rank_zero_only
     def _log_media(self, kind: str, key: str, items: list[Any], step: int | None, options: dict[str, list]) -> None:
-        import wandb
-
         if not isinstance(items, list):
             raise TypeError(f"`{key}` must be logged as a list, not as a `{type(items).__name__}`.")
         for name, values in options.items():
             if len(values) != len(items):
                 raise ValueError(f"`{name}` has {len(values)} entries for the {len(items)} items of `{key}`.")
         each = ({name: values[i] for name, values in options.items()} for i in range(len(items)))
-        self.log_metrics({key: [getattr(wandb, kind)(item, **own) for item, own in zip(items, each)]}, step)
+        media = getattr(_library(), kind)
+        self.log_metrics({key: [media(item, **own) for item, own in zip(items, each)]}, step)
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
-        import wandb
-
         name = self._checkpoint_name or f"model-{self.experiment.id}"
-        artifact = wandb.Artifact(name=name, type="model", metadata=about)
+        artifact = _library().Artifact(name=name, type="model", metadata=about)
         artifact.add_file(path, name="model.ckpt", policy=self.add_file_policy)
         self.experiment.log_artifact(artifact, aliases=aliases)
 
@@ -158,8 +152,7 @@ class WandbLogger(ServiceLogger):
         artifact: str, save_dir: Path | str | None = None, artifact_type: str | None = None, use_artifact: bool = True
     ) -> str:
         """Downloads an artifact, such as ``"team/project/model-abc:best"``, and returns its folder."""
-        import wandb
-
+        wandb = _library()
         if wandb.run is not None and use_artifact:
             found = wandb.run.use_artifact(artifact)
         else:
@@ -169,3 +162,7 @@ class WandbLogger(ServiceLogger):
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Artifact:
         """Records that the run uses an artifact, and returns it."""
         return self.experiment.use_artifact(artifact, type=artifact_type)
+
+
+def _library() -> Any:
+    return require("wandb", "by `WandbLogger`", minimum=">=0.12.10")

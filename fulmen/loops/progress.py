@@ -63,7 +63,8 @@ class Draws:
     """
 
     def __init__(self, stored: dict[str, Any] | None) -> None:
-        self.stored, self.after_opening = stored, None
+        self.stored = stored
+        self.after_opening: dict[str, Any] | None = None
 
     def rewind(self) -> None:
         """Back to the states of the checkpoint."""

@@ -6,17 +6,7 @@ from typing import TYPE_CHECKING
 
 from fulmen.utilities.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "AdvancedProfiler": "fulmen.profilers.builtin",
-        "PassThroughProfiler": "fulmen.profilers.profiler",
-        "Profiler": "fulmen.profilers.profiler",
-        "PyTorchProfiler": "fulmen.profilers.pytorch",
-        "SimpleProfiler": "fulmen.profilers.builtin",
-        "XLAProfiler": "fulmen.profilers.profiler",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 
 if TYPE_CHECKING:
     from fulmen.profilers.builtin import AdvancedProfiler, SimpleProfiler

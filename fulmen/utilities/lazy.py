@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 
@@ -17,17 +18,22 @@ def has_module(name: str) -> bool:
         return False
 
 
-def lazy_exports(module_name: str, table: Mapping[str, str]) -> tuple[Callable, Callable, list[str]]:
-    """The ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names live in other modules.
+def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable, list[str]]:
+    """The `__getattr__`, `__dir__` and `__all__` of a package whose names live in other modules.
 
-    ``table`` maps a public name to the module that holds it; sub-modules need no entry::
+    Which names, and where they live, is read from the imports under `if TYPE_CHECKING:` in the package's own file, so
+    that there is one list and type checkers see the same one::
 
-        __getattr__, __dir__, __all__ = lazy_exports(__name__, {"Callback": "fulmen.callbacks.callback"})
+        __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
     """
+    with open(file, encoding="utf-8") as source:
+        blocks = [node for node in ast.parse(source.read()).body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    table = {alias.name: str(node.module) for node in imports for alias in node.names}
 
     def __getattr__(name: str) -> Any:
         submodule = f"{module_name}.{name}"
-        if table.get(name, submodule) != submodule:
+        if name in table:
             value = getattr(importlib.import_module(table[name]), name)
         elif not name.startswith("_") and has_module(submodule):
             value = importlib.import_module(submodule)
@@ -40,4 +46,4 @@ def lazy_exports(module_name: str, table: Mapping[str, str]) -> tuple[Callable, 
     def __dir__() -> list[str]:
         return sorted({*vars(sys.modules[module_name]), *table})
 
-    return __getattr__, __dir__, sorted(name for name, home in table.items() if home != f"{module_name}.{name}")
+    return __getattr__, __dir__, sorted(table)

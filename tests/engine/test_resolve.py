@@ -73,7 +73,7 @@ def test_defaults_are_one_cpu_in_full_precision():
     strategy = resolve()
     assert type(strategy) is SingleDeviceStrategy and strategy.root_device == torch.device("cpu")
     assert type(strategy.accelerator) is CPUAccelerator
-    assert type(strategy.precision_plugin) is Precision and strategy.precision is strategy.precision_plugin
+    assert type(strategy.precision_plugin) is Precision
     assert type(strategy.checkpoint_io) is TorchCheckpointIO
     assert type(strategy.cluster_environment) is LightningEnvironment
 
