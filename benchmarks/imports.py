@@ -27,7 +27,7 @@ MODULE_FILES = (".py", ".pyc", ".so", ".pyd", ".dylib")
 
 def audit(event, arguments):
     if event == "open" and not str(arguments[0]).endswith(MODULE_FILES):
-        events.append(f"open {arguments[0]}")
+        events.append(f"open {os.path.basename(str(arguments[0]))}")
     elif event.startswith(("socket.", "subprocess.", "os.fork", "os.posix_spawn", "os.system", "os.exec", "urllib.")):
         events.append(event)
 

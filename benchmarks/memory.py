@@ -62,7 +62,7 @@ def fill_memory_of_rich() -> None:
         from rich.cells import cell_len
 
         for number in range(5000):
-            cell_len(f"train_loss: {number / 5000:<40}")
+            cell_len(f"train_loss: {number / 5000:<100}")
 
 
 def run(package: str, bar: str | None, steps: int, warm_up: int) -> dict[str, float]:

@@ -21,20 +21,17 @@ if TYPE_CHECKING:
 
 
 def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
-    """Write the module as an ONNX file, in eval mode; returns what `torch.onnx.export` returns.
+    """Write the module in eval mode as an ONNX file; without a path only return what `torch.onnx.export` returns.
 
-    Args:
-        file_path: where to; None returns the program only.
-        input_sample: a tensor, a tuple of positional arguments or a dict of named ones of `forward`; None takes
-            `module.example_input_array`.
-        kwargs: for `torch.onnx.export`.
+    `input_sample` is a tensor, a tuple of positional arguments or a dict of named ones of `forward`; by default it is
+    `module.example_input_array`. `kwargs` are for `torch.onnx.export`.
     """
     require("onnx", "by `to_onnx`")
     from torch import onnx  # slow to import
 
     if kwargs.get("dynamo", inspect.signature(onnx.export).parameters["dynamo"].default):
         require("onnxscript", "by `to_onnx` with `dynamo=True`")
-    positional, named = _inputs(module, "to_onnx", input_sample=input_sample)
+    positional, named = _inputs(module, input_sample, "to_onnx")
     if named:
         kwargs["kwargs"] = {**named, **(kwargs.get("kwargs") or {})}
     with _evaluating(module):
@@ -48,10 +45,8 @@ def to_torchscript(
 ) -> Any:  # fmt: skip
     """The module as TorchScript, in eval mode, and as a file if a path is given.
 
-    Args:
-        method: "script" compiles the code of `forward`; "trace" records what it does with one input.
-        example_inputs: for "trace", like `input_sample` of `to_onnx`.
-        kwargs: for `torch.jit.script` or `torch.jit.trace`.
+    The method "script" compiles the code of `forward`; "trace" records what it does with `example_inputs`, which are
+    like `input_sample` of `to_onnx`. `kwargs` are for `torch.jit.script` or `torch.jit.trace`.
     """
     fix = "Use `torch.export.export(module, args)`, or `to_onnx`."
     rank_zero_deprecation(f"`to_torchscript` is deprecated like TorchScript itself. {fix}")
@@ -61,7 +56,7 @@ def to_torchscript(
         if method == "script":
             converted = torch.jit.script(module, **kwargs)
         else:
-            positional, named = _inputs(module, "to_torchscript", example_inputs=example_inputs)
+            positional, named = _inputs(module, example_inputs, "to_torchscript", "example_inputs")
             if named:
                 kwargs["example_kwarg_inputs"] = named
             converted = torch.jit.trace(module, example_inputs=None if named else positional, **kwargs)
@@ -76,10 +71,8 @@ def to_tensorrt(
 ) -> Any:  # fmt: skip
     """The module compiled by TensorRT, in eval mode, and as a file if a path is given.
 
-    Args:
-        ir: how the module is read: "default", "dynamo" or "ts" (TorchScript).
-        default_device: where the module is moved to if it is on the CPU.
-        compile_kwargs: for `torch_tensorrt.compile`.
+    `ir` says how the module is read: "default", "dynamo" or "ts" (TorchScript). From the CPU it is moved to
+    `default_device`. `compile_kwargs` are for `torch_tensorrt.compile`.
     """
     if ir == "ts" and output_format != "torchscript":
         why = "what is read through TorchScript can only be written as TorchScript."
@@ -91,7 +84,7 @@ def to_tensorrt(
         fix = "Call `module.cuda()` first, or pass `default_device='cuda'`."
         raise MisconfigurationException(f"TensorRT compiles for CUDA devices only, not for {device}. {fix}")
     module.to(device)
-    positional, named = _inputs(module, "to_tensorrt", input_sample=input_sample)
+    positional, named = _inputs(module, input_sample, "to_tensorrt")
     inputs = [*positional, *named.values()]
     with _evaluating(module):
         compiled = tensorrt.compile(module, ir=ir, inputs=inputs, **compile_kwargs)
@@ -103,10 +96,9 @@ def to_tensorrt(
     return compiled
 
 
-def _inputs(module: LightningModule, method: str, **given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _inputs(module: LightningModule, given: Any, method: str, name: str = "input_sample") -> tuple[tuple, dict]:
     """Positional and named arguments of `forward`, which went through the module's transfer hooks as a batch would."""
-    ((name, sample),) = given.items()
-    sample = module.example_input_array if sample is None else sample
+    sample = module.example_input_array if given is None else given
     if sample is None:
         what = f"`{method}` received no `{name}`, and `{type(module).__name__}.example_input_array` is None."
         raise ValueError(f"{what} Pass an input of `forward`: `{method}(..., {name}=torch.randn(...))`.")

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.introspection import alias, overridden
+from fulmen.utilities.introspection import alias, is_overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig
 
@@ -230,7 +230,7 @@ def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any
                 "checkpoints. Define both methods."
             )
         known = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
-        if not known and module.automatic_optimization and not overridden(module, "lr_scheduler_step", _owner(module)):
+        if not known and module.automatic_optimization and not is_overridden("lr_scheduler_step", module):
             raise MisconfigurationException(
                 f"The scheduler {name} does not follow PyTorch's LRScheduler. How to step it is not known. Override "
                 "`lr_scheduler_step(self, scheduler, metric)` in your module."
@@ -242,11 +242,6 @@ def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any
                 "It would change the learning rate of an optimizer that never steps. "
                 "Return that optimizer too, or build the scheduler on the one you return."
             )
-
-
-def _owner(module: Any) -> type:
-    """The class that defines the plain `lr_scheduler_step`: the one nearest to the root."""
-    return next(cls for cls in reversed(type(module).__mro__) if "lr_scheduler_step" in vars(cls))
 
 
 def _is_optimizer(obj: Any) -> bool:

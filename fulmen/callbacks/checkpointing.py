@@ -54,7 +54,6 @@ class ModelCheckpoint(Checkpoint):
         dirpath: folder or URL; by default ``checkpoints`` in the first logger's folder, or in ``default_root_dir``.
         filename: may contain logged names, ``"{epoch}-{val_loss:.2f}"``. A name with a slash makes a folder, unless
             ``auto_insert_metric_name=False``: then only the value is written.
-        verbose: tell about every decision at level INFO.
         save_last: also write ``last.ckpt`` whenever a checkpoint is written; ``"link"`` makes it a symbolic link.
         save_on_exception: write one more file when the run breaks.
         mode: whether the smallest ("min") or the largest ("max") value of ``monitor`` is best.
@@ -92,9 +91,8 @@ class ModelCheckpoint(Checkpoint):
         self.dirpath = None if dirpath is None else _normal_folder(dirpath)
         self.filename = None if filename is None else os.fspath(filename)
         self.monitor, self.mode, self.verbose = monitor, mode, verbose
-        self.save_last, self.save_top_k, self.save_weights_only = save_last, save_top_k, save_weights_only
-        self.save_on_exception = save_on_exception
-        self.auto_insert_metric_name = auto_insert_metric_name
+        self.save_last, self.save_top_k, self.save_on_exception = save_last, save_top_k, save_on_exception
+        self.save_weights_only, self.auto_insert_metric_name = save_weights_only, auto_insert_metric_name
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
         self._check()
@@ -112,8 +110,7 @@ class ModelCheckpoint(Checkpoint):
         self._warnings = WarningCache()
 
     def _check(self) -> None:
-        top_k, triggers = self.save_top_k, {name: getattr(self, f"_{name}") for name in _TRIGGERS}
-        chosen = {name: value for name, value in triggers.items() if value}
+        top_k, chosen = self.save_top_k, {name: value for name, value in self._triggers().items() if value}
         problems = {
             f"`mode={self.mode!r}` is not known. Use 'min' or 'max'.": self.mode not in ("min", "max"),
             f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
@@ -128,13 +125,15 @@ class ModelCheckpoint(Checkpoint):
             if wrong:
                 raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
+    def _triggers(self) -> dict[str, Any]:
+        return {name: getattr(self, f"_{name}") for name in _TRIGGERS}
+
     def _worst_score(self) -> Tensor:
         return torch.tensor(math.inf if self.mode == "min" else -math.inf)
 
     @property
     def state_key(self) -> str:
-        triggers = {name: getattr(self, f"_{name}") for name in _TRIGGERS}
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **triggers)
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers())
 
     @property
     def every_n_epochs(self) -> int | None:
@@ -219,8 +218,7 @@ class ModelCheckpoint(Checkpoint):
         assert self._train_time_interval is not None
         now, before = time.monotonic(), self._last_time_checked
         due = before is None or now - before >= self._train_time_interval.total_seconds()
-        due = trainer.strategy.broadcast(due)  # clocks differ
-        if due:
+        if due := trainer.strategy.broadcast(due):  # clocks differ
             self._last_time_checked = now
         return due
 
@@ -381,10 +379,7 @@ class ModelCheckpoint(Checkpoint):
 
 
 class OnExceptionCheckpoint(Checkpoint):
-    """Writes one checkpoint when a run breaks, and removes it when a later run ends normally.
-
-    While it is among the callbacks, ``trainer.fit(ckpt_path=None)`` resumes from that file if it exists.
-    """
+    """Writes one checkpoint when a run breaks: the next ``fit`` with this callback resumes from it, and removes it."""
 
     FILE_EXTENSION: ClassVar[str] = ".ckpt"
 

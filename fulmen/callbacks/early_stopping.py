@@ -37,10 +37,10 @@ class EarlyStopping(Callback):
     """Sets ``trainer.should_stop`` once ``monitor`` has not improved ``patience`` times in a row.
 
     It looks after every training epoch, or after every validation when that does not run once per epoch. The trainer
-    still completes ``min_epochs`` and ``min_steps``. Several ranks stop together as soon as one of them wants to.
+    still completes ``min_epochs`` and ``min_steps``. Ranks stop together as soon as one of them wants to, and a resumed
+    run keeps its ``patience``.
 
     Args:
-        monitor: a logged name.
         min_delta: what counts as an improvement: a change by more than this.
         patience: checks without improvement; 0 means the same as 1.
         strict: a ``monitor`` nobody logged is an error, else it is ignored (with a warning if ``verbose``).
@@ -48,8 +48,6 @@ class EarlyStopping(Callback):
         stopping_threshold: stop as soon as the value is better than this.
         divergence_threshold: stop as soon as the value is worse than this.
         log_rank_zero_only: with ``verbose``, only the first rank speaks.
-
-    `state_dict` contains ``patience``, so a resumed run keeps the one it was started with.
     """
 
     monitors = True

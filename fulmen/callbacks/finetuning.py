@@ -69,18 +69,21 @@ class BaseFinetuning(Callback):
     def make_trainable(modules: Modules) -> None:
         """Undoes `freeze`."""
         for module in BaseFinetuning.flatten_modules(modules):
-            _set_trainable(module, True)
+            BaseFinetuning.freeze_module(module, trainable=True)
 
     @staticmethod
-    def freeze_module(module: Module) -> None:
+    def freeze_module(module: Module, trainable: bool = False) -> None:
         """Freezes the parameters the module holds itself, and the running statistics of a batch norm."""
-        _set_trainable(module, False)
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = trainable
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(trainable)
 
     @staticmethod
     def freeze(modules: Modules, train_bn: bool = True) -> None:
         """Freezes everything inside; batch norm goes on learning unless ``train_bn=False``."""
         for module in BaseFinetuning.flatten_modules(modules):
-            _set_trainable(module, train_bn and isinstance(module, _BatchNorm))
+            BaseFinetuning.freeze_module(module, trainable=train_bn and isinstance(module, _BatchNorm))
 
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[Parameter]) -> list[Parameter]:
@@ -149,13 +152,13 @@ class BackboneFinetuning(BaseFinetuning):
     """Trains everything but ``pl_module.backbone`` first, and the backbone with its own learning rate later.
 
     Args:
-        unfreeze_backbone_at_epoch: from the start of this epoch on the backbone is trained, …
+        unfreeze_backbone_at_epoch: from this epoch on the backbone is trained, …
         lambda_func: … and in every later epoch its learning rate is multiplied by ``lambda_func(epoch + 1)``.
         backbone_initial_ratio_lr: its first learning rate, as a part of that of the first group, …
         backbone_initial_lr: … or as a number.
         should_align: never let it be larger than that of the first group.
         train_bn: whether batch norm is trained, before and after.
-        verbose: tell the learning rates in every epoch, rounded to ``rounding`` digits.
+        rounding: digits of the learning rates that ``verbose`` tells.
     """
 
     def __init__(
@@ -208,10 +211,3 @@ class BackboneFinetuning(BaseFinetuning):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
         super().load_state_dict(state_dict)
-
-
-def _set_trainable(module: Module, trainable: bool) -> None:
-    if isinstance(module, _BatchNorm):
-        module.track_running_stats = trainable
-    for parameter in module.parameters(recurse=False):
-        parameter.requires_grad_(trainable)

@@ -22,8 +22,7 @@ _warnings = WarningCache()
 
 SECONDS_BETWEEN_REDRAWS = 0.1
 
-# For each stage but training: what its bar is called, the property that describes it, and the trainer's that counts its
-# batches.
+# Stages beside training: what the bar is called, the property that describes it, the trainer's with its batches.
 EVALUATIONS = {
     "sanity_check": ("val_sanity", "sanity_check_description", "num_sanity_val_batches"),
     "validate": ("val", "validation_description", "num_val_batches"),
@@ -74,9 +73,7 @@ class ProgressBar(Callback):
         if not versions:
             return dict(logged)
         if "v_num" in logged:
-            what = (
-                "The progress bar shows `v_num` by itself, and `self.log('v_num', ..., prog_bar=True)` overwrites it."
-            )
+            what = "The progress bar shows `v_num` by itself, and `self.log('v_num', prog_bar=True)` overwrites it."
             _warnings.warn(f"{what} Log it under another name, or override `get_metrics`.")
         version = versions[0] if len(versions) == 1 else "_".join(map(str, versions))
         return {"v_num": version[-4:] if isinstance(version, str) else version, **logged}
@@ -102,19 +99,19 @@ class ProgressBar(Callback):
     total_val_batches_current_dataloader = property(lambda self: self._current(self._val_batches))
     total_test_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_test_batches))
     total_predict_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_predict_batches))
-    _val_batches = property(
-        lambda self: getattr(self.trainer, f"num_{'sanity_' if self.trainer.sanity_checking else ''}val_batches")
-    )
 
     @property
     def total_val_batches(self) -> int | float:
         """Validation batches of all loaders in this epoch; 0 in epochs without validation."""
         trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and every and (trainer.current_epoch + 1) % every:
-            return 0
-        return sum(self._val_batches)
+        skipped = trainer.state.fn == "fit" and every and (trainer.current_epoch + 1) % every
+        return 0 if skipped and not trainer.sanity_checking else sum(self._val_batches)
 
-    def _current(self, sizes: list[int | float]) -> int | float:
+    @property
+    def _val_batches(self) -> list[float]:
+        return self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches
+
+    def _current(self, sizes: list[float]) -> int | float:
         return sizes[self._current_eval_dataloader_idx or 0] if sizes else inf
 
 
@@ -154,37 +151,32 @@ class TerminalProgressBar(ProgressBar):
     _seconds_between_redraws: float = SECONDS_BETWEEN_REDRAWS
     _batches_between_redraws: int = 1
     _enabled = True
-    _drawing = False
-    _redraw_at = inf
+    _redraw_at = inf  # while nothing is drawn
     _train: Any = None  # a `Track` while there is training, and so below
     _evaluation: Any = None
 
     refresh_rate = property(lambda self: self._refresh_rate)
     is_enabled = property(lambda self: self._enabled and self._refresh_rate > 0)
     is_disabled = property(lambda self: not self.is_enabled)
+    _drawing = property(lambda self: self._redraw_at < inf)
 
     def __init__(self, refresh_rate: int, leave: bool) -> None:
-        super().__init__()
-        self._refresh_rate = refresh_rate
-        self._leave = leave
+        self._refresh_rate, self._leave = refresh_rate, leave
 
     def enable(self) -> None:
         self._enabled = True
 
     def disable(self) -> None:
-        self._enabled = self._drawing = False
-        self._redraw_at = inf
+        self._enabled, self._redraw_at = False, inf
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._drawing = self.is_enabled and self._has_terminal()
-        self._redraw_at = 0.0 if self._drawing else inf
+        self._redraw_at = 0.0 if self.is_enabled and self._has_terminal() else inf
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         tracks, self._train, self._evaluation = (self._evaluation, self._train), None, None
-        for track in tracks:
-            if track is not None:
-                self._close(track.kind)
+        for track in filter(None, tracks):
+            self._close(track.kind)
 
     on_train_end = on_exception = teardown
 
@@ -193,25 +185,22 @@ class TerminalProgressBar(ProgressBar):
         self._show(track, metrics)
         self._redraw_at = monotonic() + self._seconds_between_redraws
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open("train")
-        # A run that resumes inside an epoch goes on from here; any other calls `on_train_epoch_start` next.
-        self._begin_epoch(trainer, done=trainer.fit_loop.progress.batch)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        short = self._train and self._train.seconds < SECONDS_BETWEEN_REDRAWS
         if self._leave and self._train and self._train.done:
             self._close("train")
+            self._train = None
+        if self._train is None:
             self._open("train")
-        self._begin_epoch(trainer, done=0)
-
-    def _begin_epoch(self, trainer: Trainer, done: int) -> None:
-        short = self._train and self._train.seconds < SECONDS_BETWEEN_REDRAWS
+        done = trainer.fit_loop.progress.batch  # not 0 when a run resumes inside an epoch
         name = f"Epoch {trainer.current_epoch}"
         self._train = Track("train", name, self.total_train_batches, done=done, drawn=done, first=done)
         if self._drawing:
             self._begin(self._train)
             if not short:
                 self._draw(self._train)
+
+    on_train_start = on_train_epoch_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         track = self._train
@@ -227,10 +216,8 @@ class TerminalProgressBar(ProgressBar):
         self._peeking = not exactly
         metrics = self.get_metrics(trainer, pl_module)
         self._peeking = False
-        if self._drawing:
-            self._draw(self._train, metrics)
-        else:
-            print_line(self._train, metrics)
+        show = self._draw if self._drawing else print_line
+        show(self._train, metrics)
 
     def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         kind, description, _ = EVALUATIONS[trainer.state.stage.value]  # type: ignore[union-attr]
@@ -265,8 +252,7 @@ class TerminalProgressBar(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
-            self._begin_loader(trainer, 0)  # its length is known only now
-            return
+            return self._begin_loader(trainer, 0)  # its length is known only now
         if self._train and self._drawing and self._train.drawn != self._train.done:
             self._draw_training(trainer, pl_module, exactly=False)
         self._start_evaluation(trainer, pl_module)
@@ -296,8 +282,7 @@ class TerminalProgressBar(ProgressBar):
 
 def print_line(track: Track, metrics: dict[str, Any]) -> None:
     """Where nothing can be drawn: one line when an epoch is over."""
-    seconds = track.seconds
-    time = f"{seconds:.1f} s" if seconds < 60 else timedelta(seconds=round(seconds))
+    time = f"{track.seconds:.1f} s" if track.seconds < 60 else timedelta(seconds=round(track.seconds))
     values = [
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in metrics.items()
     ]

@@ -8,13 +8,11 @@ from math import ceil, inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from fulmen.callbacks.progress_bar import EVALUATIONS, SECONDS_BETWEEN_REDRAWS, TerminalProgressBar, Track
+from fulmen.callbacks.progress_bar import SECONDS_BETWEEN_REDRAWS, TerminalProgressBar, Track
 from fulmen.utilities.optional import require
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rich.progress import Progress, ProgressColumn, Task, TaskID
+    from rich.progress import ProgressColumn, Task
 
     from fulmen.trainer import Trainer
 
@@ -50,12 +48,13 @@ class RichProgressBar(TerminalProgressBar):
         ModuleNotFoundError: without Rich.
     """
 
-    progress: Progress | None = None
-    val_sanity_progress_bar_id: TaskID | None = None
-    train_progress_bar_id: TaskID | None = None
-    val_progress_bar_id: TaskID | None = None
-    test_progress_bar_id: TaskID | None = None
-    predict_progress_bar_id: TaskID | None = None
+    progress: Any = None  # Rich's display while there is one
+
+    val_sanity_progress_bar_id = property(lambda self: self._ids.get("val_sanity"))
+    train_progress_bar_id = property(lambda self: self._ids.get("train"))
+    val_progress_bar_id = property(lambda self: self._ids.get("val"))
+    test_progress_bar_id = property(lambda self: self._ids.get("test"))
+    predict_progress_bar_id = property(lambda self: self._ids.get("predict"))
 
     val_sanity_check_bar = property(lambda self: self._task("val_sanity"))
     train_progress_bar = property(lambda self: self._task("train"))
@@ -63,22 +62,19 @@ class RichProgressBar(TerminalProgressBar):
     test_progress_bar = property(lambda self: self._task("test"))
 
     def __init__(
-        self,
-        refresh_rate: int = 100,
-        leave: bool = False,
-        theme: RichProgressBarTheme = _DEFAULT_THEME,
+        self, refresh_rate: int = 100, leave: bool = False, theme: RichProgressBarTheme = _DEFAULT_THEME,
         console_kwargs: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         require("rich", "for `RichProgressBar`", minimum=">=10.2.2")
         super().__init__(refresh_rate, leave)
-        self._console_kwargs = console_kwargs or {}
-        self.theme = theme
+        self.theme, self._console_kwargs = theme, console_kwargs or {}
         if refresh_rate > 0:
             self._seconds_between_redraws = max(SECONDS_BETWEEN_REDRAWS, 1 / refresh_rate)
         self._console: Any = None
+        self._ids: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_console": None, "progress": None}
+        return {**self.__dict__, "_console": None, "progress": None, "_ids": {}}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """The columns left of the metrics; override it to show others."""
@@ -86,13 +82,10 @@ class RichProgressBar(TerminalProgressBar):
 
         theme = self.theme
         styles = theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse
-        return [
-            TextColumn("[progress.description]{task.description}", style=theme.description),
-            BarColumn(complete_style=styles[0], finished_style=styles[1], pulse_style=styles[2]),
-            _column(_batches, theme.batch_progress),
-            _column(_times, theme.time),
-            _column(lambda task: f"{task.fields.get('rate', 0):.2f}it/s", theme.processing_speed),
-        ]
+        bar = BarColumn(complete_style=styles[0], finished_style=styles[1], pulse_style=styles[2])
+        description = TextColumn("[progress.description]{task.description}", style=theme.description)
+        texts = {"batches": theme.batch_progress, "times": theme.time, "speed": theme.processing_speed}
+        return [description, bar, *(_text_column(text, style) for text, style in texts.items())]
 
     def refresh(self, hard: bool = False) -> None:
         """Draw now; without ``hard`` only when the last time was long enough ago."""
@@ -113,70 +106,55 @@ class RichProgressBar(TerminalProgressBar):
         if self.progress is None or not self.progress.live.is_started:
             from rich.progress import Progress
 
-            for bar in ("train", *EVALUATIONS):
-                setattr(self, f"{bar}_progress_bar_id", None)
-            metrics = _column(lambda task: task.fields.get("metrics", ""), self.theme.metrics)
-            columns = [*self.configure_columns(self.trainer), metrics]
+            self._ids = {}
+            columns = [*self.configure_columns(self.trainer), _text_column("metrics", self.theme.metrics)]
             # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
             # Samples for a speed we do not show would fill memory for their first 30 seconds.
             self.progress = Progress(*columns, console=self._console, auto_refresh=False, speed_estimate_period=1)
             self.progress.start()
-        if getattr(self, f"{kind}_progress_bar_id") is None:
-            setattr(self, f"{kind}_progress_bar_id", self.progress.add_task("", total=None, visible=False))
+        if kind not in self._ids:
+            texts = dict.fromkeys(("batches", "times", "speed", "metrics"), "")  # shown beside the bar
+            self._ids[kind] = self.progress.add_task("", total=None, visible=False, **texts)
 
     def _task(self, kind: str) -> Task | None:
         tasks = [] if self.progress is None else self.progress.tasks
-        return next((task for task in tasks if task.id == getattr(self, f"{kind}_progress_bar_id")), None)
+        return next((task for task in tasks if task.id == self._ids.get(kind)), None)
 
     def _begin(self, track: Track) -> None:
         name, last = track.name, self.trainer.max_epochs
-        if track.kind != "train" and len(self._sizes(track.kind)) > 1:
+        if track.loaders > 1:
             name += f" DataLoader {track.loader}"
         elif track.kind == "train" and last is not None and last > 0:
             name += f"/{last - 1}"
-        self._update(track.kind, description=name, total=None if track.total == inf else track.total)
+        self.progress.update(self._ids[track.kind], description=name, total=None if track.total == inf else track.total)
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        values = {} if metrics is None else {"metrics": self._formatted(metrics)}
-        self._update(track.kind, completed=track.done, visible=True, elapsed=track.seconds, rate=track.rate, **values)
+        done, total, rate = track.done, track.total, track.rate
+        remaining = timedelta(seconds=ceil((total - done) / rate)) if total < inf and rate else "-:--:--"
+        texts = {
+            "batches": f"{done}/{'--' if total == inf else int(total)}",
+            "times": f"{timedelta(seconds=int(track.seconds))} • {remaining}",
+            "speed": f"{rate:.2f}it/s",
+        }
+        if metrics is not None:
+            form = self.theme.metrics_format
+            values = (f"{k}: {v:{form}}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
+            texts["metrics"] = self.theme.metrics_text_delimiter.join(values)
+        self.progress.update(self._ids[track.kind], completed=done, visible=True, **texts)
         self.refresh(hard=True)
 
-    def _update(self, kind: str, **values: Any) -> None:
-        assert self.progress is not None
-        self.progress.update(getattr(self, f"{kind}_progress_bar_id"), **values)
-
-    def _formatted(self, metrics: dict[str, Any]) -> str:
-        form = self.theme.metrics_format
-        texts = (f"{k}: {v:{form}}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
-        return self.theme.metrics_text_delimiter.join(texts)
-
     def _close(self, kind: str) -> None:
-        if self.progress is not None and (kind == "val_sanity" or (kind == "val" and self._train)):
-            self._update(kind, visible=False)
+        if kind not in self._ids:
+            return  # nothing was drawn
+        if kind == "val_sanity" or (kind == "val" and self._train):
+            self.progress.update(self._ids[kind], visible=False)
             self.refresh(hard=True)
-        elif self.progress is not None:
+        else:
             self.progress.stop()
 
 
-def _column(text: Callable[[Task], str], style: str) -> ProgressColumn:
-    """A column with a text that is computed from the task."""
-    from rich.progress import ProgressColumn
-    from rich.text import Text
+def _text_column(text: str, style: str) -> ProgressColumn:
+    from rich.progress import TextColumn
+    from rich.table import Column
 
-    class Computed(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(text(task), style=style, overflow="fold")
-
-    return Computed()
-
-
-def _batches(task: Task) -> str:
-    return f"{int(task.completed)}/{'--' if task.total is None else int(task.total)}"
-
-
-def _times(task: Task) -> str:
-    elapsed, rate = task.fields.get("elapsed", 0), task.fields.get("rate", 0)
-    remaining = "-:--:--"
-    if task.total is not None and rate:
-        remaining = str(timedelta(seconds=ceil((task.total - task.completed) / rate)))
-    return f"{timedelta(seconds=int(elapsed))} • {remaining}"
+    return TextColumn(f"{{task.fields[{text}]}}", style, markup=False, table_column=Column(overflow="fold"))

@@ -80,7 +80,8 @@ class TQDMProgressBar(TerminalProgressBar):
         return self._new_bar(self.train_description)
 
     def init_validation_tqdm(self) -> Any:
-        return self._new_bar(self.validation_description, leave=self.trainer.state.fn == "validate")
+        alone = self.trainer.state.fn == "validate"
+        return self._new_bar(self.validation_description, leave=alone, lines_above=int(not alone))
 
     def init_test_tqdm(self) -> Any:
         return self._new_bar(self.test_description)
@@ -88,18 +89,11 @@ class TQDMProgressBar(TerminalProgressBar):
     def init_predict_tqdm(self) -> Any:
         return self._new_bar(self.predict_description)
 
-    def _new_bar(self, description: str, leave: bool = True) -> Any:
-        return _tqdm_class()(
-            desc=description,
-            position=2 * self._process_position + (0 if self._train is None else 1),
-            disable=not self._drawing,
-            leave=leave,
-            dynamic_ncols=True,
-            file=sys.stdout,
-            smoothing=0,
-            bar_format=self.BAR_FORMAT,
-            delay=1e-9,  # anything but zero: not to be drawn before its total is known
-        )
+    def _new_bar(self, description: str, leave: bool = True, lines_above: int = 0) -> Any:
+        position = 2 * self._process_position + lines_above
+        # A delay of anything but zero: not to be drawn before its total is known.
+        look = {"file": sys.stdout, "bar_format": self.BAR_FORMAT, "dynamic_ncols": True, "smoothing": 0, "delay": 1e-9}
+        return _tqdm_class()(desc=description, position=position, disable=not self._drawing, leave=leave, **look)
 
     def _has_terminal(self) -> bool:
         return _in_notebook() or (sys.stdout is not None and sys.stdout.isatty())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fulmen.hooks import HOOKS, DataHooks, ModelHooks
+from fulmen.hooks import HOOKS
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import is_overridden, overridden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,53 +44,35 @@ class HookPlan:
         base_strategy: type,
         profiler: Any,
     ) -> None:
+        def listeners(
+            parties: Sequence[Any], base: type, kind: str, name: str, *given: Any
+        ) -> list[Callable[..., Any]]:
+            """Those of the parties that implement the hook, timed if somebody profiles."""
+            return [
+                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(getattr(party, name), *given))
+                for party in parties
+                if overridden(party, name, base)
+            ]
+
         for hook in HOOKS:
-            listeners = []
-            if "monitors" in hook.order:
-                first = [c for c in callbacks if not c.monitors]
-                last = [c for c in callbacks if c.monitors]
-            else:
-                first, last = list(callbacks) if "callbacks" in hook.order else [], []
-            module_at = None
-            for callback in first:
-                if overridden(callback, hook.name, base_callback):
-                    listeners.append(_for_callback(callback, hook.name, trainer, module, profiler))
-            if "module" in hook.order and _module_implements(module, hook.name):
-                module_at = len(listeners)
-                label = f"[LightningModule]{type(module).__name__}.{hook.name}"
-                listeners.append(measured(profiler, label, getattr(module, hook.name)))
-            for callback in last:
-                if overridden(callback, hook.name, base_callback):
-                    listeners.append(_for_callback(callback, hook.name, trainer, module, profiler))
-            if "strategy" in hook.order and overridden(strategy, hook.name, base_strategy):
-                listeners.append(_strategy_listener(strategy, hook.name, profiler))
-            setattr(self, hook.name, _fired(hook.name, listeners, module_at, book))
+            name, order = hook.name, hook.order
+            monitors = [c for c in callbacks if c.monitors] if "monitors" in order else []
+            first = [c for c in callbacks if c not in monitors] if "callbacks" in order else []
+            found = listeners(first, base_callback, "Callback", name, trainer, module)
+            module_at = len(found) if "module" in order and is_overridden(name, module) else None
+            if module_at is not None:
+                found.append(measured(profiler, f"[LightningModule]{_label(module)}.{name}", getattr(module, name)))
+            found += listeners(monitors, base_callback, "Callback", name, trainer, module)
+            if "strategy" in order:
+                found += listeners([strategy], base_strategy, "Strategy", name)
+            setattr(self, name, _fired(name, found, module_at, book))
 
     def __getattr__(self, name: str) -> Any:  # only for type checkers: every hook of the table is an attribute
         raise AttributeError(name)
 
 
-def _module_implements(module: Any, name: str) -> bool:
-    if module is None:
-        return False
-    base = ModelHooks if hasattr(ModelHooks, name) else DataHooks
-    if hasattr(base, name):
-        return overridden(module, name, base)
-    return callable(getattr(module, name, None)) and overridden(module, name, _base_of(module, name))
-
-
-def _base_of(module: Any, name: str) -> type:
-    """The class nearest to the root that defines the hook: its version is the empty one."""
-    return next(cls for cls in reversed(type(module).__mro__) if name in vars(cls))
-
-
-def _for_callback(callback: Any, name: str, trainer: Any, module: Any, profiler: Any) -> Callable[..., Any]:
-    bound = partial(getattr(callback, name), trainer, module)
-    return measured(profiler, f"[Callback]{callback.state_key}.{name}", bound)
-
-
-def _strategy_listener(strategy: Any, name: str, profiler: Any) -> Callable[..., Any]:
-    return measured(profiler, f"[Strategy]{type(strategy).__name__}.{name}", getattr(strategy, name))
+def _label(party: Any) -> str:
+    return getattr(party, "state_key", type(party).__name__)
 
 
 def _fired(name: str, listeners: list[Callable[..., Any]], module_at: int | None, book: LogBook) -> Callable[..., Any]:

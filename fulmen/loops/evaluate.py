@@ -14,7 +14,7 @@ from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
 from fulmen.loops.signals import TERMINATED
 from fulmen.utilities.errors import SIGTERMException
-from fulmen.utilities.introspection import num_positional, overridden, takes_argument
+from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.types import RunningStage
 
@@ -227,7 +227,7 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
     """
     for name in names:
         method = getattr(module, name, None)
-        if method is None or not overridden(module, name, _declares(module, name)):
+        if not is_overridden(name, module):
             continue
         takes = takes_argument(method, "dataloader_idx") or num_positional(method) >= (4 if "end" in name else 3)
         if several and not takes:
@@ -248,7 +248,3 @@ def requires_loader_index(method: Any) -> bool:
 
     found = signature(method).parameters.get("dataloader_idx")
     return found is not None and found.default is Parameter.empty
-
-
-def _declares(module: Any, name: str) -> type:
-    return next((cls for cls in reversed(type(module).__mro__) if name in vars(cls)), object)

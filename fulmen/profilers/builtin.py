@@ -14,10 +14,6 @@ from fulmen.profilers.profiler import Profiler
 from fulmen.utilities.filesystem import ensure_dir
 
 
-def _no_durations() -> array[float]:
-    return array("d")  # eight bytes per call: a long run has millions
-
-
 def _never_started(action_name: str) -> ValueError:
     return ValueError(f"The action `{action_name}` was stopped but never started. Call `start` before `stop`.")
 
@@ -35,7 +31,7 @@ class SimpleProfiler(Profiler):
         super().__init__(dirpath, filename)
         self.extended = extended
         self.current_actions: dict[str, float] = {}
-        self.recorded_durations: dict[str, array[float]] = defaultdict(_no_durations)
+        self.recorded_durations: dict[str, array[float]] = {}  # eight bytes per call: a long run has millions
         self.start_time = time.monotonic()
 
     def start(self, action_name: str) -> None:
@@ -48,41 +44,34 @@ class SimpleProfiler(Profiler):
         started = self.current_actions.pop(action_name, None)
         if started is None:
             raise _never_started(action_name)
-        self.recorded_durations[action_name].append(now - started)
+        self.recorded_durations.setdefault(action_name, array("d")).append(now - started)
 
     def summary(self) -> str:
         durations = sorted(self.recorded_durations.items(), key=lambda item: sum(item[1]), reverse=True)
         if not durations:
             return self._report({})
         elapsed = time.monotonic() - self.start_time
-        rows: list[tuple[str, ...] | None] = [
-            ("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %"),
-            None,
-            ("Total", "-", str(sum(len(times) for _, times in durations)), f"{elapsed:.5}", "100 %"),
-            None,
-        ]
+        rows: list[tuple[str, ...]] = [("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")]
+        if self.extended:
+            num_calls = sum(len(times) for _, times in durations)
+            rows.append(("Total", "-", str(num_calls), f"{elapsed:.5}", "100 %"))
+        num_heads = len(rows)
         for name, times in durations:
-            total = sum(times)
-            share = f"{100 * total / elapsed:.5}"
-            rows.append((name, f"{total / len(times):.5}", str(len(times)), f"{total:.5}", share))
+            total, calls = sum(times), len(times)
+            rows.append((name, f"{total / calls:.5}", str(calls), f"{total:.5}", f"{100 * total / elapsed:.5}"))
         if not self.extended:
-            rows = [(row[0], row[1], row[3]) if row else None for row in (rows[0], None, *rows[4:])]
-        return self._report({"": _table(rows)})
-
-
-def _table(rows: list[tuple[str, ...] | None]) -> str:
-    """Columns as wide as their widest cell; None is a horizontal line."""
-    widths = [max(map(len, column)) for column in zip(*filter(None, rows))]
-    line = "-" * (sum(widths) + 3 * len(widths) + 1)
-    texts = [line, *("| " + " | ".join(map(str.ljust, row, widths)) + " |" if row else line for row in rows), line]
-    return "\n".join(texts) + "\n"
+            rows = [(name, mean, total) for name, mean, _, total, _ in rows]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        line = "-" * (sum(widths) + 3 * len(widths) + 1)
+        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+        heads = [text for head in lines[:num_heads] for text in (line, head)]
+        return self._report({"": "\n".join([*heads, line, *lines[num_heads:], line, ""])})
 
 
 class AdvancedProfiler(Profiler):
     """Which functions each action spends its time in, measured by `cProfile`.
 
-    Python can follow one profile at a time: while an action runs inside another, its functions count for the inner
-    one alone.
+    Python follows one profile at a time: while an action runs inside another, functions count for the inner one alone.
 
     Args:
         line_count_restriction: how many functions to show per action: a number, or a fraction of all.
@@ -97,8 +86,7 @@ class AdvancedProfiler(Profiler):
         dump_stats: bool = False,
     ) -> None:
         super().__init__(dirpath, filename)
-        self.line_count_restriction = line_count_restriction
-        self.dump_stats = dump_stats
+        self.line_count_restriction, self.dump_stats = line_count_restriction, dump_stats
         self.profiled_actions: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)
         self._running: list[str] = []
 
@@ -137,6 +125,5 @@ class AdvancedProfiler(Profiler):
         self.profiled_actions.clear()
         self._running.clear()
 
-    def __reduce__(self) -> tuple:
-        # Profiles cannot travel to another process; each process has its own.
+    def __reduce__(self) -> tuple:  # profiles cannot travel to another process
         return (type(self), (self.dirpath, self.filename, self.line_count_restriction, self.dump_stats))

@@ -12,32 +12,24 @@ from typing import Any
 
 import torch
 
-from fulmen.utilities.errors import explain
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_info
 
 
 class Profiler(ABC):
-    """Measures named actions between `start` and `stop`.
-
-    The Trainer names its own: ``run_training_batch``, ``[LightningModule]Net.on_train_start``,
-    ``[Callback]Timer.on_fit_end`` and so on. Your code adds more with
-    ``with self.trainer.profiler.profile("augmentation"): …``.
+    """Measures named actions between `start` and `stop`: the Trainer's, such as ``[Callback]Timer.on_fit_end``, and yours.
 
     Args:
         dirpath: where files go; the Trainer's log folder if None.
-        filename: the report goes to ``<dirpath>/<stage>-<filename>.txt`` (with the rank before the ending when there
-            are several processes); to the log if None.
+        filename: the report goes to ``<dirpath>/<stage>-<filename>.txt``, with the rank before the ending if there are
+            several; to the log if None.
     """
 
-    active = True
-    """False tells the Trainer that it need not name its actions at all."""
+    active = True  # False tells the Trainer that it need not name its actions at all
 
     def __init__(self, dirpath: str | os.PathLike | None = None, filename: str | None = None) -> None:
-        self.dirpath = dirpath
-        self.filename = filename
-        self.module: torch.nn.Module | None = None
-        """The module of the run, set by the Trainer before `setup`."""
+        self.dirpath, self.filename = dirpath, filename
+        self.module: torch.nn.Module | None = None  # set by the Trainer before `setup`
         self._stage: str | None = None
         self._local_rank: int | None = None
 
@@ -55,7 +47,7 @@ class Profiler(ABC):
 
     @contextmanager
     def profile(self, action_name: str) -> Iterator[str]:
-        """Measure a block of code."""
+        """Measures a block of code: ``with self.trainer.profiler.profile("augmentation"): …``."""
         self.start(action_name)
         try:
             yield action_name
@@ -67,16 +59,13 @@ class Profiler(ABC):
         return ""
 
     def describe(self) -> None:
-        """Append the report to the file, or log it. The Trainer does this at the end of fit, validate, test, predict."""
+        """Appends the report to the file, or logs it; the Trainer does this at the end of fit, validate, test, predict."""
         text = self.summary()
-        if not text:
-            return
-        if self.filename and self.dirpath:
+        if text and self.filename and self.dirpath:
             ensure_dir(self.dirpath)
-            path = self._path()
-            with get_filesystem(path).open(path, "a") as file:
+            with get_filesystem(self.dirpath).open(self._path(), "a") as file:
                 file.write(text)
-        else:
+        elif text:
             rank_zero_info(text)
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
@@ -91,16 +80,15 @@ class Profiler(ABC):
     def _path(self, action_name: str = "", extension: str = ".txt") -> str:
         """The path of a file of this profiler, with everything in its name that tells it from others."""
         rank = None if self._local_rank is None else str(self._local_rank)
-        parts = [part for part in (self._stage, self.filename, rank, action_name) if part]
+        name = "-".join(part for part in (self._stage, self.filename, rank, action_name) if part) + extension
         # Actions contain what file systems do not take.
-        name = re.sub(r'[/\\:*?"<>|]', "_", "-".join(parts) + extension)
-        return os.path.join(self.dirpath or "", name)
+        return os.path.join(self.dirpath or "", re.sub(r'[/\\:*?"<>|]', "_", name))
 
     def _report(self, sections: Mapping[str, str]) -> str:
         """One text from parts with headings; a part without heading is set apart by an empty line."""
         lines = [f"{self._stage.upper()} Profiler Report" if self._stage else "Profiler Report"]
+        rank = "" if self._local_rank is None else f" rank: {self._local_rank}"
         for heading, body in sections.items():
-            rank = "" if self._local_rank is None else f" rank: {self._local_rank}"
             lines += [f"Profile stats for: {heading}{rank}" if heading else "", body]
         return "\n".join(lines) + "\n"
 
@@ -110,11 +98,9 @@ class PassThroughProfiler(Profiler):
 
     active = False
 
-    def start(self, action_name: str) -> None:
-        pass
+    def start(self, action_name: str) -> None: ...
 
-    def stop(self, action_name: str) -> None:
-        pass
+    def stop(self, action_name: str) -> None: ...
 
     def profile(self, action_name: str) -> AbstractContextManager[str]:  # type: ignore[override]
         return nullcontext(action_name)
@@ -133,17 +119,12 @@ def measured(profiler: Profiler, action_name: str, function: Callable[..., Any])
     return timed
 
 
-class XLAProfiler(Profiler):
+class XLAProfiler(PassThroughProfiler):
     """Stands for the profiler of TPUs, which are not supported."""
 
     STEP_FUNCTIONS = {"validation_step", "test_step", "predict_step"}
-    RECORD_FUNCTIONS = {"training_step", "backward", "validation_step", "test_step", "predict_step"}
+    RECORD_FUNCTIONS = {"training_step", "backward", *STEP_FUNCTIONS}
 
     def __init__(self, port: int = 9012) -> None:
         self.port = port
-        what = "`XLAProfiler` is not supported, and neither are TPUs."
-        raise NotImplementedError(explain(what, fix='Use `profiler="pytorch"`, "simple" or "advanced".'))
-
-    def start(self, action_name: str) -> None: ...
-
-    def stop(self, action_name: str) -> None: ...
+        raise NotImplementedError('`XLAProfiler`: TPUs are not supported. Use `profiler="pytorch"` or another one.')

@@ -6,28 +6,19 @@ import inspect
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerAction
 
 from fulmen.profilers.profiler import Profiler
-from fulmen.utilities.errors import MisconfigurationException, explain, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.filesystem import ensure_dir
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-if TYPE_CHECKING:
-    from torch.autograd.profiler_util import EventList
-
 WAIT, WARMUP, ACTIVE = 1, 1, 3
-
-# What counts as one step of the schedule, for each of the Trainer's verbs.
-STEP_ACTIONS = {
-    "fit": "run_training_batch",
-    "validate": "validation_step",
-    "test": "test_step",
-    "predict": "predict_step",
-}
 
 
 class PyTorchProfiler(Profiler):
@@ -37,15 +28,15 @@ class PyTorchProfiler(Profiler):
 
     Args:
         group_by_input_shapes: tell calls of an operator with different shapes apart.
-        emit_nvtx: mark actions for ``nvprof`` or Nsight instead of recording: no table and no trace.
+        emit_nvtx: only mark actions for ``nvprof`` or Nsight.
         export_to_chrome: write a trace to ``dirpath`` at the end of each recorded window.
         row_limit: how many rows the table has; -1 for all.
-        sort_by_key: column to sort by; the total time on CUDA if there is CUDA, else on the CPU.
+        sort_by_key: column to sort by; by default the total time, on CUDA if there is CUDA.
         record_module_names: label the forward of each sub-module.
         table_kwargs: passed to the table, such as ``max_name_column_width``.
         profiler_kwargs: passed to `torch.profiler.profile`. ``schedule`` defaults to one step waiting, one warming up
-            and three recorded; None records everything. With ``export_to_flame_graph=True`` the stacks are written as
-            well, weighted by ``metric`` ("self_cpu_time_total").
+            and three recorded; None records everything. ``export_to_flame_graph=True`` writes stacks too, weighted by
+            ``metric`` ("self_cpu_time_total").
     """
 
     STEP_FUNCTIONS = {"training_step", "validation_step", "test_step", "predict_step"}
@@ -68,21 +59,31 @@ class PyTorchProfiler(Profiler):
         **profiler_kwargs: Any,
     ) -> None:
         super().__init__(dirpath, filename)
-        self._emit_nvtx = emit_nvtx
-        self._export_to_chrome = export_to_chrome
-        self._group_by_input_shapes = group_by_input_shapes
-        self._record_module_names = record_module_names
+        self._emit_nvtx, self._export_to_chrome = emit_nvtx, export_to_chrome
+        self._group_by_input_shapes, self._record_module_names = group_by_input_shapes, record_module_names
         self._sort_by_key = sort_by_key or ("cuda_time_total" if torch.cuda.is_available() else "cpu_time_total")
         if self._sort_by_key not in self.AVAILABLE_SORT_KEYS:
-            what = f"`sort_by_key={sort_by_key!r}` is not a column.{suggestion(self._sort_by_key, self.AVAILABLE_SORT_KEYS)}"
-            raise MisconfigurationException(explain(what, fix=f"Use one of {sorted(self.AVAILABLE_SORT_KEYS)}."))
-        self._table_kwargs = {**_checked_table_kwargs(table_kwargs or {}), "row_limit": row_limit}
+            hint = suggestion(self._sort_by_key, self.AVAILABLE_SORT_KEYS)
+            known = sorted(self.AVAILABLE_SORT_KEYS)
+            raise MisconfigurationException(f"`{sort_by_key=}` is not a column.{hint} Use one of {known}.")
+        allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
+        for key in set(table_kwargs or ()) - allowed:
+            own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
+            raise KeyError(f"`table_kwargs` has the unknown key {key!r}.{own} Allowed are {sorted(allowed)}.")
+        self._table_kwargs = {**(table_kwargs or {}), "row_limit": row_limit}
         self._export_to_flame_graph = profiler_kwargs.pop("export_to_flame_graph", False)
         self._metric = profiler_kwargs.pop("metric", "self_cpu_time_total")
         self._default_schedule = "schedule" not in profiler_kwargs
-        self._profiler_kwargs = _checked_profiler_kwargs(profiler_kwargs)
-        default = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
-        self._profiler_kwargs.setdefault("schedule", default)
+        schedule = profiler_kwargs.setdefault(
+            "schedule", torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
+        )
+        if schedule is not None and not (callable(schedule) and isinstance(schedule(0), ProfilerAction)):
+            what = f"`{schedule=}` is no function that gives a `ProfilerAction` for a step."
+            raise MisconfigurationException(f"{what} Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`.")
+        known_options = inspect.signature(torch.profiler.profile).parameters
+        if unknown := sorted(set(profiler_kwargs) - set(known_options)):
+            rank_zero_warn(f"`torch.profiler.profile` of this version of PyTorch does not know {unknown}: ignored.")
+        self._profiler_kwargs = {key: value for key, value in profiler_kwargs.items() if key in known_options}
         if group_by_input_shapes:
             self._profiler_kwargs["record_shapes"] = True
         if self._export_to_flame_graph:
@@ -98,16 +99,14 @@ class PyTorchProfiler(Profiler):
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
         self._finish()
-        self.function_events = None
-        self._step_action = None
+        self.function_events = self._step_action = None
         self._finished = False
 
     def start(self, action_name: str) -> None:
-        if self.profiler is None and not self._finished:
-            # Nothing is recorded before the first step of a schedule; without a schedule everything is.
-            everything = self._emit_nvtx or self._profiler_kwargs["schedule"] is None
-            if everything or self._is_step(action_name):
-                self._begin()
+        # Nothing is recorded before the first step of a schedule; without a schedule everything is.
+        everything = self._emit_nvtx or self._profiler_kwargs["schedule"] is None
+        if self.profiler is None and not self._finished and (everything or self._is_step(action_name)):
+            self._begin()
         if self.profiler is not None and action_name not in self._labels:
             self._labels[action_name] = record_function(f"[pl][profile]{action_name}")
             self._labels[action_name].__enter__()
@@ -136,7 +135,7 @@ class PyTorchProfiler(Profiler):
         if self._step_action is not None:
             return action_name == self._step_action
         function = action_name.rpartition(".")[2]
-        return function in self.STEP_FUNCTIONS if self._stage is None else function == STEP_ACTIONS.get(self._stage)
+        return function == "run_training_batch" if self._stage == "fit" else function in self.STEP_FUNCTIONS
 
     def _begin(self) -> None:
         if self._emit_nvtx:
@@ -161,10 +160,9 @@ class PyTorchProfiler(Profiler):
             return
         path = self._path(self._step_action or "", "")
         if self._export_to_chrome:
-            folder, name = os.path.split(path)
-            torch.profiler.tensorboard_trace_handler(folder, name)(profiler)
+            torch.profiler.tensorboard_trace_handler(*os.path.split(path))(profiler)
         if self._export_to_flame_graph:
-            os.makedirs(self.dirpath, exist_ok=True)
+            ensure_dir(self.dirpath)
             profiler.export_stacks(f"{path}.stack", metric=self._metric)
 
     def _finish(self) -> None:
@@ -175,34 +173,8 @@ class PyTorchProfiler(Profiler):
         self._open.close()
         self.profiler = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What is being recorded stays in this process.
+    def __getstate__(self) -> dict[str, Any]:  # what is being recorded stays in this process
         return {**self.__dict__, "profiler": None, "function_events": None, "_open": ExitStack(), "_labels": {}}
-
-
-def _checked_table_kwargs(table_kwargs: dict[str, Any]) -> dict[str, Any]:
-    from torch.autograd.profiler_util import EventList
-
-    allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
-    for key in table_kwargs:
-        if key not in allowed:
-            own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
-            raise KeyError(f"`table_kwargs` has the unknown key {key!r}.{own} Allowed are {sorted(allowed)}.")
-    return table_kwargs
-
-
-def _checked_profiler_kwargs(options: dict[str, Any]) -> dict[str, Any]:
-    schedule = options.get("schedule")
-    if schedule is not None and not callable(schedule):
-        what = f"`schedule={schedule!r}` is not a function."
-        raise MisconfigurationException(explain(what, fix="Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`."))
-    if schedule is not None and not isinstance(schedule(0), ProfilerAction):
-        what = f"`schedule` returned {schedule(0)!r} for the first step."
-        raise MisconfigurationException(explain(what, fix="Return a `torch.profiler.ProfilerAction`."))
-    allowed = set(inspect.signature(torch.profiler.profile.__init__).parameters)
-    if unknown := sorted(set(options) - allowed):
-        rank_zero_warn(f"`torch.profiler.profile` of this version of PyTorch does not know {unknown}: ignored.")
-    return {key: value for key, value in options.items() if key in allowed}
 
 
 def _num_steps(module: torch.nn.Module | None, stage: str | None) -> float:

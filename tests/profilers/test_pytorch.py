@@ -134,9 +134,9 @@ def test_wrong_options_are_refused_at_once():
         PyTorchProfiler(table_kwargs={"zz": 1})
     with pytest.raises(KeyError, match="an argument of `PyTorchProfiler` itself"):
         PyTorchProfiler(table_kwargs={"row_limit": 1})
-    with pytest.raises(MisconfigurationException, match="`schedule=3` is not a function"):
+    with pytest.raises(MisconfigurationException, match="`schedule=3` is no function"):
         PyTorchProfiler(schedule=3)
-    with pytest.raises(MisconfigurationException, match="returned 'x'"):
+    with pytest.raises(MisconfigurationException, match="gives a `ProfilerAction`"):
         PyTorchProfiler(schedule=lambda step: "x")
     with pytest.warns(UserWarning, match="does not know .'unknown_option'."):
         PyTorchProfiler(unknown_option=1)
