@@ -685,7 +685,10 @@ def test_a_dataloader_iter_step_must_say_the_batch_size():
 
 
 @pytest.mark.filterwarnings("default")
-def test_logging_where_nobody_listens_warns():
+def test_logging_where_nobody_listens_warns(monkeypatch):
+    from fulmen.utilities.rank_zero import WarningCache
+
+    monkeypatch.setattr("fulmen.module._warnings", WarningCache(), raising=False)  # it warns once per process
     with pytest.warns(UserWarning):
         Logs().log("a", 1.0)
     with pytest.warns(UserWarning, match="barebones"):

@@ -121,14 +121,9 @@ class Callback:
         """Before a validation step."""
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """After a validation step; ``outputs`` is what it returned."""
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -149,14 +144,9 @@ class Callback:
         """Before a test step."""
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """After a test step; ``outputs`` is what it returned."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,14 +167,9 @@ class Callback:
         """Before a predict step."""
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """After a predict step; ``outputs`` is what it returned."""
 
 

@@ -67,23 +67,13 @@ class ModelCheckpoint(Checkpoint):
     STARTING_VERSION: ClassVar[int] = 1
 
     def __init__(
-        self,
-        dirpath: str | os.PathLike | None = None,
-        filename: str | None = None,
-        monitor: str | None = None,
-        verbose: bool = False,
-        save_last: bool | Literal["link"] | None = None,
-        save_top_k: int = 1,
-        save_on_exception: bool = False,
-        save_weights_only: bool = False,
-        mode: str = "min",
-        auto_insert_metric_name: bool = True,
-        every_n_train_steps: int | None = None,
-        train_time_interval: timedelta | None = None,
-        every_n_epochs: int | None = None,
-        save_on_train_epoch_end: bool | None = None,
-        enable_version_counter: bool = True,
-    ) -> None:
+        self, dirpath: str | os.PathLike | None = None, filename: str | None = None, monitor: str | None = None,
+        verbose: bool = False, save_last: bool | Literal["link"] | None = None, save_top_k: int = 1,
+        save_on_exception: bool = False, save_weights_only: bool = False, mode: str = "min",
+        auto_insert_metric_name: bool = True, every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None, every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None, enable_version_counter: bool = True,
+    ) -> None:  # fmt: skip
         self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
         self._train_time_interval = train_time_interval
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
@@ -116,8 +106,7 @@ class ModelCheckpoint(Checkpoint):
             f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
             f"`save_top_k={top_k}` needs a `monitor` to tell which files are the best ones. "
             "Pass the name of a logged value, or `save_top_k=-1` to keep all.": self.monitor is None and top_k > 1,
-            f"{chosen}: intervals must be 0 (never) or more.": self._every_n_train_steps < 0
-            or self._every_n_epochs < 0,
+            f"{chosen}: intervals must be 0 (never) or more.": min(self._every_n_train_steps, self._every_n_epochs) < 0,
             f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
             "Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
         }
@@ -160,9 +149,8 @@ class ModelCheckpoint(Checkpoint):
         by_batch = self._every_n_train_steps or self._train_time_interval is not None
         if not by_batch or not self._batch_due(trainer) or self._idle(trainer):
             return
-        self._deferred = self.monitor is not None and (
-            self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
-        )
+        no_value_yet = self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
+        self._deferred = self.monitor is not None and no_value_yet
         if not self._deferred:
             self._save(trainer)
 
@@ -183,8 +171,8 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        nothing_written = not self._last_checkpoint_saved or self.save_top_k == 0
-        if self.save_last and nothing_written and not self._idle(trainer):
+        nothing_kept = not self._last_checkpoint_saved or self.save_top_k == 0
+        if self.save_last and nothing_kept and not self._idle(trainer):
             self._write_last(trainer, _metrics_of(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -210,7 +198,7 @@ class ModelCheckpoint(Checkpoint):
         if chosen is None:
             once_per_epoch = trainer.val_check_time_s is None and trainer.check_val_every_n_epoch == 1
             chosen = once_per_epoch and (trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches))
-        return chosen is after_training
+        return bool(chosen) is after_training
 
     def _batch_due(self, trainer: Trainer) -> bool:
         if self._every_n_train_steps:
@@ -266,18 +254,16 @@ class ModelCheckpoint(Checkpoint):
             self.kth_best_model_path = worst(scores, key=scores.__getitem__)
             self.kth_value = scores[self.kth_best_model_path]
         if self.verbose:
-            reached = f"reached {current:.5f} (best {self.best_model_score:.5f})"
-            rank_zero_info(f"{where} {reached}, saving model to {filepath!r} as top {k}")
+            best_score = f"(best {self.best_model_score:.5f})"
+            rank_zero_info(f"{where} reached {current:.5f} {best_score}, saving model to {filepath!r} as top {k}")
         self._save_checkpoint(trainer, filepath)
         self._make_room(trainer, displaced, filepath)  # … and from the disk after it
         return True
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Does ``current`` belong to the best ``save_top_k``? Ranks must agree; equal values do not displace."""
-        if current is None:
-            return False
-        if self.save_top_k == -1:
-            return True
+        if current is None or self.save_top_k == -1:
+            return current is not None
         scores, better = self.best_k_models.values(), len(self.best_k_models) < self.save_top_k
         if scores and not better:
             better = bool(current < max(scores) if self.mode == "min" else current > min(scores))
@@ -309,12 +295,9 @@ class ModelCheckpoint(Checkpoint):
 
     def _make_room(self, trainer: Trainer, previous: str, current: str) -> None:
         """Removes ``previous`` unless that is the new file, the one being resumed from, or outside of ``dirpath``."""
-        if not previous or previous == current:
-            return
-        old, resumed, folder = (
-            os.path.abspath(local_path(path or "")) for path in (previous, trainer.ckpt_path, self.dirpath)
-        )
-        if old != resumed and old.startswith(os.path.join(folder, "")):
+        paths = (previous, trainer.ckpt_path, self.dirpath)
+        old, resumed, folder = (os.path.abspath(local_path(path or "")) for path in paths)
+        if previous and previous != current and old != resumed and old.startswith(os.path.join(folder, "")):
             self._remove_checkpoint(trainer, previous)
 
     def _free_path(

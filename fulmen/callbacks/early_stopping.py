@@ -56,19 +56,11 @@ class EarlyStopping(Callback):
     order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
 
     def __init__(
-        self,
-        monitor: str,
-        min_delta: float = 0.0,
-        patience: int = 3,
-        verbose: bool = False,
-        mode: str = "min",
-        strict: bool = True,
-        check_finite: bool = True,
-        stopping_threshold: float | None = None,
-        divergence_threshold: float | None = None,
-        check_on_train_epoch_end: bool | None = None,
+        self, monitor: str, min_delta: float = 0.0, patience: int = 3, verbose: bool = False, mode: str = "min",
+        strict: bool = True, check_finite: bool = True, stopping_threshold: float | None = None,
+        divergence_threshold: float | None = None, check_on_train_epoch_end: bool | None = None,
         log_rank_zero_only: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if mode not in self.mode_dict:
             raise MisconfigurationException(f"`EarlyStopping(mode={mode!r})` is not known. Use 'min' or 'max'.")
         self.monitor, self.mode, self.strict, self.verbose = monitor, mode, strict, verbose

@@ -69,21 +69,18 @@ class BaseFinetuning(Callback):
     def make_trainable(modules: Modules) -> None:
         """Undoes `freeze`."""
         for module in BaseFinetuning.flatten_modules(modules):
-            BaseFinetuning.freeze_module(module, trainable=True)
+            _set_trainable(module, True)
 
     @staticmethod
-    def freeze_module(module: Module, trainable: bool = False) -> None:
+    def freeze_module(module: Module) -> None:
         """Freezes the parameters the module holds itself, and the running statistics of a batch norm."""
-        if isinstance(module, _BatchNorm):
-            module.track_running_stats = trainable
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(trainable)
+        _set_trainable(module, False)
 
     @staticmethod
     def freeze(modules: Modules, train_bn: bool = True) -> None:
         """Freezes everything inside; batch norm goes on learning unless ``train_bn=False``."""
         for module in BaseFinetuning.flatten_modules(modules):
-            BaseFinetuning.freeze_module(module, trainable=train_bn and isinstance(module, _BatchNorm))
+            _set_trainable(module, train_bn and isinstance(module, _BatchNorm))
 
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[Parameter]) -> list[Parameter]:
@@ -100,12 +97,9 @@ class BaseFinetuning(Callback):
 
     @staticmethod
     def unfreeze_and_add_param_group(
-        modules: Modules,
-        optimizer: Optimizer,
-        lr: float | None = None,
-        initial_denom_lr: float = 10.0,
+        modules: Modules, optimizer: Optimizer, lr: float | None = None, initial_denom_lr: float = 10.0,
         train_bn: bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Unfreezes and adds a group, with ``lr`` or that of the first group divided by ``initial_denom_lr``."""
         BaseFinetuning.make_trainable(modules)
         found = BaseFinetuning.filter_params(modules, train_bn=train_bn, requires_grad=True)
@@ -162,17 +156,10 @@ class BackboneFinetuning(BaseFinetuning):
     """
 
     def __init__(
-        self,
-        unfreeze_backbone_at_epoch: int = 10,
-        lambda_func: Callable[[int], float] = multiplicative,
-        backbone_initial_ratio_lr: float = 10e-2,
-        backbone_initial_lr: float | None = None,
-        should_align: bool = True,
-        initial_denom_lr: float = 10.0,
-        train_bn: bool = True,
-        verbose: bool = False,
-        rounding: int = 12,
-    ) -> None:
+        self, unfreeze_backbone_at_epoch: int = 10, lambda_func: Callable[[int], float] = multiplicative,
+        backbone_initial_ratio_lr: float = 10e-2, backbone_initial_lr: float | None = None, should_align: bool = True,
+        initial_denom_lr: float = 10.0, train_bn: bool = True, verbose: bool = False, rounding: int = 12,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.unfreeze_backbone_at_epoch, self.lambda_func = unfreeze_backbone_at_epoch, lambda_func
         self.backbone_initial_ratio_lr, self.backbone_initial_lr = backbone_initial_ratio_lr, backbone_initial_lr
@@ -211,3 +198,10 @@ class BackboneFinetuning(BaseFinetuning):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
         super().load_state_dict(state_dict)
+
+
+def _set_trainable(module: Module, trainable: bool) -> None:
+    if isinstance(module, _BatchNorm):
+        module.track_running_stats = trainable
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(trainable)

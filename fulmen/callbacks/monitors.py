@@ -253,15 +253,9 @@ class SpikeDetection(Callback):
     """
 
     def __init__(
-        self,
-        mode: str = "min",
-        window: int = 10,
-        warmup: int = 1,
-        atol: float | None = None,
-        rtol: float | None = 2.0,
-        exclude_batches_path: str | os.PathLike | None = None,
-        finite_only: bool = True,
-    ) -> None:
+        self, mode: str = "min", window: int = 10, warmup: int = 1, atol: float | None = None, rtol: float | None = 2.0,
+        exclude_batches_path: str | os.PathLike | None = None, finite_only: bool = True,
+    ) -> None:  # fmt: skip
         if mode not in ("min", "max"):
             raise ValueError(f"`SpikeDetection(mode={mode!r})` is not known. Use 'min' or 'max'.")
         self.mode, self.warmup, self.atol, self.rtol, self.finite_only = mode, warmup, atol, rtol, finite_only

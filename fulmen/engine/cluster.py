@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import signal
 import socket
-import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
 
-from fulmen.utilities.errors import PossibleUserWarning
-from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_only
 
-DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 12910
+DEFAULT_ADDRESS = "127.0.0.1"
 
 
 class ClusterEnvironment(ABC):
@@ -101,80 +96,6 @@ class LightningEnvironment(ClusterEnvironment):
 
     def node_rank(self) -> int:
         return _read("NODE_RANK", _read("GROUP_RANK", 0))
-
-
-class _StartedElsewhere(ClusterEnvironment):
-    """Processes of a scheduler that tells each of them its place in environment variables."""
-
-    VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK")  # world size, global rank, local rank, node rank
-
-    creates_processes_externally = property(lambda self: True)
-    main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
-    main_port = property(lambda self: _read("MASTER_PORT", DEFAULT_PORT))
-
-    def world_size(self) -> int:
-        return _read(self.VARIABLES[0])
-
-    def global_rank(self) -> int:
-        return _read(self.VARIABLES[1])
-
-    def local_rank(self) -> int:
-        return _read(self.VARIABLES[2])
-
-    def node_rank(self) -> int:
-        return _read(self.VARIABLES[3], 0)
-
-
-class TorchElasticEnvironment(_StartedElsewhere):
-    """Processes started by `torchrun`."""
-
-    detect = staticmethod(lambda: "TORCHELASTIC_RUN_ID" in os.environ)
-
-
-class SLURMEnvironment(_StartedElsewhere):
-    """Processes started by `srun` on a SLURM cluster; without ``requeue_signal``, SIGUSR1 says that time is over."""
-
-    VARIABLES = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
-
-    def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
-        self.auto_requeue = auto_requeue
-        self.requeue_signal = requeue_signal or getattr(signal, "SIGUSR1", None)
-
-    @property
-    def main_address(self) -> str:
-        nodes = os.environ.get("SLURM_NODELIST", DEFAULT_ADDRESS)
-        return os.environ.get("MASTER_ADDR") or self.resolve_root_node_address(nodes)
-
-    @property
-    def main_port(self) -> int:
-        # Made of the job's number, so that jobs on the same node do not meet.
-        job = os.environ.get("SLURM_JOB_ID", "")
-        return _read("MASTER_PORT", 15000 + int(job[-4:]) if job.isdigit() else DEFAULT_PORT)
-
-    @staticmethod
-    def detect() -> bool:
-        """True under `srun`, but not in an interactive session (job name "bash" or "interactive")."""
-        if "SLURM_NTASKS" not in os.environ and shutil.which("srun"):
-            fix = f"To train in a SLURM job, put it in front: `srun python {' '.join(sys.argv)[:60]}`."
-            rank_zero_warn(f"`srun` exists here, but did not start this process. {fix}", category=PossibleUserWarning)
-        return "SLURM_NTASKS" in os.environ and not _interactive_slurm()
-
-    job_name = staticmethod(lambda: os.environ.get("SLURM_JOB_NAME"))
-
-    @staticmethod
-    def job_id() -> int | None:
-        """The job's number; None outside of jobs and in interactive sessions."""
-        job = os.environ.get("SLURM_JOB_ID", "")
-        return int(job) if job.isdigit() and not _interactive_slurm() else None
-
-    @staticmethod
-    def resolve_root_node_address(nodes: str) -> str:
-        """The first host of a SLURM list: ``"gpu[07-09,12],login"`` gives ``"gpu07"``."""
-        return re.split(r"[,\s]", re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes))[0]
-
-
-def _interactive_slurm() -> bool:
-    return SLURMEnvironment.job_name() in ("bash", "interactive")
 
 
 def _read(variable: str, default: int | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch.nn import Module
 
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
-from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, suggestion
@@ -195,15 +196,12 @@ def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.devic
 
 
 def choose_cluster(wishes: Wishes, strategy: Strategy) -> ClusterEnvironment:
-    """The environment the user gave, or the first one that recognises itself."""
-    if ClusterEnvironment in wishes.plugins:
-        return wishes.plugins[ClusterEnvironment]
-    kinds = (TorchElasticEnvironment, SLURMEnvironment, LightningEnvironment)
-    cluster = next(kind for kind in kinds if kind.detect())()
-    if isinstance(strategy, SingleDeviceStrategy) and cluster.world_size() > 1:
-        what = f"{cluster.world_size()} processes were started, but each trains a model of its own on one device here"
+    """The environment the user gave, or ours; a launcher that started several processes is told that this is no use."""
+    started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
+    if isinstance(strategy, SingleDeviceStrategy) and started.isdigit() and int(started) > 1:
+        what = f"{started} processes were started, but each trains a model of its own on one device here"
         rank_zero_warn(f"{what}, and all write the same files. Start one process.", category=PossibleUserWarning)
-    return cluster
+    return wishes.plugins.get(ClusterEnvironment) or LightningEnvironment()
 
 
 def gpu_kind() -> str:

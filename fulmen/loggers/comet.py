@@ -32,17 +32,10 @@ class CometLogger(ServiceLogger):
     name = save_dir = None  # the project; where files for a later upload go
 
     def __init__(
-        self,
-        *,
-        api_key: str | None = None,
-        workspace: str | None = None,
-        project: str | None = None,
-        experiment_key: str | None = None,
-        mode: Literal["get_or_create", "get", "create"] | None = None,
-        online: bool | None = None,
-        prefix: str | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, *, api_key: str | None = None, workspace: str | None = None, project: str | None = None,
+        experiment_key: str | None = None, mode: Literal["get_or_create", "get", "create"] | None = None,
+        online: bool | None = None, prefix: str | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         require("comet_ml", "by `CometLogger`", minimum=">=3.44.4")
         super().__init__(prefix or "")
         for old, new in OLD_NAMES.items():

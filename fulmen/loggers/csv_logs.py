@@ -84,13 +84,9 @@ class CSVLogger(FolderLogger):
     """
 
     def __init__(
-        self,
-        save_dir: str | os.PathLike,
-        name: str | None = "lightning_logs",
-        version: int | str | None = None,
-        prefix: str = "",
-        flush_logs_every_n_steps: int = 100,
-    ) -> None:
+        self, save_dir: str | os.PathLike, name: str | None = "lightning_logs", version: int | str | None = None,
+        prefix: str = "", flush_logs_every_n_steps: int = 100,
+    ) -> None:  # fmt: skip
         if flush_logs_every_n_steps < 1:
             raise ValueError(f"`{flush_logs_every_n_steps=}` must be at least 1.")
         super().__init__(save_dir, name, version, prefix)

@@ -32,18 +32,11 @@ class MLFlowLogger(ServiceLogger):
     save_dir: str | None = None
 
     def __init__(
-        self,
-        experiment_name: str = "lightning_logs",
-        run_name: str | None = None,
-        tracking_uri: str | None = None,
-        tags: dict[str, Any] | None = None,
-        save_dir: str | None = "./mlruns",
-        log_model: Literal["all"] | bool = False,
-        prefix: str = "",
-        artifact_location: str | None = None,
-        run_id: str | None = None,
+        self, experiment_name: str = "lightning_logs", run_name: str | None = None, tracking_uri: str | None = None,
+        tags: dict[str, Any] | None = None, save_dir: str | None = "./mlruns", log_model: Literal["all"] | bool = False,
+        prefix: str = "", artifact_location: str | None = None, run_id: str | None = None,
         synchronous: bool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         require("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
         super().__init__(prefix, log_model)
         self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id

@@ -34,16 +34,10 @@ class TensorBoardLogger(FolderLogger):
     sub_dir: str | None = None
 
     def __init__(
-        self,
-        save_dir: str | os.PathLike,
-        name: str | None = "lightning_logs",
-        version: int | str | None = None,
-        log_graph: bool = False,
-        default_hp_metric: bool = True,
-        prefix: str = "",
-        sub_dir: str | os.PathLike | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, save_dir: str | os.PathLike, name: str | None = "lightning_logs", version: int | str | None = None,
+        log_graph: bool = False, default_hp_metric: bool = True, prefix: str = "",
+        sub_dir: str | os.PathLike | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if not available("tensorboardX"):
             require("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
@@ -76,11 +70,9 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def log_hyperparams(
-        self,
-        params: dict[str, Any] | argparse.Namespace,
-        metrics: dict[str, Any] | float | None = None,
+        self, params: dict[str, Any] | argparse.Namespace, metrics: dict[str, Any] | float | None = None,
         step: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Adds a row to the hyper-parameter table, with first values of its metrics (a number means ``hp_metric``)."""
         params = as_dict(params)
         self.hparams.update(params)

@@ -38,22 +38,12 @@ class WandbLogger(ServiceLogger):
     name = save_dir = ""  # the project; where checkpoints go
 
     def __init__(
-        self,
-        name: str | None = None,
-        save_dir: str | os.PathLike = ".",
-        version: str | None = None,
-        offline: bool = False,
-        dir: str | os.PathLike | None = None,
-        id: str | None = None,
-        anonymous: bool | None = None,
-        project: str | None = None,
-        log_model: Literal["all"] | bool = False,
-        experiment: Run | None = None,
-        prefix: str = "",
-        checkpoint_name: str | None = None,
-        add_file_policy: Literal["mutable", "immutable"] = "mutable",
-        **kwargs: Any,
-    ) -> None:
+        self, name: str | None = None, save_dir: str | os.PathLike = ".", version: str | None = None,
+        offline: bool = False, dir: str | os.PathLike | None = None, id: str | None = None,
+        anonymous: bool | None = None, project: str | None = None, log_model: Literal["all"] | bool = False,
+        experiment: Run | None = None, prefix: str = "", checkpoint_name: str | None = None,
+        add_file_policy: Literal["mutable", "immutable"] = "mutable", **kwargs: Any,
+    ) -> None:  # fmt: skip
         _library()
         if offline and log_model:
             what = f"`WandbLogger(log_model={log_model}, offline=True)` cannot send checkpoints without a connection."

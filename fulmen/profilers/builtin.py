@@ -79,12 +79,9 @@ class AdvancedProfiler(Profiler):
     """
 
     def __init__(
-        self,
-        dirpath: str | os.PathLike | None = None,
-        filename: str | None = None,
-        line_count_restriction: float = 1.0,
-        dump_stats: bool = False,
-    ) -> None:
+        self, dirpath: str | os.PathLike | None = None, filename: str | None = None,
+        line_count_restriction: float = 1.0, dump_stats: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(dirpath, filename)
         self.line_count_restriction, self.dump_stats = line_count_restriction, dump_stats
         self.profiled_actions: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)

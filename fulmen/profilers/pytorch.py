@@ -46,18 +46,11 @@ class PyTorchProfiler(Profiler):
     }  # fmt: skip
 
     def __init__(
-        self,
-        dirpath: str | os.PathLike | None = None,
-        filename: str | None = None,
-        group_by_input_shapes: bool = False,
-        emit_nvtx: bool = False,
-        export_to_chrome: bool = True,
-        row_limit: int = 20,
-        sort_by_key: str | None = None,
-        record_module_names: bool = True,
-        table_kwargs: dict[str, Any] | None = None,
-        **profiler_kwargs: Any,
-    ) -> None:
+        self, dirpath: str | os.PathLike | None = None, filename: str | None = None,
+        group_by_input_shapes: bool = False, emit_nvtx: bool = False, export_to_chrome: bool = True,
+        row_limit: int = 20, sort_by_key: str | None = None, record_module_names: bool = True,
+        table_kwargs: dict[str, Any] | None = None, **profiler_kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(dirpath, filename)
         self._emit_nvtx, self._export_to_chrome = emit_nvtx, export_to_chrome
         self._group_by_input_shapes, self._record_module_names = group_by_input_shapes, record_module_names

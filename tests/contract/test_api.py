@@ -35,6 +35,7 @@ EXCLUDED = {
     "lightning.pytorch.strategies.ModelParallelStrategy": "several devices",
     "lightning.pytorch.strategies.model_parallel": "several devices",
     "lightning.pytorch.plugins.TorchSyncBatchNorm": "several devices",
+    "lightning.pytorch.plugins.environments.SLURMEnvironment": "several devices",
     "lightning.pytorch.strategies.DeepSpeedStrategy": "DeepSpeed",
     "lightning.pytorch.utilities.deepspeed": "DeepSpeed",
     "lightning.pytorch.utilities.consolidate_checkpoint": "sharded checkpoints",

@@ -6,7 +6,7 @@ import torch
 
 from fulmen import Trainer
 from fulmen.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
-from fulmen.engine.cluster import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from fulmen.engine.cluster import LightningEnvironment
 from fulmen.engine.resolve import NOT_BUILT, announce, resolve
 from fulmen.plugins import DoublePrecision, HalfPrecision, LayerSync, MixedPrecision, Precision, TorchCheckpointIO
 from fulmen.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
@@ -145,14 +145,6 @@ def test_plugins_become_parts_of_the_strategy():
     assert strategy.checkpoint_io is io
     assert strategy.cluster_environment is cluster
     assert resolve(plugins=precision).precision_plugin is precision
-
-
-def test_the_environment_recognises_itself(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert type(resolve().cluster_environment) is SLURMEnvironment
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert type(resolve().cluster_environment) is TorchElasticEnvironment
 
 
 def test_several_processes_on_a_strategy_for_one_device_are_mentioned(monkeypatch):

