@@ -8,7 +8,6 @@ from fulmen.engine.accelerators import (
     CPUAccelerator,
     CUDAAccelerator,
     MPSAccelerator,
-    XLAAccelerator,
     find_usable_cuda_devices,
 )
 

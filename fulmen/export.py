@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import atomic_write
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.optional import require
@@ -63,37 +62,6 @@ def to_torchscript(
     if file_path is not None:
         atomic_write(file_path, lambda file: torch.jit.save(converted, file))
     return converted
-
-
-def to_tensorrt(
-    module: LightningModule, file_path: Any, input_sample: Any, ir: str, output_format: str, retrace: bool,
-    default_device: str | torch.device, **compile_kwargs: Any,
-) -> Any:  # fmt: skip
-    """The module compiled by TensorRT, in eval mode, and as a file if a path is given.
-
-    `ir` says how the module is read: "default", "dynamo" or "ts" (TorchScript). From the CPU it is moved to
-    `default_device`. `compile_kwargs` are for `torch_tensorrt.compile`.
-    """
-    if ir == "ts" and output_format != "torchscript":
-        why = "what is read through TorchScript can only be written as TorchScript."
-        fix = "Use `output_format='torchscript'`, or `ir='dynamo'`."
-        raise ValueError(f"`to_tensorrt(ir='ts', output_format={output_format!r})`: {why} {fix}")
-    tensorrt = require("torch_tensorrt", "by `to_tensorrt`", extra="torch-tensorrt")
-    device = torch.device(default_device) if module.device.type == "cpu" else module.device
-    if device.type != "cuda":
-        fix = "Call `module.cuda()` first, or pass `default_device='cuda'`."
-        raise MisconfigurationException(f"TensorRT compiles for CUDA devices only, not for {device}. {fix}")
-    module.to(device)
-    positional, named = _inputs(module, input_sample, "to_tensorrt")
-    inputs = [*positional, *named.values()]
-    with _evaluating(module):
-        compiled = tensorrt.compile(module, ir=ir, inputs=inputs, **compile_kwargs)
-        if file_path is not None and ir == "ts":
-            atomic_write(file_path, lambda file: torch.jit.save(compiled, file))
-        elif file_path is not None:
-            target = os.fspath(file_path)
-            tensorrt.save(compiled, target, inputs=inputs, output_format=output_format, retrace=retrace)
-    return compiled
 
 
 def _inputs(module: LightningModule, given: Any, method: str, name: str = "input_sample") -> tuple[tuple, dict]:

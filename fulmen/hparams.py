@@ -119,18 +119,13 @@ def as_hparams(hp: Any) -> MutableMapping:
         return hp
     if hp is None or isinstance(hp, (Mapping, Namespace)):
         return AttributeDict(vars(hp) if isinstance(hp, Namespace) else hp or {})
-    raise ValueError(
-        f"Hyper-parameters were given as the {type(hp).__name__} {hp!r}, in which they have no names. Pass a dict or a"
-        " `Namespace`, the name of the argument as a string, or nothing to keep all arguments."
-    )
+    what = f"Hyper-parameters were given as the {type(hp).__name__} {hp!r}, in which they have no names."
+    raise ValueError(f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all arguments.")
 
 
 @contextmanager
 def given_hyperparameters(arguments: Mapping[str, Any], instantiator: str | None = None) -> Iterator[None]:
-    """Inside, `save_hyperparameters` keeps these instead of looking at constructors.
-
-    Used by the command line interface, whose configuration can rebuild arguments that are objects themselves.
-    """
+    """Inside, `save_hyperparameters` keeps these: what the command line was given can rebuild objects, too."""
     token = _given.set({**arguments, **({INSTANTIATOR_KEY: instantiator} if instantiator else {})})
     try:
         yield

@@ -485,21 +485,6 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """Exports the model to TorchScript by "script" or "trace"; deprecated like TorchScript itself."""
         return export.to_torchscript(self, file_path, method, example_inputs, **kwargs)
 
-    def to_tensorrt(
-        self,
-        file_path: Any = None,
-        input_sample: Any = None,
-        ir: str = "default",
-        output_format: str = "exported_program",
-        retrace: bool = False,
-        default_device: str | torch.device = "cuda",
-        **compile_kwargs: Any,
-    ) -> Any:
-        """Compiles the model with TensorRT (needs CUDA and the package `torch_tensorrt`)."""
-        return export.to_tensorrt(
-            self, file_path, input_sample, ir, output_format, retrace, default_device, **compile_kwargs
-        )
-
     @ClassOnlyMethod
     def load_from_checkpoint(
         cls: Any,

@@ -19,21 +19,19 @@ from fulmen.utilities.types import GradClipAlgorithmType
 
 LIMITS = tuple(f"limit_{verb}_batches" for verb in ("train", "val", "test", "predict"))
 
+SWITCHES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+
 # What None stands for.
 DEFAULTS = {
+    **dict.fromkeys(SWITCHES, True),
     "fast_dev_run": False,
-    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), True),
     "log_every_n_steps": 50,
     "num_sanity_val_steps": 2,
     "val_check_interval": 1.0,
 }
 
 # What `barebones=True` switches off, and what else it cannot be combined with.
-BAREBONES = {
-    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-    "log_every_n_steps": 0,
-    "num_sanity_val_steps": 0,
-}
+BAREBONES = {**dict.fromkeys(SWITCHES, False), "log_every_n_steps": 0, "num_sanity_val_steps": 0}
 NOT_IN_BAREBONES = (*BAREBONES, "fast_dev_run", "detect_anomaly", "profiler")
 
 # Whole numbers, and the smallest allowed.
@@ -86,7 +84,10 @@ def check(**given: Any) -> Settings:
     values["gradient_clip_algorithm"] = clip_algorithm(values["gradient_clip_val"], values["gradient_clip_algorithm"])
     values["benchmark"] = benchmark_flag(values["deterministic"], values["benchmark"])
     values["max_time"] = None if given["max_time"] is None else parse_duration(given["max_time"], "max_time")
-    values["default_root_dir"] = root_dir(given["default_root_dir"])
+    root = os.getcwd() if given["default_root_dir"] is None else given["default_root_dir"]
+    if not isinstance(root, (str, os.PathLike)):
+        raise TypeError(_typed("default_root_dir", root, "Use a string or a path."))
+    values["default_root_dir"] = os.fspath(root)
     if values["fast_dev_run"]:
         values |= development_run(values["fast_dev_run"])
     if values["barebones"]:
@@ -125,10 +126,8 @@ def refuse_conflicts(given: Mapping[str, Any]) -> None:
         if given[name]:
             why = f"`{name}` costs time, and `barebones` measures speed without it. Drop one of them."
             raise ValueError(f"`Trainer(barebones=True, {name}={given[name]!r})` was passed. {why}")
-    rank_zero_info(
-        "`Trainer(barebones=True)`: no checkpoints, loggers, progress bar, model summary, sanity check, and `self.log`"
-        " does nothing. This is for measuring overhead, not for training."
-    )
+    off = "no checkpoints, loggers, progress bar, model summary, sanity check, and `self.log` does nothing."
+    rank_zero_info(f"`Trainer(barebones=True)`: {off} This is for measuring overhead, not for training.")
 
 
 def integer(name: str, value: Any) -> int:
@@ -179,10 +178,8 @@ def batches(name: str, value: Any) -> int | float:
 def development_run(fast_dev_run: int) -> dict[str, Any]:
     """The settings a development run of so many batches replaces."""
     count = int(fast_dev_run)
-    rank_zero_info(
-        f"Running in `fast_dev_run` mode: will run the requested loop using {count} batch(es). "
-        "Logging and checkpointing is suppressed."
-    )
+    what = f"Running in `fast_dev_run` mode: will run the requested loop using {count} batch(es)."
+    rank_zero_info(f"{what} Logging and checkpointing is suppressed.")
     schedule = {"val_check_interval": 1.0, "val_check_time_s": None, "check_val_every_n_epoch": 1}
     duration = {"max_steps": count, "max_epochs": 1, "num_sanity_val_steps": 0}
     return {"fast_dev_run": True if count == 1 else count, **dict.fromkeys(LIMITS, count), **duration, **schedule}
@@ -240,15 +237,6 @@ def apply_torch_flags(deterministic: bool | str | None, benchmark: bool | None) 
     if deterministic:
         # cuBLAS is deterministic only with a fixed workspace, and reads this when its first handle is made.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-
-
-def root_dir(default_root_dir: Any) -> str:
-    """Where files go unless something says otherwise: the working directory by default."""
-    if default_root_dir is None:
-        return os.getcwd()
-    if not isinstance(default_root_dir, (str, os.PathLike)):
-        raise TypeError(_typed("default_root_dir", default_root_dir, "Use a string or a path."))
-    return os.fspath(default_root_dir)
 
 
 def _typed(name: str, value: Any, fix: str) -> str:

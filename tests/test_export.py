@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fulmen as pl
-from fulmen.utilities.errors import LightningDeprecationWarning, MisconfigurationException
+from fulmen.utilities.errors import LightningDeprecationWarning
 
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs onnx")
 needs_onnxscript = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
@@ -126,14 +126,3 @@ def test_torchscript_refuses_what_it_cannot_do(net):
         net.to_torchscript(method="compile")
     with pytest.raises(ValueError, match="example_inputs"):
         net.to_torchscript(method="trace")
-
-
-def test_tensorrt_refuses_what_it_cannot_do(net, x):
-    with pytest.raises(ValueError, match="output_format='torchscript'"):
-        net.to_tensorrt("net.ep", x, ir="ts")
-    if importlib.util.find_spec("torch_tensorrt") is None:
-        with pytest.raises(ModuleNotFoundError, match="torch-tensorrt"):
-            net.to_tensorrt("net.ep", x)
-    else:
-        with pytest.raises(MisconfigurationException, match="CUDA"):
-            net.to_tensorrt("net.ep", x, default_device="cpu")

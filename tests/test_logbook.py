@@ -279,7 +279,9 @@ class Opaque:
 
 
 def opaque_loader():
-    return DataLoader(make_loader(8).dataset, batch_size=4, collate_fn=lambda rows: Opaque(torch.stack([r[0] for r in rows])))
+    return DataLoader(
+        make_loader(8).dataset, batch_size=4, collate_fn=lambda rows: Opaque(torch.stack([r[0] for r in rows]))
+    )
 
 
 class OpaqueModel(Logs):

@@ -118,7 +118,10 @@ def test_plateau_takes_its_monitor_from_either_level():
 
     def inner(self):
         optimizer = sgd(self)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "train_loss"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": ReduceLROnPlateau(optimizer), "monitor": "train_loss"},
+        }
 
     for answer in (outer, inner):
         (config,) = trained(answer).lr_scheduler_configs

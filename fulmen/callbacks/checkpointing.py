@@ -149,8 +149,8 @@ class ModelCheckpoint(Checkpoint):
         by_batch = self._every_n_train_steps or self._train_time_interval is not None
         if not by_batch or not self._batch_due(trainer) or self._idle(trainer):
             return
-        no_value_yet = self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
-        self._deferred = self.monitor is not None and no_value_yet
+        too_early = self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
+        self._deferred = self.monitor is not None and too_early
         if not self._deferred:
             self._save(trainer)
 

@@ -161,6 +161,7 @@ class TerminalProgressBar(ProgressBar):
     _drawing = property(lambda self: self._redraw_at < inf)
 
     def __init__(self, refresh_rate: int, leave: bool) -> None:
+        super().__init__()
         self._refresh_rate, self._leave = refresh_rate, leave
 
     def enable(self) -> None:

@@ -183,19 +183,6 @@ class MPSAccelerator(_Known):
     name = staticmethod(lambda: "mps")
 
 
-class XLAAccelerator(_Known):
-    """TPUs. Only the name exists, so that asking for one gets a clear answer."""
-
-    @staticmethod
-    def parse_devices(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("TPUs (torch_xla) are not supported by fulmen. Use `accelerator='cpu'`, 'cuda' or 'mps'.")
-
-    __init__ = get_parallel_devices = parse_devices
-    auto_device_count = staticmethod(lambda: 0)
-    is_available = staticmethod(lambda: False)
-    name = staticmethod(lambda: "tpu")
-
-
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
     """Indices of GPUs that accept work (others are broken, or taken in exclusive mode); -1 returns all.
 
@@ -255,5 +242,5 @@ class Registry(dict[str, dict[str, Any]]):
 
 
 AcceleratorRegistry = Registry("accelerator", taken=MisconfigurationException)
-for _class in (CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator):
+for _class in (CPUAccelerator, CUDAAccelerator, MPSAccelerator):
     _class.register_accelerators(AcceleratorRegistry)

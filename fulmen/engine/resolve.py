@@ -67,7 +67,7 @@ class Wishes:
     sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
-        self.accelerator = _known("accelerator", self.accelerator, ("auto", "gpu", *AcceleratorRegistry), Accelerator)
+        self.accelerator = _known("accelerator", self.accelerator, ("auto", "gpu", "tpu", *AcceleratorRegistry), Accelerator)
         names = ("auto", *StrategyRegistry, *NOT_BUILT)
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
         self.strategy = "single_device" if spelled == "auto" else _known("strategy", spelled, names, Strategy)
@@ -145,8 +145,8 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
     asked = wish if isinstance(wish, str) else wish.name()
     if asked in ("auto", "gpu"):
         wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
-    kind = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) else wish
-    if not kind.is_available():
+    kind = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) and wish != "tpu" else wish
+    if kind == "tpu" or not kind.is_available():
         usable = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
         gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
         what = f"The accelerator {asked!r} was asked for, but {gone}."

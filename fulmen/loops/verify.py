@@ -24,6 +24,7 @@ _LIKE = 0.9
 def configuration(trainer: Trainer) -> None:
     """Raises for a module, datamodule or combination of arguments that cannot run."""
     module, verb = trainer.lightning_module, trainer.state.fn
+    assert verb is not None
     refuse_removed(module)
     refuse_misspelt(module, LightningModule)
     for callback in trainer.callbacks:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from fulmen.data.combined import CombinedLoader
     from fulmen.utilities.collections import AttributeDict, apply_to_collection, move_data_to_device
     from fulmen.utilities.errors import MisconfigurationException, disable_possible_user_warnings
-    from fulmen.utilities.filesystem import is_shared_filesystem
     from fulmen.utilities.modules import (
         find_shared_parameters,
         grad_norm,

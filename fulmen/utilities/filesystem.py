@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable
 from operator import methodcaller
-from pathlib import Path
 from typing import IO, Any
 
 from fulmen.utilities.optional import require
@@ -117,27 +115,3 @@ def _flush_to_disk(descriptor: int) -> None:
         # Some network and user-space file systems cannot; a disk that fails still raises.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
             raise
-
-
-def is_shared_filesystem(strategy: Any, path: str | os.PathLike | None = None, timeout: int = 3) -> bool:
-    """Do all processes of the strategy see the same files under ``path`` (default: the current folder)?
-
-    All ranks must call this. A file that the first rank writes has to appear to the others within ``timeout`` seconds.
-    """
-    if getattr(strategy, "world_size", 1) == 1 or (path is not None and is_remote(path)):
-        return True
-    folder = Path(local_path(path or os.curdir)).resolve()
-    if not strategy.reduce_boolean_decision(strategy.broadcast(folder) == folder, all=True):
-        return False
-    folder = folder if folder.is_dir() else folder.parent
-    token = folder / f".fulmen-shared-{strategy.broadcast(uuid.uuid4().hex)}"
-    if strategy.is_global_zero:
-        token.touch()
-    strategy.barrier()
-    deadline = time.monotonic() + timeout
-    while not (seen := token.exists()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    shared = strategy.reduce_boolean_decision(seen, all=True)
-    if strategy.is_global_zero:
-        token.unlink(missing_ok=True)
-    return shared

@@ -7,7 +7,6 @@ from fulmen.accelerators import (
     CPUAccelerator,
     CUDAAccelerator,
     MPSAccelerator,
-    XLAAccelerator,
     find_usable_cuda_devices,
 )
 from fulmen.engine.accelerators import Registry
@@ -112,12 +111,6 @@ def test_an_accelerator_refuses_devices_of_another_type(kind):
         CPUAccelerator().setup_device(torch.device(kind.name()))
 
 
-def test_tpus_are_known_by_name_and_refused():
-    assert not XLAAccelerator.is_available() and XLAAccelerator.name() == "tpu"
-    with pytest.raises(RuntimeError, match="not supported by fulmen"):
-        XLAAccelerator()
-
-
 def test_usable_cuda_devices_cannot_be_more_than_the_visible_ones(gpus):
     gpus(0)
     assert find_usable_cuda_devices(0) == []
@@ -152,7 +145,7 @@ def test_a_real_gpu_is_set_up_and_watched():
 
 
 def test_names_of_the_registry():
-    assert {"cpu", "cuda", "mps", "tpu"} <= set(AcceleratorRegistry.available_accelerators())
+    assert {"cpu", "cuda", "mps"} <= set(AcceleratorRegistry.available_accelerators())
     assert isinstance(AcceleratorRegistry.get("cpu"), CPUAccelerator)
     with pytest.raises(KeyError, match=r"Did you mean `cuda`"):
         AcceleratorRegistry.get("cudaa")

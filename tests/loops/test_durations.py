@@ -392,12 +392,7 @@ def test_barebones_trains_and_validates_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     ("every", "epochs", "train", "val"),
-    [
-        (0, 4, [0], [0]),
-        (1, 4, [0, 1, 2, 3], [0, 1, 2, 3]),
-        (2, 5, [0, 2, 4], [0, 2, 4]),
-        (3, 5, [0, 3], [0, 3]),
-    ],
+    [(0, 4, [0], [0]), (1, 4, [0, 1, 2, 3], [0, 1, 2, 3]), (2, 5, [0, 2, 4], [0, 2, 4]), (3, 5, [0, 3], [0, 3])],
 )
 def test_loaders_are_asked_for_again_every_so_many_epochs(every, epochs, train, val):
     asked: dict[str, list[int]] = {"train": [], "val": []}

@@ -12,7 +12,9 @@ from torch import nn
 import fulmen as pl
 from fulmen.utilities.errors import MisconfigurationException
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*eval mode", "ignore:.*shuffl", "ignore:.*has 0 batches", "ignore:.*zero")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*eval mode", "ignore:.*shuffl", "ignore:.*has 0 batches", "ignore:.*zero"
+)
 
 VERBS = {"validate": "validation", "test": "test"}
 
@@ -348,10 +350,7 @@ def test_the_state_says_what_runs():
 
 @pytest.mark.parametrize(
     ("verb", "error", "words"),
-    [
-        ("validate", MisconfigurationException, "validation_step"),
-        ("test", MisconfigurationException, "test_step"),
-    ],
+    [("validate", MisconfigurationException, "validation_step"), ("test", MisconfigurationException, "test_step")],
 )
 def test_the_step_must_be_defined(verb, error, words):
     class Empty(pl.LightningModule):

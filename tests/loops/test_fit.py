@@ -610,3 +610,34 @@ def test_other_precisions(precision):
         loss.backward()
         optimizer.step()
     assert_same_bits(ours, theirs)
+
+
+def scaler(scale: float) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+
+
+@pytest.mark.parametrize("scale", [2.0**8, 2.0**24], ids=["usual", "overflows at first"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_loss_scaler_unscales_before_clipping_and_skips_steps_that_overflow(scale, clip):
+    """Skipped steps change nothing, and count all the same."""
+    from fulmen.plugins import MixedPrecision
+
+    ours, theirs = pair(lambda: Net(sgd))
+    own, loss_scaler = scaler(scale), scaler(scale)
+    precision = MixedPrecision("16-mixed", "cpu", own)
+    trainer = fit(ours, make_loader(20), plugins=[precision], gradient_clip_val=clip)
+    assert trainer.global_step == EPOCHS * 5
+    torch.manual_seed(7)
+    optimizer = sgd(theirs.parameters())
+    for batch in chain.from_iterable([make_loader(20)] * EPOCHS):
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            loss = theirs.loss(batch)
+        optimizer.zero_grad()
+        loss_scaler.scale(loss).backward()
+        loss_scaler.unscale_(optimizer)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        loss_scaler.step(optimizer)
+        loss_scaler.update()
+    assert own.get_scale() == loss_scaler.get_scale() != scale
+    assert_same_bits(ours, theirs)

@@ -489,7 +489,7 @@ def test_toggling_keeps_what_was_frozen_frozen():
             self.layer.bias.requires_grad_(False)
 
         def training_step(self, batch, batch_idx):
-            one, other = self.optimizers()
+            one, _ = self.optimizers()
             self.toggle_optimizer(one)
             inside = [p.requires_grad for p in (*self.layer.parameters(), *self.other.parameters())]
             assert inside == [True, False, False, False]
@@ -546,7 +546,10 @@ def test_schedulers_step_once_per_epoch_by_default():
 )
 def test_the_frequency_of_step_schedulers_counts_batches_of_the_epoch(frequency, arguments, expected):
     def configure(self, opt):
-        return {"optimizer": opt, "lr_scheduler": {"scheduler": halving(opt), "interval": "step", "frequency": frequency}}
+        return {
+            "optimizer": opt,
+            "lr_scheduler": {"scheduler": halving(opt), "interval": "step", "frequency": frequency},
+        }
 
     assert learning_rates(configure, **arguments) == expected
 

@@ -125,7 +125,7 @@ def test_writers_know_which_samples_a_batch_was_made_of():
     predictions, indices = writer.epoch
     assert [[len(p) for p in loader] for loader in predictions] == [[2, 2, 1], [3, 2]]
     assert indices[0] == [[0, 1], [2, 3], [4]]
-    assert sorted(sum(indices[1], [])) == [0, 1, 2, 3, 4]
+    assert sorted(index for batch in indices[1] for index in batch) == [0, 1, 2, 3, 4]
 
 
 def test_the_transfer_hooks_are_told_the_loader():

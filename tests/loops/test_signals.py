@@ -154,6 +154,7 @@ def test_handlers_of_the_user_are_called_and_put_back(tmp_path):
 
     before = signal.signal(signal.SIGTERM, mine)
     try:
+
         class Model(Regression):
             def training_step(self, batch, batch_idx):
                 if batch_idx == 1:
@@ -227,7 +228,9 @@ def test_an_exception_is_told_to_callbacks_and_raised_again_without_teardown(hoo
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize(("verb", "hook"), [("validate", "validation_step"), ("test", "test_step"), ("predict", "predict_step")])
+@pytest.mark.parametrize(
+    ("verb", "hook"), [("validate", "validation_step"), ("test", "test_step"), ("predict", "predict_step")]
+)
 def test_the_other_verbs_tell_it_as_well(verb, hook):
     told = Told()
     with pytest.raises(ValueError, match=hook):

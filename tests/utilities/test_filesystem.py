@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import fulmen
-from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, is_shared_filesystem
+from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote
 
 
 def run_python(code: str) -> int:
@@ -91,29 +91,3 @@ def test_new_files_have_usual_permissions_and_replace_links(tmp_path):
     assert (tmp_path / "best").read_bytes() == b"best" and not (tmp_path / "last").is_symlink()
     (tmp_path / "usual").touch()
     assert (tmp_path / "last").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-class TwoRanks:
-    """The parts of a strategy that the check uses, as seen by the first of two processes."""
-
-    world_size = 2
-    is_global_zero = True
-
-    def __init__(self, other_sees_it):
-        self.other_sees_it = other_sees_it
-
-    def broadcast(self, obj, src=0):
-        return obj
-
-    def barrier(self, name=None): ...
-
-    def reduce_boolean_decision(self, decision, all=True):
-        return decision and self.other_sees_it
-
-
-def test_a_file_system_is_shared_when_all_ranks_see_the_file(tmp_path):
-    assert is_shared_filesystem(TwoRanks(True), tmp_path)
-    assert not is_shared_filesystem(TwoRanks(False), tmp_path)
-    assert is_shared_filesystem(TwoRanks(False), "s3://bucket/a")
-    assert is_shared_filesystem(object(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
