@@ -293,13 +293,6 @@ class SpikeDetection(Callback):
         far = worse_by > 0 and worse_by >= (self.atol or 0) and worse_by >= abs(mean) * (self.rtol or 0)
         return far or (self.finite_only and not math.isfinite(loss))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_val": self.last_val, "bad_batches": self.bad_batches, "recent": list(self._recent)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_val, self.bad_batches = float(state_dict["last_val"]), list(state_dict["bad_batches"])
-        self._recent.extend(state_dict.get("recent", ()))
-
 
 def _require_logger(callback: Callback, trainer: Trainer) -> None:
     if not trainer.loggers:

@@ -19,6 +19,7 @@ trainer: trainer.trainer  tuner: tuner.tuning  serve: serve.servable_module serv
 
 callbacks.checkpointing: callbacks.checkpoint callbacks.model_checkpoint callbacks.on_exception_checkpoint
 callbacks.monitors: callbacks.device_stats_monitor callbacks.lr_monitor callbacks.spike callbacks.throughput_monitor
+    fabric.utilities.spike
 callbacks.timing: callbacks.timer callbacks.gradient_accumulation_scheduler
 callbacks.writing: callbacks.prediction_writer callbacks.lambda_function
 callbacks.progress_bar: callbacks.progress callbacks.progress.progress_bar

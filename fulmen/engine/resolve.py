@@ -145,7 +145,7 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
     asked = wish if isinstance(wish, str) else wish.name()
     if asked in ("auto", "gpu"):
         wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
-    kind = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) and wish != "tpu" else wish
+    kind: Any = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) and wish != "tpu" else wish
     if kind == "tpu" or not kind.is_available():
         usable = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
         gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"

@@ -226,9 +226,9 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
         RuntimeError: several loaders without a parameter `dataloader_idx`, or one loader and a required one.
     """
     for name in names:
-        method = getattr(module, name, None)
         if not is_overridden(name, module):
             continue
+        method = getattr(module, name)
         takes = takes_argument(method, "dataloader_idx") or num_positional(method) >= (4 if "end" in name else 3)
         if several and not takes:
             raise RuntimeError(
