@@ -110,18 +110,6 @@ class ModelHooks:
     def on_validation_end(self) -> None:
         """After validation; epoch metrics are already in `trainer.callback_metrics`."""
 
-    def on_test_start(self) -> None:
-        """Before testing."""
-
-    def on_test_end(self) -> None:
-        """After testing."""
-
-    def on_predict_start(self) -> None:
-        """Before prediction."""
-
-    def on_predict_end(self) -> None:
-        """After prediction."""
-
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Before `training_step`; the batch is on the device. Return -1 to skip the rest of the epoch."""
 
@@ -133,18 +121,6 @@ class ModelHooks:
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """After `validation_step`; `outputs` is what it returned."""
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Before `test_step`."""
-
-    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After `test_step`; `outputs` is what it returned."""
-
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Before `predict_step`."""
-
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """After `predict_step`; `outputs` is what it returned."""
 
     def on_validation_model_zero_grad(self) -> None:
         """Before validation inside fit: frees the gradients, unless an accumulation window is open."""
@@ -182,18 +158,6 @@ class ModelHooks:
     def on_validation_epoch_end(self) -> None:
         """At the end of a validation epoch."""
 
-    def on_test_epoch_start(self) -> None:
-        """At the start of a test epoch."""
-
-    def on_test_epoch_end(self) -> None:
-        """At the end of a test epoch."""
-
-    def on_predict_epoch_start(self) -> None:
-        """At the start of a prediction epoch."""
-
-    def on_predict_epoch_end(self) -> None:
-        """At the end of a prediction epoch."""
-
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
         """Between forward and backward, before gradients are cleared: those of the last step are still there."""
 
@@ -208,6 +172,20 @@ class ModelHooks:
 
     def configure_model(self) -> None:
         """Creates layers late, on the device and in the dtype of the run. Called by every verb: must be idempotent."""
+
+    # The same moments of testing and prediction.
+    def on_test_start(self) -> None: ...
+    def on_test_end(self) -> None: ...
+    def on_predict_start(self) -> None: ...
+    def on_predict_end(self) -> None: ...
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_epoch_start(self) -> None: ...
+    def on_test_epoch_end(self) -> None: ...
+    def on_predict_epoch_start(self) -> None: ...
+    def on_predict_epoch_end(self) -> None: ...
 
 
 class DataHooks:

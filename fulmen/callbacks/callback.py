@@ -59,118 +59,56 @@ class Callback:
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """When a run ends by an exception, Ctrl-C included; the exception goes on afterwards."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of fit, before optimizer states are restored."""
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of fit; the module is already back on the CPU."""
-
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the validation batches that are tried before training."""
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the validation batches that are tried before training."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first training epoch."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last training epoch."""
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of a training epoch; not repeated when a run resumes inside one."""
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of a training epoch; values logged here are seen by `ModelCheckpoint` and `EarlyStopping`."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before a training step; the batch is on the device."""
-
+    # When the others run is said at the hook of the same name in `fulmen.hooks.ModelHooks`.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None: ...
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        """After a training step. ``outputs["loss"]`` is detached and divided by the accumulation window."""
-
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Between forward and backward; the gradients of the previous step are still there."""
-
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Before backward; ``loss`` is divided by the accumulation window."""
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After backward; under a loss scaler the gradients are still scaled."""
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Before clipping and the step; the gradients are complete and unscaled."""
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before validation, the one inside fit included."""
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After validation; its metrics are in ``trainer.callback_metrics``."""
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of the pass over the validation batches."""
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of the pass over the validation batches, before metrics are reduced."""
-
+    ) -> None: ...
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None: ...
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None: ...
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None: ...
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Before a validation step."""
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """After a validation step; ``outputs`` is what it returned."""
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before testing."""
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After testing."""
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of the pass over the test batches."""
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of the pass over the test batches, before metrics are reduced."""
-
+    ) -> None: ...
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                          batch_idx: int, dataloader_idx: int = 0) -> None: ...  # fmt: skip
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Before a test step."""
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """After a test step; ``outputs`` is what it returned."""
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before prediction."""
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After prediction."""
-
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the start of the pass over the batches to predict."""
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At the end of the pass; the results are in ``trainer.predict_loop.predictions``."""
-
+    ) -> None: ...
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                          batch_idx: int, dataloader_idx: int = 0) -> None: ...  # fmt: skip
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None: ...
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Before a predict step."""
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        """After a predict step; ``outputs`` is what it returned."""
+    ) -> None: ...
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                          batch_idx: int, dataloader_idx: int = 0) -> None: ...  # fmt: skip
 
 
 def missing_monitor(callback: Callback, name: str, known: Iterable[str]) -> str:

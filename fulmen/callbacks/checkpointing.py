@@ -85,13 +85,13 @@ class ModelCheckpoint(Checkpoint):
         self.save_weights_only, self.auto_insert_metric_name = save_weights_only, auto_insert_metric_name
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
-        self._check()
+        _check(self)
 
         self.current_score: Tensor | None = None
         self.best_model_score: Tensor | None = None
         self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
         self.best_k_models: dict[str, Tensor] = {}
-        self.kth_value = self._worst_score()
+        self.kth_value = self._worst_score = torch.tensor(math.inf if mode == "min" else -math.inf)
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved = ""
         self._last_time_checked: float | None = None
@@ -99,30 +99,9 @@ class ModelCheckpoint(Checkpoint):
         self._validated = False
         self._warnings = WarningCache()
 
-    def _check(self) -> None:
-        top_k, chosen = self.save_top_k, {name: value for name, value in self._triggers().items() if value}
-        problems = {
-            f"`mode={self.mode!r}` is not known. Use 'min' or 'max'.": self.mode not in ("min", "max"),
-            f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
-            f"`save_top_k={top_k}` needs a `monitor` to tell which files are the best ones. "
-            "Pass the name of a logged value, or `save_top_k=-1` to keep all.": self.monitor is None and top_k > 1,
-            f"{chosen}: intervals must be 0 (never) or more.": min(self._every_n_train_steps, self._every_n_epochs) < 0,
-            f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
-            "Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
-        }
-        for message, wrong in problems.items():
-            if wrong:
-                raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
-
-    def _triggers(self) -> dict[str, Any]:
-        return {name: getattr(self, f"_{name}") for name in _TRIGGERS}
-
-    def _worst_score(self) -> Tensor:
-        return torch.tensor(math.inf if self.mode == "min" else -math.inf)
-
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers())
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **_triggers_of(self))
 
     @property
     def every_n_epochs(self) -> int | None:
@@ -159,7 +138,7 @@ class ModelCheckpoint(Checkpoint):
             return
         self._validated = True
         deferred = self._deferred and self.monitor in trainer.callback_metrics
-        if (deferred or self._epoch_due(trainer, after_training=False)) and not self._idle(trainer):
+        if (deferred or _epoch_due(self, trainer, after_training=False)) and not self._idle(trainer):
             self._deferred = False
             self._save(trainer)
 
@@ -167,7 +146,7 @@ class ModelCheckpoint(Checkpoint):
         # What still waits after validation is settled here, if only by the complaint that `monitor` does not exist.
         deferred = self._deferred and (self._validated or not trainer.enable_validation)
         self._deferred = self._deferred and not deferred
-        if (deferred or self._epoch_due(trainer, after_training=True)) and not self._idle(trainer):
+        if (deferred or _epoch_due(self, trainer, after_training=True)) and not self._idle(trainer):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,16 +168,6 @@ class ModelCheckpoint(Checkpoint):
         """Is this no moment to write files: not training for real, or already saved at this step?"""
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
         return not training or self._last_global_step_saved == trainer.global_step
-
-    def _epoch_due(self, trainer: Trainer, after_training: bool) -> bool:
-        """Is this epoch's turn, and is it looked at here: after training or after validation?"""
-        every, chosen = self._every_n_epochs, self._save_on_train_epoch_end
-        if every < 1 or (trainer.current_epoch + 1) % every:
-            return False
-        if chosen is None:
-            once_per_epoch = trainer.val_check_time_s is None and trainer.check_val_every_n_epoch == 1
-            chosen = once_per_epoch and (trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches))
-        return bool(chosen) is after_training
 
     def _batch_due(self, trainer: Trainer) -> bool:
         if self._every_n_train_steps:
@@ -247,7 +216,7 @@ class ModelCheckpoint(Checkpoint):
         displaced = worst(scores, key=scores.__getitem__) if len(scores) >= k else ""
         scores.pop(displaced, None)
         filepath = self._free_path(trainer, metrics, replaces=displaced)
-        self.current_score = scores[filepath] = self._worst_score() if current.isnan() else current
+        self.current_score = scores[filepath] = self._worst_score if current.isnan() else current
         self.best_model_path = best(scores, key=scores.__getitem__)
         self.best_model_score = scores[self.best_model_path]
         if len(scores) >= k:
@@ -383,6 +352,26 @@ class OnExceptionCheckpoint(Checkpoint):
         trainer.strategy.remove_checkpoint(self.ckpt_path)
 
 
+def _triggers_of(callback: ModelCheckpoint) -> dict[str, Any]:
+    return {name: getattr(callback, f"_{name}") for name in _TRIGGERS}
+
+
+def _check(callback: ModelCheckpoint) -> None:
+    top_k, chosen = callback.save_top_k, {name: value for name, value in _triggers_of(callback).items() if value}
+    problems = {
+        f"`mode={callback.mode!r}` is not known. Use 'min' or 'max'.": callback.mode not in ("min", "max"),
+        f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
+        f"`save_top_k={top_k}` needs a `monitor` to tell which files are the best ones. "
+        "Pass the name of a logged value, or `save_top_k=-1` to keep all.": callback.monitor is None and top_k > 1,
+        f"{chosen}: intervals must be 0 (never) or more.": any(isinstance(n, int) and n < 0 for n in chosen.values()),
+        f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
+        "Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
+    }
+    for message, wrong in problems.items():
+        if wrong:
+            raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
+
+
 def _normal_folder(dirpath: str | os.PathLike) -> str:
     path = os.fspath(dirpath)
     return path if is_remote(path) else os.path.realpath(os.path.expanduser(local_path(path)))
@@ -396,6 +385,17 @@ def folder_of_run(trainer: Trainer) -> str:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
     return os.path.join(root, str(logger.name), version, "checkpoints")
+
+
+def _epoch_due(callback: ModelCheckpoint, trainer: Trainer, after_training: bool) -> bool:
+    """Is this epoch's turn, and is it looked at here: after training or after validation?"""
+    every, chosen = callback._every_n_epochs, callback._save_on_train_epoch_end
+    if every < 1 or (trainer.current_epoch + 1) % every:
+        return False
+    if chosen is None:
+        once_per_epoch = trainer.val_check_time_s is None and trainer.check_val_every_n_epoch == 1
+        chosen = once_per_epoch and (trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches))
+    return bool(chosen) is after_training
 
 
 def _metrics_of(trainer: Trainer) -> dict[str, Any]:

@@ -52,6 +52,10 @@ class Feed:
         else:
             self._iterator = iter(self.loaders)
 
+    def exhaust(self) -> None:
+        """No batch follows in this epoch."""
+        self._iterator = iter(())
+
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         if self._iterator is None:
             self.open()

@@ -289,6 +289,8 @@ class FitLoop:
             "starts again from its first sample. Give it `state_dict` and `load_state_dict` to continue exactly."
         )
         self.feed.first_batch_idx = progress.batch
+        if progress.is_last_batch:
+            self.feed.exhaust()
         self.draws.rewind()
         self.draws = Draws(None)
         position, progress.position = progress.position, Position.BATCH_DONE
