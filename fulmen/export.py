@@ -1,4 +1,4 @@
-"""Leaving Python: ONNX, TorchScript and TensorRT files of a module."""
+"""Leaving Python: ONNX and TorchScript files of a module."""
 
 from __future__ import annotations
 

@@ -337,7 +337,7 @@ def _group_names(base: str, optimizer: Optimizer) -> list[str]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise MisconfigurationException(
-            f"Several parameter groups of `{base}` have the same name: {repeated}. `LearningRateMonitor` logs each under "
-            "its name, so give every group of one optimizer another `name`, or none."
+            f"Several parameter groups of `{base}` have the same name: {repeated}. `LearningRateMonitor` logs by name: "
+            "give every group of one optimizer another `name`, or none."
         )
     return [f"{base}/{name}" for name in names]

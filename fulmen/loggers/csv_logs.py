@@ -111,8 +111,8 @@ class CSVLogger(FolderLogger):
     @rank_zero_only
     def save(self) -> None:
         """Writes the rows if the last writing was long ago, or if nothing was logged since the last call."""
-        asked_again = self._rows_at_last_save == self.experiment.num_rows
-        self._rows_at_last_save = self.experiment.num_rows
+        num_rows = (self._experiment or self.experiment).num_rows
+        asked_again, self._rows_at_last_save = self._rows_at_last_save == num_rows, num_rows
         if asked_again or time.monotonic() - self._written_at >= WRITE_EVERY_SECONDS:
             self._write()
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Logger(ABC):
     """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members.
 
-    Decorate what must happen once per run with `rank_zero_only`, an ``experiment`` property with `rank_zero_experiment`.
+    `rank_zero_only` is for what must happen once per run, `rank_zero_experiment` for an ``experiment`` property.
     """
 
     @property

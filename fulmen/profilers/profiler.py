@@ -17,7 +17,7 @@ from fulmen.utilities.rank_zero import rank_zero_info
 
 
 class Profiler(ABC):
-    """Measures named actions between `start` and `stop`: the Trainer's, such as ``[Callback]Timer.on_fit_end``, and yours.
+    """Measures named actions between `start` and `stop`: the Trainer's (``[Callback]Timer.on_fit_end``) and yours.
 
     Args:
         dirpath: where files go; the Trainer's log folder if None.
@@ -59,7 +59,7 @@ class Profiler(ABC):
         return ""
 
     def describe(self) -> None:
-        """Appends the report to the file, or logs it; the Trainer does this at the end of fit, validate, test, predict."""
+        """Appends the report to the file, or logs it; the Trainer does so at the end of each verb."""
         text = self.summary()
         if text and self.filename and self.dirpath:
             ensure_dir(self.dirpath)
@@ -99,7 +99,6 @@ class PassThroughProfiler(Profiler):
     active = False
 
     def start(self, action_name: str) -> None: ...
-
     def stop(self, action_name: str) -> None: ...
 
     def profile(self, action_name: str) -> AbstractContextManager[str]:  # type: ignore[override]
