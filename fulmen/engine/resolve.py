@@ -67,7 +67,9 @@ class Wishes:
     sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
-        self.accelerator = _known("accelerator", self.accelerator, ("auto", "gpu", "tpu", *AcceleratorRegistry), Accelerator)
+        self.accelerator = _known(
+            "accelerator", self.accelerator, ("auto", "gpu", "tpu", *AcceleratorRegistry), Accelerator
+        )
         names = ("auto", *StrategyRegistry, *NOT_BUILT)
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
         self.strategy = "single_device" if spelled == "auto" else _known("strategy", spelled, names, Strategy)
