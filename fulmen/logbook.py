@@ -47,6 +47,13 @@ class Entry:
         self.dtype: torch.dtype | None = None
         self.reset()
 
+    def means(self, options: Options, name: str, hook: str | None) -> bool:
+        """Whether other arguments come to the same, as defaults do that were written out."""
+        same = self.bar == bool(options[0]) and self.logger == (options[1] is not False)
+        kind = type(self) in (MetricEntry, _kind_of(name, options[4]))
+        when = _when(name, hook, options[2], options[3]) == (self.on_step, self.on_epoch)
+        return same and kind and when and self.options[5:] == options[5:]
+
     def reset(self) -> None:
         self.empty = True
         self.newest: Any = None
@@ -318,7 +325,7 @@ class LogBook:
         key = (self.hook, name, self.dataloader_idx)
         entry = self.entries.get(key)
         if entry is not None:
-            if entry.options != options:
+            if entry.options != options and not entry.means(options, name, self.hook):
                 raise MisconfigurationException(
                     f"`self.log('{name}', ...)` was called twice in `{self.hook}` with different arguments. "
                     "One name in one hook has one way of being reduced and sent. "

@@ -488,13 +488,14 @@ class Trainer:
         """Sends plain numbers to every logger.
 
         Arguments:
-            step: the x axis; by default the loggers' own counter. A metric called "step" takes its place.
-            with_epoch: adds the epoch as a metric.
+            step: the x axis; by default the loggers' own counter.
+            with_epoch: adds the epoch as a metric, unless there is one called "step": it is the x axis then.
         """
-        if with_epoch:
-            step = int(metrics.pop("step", step if step is not None else self.fit_loop.progress.log_step))
+        if with_epoch and "step" in metrics:
+            step = int(metrics.pop("step"))
+        elif with_epoch:
             metrics.setdefault("epoch", self.current_epoch)
-        elif step is None:
+        if step is None:
             step = self.fit_loop.progress.log_step
         for logger in self.loggers:
             logger.log_metrics(metrics=metrics, step=step)

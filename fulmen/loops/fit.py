@@ -307,9 +307,10 @@ class FitLoop:
     def close_epoch(self) -> None:
         """`on_train_epoch_end`, schedulers that watch a metric, and the metrics of the epoch."""
         trainer, progress, book = self.trainer, self.progress, self.trainer.book
-        progress.position = Position.EPOCH_END
         book.close_batch()
-        book.remember()
+        if progress.position != Position.VALIDATED:  # else what validation logged is newer
+            book.remember()
+        progress.position = Position.EPOCH_END
         assert book.page is not None
         book.page.epoch_over = True
         self.hooks.on_train_epoch_end()
