@@ -30,11 +30,6 @@ class Entry:
     MPS, which has no float64), weights are Python numbers.
     """
 
-    __slots__ = (
-        "bar", "callback_name", "dataloader_idx", "dtype", "empty", "epoch_name", "final", "graph", "logger",
-        "newest", "on_epoch", "on_step", "options", "step_name", "total", "weight",
-    )  # fmt: skip
-
     def __init__(self, name: str, options: Options, on_step: bool, on_epoch: bool, dataloader_idx: int | None) -> None:
         self.options = options
         self.bar, self.logger, self.graph = bool(options[0]), options[1] is not False, bool(options[5])
@@ -70,7 +65,8 @@ class Entry:
         """Keeps the value. Waits for no device: nothing here asks what the value is."""
         if isinstance(value, Tensor):
             if value.dim():
-                value = _one_element(self.callback_name, value)
+                _check_value(self.callback_name, value)
+                value = value.reshape(())
             if not self.graph:
                 value = value.detach()
             if self.on_step:
@@ -105,8 +101,6 @@ class Entry:
 class Mean(Entry):
     """Average weighted by batch size."""
 
-    __slots__ = ()
-
     def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
         weight = batch_size if batch_size is not None else book.current_batch_size()
         if self.total is None:
@@ -124,8 +118,6 @@ class Mean(Entry):
 class Sum(Entry):
     """Sum over the epoch."""
 
-    __slots__ = ()
-
     def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
         self.total = self.widened(value) if self.total is None else self.merge(self.total, value)
 
@@ -137,34 +129,29 @@ class Sum(Entry):
         return self.narrowed(self.total)
 
 
+def _extreme(of_tensors: Callable[..., Tensor], of_numbers: Callable[..., Any]) -> Any:
+    def merge(total: Any, value: Any) -> Any:
+        if isinstance(total, Tensor) and isinstance(value, Tensor):
+            return of_tensors(total, value.to(total))
+        return of_numbers(total, value)  # sync, if one is a tensor: a name logged as a tensor and as a number
+
+    return staticmethod(merge)
+
+
 class Maximum(Sum):
     """Largest value of the epoch."""
 
-    __slots__ = ()
-
-    @staticmethod
-    def merge(total: Any, value: Any) -> Any:
-        if isinstance(total, Tensor) and isinstance(value, Tensor):
-            return torch.maximum(total, value.to(total))
-        return max(total, value)  # sync, if one of them is a tensor: a name logged as a tensor and as a number
+    merge = _extreme(torch.maximum, max)
 
 
 class Minimum(Sum):
     """Smallest value of the epoch."""
 
-    __slots__ = ()
-
-    @staticmethod
-    def merge(total: Any, value: Any) -> Any:
-        if isinstance(total, Tensor) and isinstance(value, Tensor):
-            return torch.minimum(total, value.to(total))
-        return min(total, value)  # sync, as above
+    merge = _extreme(torch.minimum, min)
 
 
 class MetricEntry(Entry):
     """A torchmetrics object: it accumulates by itself, and is reset by us at the end of the epoch."""
-
-    __slots__ = ("metric",)
 
     def reset(self) -> None:
         metric = getattr(self, "metric", None)
@@ -207,8 +194,6 @@ KINDS: dict[Any, type[Entry]] = {
 class Page:
     """The entries of one loop: training, validation inside fit, validate or test."""
 
-    __slots__ = ("entries", "epoch_over", "has_steps", "training")
-
     def __init__(self, training: bool) -> None:
         self.entries: dict[tuple[str | None, str, int | None], Entry] = {}
         self.training = training
@@ -223,19 +208,16 @@ class Page:
 
     def values(self, dataloader_idx: int | None = None) -> list[tuple[Entry, str, Any]]:
         """(entry, name, value) of everything readable now: step values inside the epoch, epoch values at its end."""
-        found = []
+        found: list[tuple[Entry, str, Any]] = []
         for entry in self.entries.values():
             if entry.empty or (dataloader_idx is not None and entry.dataloader_idx not in (None, dataloader_idx)):
                 continue
-            if not self.epoch_over and entry.on_step:
-                name, value = entry.step_name, entry.newest
-            elif self.epoch_over and entry.on_epoch:
-                name, value = entry.epoch_name, entry.epoch_value() if entry.final is None else entry.final
-            else:
-                continue
-            if value is not None:
-                found.append((entry, name, value))
-        return found
+            if self.epoch_over and entry.on_epoch:
+                value = entry.epoch_value() if entry.final is None else entry.final
+                found.append((entry, entry.epoch_name, value))
+            elif not self.epoch_over and entry.on_step:
+                found.append((entry, entry.step_name, entry.newest))
+        return [(entry, name, value) for entry, name, value in found if value is not None]
 
 
 class LogBook:
@@ -246,16 +228,11 @@ class LogBook:
     date when they are asked for.
     """
 
-    __slots__ = (
-        "_bar", "_callback", "_copies", "_logged", "_page_names", "batch", "batch_size", "dataloader_idx",
-        "entries", "has_loggers", "hook", "logging_due", "module", "page", "size_required",
-    )  # fmt: skip
-
     def __init__(self) -> None:
         self.hook: str | None = None
         self.page: Page | None = None
         self.entries: dict[tuple[str | None, str, int | None], Entry] = {}
-        self._page_names: dict[str, Page] = {}
+        self._pages: dict[str, Page] = {}
         self.batch: Any = None
         self.batch_size: int | None = None
         self.dataloader_idx: int | None = None
@@ -272,12 +249,8 @@ class LogBook:
 
     def turn_to(self, name: str | None) -> Page | None:
         """Opens the page of a loop ("train", "validate", "test", "sanity_check"; None closes the book). Returns the one before."""
-        previous, self.page = self.page, None
-        if name is not None:
-            self.page = self._page_names.get(name)
-            if self.page is None:
-                self.page = self._page_names[name] = Page(training=name == "train")
-        self.entries = self.page.entries if self.page is not None else {}
+        previous = self.page
+        self.turn_back(None if name is None else self._pages.setdefault(name, Page(training=name == "train")))
         return previous
 
     def turn_back(self, page: Page | None) -> None:
@@ -350,30 +323,28 @@ class LogBook:
 
     # ------------------------------------------------------------------ reading
 
+    def _readable(self, dataloader_idx: int | None = None) -> list[tuple[Entry, str, Any]]:
+        return self.page.values(dataloader_idx) if self.page is not None else []
+
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """Newest value per name, as tensors; evaluation shows its values once the epoch is over."""
         page = self.page
         if page is not None and (page.training or page.epoch_over):
             for entry, name, value in page.values():
-                self._callback[name] = self._callback[entry.callback_name] = self._as_tensor(value)
+                self._callback[name] = self._callback[entry.callback_name] = _as_tensor(value)
         return self._callback
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """Newest value per name that goes to loggers."""
-        if self.page is not None:
-            for entry, name, value in self.page.values():
-                if entry.logger:
-                    self._logged[name] = self._as_tensor(value)
+        self._logged.update((name, _as_tensor(value)) for entry, name, value in self._readable() if entry.logger)
         return self._logged
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """Newest value per name that goes to the progress bar, exactly: this waits for the device (sync)."""
-        if self.page is not None:
-            found = {name: value for entry, name, value in self.page.values() if entry.bar}
-            self._bar.update(to_host(found))
+        self._bar.update(to_host({name: value for entry, name, value in self._readable() if entry.bar}))
         return self._bar
 
     def peek(self) -> dict[str, float]:
@@ -381,14 +352,11 @@ class LogBook:
 
         A copy of what is newest is started here and shown by the next call.
         """
-        if self.page is not None:
-            for entry, name, value in self.page.values():
-                if not entry.bar:
-                    continue
-                if not isinstance(value, Tensor) or value.device.type == "cpu":
-                    self._bar[name] = to_number(value)
-                else:
-                    self._peek_device(name, value)
+        for entry, name, value in self._readable():
+            if entry.bar and isinstance(value, Tensor) and value.device.type != "cpu":
+                self._peek_device(name, value)
+            elif entry.bar:
+                self._bar[name] = to_number(value)
         return self._bar
 
     def _peek_device(self, name: str, value: Tensor) -> None:
@@ -410,10 +378,8 @@ class LogBook:
 
     def take(self, dataloader_idx: int | None = None) -> dict[str, Any]:
         """Values that are due for the loggers, still where they were made; also kept in `logged_metrics`."""
-        if self.page is None:
-            return {}
-        due = {name: value for entry, name, value in self.page.values(dataloader_idx) if entry.logger}
-        self._logged.update((name, self._as_tensor(value)) for name, value in due.items())
+        due = {name: value for entry, name, value in self._readable(dataloader_idx) if entry.logger}
+        self._logged.update((name, _as_tensor(value)) for name, value in due.items())
         return due
 
     def remember(self) -> None:
@@ -440,9 +406,9 @@ class LogBook:
 
     def clear(self) -> None:
         """Empties all views and pages: a new run begins."""
-        for page in self._page_names.values():
+        for page in self._pages.values():
             page.reset()
-        self._page_names.clear()
+        self._pages.clear()
         self.hook = self.dataloader_idx = None
         self.close_batch()
         self._callback, self._logged, self._bar = {}, {}, {}
@@ -454,15 +420,16 @@ class LogBook:
         self._callback = {name: value.cpu() for name, value in self._callback.items()}
         self._logged = {name: value.cpu() for name, value in self._logged.items()}
 
-    def _as_tensor(self, value: Any) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.reshape(()) if value.dim() else value
-        return torch.tensor(value, dtype=torch.get_default_dtype())
-
 
 # ---------------------------------------------------------------------- plain functions
 
 _PLAIN = frozenset((Tensor, float, int, bool))
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.reshape(()) if value.dim() else value
+    return torch.tensor(value, dtype=torch.get_default_dtype())
 
 
 def to_number(value: Any) -> float:
@@ -503,11 +470,6 @@ def _check_value(name: str, value: Any) -> None:
             "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "
             "one with `self.log_dict`, or text with `self.logger.experiment`."
         )
-
-
-def _one_element(name: str, value: Tensor) -> Tensor:
-    _check_value(name, value)
-    return value.reshape(())
 
 
 def _when(name: str, hook: str | None, on_step: bool | None, on_epoch: bool | None) -> tuple[bool, bool]:
