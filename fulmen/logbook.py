@@ -108,7 +108,7 @@ class Mean(Entry):
         elif isinstance(value, Tensor) and isinstance(self.total, Tensor) and not self.graph:
             self.total.add_(value, alpha=weight)
         else:
-            self.total = self.total + value * weight
+            self.total = self.total + self.widened(value) * weight
         self.weight += weight
 
     def epoch_value(self) -> Any:
@@ -119,7 +119,9 @@ class Sum(Entry):
     """Sum over the epoch."""
 
     def combine(self, value: Any, book: LogBook, batch_size: int | None) -> None:
-        self.total = self.widened(value) if self.total is None else self.merge(self.total, value)
+        if not isinstance(self.total, Tensor):
+            value = self.widened(value)
+        self.total = value if self.total is None else self.merge(self.total, value)
 
     @staticmethod
     def merge(total: Any, value: Any) -> Any:
@@ -161,7 +163,11 @@ class MetricEntry(Entry):
         self.metric: Any = metric
 
     def add(self, value: Any, book: LogBook, batch_size: int | None) -> None:
-        self.metric = value
+        if value is not self.metric:
+            # A new object in the place of the old one will do, two that are both there will not.
+            if not _is_metric(value) or any(child is self.metric for child in book.module.modules()):
+                raise _twice(self.callback_name, book.hook)
+            self.metric = value
         if self.on_step:
             self.newest = value._forward_cache
         self.empty = False
@@ -298,18 +304,20 @@ class LogBook:
         key = (self.hook, name, self.dataloader_idx)
         entry = self.entries.get(key)
         if entry is not None:
-            if entry.options != options and not entry.means(options, name, self.hook):
-                raise MisconfigurationException(
-                    f"`self.log('{name}', ...)` was called twice in `{self.hook}` with different arguments. "
-                    "One name in one hook has one way of being reduced and sent. "
-                    "Use the same arguments in both calls, or another name."
-                )
+            same_kind = is_metric == isinstance(entry, MetricEntry)
+            if not same_kind or (entry.options != options and not entry.means(options, name, self.hook)):
+                raise _twice(name, self.hook)
             return entry
         on_step, on_epoch = _when(name, self.hook, options[2], options[3])
         if options[8] and "/dataloader_idx_" in name:
             raise MisconfigurationException(
                 f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'. That suffix is added to names when "
                 "there are several loaders. Choose another name, or pass `add_dataloader_idx=False`."
+            )
+        if not options[8] and any(known[:2] == key[:2] for known in self.entries):
+            raise MisconfigurationException(
+                f"`self.log('{name}', ..., add_dataloader_idx=False)` was called for several loaders. One value would "
+                "hide the other. Put the loader into the name, or leave `add_dataloader_idx` out."
             )
         kind = MetricEntry if is_metric else _kind_of(name, options[4])
         if options[1] is True and not self.has_loggers:
@@ -470,6 +478,13 @@ def _check_value(name: str, value: Any) -> None:
             "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "
             "one with `self.log_dict`, or text with `self.logger.experiment`."
         )
+
+
+def _twice(name: str, hook: str | None) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`self.log('{name}', ...)` was called twice in `{hook}` with different arguments. One name in one hook has one "
+        "way of being reduced and sent. Use the same arguments in both calls, or another name."
+    )
 
 
 def _when(name: str, hook: str | None, on_step: bool | None, on_epoch: bool | None) -> tuple[bool, bool]:

@@ -106,7 +106,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     @dtype.setter
     def dtype(self, dtype: torch.dtype) -> None:
-        raise RuntimeError("Cannot set the dtype explicitly. Please use module.to(new_dtype).")
+        raise RuntimeError("`dtype` is read only. Convert the module with `module.to(dtype)`.")
 
     def to(self, *args: Any, **kwargs: Any) -> LightningModule:
         """Moves and converts, like `torch.nn.Module.to`."""
@@ -257,22 +257,12 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     # ------------------------------------------------------------------ logging
 
     def log(
-        self,
-        name: str,
-        value: Any,
-        prog_bar: bool = False,
-        logger: bool | None = None,
-        on_step: bool | None = None,
-        on_epoch: bool | None = None,
-        reduce_fx: str | Callable[..., Any] = "mean",
-        enable_graph: bool = False,
-        sync_dist: bool = False,
-        sync_dist_group: Any = None,
-        add_dataloader_idx: bool = True,
-        batch_size: int | None = None,
-        metric_attribute: str | None = None,
+        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None,
+        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True, batch_size: int | None = None, metric_attribute: str | None = None,
         rank_zero_only: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Keeps a value for loggers, callbacks and the progress bar. It stays on its device until somebody reads it.
 
         Arguments:

@@ -118,8 +118,8 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
     """
     if answer is None:
         rank_zero_warn(
-            "`LightningModule.configure_optimizers` returned `None`, this fit will run with no optimizer. "
-            "Return an optimizer to have the weights updated."
+            f"`{type(module).__name__}.configure_optimizers` returned None: there is no optimizer, so the weights stay "
+            "as they are. Return one to train them."
         )
         return [NoOptimizer()], []
     optimizers, schedulers, monitor = _unpack(answer)

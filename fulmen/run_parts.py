@@ -49,7 +49,7 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     if _missing(callbacks, Checkpoint, settings, "enable_checkpointing"):
         callbacks.append(ModelCheckpoint())
     if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
-        rank_zero_info("Ignoring `Trainer(max_time=...)`, callbacks list already contains a Timer.")
+        rank_zero_info("`Trainer(max_time=...)` has no effect: `callbacks` holds a Timer already.")
     elif settings.max_time is not None:
         callbacks.append(Timer(duration=settings.max_time, interval="step"))
     if _missing(callbacks, ProgressBar, settings, "enable_progress_bar"):
@@ -65,7 +65,7 @@ def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings
     """Is there no callback of a kind that is wanted? An error if there is one of a kind that is not."""
     names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
     if kind is ProgressBar and len(names) > 1:
-        what = f"You added multiple progress bar callbacks: {', '.join(names)}."
+        what = f"There can be one progress bar, but `callbacks` holds several: {', '.join(names)}."
         raise MisconfigurationException(f"{what} Keep one of them.")
     if names and not getattr(settings, switch):
         what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
@@ -81,7 +81,7 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
     kinds = {type(old) for old in callbacks if any(issubclass(type(n), type(old)) for n in new)} - {Callback}
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        what = "The following callbacks returned in `LightningModule.configure_callbacks` replace existing ones:"
+        what = "These callbacks of `configure_callbacks` take the place of the trainer's:"
         rank_zero_info(f"{what} {names}")
     return in_order([old for old in callbacks if type(old) not in kinds] + new)
 
@@ -102,7 +102,7 @@ def _from_entry_points() -> list[Callback]:
             made = entry.load()()
             new = [made] if isinstance(made, Callback) else list(made)
             found.extend(new)
-            rank_zero_info(f"Adding {len(new)} callbacks from entry point '{entry.name}'.")
+            rank_zero_info(f"The entry point {entry.name!r} brings {len(new)} callback(s).")
     return found
 
 
@@ -110,7 +110,7 @@ def _check_state_keys(callbacks: list[Callback]) -> None:
     seen: set[str] = set()
     for callback in callbacks:
         if callback.state_key in seen and callback.state_dict():
-            what = f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key"
+            what = f"Two callbacks of one kind have states: `{type(callback).__name__}` with the state key"
             fix = "Use different arguments, or override `state_key`."
             raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
         seen.add(callback.state_key)
@@ -157,6 +157,6 @@ def assemble_profiler(given: Any) -> Profiler:
         return given
     if not isinstance(given, str) or given.lower() not in PROFILERS:
         what = f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), PROFILERS)}"
-        fix = f"When passing a string, it can be one of {list(PROFILERS)}; or pass a `Profiler`."
+        fix = f"Use one of {list(PROFILERS)}, or a `Profiler`."
         raise MisconfigurationException(f"{what} {fix}")
     return getattr(profilers, PROFILERS[given.lower()])()

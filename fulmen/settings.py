@@ -155,7 +155,7 @@ def limits(given: Mapping[str, Any]) -> dict[str, int | float]:
     for name in LIMITS:
         if given[name] is not None and values[name] == 1:
             amount = "all batches" if isinstance(given[name], float) else "1 batch"
-            rank_zero_info(f"`Trainer({name}={given[name]!r})` was configured so {amount} per epoch will be used.")
+            rank_zero_info(f"`Trainer({name}={given[name]!r})` means {amount} of each epoch.")
     overfit = values["overfit_batches"] = batches("overfit_batches", given["overfit_batches"])
     if overfit > 0:
         values["limit_train_batches"] = values["limit_val_batches"] = overfit
@@ -178,8 +178,8 @@ def batches(name: str, value: Any) -> int | float:
 def development_run(fast_dev_run: int) -> dict[str, Any]:
     """The settings a development run of so many batches replaces."""
     count = int(fast_dev_run)
-    what = f"Running in `fast_dev_run` mode: will run the requested loop using {count} batch(es)."
-    rank_zero_info(f"{what} Logging and checkpointing is suppressed.")
+    what = f"Running in `fast_dev_run` mode: every loop sees {count} batch(es)."
+    rank_zero_info(f"{what} Nothing is logged or saved.")
     schedule = {"val_check_interval": 1.0, "val_check_time_s": None, "check_val_every_n_epoch": 1}
     duration = {"max_steps": count, "max_epochs": 1, "num_sanity_val_steps": 0}
     return {"fast_dev_run": True if count == 1 else count, **dict.fromkeys(LIMITS, count), **duration, **schedule}

@@ -86,51 +86,36 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        *args: Any,
-        accelerator: Any = "auto",
-        strategy: Any = "auto",
-        devices: list[int] | str | int = "auto",
-        num_nodes: int = 1,
+        self, *args: Any,
+        # hardware
+        accelerator: Any = "auto", strategy: Any = "auto", devices: list[int] | str | int = "auto", num_nodes: int = 1,
         precision: Any = None,
-        logger: Logger | Iterable[Logger] | bool | None = None,
-        callbacks: list[Callback] | Callback | None = None,
-        fast_dev_run: int | bool = False,
-        max_epochs: int | None = None,
-        min_epochs: int | None = None,
-        max_steps: int = -1,
-        min_steps: int | None = None,
-        max_time: str | timedelta | dict[str, int] | None = None,
-        limit_train_batches: int | float | None = None,
-        limit_val_batches: int | float | None = None,
-        limit_test_batches: int | float | None = None,
-        limit_predict_batches: int | float | None = None,
+        # plug-ins
+        logger: Logger | Iterable[Logger] | bool | None = None, callbacks: list[Callback] | Callback | None = None,
+        # how long
+        fast_dev_run: int | bool = False, max_epochs: int | None = None, min_epochs: int | None = None,
+        max_steps: int = -1, min_steps: int | None = None, max_time: str | timedelta | dict[str, int] | None = None,
+        # how much data
+        limit_train_batches: int | float | None = None, limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None, limit_predict_batches: int | float | None = None,
         overfit_batches: int | float = 0.0,
+        # how often
         val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
-        check_val_every_n_epoch: int | None = 1,
-        num_sanity_val_steps: int | None = None,
+        check_val_every_n_epoch: int | None = 1, num_sanity_val_steps: int | None = None,
         log_every_n_steps: int | None = None,
-        enable_checkpointing: bool | None = None,
-        enable_progress_bar: bool | None = None,
+        # what is on
+        enable_checkpointing: bool | None = None, enable_progress_bar: bool | None = None,
         enable_model_summary: bool | None = None,
-        accumulate_grad_batches: int = 1,
-        gradient_clip_val: int | float | None = None,
+        # optimization
+        accumulate_grad_batches: int = 1, gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
-        deterministic: bool | str | None = None,
-        benchmark: bool | None = None,
-        inference_mode: bool = True,
-        use_distributed_sampler: bool = True,
-        profiler: Any = None,
-        detect_anomaly: bool = False,
-        barebones: bool = False,
-        plugins: Any = None,
-        sync_batchnorm: bool = False,
-        reload_dataloaders_every_n_epochs: int = 0,
-        default_root_dir: str | os.PathLike[str] | None = None,
-        enable_autolog_hparams: bool = True,
-        model_registry: str | None = None,
-        **unknown: Any,
-    ) -> None:
+        # everything else
+        deterministic: bool | str | None = None, benchmark: bool | None = None, inference_mode: bool = True,
+        use_distributed_sampler: bool = True, profiler: Any = None, detect_anomaly: bool = False,
+        barebones: bool = False, plugins: Any = None, sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0, default_root_dir: str | os.PathLike[str] | None = None,
+        enable_autolog_hparams: bool = True, model_registry: str | None = None, **unknown: Any,
+    ) -> None:  # fmt: skip
         here = dict(locals())
         given = {n: here[n] for n, default in _DEFAULTS.items() if n in self._passed or here[n] is not default}
         # Positional arguments are taken in declaration order, as scripts written for the API expect.
@@ -274,7 +259,7 @@ class Trainer:
             )
         if datamodule is not None and any(loader is not None for loader in loaders.values()):
             raise MisconfigurationException(
-                f"You cannot pass loaders and a datamodule to `{name}` at the same time. Pass one of the two."
+                f"`{name}` received loaders and a datamodule at the same time. Pass one of the two."
             )
         self.state.fn, self.state.stage, self.state.status = fn, stage, TrainerStatus.RUNNING
         self.datamodule = datamodule
@@ -526,7 +511,7 @@ class Trainer:
         """
         if self.lightning_module is None:
             raise AttributeError(
-                "Saving a checkpoint is only possible if a model is attached to the Trainer. "
+                "There is nothing to save: no model is attached to this Trainer yet. "
                 "Call `trainer.fit`, `validate`, `test` or `predict` first."
             )
         with self.profiler.profile("save_checkpoint"):

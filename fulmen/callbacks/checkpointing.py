@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # `{name}` or `{name:format}` in a file name
-_TRIGGERS = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
 _STATE_OF_FOLDER = ("best_model_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path")
 _STATE = ("monitor", "best_model_path", "current_score", "dirpath", *_STATE_OF_FOLDER)
 
@@ -42,13 +41,12 @@ class Checkpoint(Callback):
 class ModelCheckpoint(Checkpoint):
     """Writes checkpoints during fit and keeps the best or the newest of them.
 
-    **When.** At most one of ``every_n_epochs`` (1 if none is given), ``every_n_train_steps`` (optimizer steps) and
+    **When.** By one of ``every_n_epochs`` (1 if none is given), ``every_n_train_steps`` (optimizer steps) and
     ``train_time_interval``. Epochs are looked at after training or after validation (``save_on_train_epoch_end``); None
     means after training, unless validation runs inside of epochs, by the clock, or not in every epoch. A save by step
     or time waits for the validation that comes next, or first gives ``monitor`` a value.
 
     **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``.
-    What has to make room is removed after the new file was written.
 
     Args:
         dirpath: folder or URL; by default ``checkpoints`` in the first logger's folder, or in ``default_root_dir``.
@@ -78,7 +76,9 @@ class ModelCheckpoint(Checkpoint):
         self._train_time_interval = train_time_interval
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             self._every_n_epochs = 1
-        self.dirpath = None if dirpath is None else _normal_folder(dirpath)
+        folder = None if dirpath is None else os.fspath(dirpath)
+        local = folder is not None and not is_remote(folder)
+        self.dirpath = os.path.realpath(os.path.expanduser(local_path(folder))) if local else folder
         self.filename = None if filename is None else os.fspath(filename)
         self.monitor, self.mode, self.verbose = monitor, mode, verbose
         self.save_last, self.save_top_k, self.save_on_exception = save_last, save_top_k, save_on_exception
@@ -95,13 +95,12 @@ class ModelCheckpoint(Checkpoint):
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved = ""
         self._last_time_checked: float | None = None
-        self._deferred = False  # a save by step or time waits for the validation that follows
-        self._validated = False
+        self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
         self._warnings = WarningCache()
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **_triggers_of(self))
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers)
 
     @property
     def every_n_epochs(self) -> int | None:
@@ -111,7 +110,7 @@ class ModelCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
         if self.save_last == "link" and is_remote(self.dirpath):
-            what = f"`ModelCheckpoint(save_last='link')`: there are no symbolic links in `dirpath={self.dirpath}`."
+            what = f"`ModelCheckpoint(save_last='link')`: there are no links in `dirpath={self.dirpath}`."
             raise ValueError(f"{what} Use `save_last=True`, which writes a full copy.")
         if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0:
             files = get_filesystem(self.dirpath)
@@ -122,9 +121,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_time_checked = time.monotonic()
         self._deferred = self._validated = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         by_batch = self._every_n_train_steps or self._train_time_interval is not None
         if not by_batch or not self._batch_due(trainer) or self._idle(trainer):
             return
@@ -170,13 +167,11 @@ class ModelCheckpoint(Checkpoint):
         return not training or self._last_global_step_saved == trainer.global_step
 
     def _batch_due(self, trainer: Trainer) -> bool:
-        if self._every_n_train_steps:
+        if self._train_time_interval is None:
             return trainer.global_step % self._every_n_train_steps == 0
-        assert self._train_time_interval is not None
-        now, before = time.monotonic(), self._last_time_checked
-        due = before is None or now - before >= self._train_time_interval.total_seconds()
-        if due := trainer.strategy.broadcast(due):  # clocks differ
-            self._last_time_checked = now
+        waited = time.monotonic() - self._last_time_checked
+        due = trainer.strategy.broadcast(waited >= self._train_time_interval.total_seconds())  # clocks differ
+        self._last_time_checked += waited if due else 0
         return due
 
     def _save(self, trainer: Trainer) -> None:
@@ -223,8 +218,8 @@ class ModelCheckpoint(Checkpoint):
             self.kth_best_model_path = worst(scores, key=scores.__getitem__)
             self.kth_value = scores[self.kth_best_model_path]
         if self.verbose:
-            best_score = f"(best {self.best_model_score:.5f})"
-            rank_zero_info(f"{where} reached {current:.5f} {best_score}, saving model to {filepath!r} as top {k}")
+            scores_now = f"{current:.5f} (best {self.best_model_score:.5f})"
+            rank_zero_info(f"{where} reached {scores_now}, saving model to {filepath!r} as top {k}")
         self._save_checkpoint(trainer, filepath)
         self._make_room(trainer, displaced, filepath)  # … and from the disk after it
         return True
@@ -238,7 +233,7 @@ class ModelCheckpoint(Checkpoint):
             better = bool(current < max(scores) if self.mode == "min" else current > min(scores))
         return trainer.strategy.reduce_boolean_decision(better)
 
-    def _write_last(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+    def _write_last(self, trainer: Trainer, metrics: dict) -> None:
         filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
         previous, self.last_model_path = self.last_model_path, filepath
         if self.save_last == "link" and self._last_checkpoint_saved not in ("", filepath):
@@ -269,9 +264,7 @@ class ModelCheckpoint(Checkpoint):
         if previous and previous != current and old != resumed and old.startswith(os.path.join(folder, "")):
             self._remove_checkpoint(trainer, previous)
 
-    def _free_path(
-        self, trainer: Trainer, metrics: Mapping[str, Any], replaces: str = "", template: str | None = None
-    ) -> str:
+    def _free_path(self, trainer: Trainer, metrics: dict, replaces: str = "", template: str | None = None) -> str:
         """Where the next file goes; ``replaces`` is about to be removed, so its name is free."""
         # Metrics, and so names, may differ between ranks.
         share, version = trainer.strategy.broadcast, self.STARTING_VERSION
@@ -285,9 +278,8 @@ class ModelCheckpoint(Checkpoint):
         """Does the first rank see this file? All ranks must ask."""
         return trainer.strategy.broadcast(get_filesystem(filepath).exists(os.fspath(filepath)))
 
-    def format_checkpoint_name(
-        self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
-    ) -> str:
+    def format_checkpoint_name(self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None,
+                               prefix: str | None = None) -> str:  # fmt: skip
         """The path of a checkpoint with these metrics; names that are not among them count as 0.
 
         >>> ModelCheckpoint(filename="{epoch}-{val_loss:.2f}").format_checkpoint_name({"epoch": 1, "val_loss": 0.126})
@@ -311,8 +303,7 @@ class ModelCheckpoint(Checkpoint):
         ensure_dir(os.path.dirname(path) or ".")
         with get_filesystem(path).open(path, "w") as file:
             for checkpoint, score in self.best_k_models.items():
-                number = json.dumps(score.item()).replace("Infinity", ".inf")
-                file.write(f"{json.dumps(checkpoint)}: {number}\n")
+                file.write(f"{json.dumps(checkpoint)}: {json.dumps(score.item()).replace('Infinity', '.inf')}\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in _STATE}, "best_k_models": dict(self.best_k_models)}
@@ -320,13 +311,10 @@ class ModelCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before = state_dict.get("dirpath", self.dirpath)
         if self.dirpath == before:
-            for name in _STATE_OF_FOLDER:
-                setattr(self, name, state_dict.get(name, getattr(self, name)))
+            vars(self).update({name: state_dict[name] for name in _STATE_OF_FOLDER if name in state_dict})
         else:
-            rank_zero_warn(
-                f"Checkpoints go to {self.dirpath!r} now, and went to {before!r} in the checkpoint being loaded: only "
-                "`best_model_path` is taken over. Use the same `dirpath` to go on where the run stopped."
-            )
+            what = f"`dirpath` is {self.dirpath!r} now, and was {before!r} in the checkpoint being loaded"
+            rank_zero_warn(f"{what}: only `best_model_path` is taken over. Use the same `dirpath` to keep the others.")
         self.best_model_path = state_dict["best_model_path"]
 
 
@@ -352,29 +340,17 @@ class OnExceptionCheckpoint(Checkpoint):
         trainer.strategy.remove_checkpoint(self.ckpt_path)
 
 
-def _triggers_of(callback: ModelCheckpoint) -> dict[str, Any]:
-    return {name: getattr(callback, f"_{name}") for name in _TRIGGERS}
-
-
 def _check(callback: ModelCheckpoint) -> None:
-    top_k, chosen = callback.save_top_k, {name: value for name, value in _triggers_of(callback).items() if value}
+    top_k, chosen = callback.save_top_k, {name: value for name, value in callback._triggers.items() if value}
     problems = {
         f"`mode={callback.mode!r}` is not known. Use 'min' or 'max'.": callback.mode not in ("min", "max"),
         f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
-        f"`save_top_k={top_k}` needs a `monitor` to tell which files are the best ones. "
-        "Pass the name of a logged value, or `save_top_k=-1` to keep all.": callback.monitor is None and top_k > 1,
+        f"`save_top_k={top_k}` needs a `monitor`. Use `save_top_k=-1` to keep all.": not callback.monitor and top_k > 1,
         f"{chosen}: intervals must be 0 (never) or more.": any(isinstance(n, int) and n < 0 for n in chosen.values()),
-        f"{chosen} are {len(chosen)} occasions to save, and one callback has only one. "
-        "Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
+        f"{chosen} are too many. Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
     }
-    for message, wrong in problems.items():
-        if wrong:
-            raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
-
-
-def _normal_folder(dirpath: str | os.PathLike) -> str:
-    path = os.fspath(dirpath)
-    return path if is_remote(path) else os.path.realpath(os.path.expanduser(local_path(path)))
+    for message in (message for message, wrong in problems.items() if wrong):
+        raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
 
 def folder_of_run(trainer: Trainer) -> str:

@@ -19,39 +19,31 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-
 _STATE = ("wait_count", "stopped_epoch", "best_score", "patience", "stopping_reason_message")
 
 
 class EarlyStoppingReason(Enum):
     """Which rule ended training."""
 
-    NOT_STOPPED = 0
-    STOPPING_THRESHOLD = 1
-    DIVERGENCE_THRESHOLD = 2
-    PATIENCE_EXHAUSTED = 3
-    NON_FINITE_METRIC = 4
+    NOT_STOPPED, STOPPING_THRESHOLD, DIVERGENCE_THRESHOLD, PATIENCE_EXHAUSTED, NON_FINITE_METRIC = range(5)
 
 
 class EarlyStopping(Callback):
     """Sets ``trainer.should_stop`` once ``monitor`` has not improved ``patience`` times in a row.
 
-    It looks after every training epoch, or after every validation when that does not run once per epoch. The trainer
-    still completes ``min_epochs`` and ``min_steps``. Ranks stop together as soon as one of them wants to, and a resumed
-    run keeps its ``patience``.
+    It looks after every training epoch, or after every validation when that does not run once per epoch. Ranks stop
+    together as soon as one of them wants to. The trainer still completes ``min_epochs`` and ``min_steps``.
 
     Args:
         min_delta: what counts as an improvement: a change by more than this.
         patience: checks without improvement; 0 means the same as 1.
         strict: a ``monitor`` nobody logged is an error, else it is ignored (with a warning if ``verbose``).
         check_finite: stop as well when the value becomes NaN or infinite.
-        stopping_threshold: stop as soon as the value is better than this.
-        divergence_threshold: stop as soon as the value is worse than this.
+        stopping_threshold, divergence_threshold: stop as soon as the value is better, or worse, than this.
         log_rank_zero_only: with ``verbose``, only the first rank speaks.
     """
 
     monitors = True
-
     mode_dict: ClassVar[dict[str, Callable[[Any, Any], Tensor]]] = {"min": torch.lt, "max": torch.gt}
     order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
 
@@ -123,9 +115,9 @@ class EarlyStopping(Callback):
         """Applies the rules in their order; also counts, and remembers the best value."""
         reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
         stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
-        better, worse = (self.order_dict[mode] for mode in (("min", "max") if self.mode == "min" else ("max", "min")))
+        better, worse = self.order_dict[self.mode], self.order_dict["max" if self.mode == "min" else "min"]
+        best = f"the best value was {self.best_score:.3f}"
         if self.check_finite and not torch.isfinite(current):
-            best = f"the best value was {self.best_score:.3f}"
             return reason.NON_FINITE_METRIC, f"{name} is {current}, which is not finite; {best}. Stopping."
         if stop_at is not None and is_better(current, stop_at):
             return reason.STOPPING_THRESHOLD, f"{name} is good enough: {current} {better} {stop_at}. Stopping."
@@ -139,8 +131,8 @@ class EarlyStopping(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return reason.NOT_STOPPED, None
-        since = f"did not improve in the last {self.wait_count} checks; the best value was {self.best_score:.3f}"
-        return reason.PATIENCE_EXHAUSTED, f"{name} {since}. Stopping."
+        message = f"{name} did not improve in the last {self.wait_count} checks; {best}. Stopping."
+        return reason.PATIENCE_EXHAUSTED, message
 
     def state_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in _STATE}, "stopping_reason": self.stopping_reason.value}

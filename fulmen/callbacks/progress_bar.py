@@ -10,19 +10,16 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fulmen.callbacks.callback import Callback
-from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
-
-_warnings = WarningCache()
 
 SECONDS_BETWEEN_REDRAWS = 0.1
 
-# Stages beside training: what the bar is called, the property that describes it, the trainer's with its batches.
+# Stages beside training: the kind of the bar, the property that describes it, the trainer's with its batches.
 EVALUATIONS = {
     "sanity_check": ("val_sanity", "sanity_check_description", "num_sanity_val_batches"),
     "validate": ("val", "validation_description", "num_val_batches"),
@@ -32,16 +29,12 @@ EVALUATIONS = {
 
 
 class ProgressBar(Callback):
-    """Base class for bars of your own: names, totals and metrics. Override the hooks in which you draw.
-
-    Bars are switched off with `disable()` on all processes but the first.
-    """
+    """Base class for bars of your own: override the hooks in which you draw. Only the first process has a bar."""
 
     is_enabled: Any = True
     _trainer: Trainer | None = None
     _current_eval_dataloader_idx: int | None = None
-    # While a bar is being redrawn, values that have not arrived from the device yet are not waited for.
-    _peeking = False
+    _peeking = False  # redraws do not wait for values that have not arrived from the device yet
 
     @property
     def trainer(self) -> Trainer:
@@ -49,7 +42,7 @@ class ProgressBar(Callback):
             raise TypeError(f"`{type(self).__name__}` is not attached to a trainer yet; pass it in `callbacks=[...]`.")
         return self._trainer
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         self._trainer = trainer
         if not trainer.is_global_zero:
             self.disable()
@@ -66,15 +59,15 @@ class ProgressBar(Callback):
         """Print without disturbing the bar; arguments are those of the built-in function."""
         builtins.print(*args, **kwargs)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict]:
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict]:
         """What is shown beside the bar; called only when it is redrawn. Override it to add, change or drop values."""
         logged = trainer.book.peek() if self._peeking else trainer.progress_bar_metrics
         versions = list(dict.fromkeys(logger.version for logger in trainer.loggers if logger.version not in (None, "")))
         if not versions:
             return dict(logged)
         if "v_num" in logged:
-            what = "The progress bar shows `v_num` by itself, and `self.log('v_num', prog_bar=True)` overwrites it."
-            _warnings.warn(f"{what} Log it under another name, or override `get_metrics`.")
+            what = "`self.log('v_num', prog_bar=True)` overwrites what the bar shows as `v_num`."
+            rank_zero_warn(f"{what} Log it under another name, or override `get_metrics`.")
         version = versions[0] if len(versions) == 1 else "_".join(map(str, versions))
         return {"v_num": version[-4:] if isinstance(version, str) else version, **logged}
 
@@ -136,8 +129,8 @@ class Track:
 class TerminalProgressBar(ProgressBar):
     """Decides when to redraw; subclasses only draw.
 
-    Per batch this costs an assignment and a look at the clock. Where there is no terminal nothing is drawn, and a line
-    of text is printed at the end of each epoch. While the bar of training is open, one of validation may be below it.
+    Per batch this costs an assignment and a look at the clock. Where there is no terminal, a line is printed per epoch.
+    While the bar of training is open, one of validation may be below it.
     """
 
     monitors: ClassVar[bool] = True  # so that the last state of an epoch has what the module logs at its end
@@ -170,12 +163,13 @@ class TerminalProgressBar(ProgressBar):
     def disable(self) -> None:
         self._enabled, self._redraw_at = False, inf
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._redraw_at = 0.0 if self.is_enabled and self._has_terminal() else inf
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
-        tracks, self._train, self._evaluation = (self._evaluation, self._train), None, None
+        tracks = self._evaluation, self._train
+        self._train = self._evaluation = None
         for track in filter(None, tracks):
             self._close(track.kind)
 
@@ -186,7 +180,7 @@ class TerminalProgressBar(ProgressBar):
         self._show(track, metrics)
         self._redraw_at = monotonic() + self._seconds_between_redraws
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         short = self._train and self._train.seconds < SECONDS_BETWEEN_REDRAWS
         if self._leave and self._train and self._train.done:
             self._close("train")
@@ -209,18 +203,18 @@ class TerminalProgressBar(ProgressBar):
         if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
             self._draw_training(trainer, pl_module, exactly=False)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if self.is_enabled:
             self._draw_training(trainer, pl_module, exactly=True)
 
-    def _draw_training(self, trainer: Trainer, pl_module: LightningModule, exactly: bool) -> None:
+    def _draw_training(self, trainer: Trainer, pl_module: Any, exactly: bool) -> None:
         self._peeking = not exactly
         metrics = self.get_metrics(trainer, pl_module)
         self._peeking = False
         show = self._draw if self._drawing else print_line
         show(self._train, metrics)
 
-    def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _start_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
         kind, description, _ = EVALUATIONS[trainer.state.stage.value]  # type: ignore[union-attr]
         self._open(kind)
         self._evaluation = Track(kind, getattr(self, description))
@@ -239,7 +233,7 @@ class TerminalProgressBar(ProgressBar):
         if self._drawing:
             self._begin(track)
 
-    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
         track, self._evaluation = self._evaluation, None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
@@ -251,14 +245,14 @@ class TerminalProgressBar(ProgressBar):
     on_sanity_check_start = on_test_start = on_predict_start = _start_evaluation
     on_sanity_check_end = on_test_end = on_predict_end = _end_evaluation
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return self._begin_loader(trainer, 0)  # its length is known only now
         if self._train and self._drawing and self._train.drawn != self._train.done:
             self._draw_training(trainer, pl_module, exactly=False)
         self._start_evaluation(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
         seconds = self._evaluation.seconds

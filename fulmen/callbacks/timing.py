@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.callbacks.callback import Callback
 from fulmen.module import LightningModule
 from fulmen.utilities.durations import parse_duration
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import RunningStage
@@ -22,22 +22,15 @@ if TYPE_CHECKING:
 class Timer(Callback):
     """Measures training, validation and testing, and ends training when ``duration`` is over.
 
-    The time already spent is part of the checkpoint, so a resumed run has the rest of it.
-
-    Args:
-        duration: "DD:HH:MM:SS", a `timedelta`, or a dict of its arguments; None only measures.
-        interval: look at the clock after every batch ("step") or every epoch ("epoch").
-        verbose: say that the time is over.
+    ``duration`` is "DD:HH:MM:SS", a `timedelta`, or a dict of its arguments; None only measures. The clock is looked at
+    after every "step" or "epoch" (``interval``). A resumed run has what is left of the time.
     """
 
-    def __init__(
-        self, duration: str | timedelta | dict[str, int] | None = None, interval: str = "step", verbose: bool = True
-    ) -> None:
+    def __init__(self, duration: str | timedelta | dict[str, int] | None = None, interval: str = "step",
+                 verbose: bool = True) -> None:  # fmt: skip
         if interval not in ("step", "epoch"):
-            hint = suggestion(str(interval), ("step", "epoch"))
-            raise MisconfigurationException(f"`Timer(interval={interval!r})` must be 'step' or 'epoch'.{hint}")
-        limit = None if duration is None else parse_duration(duration, "Timer(duration)")
-        self._duration = None if limit is None else limit.total_seconds()
+            raise MisconfigurationException(f"`Timer(interval={interval!r})` must be 'step' or 'epoch'.")
+        self._duration = None if duration is None else parse_duration(duration, "Timer(duration)").total_seconds()
         self._interval, self._verbose = str(interval), verbose
         self._start: dict[str, float] = {}
         self._end: dict[str, float] = {}
@@ -53,11 +46,9 @@ class Timer(Callback):
 
     def time_elapsed(self, stage: str = RunningStage.TRAINING) -> float:
         """Seconds in the stage until it ended, or until now."""
-        start, end = self.start_time(stage), self.end_time(stage)
+        end = self._end.get(stage, time.monotonic())
         offset = self._offset if stage == RunningStage.TRAINING else 0
-        if start is None:
-            return offset
-        return offset + (time.monotonic() if end is None else end) - start
+        return offset + (end - self._start.get(stage, end))
 
     def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
         """Seconds left of the duration, None without one."""
@@ -102,20 +93,17 @@ class Timer(Callback):
 
 
 class GradientAccumulationScheduler(Callback):
-    """Accumulates gradients over another number of batches from given epochs on: ``{4: 2}`` is two from the fifth on.
-
-    It sets ``trainer.accumulate_grad_batches``, which keeps its last value afterwards. Epochs before the first key
-    accumulate nothing.
-    """
+    """Sets ``trainer.accumulate_grad_batches`` by epoch: ``{4: 2}`` accumulates two batches from the fifth epoch on."""
 
     def __init__(self, scheduling: Mapping[int, int]) -> None:
         if not scheduling:
-            what = f"`GradientAccumulationScheduler({scheduling!r})` schedules nothing."
-            raise TypeError(f"{what} Pass `{{epoch: batches}}`.")
+            raise TypeError(
+                f"`GradientAccumulationScheduler({scheduling!r})` schedules nothing. Pass `{{epoch: batches}}`."
+            )
         for epoch, batches in scheduling.items():
             if not isinstance(epoch, int) or epoch < 0 or not isinstance(batches, int) or batches < 1:
-                what = f"`GradientAccumulationScheduler`: {{{epoch!r}: {batches!r}}} is not a pair"
-                raise MisconfigurationException(f"{what} of an epoch (0 or more) and a number of batches (1 or more).")
+                pair = f"`GradientAccumulationScheduler({{{epoch!r}: {batches!r}}})`: not a pair"
+                raise MisconfigurationException(f"{pair} of an epoch (0 or more) and a number of batches (1 or more).")
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
         self._set: int | None = None
@@ -133,19 +121,17 @@ class GradientAccumulationScheduler(Callback):
         if not pl_module.automatic_optimization:
             raise RuntimeError(f"{what}: manual optimization decides itself when to step. Remove the callback.")
         if trainer.strategy.handles_gradient_accumulation:
-            raise RuntimeError(
-                f"{what}: `{type(trainer.strategy).__name__}` accumulates by itself, always over the same number of "
-                "batches. Remove the callback and set `Trainer(accumulate_grad_batches=...)`."
-            )
+            name = type(trainer.strategy).__name__
+            raise RuntimeError(f"{what}: `{name}` accumulates by itself. Use `Trainer(accumulate_grad_batches=...)`.")
         window = trainer.accumulate_grad_batches
         if window not in (1, self._set):
             raise ValueError(f"{what} overwrites `Trainer(accumulate_grad_batches={window})`. Remove one of the two.")
-        hooks = ("optimizer_step", "optimizer_zero_grad")
-        replaced = [hook for hook in hooks if overridden(pl_module, hook, LightningModule)]
-        if replaced and self.going_to_accumulate_grad_batches():
-            rank_zero_warn(f"Gradients are accumulated: {replaced} will only be called when stepping.")
-        # A run that resumes inside an epoch does not start that epoch again.
-        self.on_train_epoch_start(trainer)
+        own = [
+            name for name in ("optimizer_step", "optimizer_zero_grad") if overridden(pl_module, name, LightningModule)
+        ]
+        if own and self.going_to_accumulate_grad_batches():
+            rank_zero_warn(f"Gradients are accumulated: {own} will only be called when stepping.")
+        self.on_train_epoch_start(trainer)  # a run that resumes inside an epoch does not start that epoch again
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         trainer.accumulate_grad_batches = self._set = self.get_accumulate_grad_batches(trainer.current_epoch)

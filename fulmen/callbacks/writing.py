@@ -53,31 +53,21 @@ class BasePredictionWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if takes_argument(pl_module.predict_step, "dataloader_iter", explicit=True):
-            raise NotImplementedError(
-                f"`{type(self).__name__}` needs `predict_step(batch, batch_idx)`: with `dataloader_iter` only the module "
-                "knows the samples of a prediction."
-            )
+            what = f"`{type(self).__name__}` does not know the samples that `predict_step(dataloader_iter)` takes."
+            raise NotImplementedError(f"{what} Write `predict_step(batch, batch_idx)`.")
 
-    def write_on_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: Sequence[int] | None,
-        batch: Any, batch_idx: int, dataloader_idx: int,
-    ) -> None:  # fmt: skip
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: Any,
+                           batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # fmt: skip
         """Stores the prediction of one batch; ``batch_indices`` are the samples of the dataset it belongs to."""
         raise NotImplementedError
 
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence, batch_indices: Sequence | None
-    ) -> None:
-        """Stores all predictions: one per batch, in a list per loader if there are several.
-
-        ``batch_indices[loader][batch]`` has the indices of samples, or nothing if the sampler does not tell.
-        """
+    def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence,
+                           batch_indices: Sequence | None) -> None:  # fmt: skip
+        """Stores all predictions, by loader if there are several; the indices are ``batch_indices[loader][batch]``."""
         raise NotImplementedError
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                             batch_idx: int, dataloader_idx: int = 0) -> None:  # fmt: skip
         if self.interval.on_batch:
             indices = trainer.predict_loop.current_batch_indices
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
@@ -95,8 +85,7 @@ class LambdaCallback(Callback):
     """
 
     def __init__(
-        self,
-        setup: Hook = None, teardown: Hook = None, on_fit_start: Hook = None, on_fit_end: Hook = None,
+        self, setup: Hook = None, teardown: Hook = None, on_fit_start: Hook = None, on_fit_end: Hook = None,
         on_sanity_check_start: Hook = None, on_sanity_check_end: Hook = None, on_train_batch_start: Hook = None,
         on_train_batch_end: Hook = None, on_train_epoch_start: Hook = None, on_train_epoch_end: Hook = None,
         on_validation_epoch_start: Hook = None, on_validation_epoch_end: Hook = None, on_test_epoch_start: Hook = None,
@@ -115,6 +104,4 @@ class LambdaCallback(Callback):
             name = next(iter(unknown))
             raise TypeError(f"`LambdaCallback({name}=...)`: there is no such hook.{suggestion(name, given)}")
         # Set on the instance: the plan of a run calls what differs from `Callback`, and only that.
-        for name, function in given.items():
-            if function is not None:
-                setattr(self, name, function)
+        vars(self).update({name: function for name, function in given.items() if function is not None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fulmen.utilities.filesystem import atomic_write, get_filesystem
-from fulmen.utilities.rank_zero import is_rank_zero, rank_zero_only
+from fulmen.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     from fulmen.callbacks import ModelCheckpoint
@@ -85,12 +84,7 @@ class DummyExperiment:
 
 def rank_zero_experiment(fn: Callable) -> Callable:
     """For an ``experiment`` property: the real object in the first process, one that ignores everything elsewhere."""
-
-    @functools.wraps(fn)
-    def experiment(self: Logger) -> Any:
-        return fn(self) if is_rank_zero() else DummyExperiment()
-
-    return experiment
+    return rank_zero_only(fn, default=DummyExperiment())
 
 
 class DummyLogger(DummyExperiment, Logger):
@@ -98,10 +92,7 @@ class DummyLogger(DummyExperiment, Logger):
 
     name = version = ""
     log_metrics = log_hyperparams = DummyExperiment.__call__
-
-    @property
-    def experiment(self) -> DummyExperiment:
-        return DummyExperiment()
+    experiment = property(lambda self: self, doc="Accepts any call, too.")
 
 
 class ExperimentLogger(Logger):
@@ -146,9 +137,8 @@ class FolderLogger(ExperimentLogger):
         if self._version is None:
             root = expand(self.root_dir)
             files = get_filesystem(root)
-            names = [str(path).rstrip("/") for path in files.ls(root, detail=False)] if files.isdir(root) else []
-            found = (re.search(r"version_(\d+)$", name) for name in names)
-            self._version = max((int(match[1]) + 1 for match in found if match), default=0)
+            paths = "\n".join(files.ls(root, detail=False)) if files.isdir(root) else ""
+            self._version = max(map(int, re.findall(r"version_(\d+)/?$", paths, re.MULTILINE)), default=-1) + 1
         return self._version
 
     @property
@@ -203,26 +193,17 @@ class ServiceLogger(ExperimentLogger):
         raise NotImplementedError
 
 
-class LitLogger(Logger):
+class LitLogger:
     """Stands for the logger of a commercial platform, which is not supported."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            f"`{type(self).__name__}` is not supported: it serves one vendor. Use `CSVLogger` or another."
-        )
-
-    name = version = log_metrics = log_hyperparams = None  # type: ignore[assignment]
-
-
-class NeptuneLogger(LitLogger):
-    """Stands for a logger whose service no longer exists."""
+        raise RuntimeError("`LitLogger` is not supported: it serves one vendor. Use `CSVLogger` or another.")
 
 
 def as_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The metrics with numbers in place of one-element tensors, and the prefix in front of each name."""
-    prefix = prefix and f"{prefix}-"
-    numbers = (value.item() if isinstance(value, torch.Tensor) else value for value in metrics.values())
-    return {f"{prefix}{name}": number for name, number in zip(metrics, numbers)}
+    start = prefix and f"{prefix}-"
+    return {start + name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
 
 
 def as_dict(params: Mapping[str, Any] | argparse.Namespace | None) -> dict[str, Any]:

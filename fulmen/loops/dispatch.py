@@ -34,16 +34,9 @@ class HookPlan:
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        module: Any,
-        callbacks: Sequence[Any],
-        strategy: Any,
-        book: LogBook,
-        base_callback: type,
-        base_strategy: type,
-        profiler: Any,
-    ) -> None:
+        self, trainer: Any, module: Any, callbacks: Sequence[Any], strategy: Any, book: LogBook,
+        base_callback: type, base_strategy: type, profiler: Any,
+    ) -> None:  # fmt: skip
         def listeners(
             parties: Sequence[Any], base: type, kind: str, name: str, *given: Any
         ) -> list[Callable[..., Any]]:

@@ -186,6 +186,8 @@ class EvaluationLoop:
         book = trainer.book
         assert self.loaders is not None and book.page is not None
         book.dataloader_idx = None
+        if book.page.has_steps:
+            book.remember()
         book.page.epoch_over = True
         getattr(hooks, f"on_{self.infix}_epoch_end")()
         values = book.finish_epoch()
@@ -233,13 +235,12 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
         if several and not takes:
             raise RuntimeError(
                 f"`{type(module).__name__}.{name}` has no parameter `dataloader_idx`, but there are several loaders. "
-                "You provided multiple dataloaders, and the method could not know which one a batch came from. "
-                f"Write `def {name}(self, ..., batch_idx, dataloader_idx=0)`."
+                f"It could not know which one a batch came from. Write `def {name}(self, ..., batch_idx, dataloader_idx=0)`."
             )
         if not several and requires_loader_index(method):
             raise RuntimeError(
-                f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader. You "
-                "provided only a single dataloader, it would not be passed. Give it a default: `dataloader_idx=0`."
+                f"`{type(module).__name__}.{name}` requires `dataloader_idx`, but there is only one loader, "
+                "and then it is not passed. Give it a default: `dataloader_idx=0`."
             )
 
 

@@ -196,12 +196,10 @@ class FitLoop:
                 "Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs."
             )
         if trainer.loggers and not trainer.fast_dev_run and self.num_batches < trainer.log_every_n_steps:
-            rank_zero_warn(
-                f"The number of training batches ({self.num_batches}) is smaller than the logging interval "
-                f"`Trainer(log_every_n_steps={trainer.log_every_n_steps})`: no training step would be logged. "
-                "Set a lower value to see step metrics.",
-                category=PossibleUserWarning,
+            what = (
+                f"An epoch has {self.num_batches} batches, fewer than `log_every_n_steps={trainer.log_every_n_steps}`:"
             )
+            rank_zero_warn(f"{what} few steps are logged, or none. Use a smaller value.", category=PossibleUserWarning)
 
     def prepare(self) -> None:
         """Everything bound once, before the first batch."""
@@ -213,11 +211,8 @@ class FitLoop:
             trainer.stage = RunningStage.TRAINING
         in_eval = [m for m in module.modules() if not m.training]
         if in_eval:
-            rank_zero_warn(
-                f"Found {len(in_eval)} module(s) in eval mode at the start of training. If this is not intended, call "
-                "`.train()` on them; frozen layers are left as they are.",
-                category=PossibleUserWarning,
-            )
+            what = f"{len(in_eval)} of the modules are in eval mode as training starts, and stay so."
+            rank_zero_warn(f"{what} Call `.train()` on those that should learn.", category=PossibleUserWarning)
         kind = AutomaticOptimization if module.automatic_optimization else ManualOptimization
         self.optimization = kind(trainer, self.hooks, self.progress)
         if trainer.profiler.active:
@@ -252,8 +247,8 @@ class FitLoop:
         if not allowed and not self._said_to_continue:
             self._said_to_continue = True
             rank_zero_info(
-                f"Trainer was signaled to stop but the required `min_epochs={self.min_epochs!r}` or "
-                f"`min_steps={self.min_steps!r}` has not been met. Training will continue..."
+                f"The trainer was signaled to stop, and goes on until `min_epochs={self.min_epochs!r}` and "
+                f"`min_steps={self.min_steps!r}` are reached."
             )
         return allowed
 
@@ -326,7 +321,7 @@ class FitLoop:
 
     def skip_batch(self, batch_idx: int) -> bool:
         """The loader gave None: no step, and of the hooks only `on_train_batch_end`."""
-        rank_zero_warn("`train_dataloader` yielded None. If this was on purpose, ignore this warning...")
+        rank_zero_warn("The training loader gave None instead of a batch: it is passed over.")
         progress, self.optimization.stepped = self.progress, False
         self.schedulers.after_batch(0, progress.epochs + 1, stepped=False, is_last_batch=progress.is_last_batch)
         progress.finish_batch()

@@ -91,7 +91,7 @@ class AutomaticOptimization(Optimization):
         if len(trainer.optimizers) > 1:
             raise RuntimeError(
                 f"`configure_optimizers` returned {len(trainer.optimizers)} optimizers with automatic optimization. "
-                "Training with multiple optimizers is only supported with manual optimization. "
+                "Which of them a loss is for is known only with manual optimization. "
                 "Set `self.automatic_optimization = False` in `__init__` and step them in `training_step`."
             )
         self.optimizer = trainer.optimizers[0]

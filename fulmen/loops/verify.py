@@ -64,7 +64,7 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
     name = type(module).__name__
     if any(parameter.name == "optimizer_idx" for parameter in parameters_of(module.training_step)):
         what = f"`{name}.training_step` has a parameter `optimizer_idx`."
-        why = "Training with multiple optimizers is only supported with manual optimization."
+        why = "Several optimizers need manual optimization."
         fix = "Set `self.automatic_optimization = False`, remove the parameter, and step the optimizers yourself."
         raise RuntimeError(f"{what} {why} {fix}")
     if not module.automatic_optimization:
@@ -81,9 +81,9 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
     has_step = overridden(module, "validation_step", LightningModule)
     has_loader = trainer.sources.get("val").is_defined()
     if has_loader and not has_step:
-        rank_zero_warn(f"You passed in a `val_dataloader` but {name} has no `validation_step`. Skipping val loop.")
+        rank_zero_warn(f"There are validation batches, but {name} has no `validation_step`: nothing is validated.")
     if has_step and not has_loader:
-        what = f"{name} defines `validation_step` but there is no `val_dataloader`. Skipping val loop."
+        what = f"{name} has a `validation_step`, but there are no validation batches: nothing is validated."
         rank_zero_warn(what, category=PossibleUserWarning)
 
 
@@ -94,8 +94,8 @@ def _resolve_durations(trainer: Trainer) -> None:
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
         loop.max_epochs = 1000 if loop.max_steps == -1 and not timed else -1
         if loop.max_epochs == 1000:
-            what = "`max_epochs` was not set. Setting it to 1000 epochs. To train without an epoch limit, set"
-            rank_zero_warn(f"{what} `max_epochs=-1`.", category=PossibleUserWarning)
+            what = "No limit was given (`max_epochs`, `max_steps`, `max_time`): training ends after 1000 epochs."
+            rank_zero_warn(f"{what} `max_epochs=-1` means none.", category=PossibleUserWarning)
     if loop.min_epochs is None:
         loop.min_epochs = 1 if loop.min_steps is not None else 0
 

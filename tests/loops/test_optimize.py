@@ -194,7 +194,7 @@ def test_a_batch_that_is_none_is_skipped_with_a_warning(none_at):
 
     outputs = Outputs()
     trainer = make_trainer(limit_val_batches=0, callbacks=[outputs])
-    with pytest.warns(UserWarning, match="yielded None"):
+    with pytest.warns(UserWarning, match="gave None"):
         trainer.fit(Model(), SomeNone(none_at))
     assert trainer.global_step == 2
     assert steps == [number for number in range(3) if number != none_at]
