@@ -79,15 +79,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         super().__init__(*args, **kwargs)
         # Written to __dict__: assigning to a module goes through its search for parameters, which is slow.
         self.__dict__.update(
-            _trainer=None,
-            _book=None,
-            _example_input_array=None,
-            _automatic_optimization=True,
-            _strict_loading=None,
-            _device=torch.device("cpu"),
-            _dtype=torch.get_default_dtype(),
-            _requires_grad_before_toggle={},
-        )
+            _trainer=None, _book=None, _example_input_array=None, _automatic_optimization=True, _strict_loading=None,
+            _device=torch.device("cpu"), _dtype=torch.get_default_dtype(), _requires_grad_before_toggle={},
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ where it runs
 
@@ -460,31 +454,14 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         self.requires_grad_(True)
         return self.train()
 
-    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
-        """Exports the model to ONNX (needs the package `onnx`).
-
-        Arguments:
-            input_sample: what `forward` takes; default: `example_input_array`.
-            kwargs: handed to `torch.onnx.export`.
-        """
-        return export.to_onnx(self, file_path, input_sample, **kwargs)
-
-    def to_torchscript(
-        self, file_path: Any = None, method: str | None = "script", example_inputs: Any = None, **kwargs: Any
-    ) -> Any:
-        """Exports the model to TorchScript by "script" or "trace"; deprecated like TorchScript itself."""
-        return export.to_torchscript(self, file_path, method, example_inputs, **kwargs)
+    to_onnx = export.to_onnx
+    to_torchscript = export.to_torchscript
 
     @ClassOnlyMethod
     def load_from_checkpoint(
-        cls: Any,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: Any = None,
-        strict: bool | None = None,
-        weights_only: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        cls: Any, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, strict: bool | None = None,
+        weights_only: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """A module as it was saved: built from the stored hyper-parameters, with the stored weights.
 
         Arguments:
@@ -494,9 +471,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             strict: whether the keys must match; None takes `strict_loading`.
             kwargs: arguments of `__init__`, before the stored ones.
         """
-        return load_from_checkpoint(
-            cls, checkpoint_path, map_location, hparams_file, strict, weights_only=weights_only, **kwargs
-        )
+        return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.

@@ -231,6 +231,12 @@ def test_the_user_may_make_names_unique():
     assert results == [{"a0": 0.0}, {"a1": 1.0}]
 
 
+def test_one_name_for_two_loaders_is_an_error():
+    step = lambda self: self.log("a", 1.0, add_dataloader_idx=False)  # noqa: E731
+    with pytest.raises(MisconfigurationException):
+        make_trainer().validate(Logs(validation_step=step), [make_loader(8), make_loader(4)], verbose=False)
+
+
 # ---------------------------------------------------------------------- reduction over the epoch
 
 
@@ -386,6 +392,16 @@ def test_short_floats_are_added_up_in_long_ones(dtype):
     assert fit(model).callback_metrics["a"] == 4099.0
 
 
+@pytest.mark.parametrize(("reduce_fx", "expected"), [("mean", 1025.0), ("sum", 4100.0), ("max", 4096.0)])
+def test_numbers_and_tensors_under_one_name_keep_their_digits(reduce_fx, expected):
+    def step(self):
+        value = (4.0, 4096.0, -1.0, 1.0)[self.batch_idx]
+        value = torch.tensor(value, dtype=torch.bfloat16) if self.batch_idx else value
+        self.log("a", value, on_step=False, on_epoch=True, reduce_fx=reduce_fx)
+
+    assert fit(Logs(training_step=step)).callback_metrics["a"] == expected
+
+
 @pytest.mark.filterwarnings("ignore:.*integer", "ignore:.*floating point", "ignore:.*converted")
 def test_integers_and_booleans_become_floats():
     model = Logs(
@@ -494,6 +510,33 @@ def test_a_metric_that_is_no_attribute_is_an_error():
 
     with pytest.raises(MisconfigurationException, match="attribute"):
         fit(Logs(training_step=step))
+
+
+@pytest.mark.parametrize("kinds", ["two metrics", "a metric and a number", "a number and a metric"])
+def test_one_name_stands_for_one_thing(kinds):
+    class Model(Logs):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = torchmetrics.MeanMetric(), torchmetrics.MeanMetric()
+
+        def training_step(self, batch, batch_idx):
+            self.one(1.0)
+            self.other(2.0)
+            values = {"two metrics": (self.one, self.other), "a metric and a number": (self.one, 1.0)}
+            for value in values.get(kinds, (1.0, self.one)):
+                self.log("m", value, on_step=False, on_epoch=True)
+            return self.layer(batch[0]).mean()
+
+    with pytest.raises(MisconfigurationException, match="twice"):
+        fit(Model())
+
+
+def test_a_metric_may_be_replaced_by_a_new_one():
+    class Model(WithMetrics):
+        def on_train_epoch_start(self):
+            self.mean = torchmetrics.MeanMetric()
+
+    assert fit(Model(on_step=False, on_epoch=True), max_epochs=2).callback_metrics == {"m": 0.5}
 
 
 def test_a_metric_must_compute_a_tensor():
@@ -643,6 +686,17 @@ def test_callbacks_log_under_the_rules_of_the_hook_and_share_the_names():
     assert trainer.callback_metrics == {"a": 10.0, "b": 1.0, "c": 2.0}
 
 
+def test_arguments_that_come_to_the_same_are_the_same():
+    """What is the default in that hook may be written down or not."""
+
+    def step(self):
+        self.log("a", 1.0)
+        self.log("a", 3.0, on_epoch=True, on_step=False, logger=True, reduce_fx="avg")
+
+    results = make_trainer(logger=Records()).validate(Logs(validation_step=step), make_loader(), verbose=False)
+    assert results == [{"a": 2.0}]
+
+
 # ---------------------------------------------------------------------- wrong arguments
 
 WRONG = [
@@ -751,8 +805,7 @@ def test_a_metric_called_step_replaces_the_x_axis():
     logger = Records()
     model = Logs(training_step=lambda self: (self.log("a", 1.0), self.log("step", 100.0 + self.batch_idx)))
     fit(model, logger=logger)
-    assert [step for step, _ in logger.with_key("a")] == [100, 101, 102, 103]
-    assert not logger.with_key("step")
+    assert logger.calls == [(100 + number, {"a": 1.0}) for number in range(4)], "and there is no epoch beside it"
 
 
 def test_the_epoch_is_added_to_all_but_the_batches_of_evaluation():
@@ -799,6 +852,31 @@ def test_training_values_stay_visible_during_validation_and_the_other_way_round(
     fit(model, make_loader(8), max_epochs=2, callbacks=[Reads()])
     step, epoch = {"a": 3.0, "a_step": 3.0}, {"a_epoch": 1.5}
     assert seen == [step, {**step, "v": 0.0}, {**step, **epoch, "v": 0.0}, {**step, **epoch, "v": 1.0}]
+
+
+def test_of_one_name_in_training_and_validation_the_newer_value_is_shown():
+    """A checkpoint that monitors "loss" at the end of the epoch sees what validation made of it."""
+    seen = []
+
+    class Reads(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            views = trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics
+            seen.append([float(view["loss"]) for view in views])
+
+    model = Logs(
+        training_step=lambda self: self.log("loss", 1.0, prog_bar=True),
+        validation_step=lambda self: self.log("loss", 2.0, prog_bar=True),
+    )
+    fit(model, make_loader(8), max_epochs=2, callbacks=[Reads()])
+    fit(model, make_loader(8), check_val_every_n_epoch=2, callbacks=[Reads()])
+    assert seen == [[2.0] * 3, [2.0] * 3, [1.0] * 3]
+
+
+def test_step_values_of_evaluation_stay_in_the_progress_bar():
+    model = Logs(validation_step=lambda self: self.log("v", float(self.batch_idx), on_step=True, prog_bar=True))
+    trainer = fit(model, make_loader(8))
+    assert trainer.progress_bar_metrics == {"v_step": 1.0, "v_epoch": 0.5}
+    assert trainer.callback_metrics == {"v": 0.5, "v_epoch": 0.5}
 
 
 def test_values_of_evaluation_are_not_there_before_its_end():

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
+_TRIGGERS = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # `{name}` or `{name:format}` in a file name
 _STATE_OF_FOLDER = ("best_model_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path")
 _STATE = ("monitor", "best_model_path", "current_score", "dirpath", *_STATE_OF_FOLDER)
@@ -72,10 +73,11 @@ class ModelCheckpoint(Checkpoint):
         train_time_interval: timedelta | None = None, every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None, enable_version_counter: bool = True,
     ) -> None:  # fmt: skip
+        if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
+            every_n_epochs = 1
         self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
         self._train_time_interval = train_time_interval
-        if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
-            self._every_n_epochs = 1
+        self._triggers = {name: getattr(self, f"_{name}") for name in _TRIGGERS}
         folder = None if dirpath is None else os.fspath(dirpath)
         local = folder is not None and not is_remote(folder)
         self.dirpath = os.path.realpath(os.path.expanduser(local_path(folder))) if local else folder
@@ -94,7 +96,7 @@ class ModelCheckpoint(Checkpoint):
         self.kth_value = self._worst_score = torch.tensor(math.inf if mode == "min" else -math.inf)
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved = ""
-        self._last_time_checked: float | None = None
+        self._last_time_checked = 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
         self._warnings = WarningCache()
 
@@ -131,9 +133,7 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validated = True
+        self._validated = not trainer.sanity_checking
         deferred = self._deferred and self.monitor in trainer.callback_metrics
         if (deferred or _epoch_due(self, trainer, after_training=False)) and not self._idle(trainer):
             self._deferred = False
@@ -167,11 +167,13 @@ class ModelCheckpoint(Checkpoint):
         return not training or self._last_global_step_saved == trainer.global_step
 
     def _batch_due(self, trainer: Trainer) -> bool:
-        if self._train_time_interval is None:
+        interval, now = self._train_time_interval, time.monotonic()
+        if self._every_n_train_steps or interval is None:
             return trainer.global_step % self._every_n_train_steps == 0
-        waited = time.monotonic() - self._last_time_checked
-        due = trainer.strategy.broadcast(waited >= self._train_time_interval.total_seconds())  # clocks differ
-        self._last_time_checked += waited if due else 0
+        if due := trainer.strategy.broadcast(
+            now - self._last_time_checked >= interval.total_seconds()
+        ):  # clocks differ
+            self._last_time_checked = now
         return due
 
     def _save(self, trainer: Trainer) -> None:
@@ -311,7 +313,8 @@ class ModelCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before = state_dict.get("dirpath", self.dirpath)
         if self.dirpath == before:
-            vars(self).update({name: state_dict[name] for name in _STATE_OF_FOLDER if name in state_dict})
+            for name in _STATE_OF_FOLDER:
+                setattr(self, name, state_dict.get(name, getattr(self, name)))
         else:
             what = f"`dirpath` is {self.dirpath!r} now, and was {before!r} in the checkpoint being loaded"
             rank_zero_warn(f"{what}: only `best_model_path` is taken over. Use the same `dirpath` to keep the others.")
@@ -341,16 +344,19 @@ class OnExceptionCheckpoint(Checkpoint):
 
 
 def _check(callback: ModelCheckpoint) -> None:
-    top_k, chosen = callback.save_top_k, {name: value for name, value in callback._triggers.items() if value}
+    top_k, monitor = callback.save_top_k, callback.monitor
+    chosen = {name: value for name, value in callback._triggers.items() if value}
     problems = {
         f"`mode={callback.mode!r}` is not known. Use 'min' or 'max'.": callback.mode not in ("min", "max"),
         f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
-        f"`save_top_k={top_k}` needs a `monitor`. Use `save_top_k=-1` to keep all.": not callback.monitor and top_k > 1,
+        f"`save_top_k={top_k}` needs a `monitor`, the name of a logged value.": monitor is None and top_k > 1,
         f"{chosen}: intervals must be 0 (never) or more.": any(isinstance(n, int) and n < 0 for n in chosen.values()),
-        f"{chosen} are too many. Add a second `ModelCheckpoint` for the other.": len(chosen) > 1,
+        f"{chosen}: one callback takes only one of them. Add a second `ModelCheckpoint` for the other.": len(chosen)
+        > 1,
     }
-    for message in (message for message, wrong in problems.items() if wrong):
-        raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
+    for message, wrong in problems.items():
+        if wrong:
+            raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
 
 def folder_of_run(trainer: Trainer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from math import inf
@@ -13,19 +14,9 @@ from fulmen.callbacks.callback import Callback
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fulmen.trainer import Trainer
 
 SECONDS_BETWEEN_REDRAWS = 0.1
-
-# Stages beside training: the kind of the bar, the property that describes it, the trainer's with its batches.
-EVALUATIONS = {
-    "sanity_check": ("val_sanity", "sanity_check_description", "num_sanity_val_batches"),
-    "validate": ("val", "validation_description", "num_val_batches"),
-    "test": ("test", "test_description", "num_test_batches"),
-    "predict": ("predict", "predict_description", "num_predict_batches"),
-}
 
 
 class ProgressBar(Callback):
@@ -112,7 +103,7 @@ class ProgressBar(Callback):
 class Track:
     """How far the work is that one bar stands for."""
 
-    kind: str  # "train" or what `EVALUATIONS` calls it
+    kind: str  # "train", "sanity_check", "validation", "test" or "predict"
     name: str
     total: float = inf
     loader: int = 0
@@ -215,17 +206,19 @@ class TerminalProgressBar(ProgressBar):
         show(self._train, metrics)
 
     def _start_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
-        kind, description, _ = EVALUATIONS[trainer.state.stage.value]  # type: ignore[union-attr]
+        stage = trainer.stage.value
+        kind = "validation" if stage == "validate" else stage
         self._open(kind)
-        self._evaluation = Track(kind, getattr(self, description))
+        self._evaluation = Track(kind, getattr(self, f"{kind}_description"))
         self._begin_loader(trainer, 0)
         if self._drawing and not self._train:
             self._draw(self._evaluation)
 
     def _begin_loader(self, trainer: Trainer, dataloader_idx: int) -> None:
         self.has_dataloader_changed(dataloader_idx)
-        sizes = getattr(trainer, EVALUATIONS[trainer.state.stage.value][2])  # type: ignore[union-attr]
         track = self._evaluation
+        own = track.kind in ("test", "predict")
+        sizes = getattr(trainer, f"num_{track.kind}_batches") if own else self._val_batches
         track.loader, track.loaders, track.total = dataloader_idx, len(sizes), self._current(sizes)
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
@@ -239,7 +232,7 @@ class TerminalProgressBar(ProgressBar):
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
             self._draw(track)
         self._close(track.kind)
-        if self.is_enabled and not self._drawing and not self._train and track.kind != "val_sanity":
+        if self.is_enabled and not self._drawing and not self._train and track.kind != "sanity_check":
             print_line(track, {})
 
     on_sanity_check_start = on_test_start = on_predict_start = _start_evaluation

@@ -13,8 +13,7 @@ from fulmen.utilities.optional import require
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task
-
-    from fulmen.trainer import Trainer
+    from rich.table import Table
 
 
 @dataclass
@@ -34,6 +33,7 @@ class RichProgressBarTheme:
 
 
 _DEFAULT_THEME = RichProgressBarTheme()
+BAR_WIDTH, SHORTEST_BAR = 40, 8
 
 
 class RichProgressBar(TerminalProgressBar):
@@ -43,22 +43,19 @@ class RichProgressBar(TerminalProgressBar):
         refresh_rate: redraws per second, of which there are at most ten; 0 draws nothing.
         leave: keep the finished bar of every epoch.
         console_kwargs: arguments for `rich.console.Console`.
-
-    Raises:
-        ModuleNotFoundError: without Rich.
     """
 
     progress: Any = None  # Rich's display while there is one
 
-    val_sanity_progress_bar_id = property(lambda self: self._ids.get("val_sanity"))
+    val_sanity_progress_bar_id = property(lambda self: self._ids.get("sanity_check"))
     train_progress_bar_id = property(lambda self: self._ids.get("train"))
-    val_progress_bar_id = property(lambda self: self._ids.get("val"))
+    val_progress_bar_id = property(lambda self: self._ids.get("validation"))
     test_progress_bar_id = property(lambda self: self._ids.get("test"))
     predict_progress_bar_id = property(lambda self: self._ids.get("predict"))
 
-    val_sanity_check_bar = property(lambda self: self._task("val_sanity"))
+    val_sanity_check_bar = property(lambda self: self._task("sanity_check"))
     train_progress_bar = property(lambda self: self._task("train"))
-    val_progress_bar = property(lambda self: self._task("val"))
+    val_progress_bar = property(lambda self: self._task("validation"))
     test_progress_bar = property(lambda self: self._task("test"))
 
     def __init__(
@@ -76,16 +73,15 @@ class RichProgressBar(TerminalProgressBar):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_console": None, "progress": None, "_ids": {}}
 
-    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+    def configure_columns(self, trainer: Any) -> list[ProgressColumn]:
         """The columns left of the metrics; override it to show others."""
         from rich.progress import BarColumn, TextColumn
 
         theme = self.theme
-        styles = theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse
-        bar = BarColumn(complete_style=styles[0], finished_style=styles[1], pulse_style=styles[2])
         description = TextColumn("[progress.description]{task.description}", style=theme.description)
-        texts = {"batches": theme.batch_progress, "times": theme.time, "speed": theme.processing_speed}
-        return [description, bar, *(_text_column(text, style) for text, style in texts.items())]
+        bar = BarColumn(BAR_WIDTH, "bar.back", theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse)
+        styles = {"batches": theme.batch_progress, "times": theme.time, "speed": theme.processing_speed}
+        return [description, bar, *(TextColumn(f"{{task.fields[{name}]}}", styles[name]) for name in styles)]
 
     def refresh(self, hard: bool = False) -> None:
         """Draw now; without ``hard`` only when the last time was long enough ago."""
@@ -104,13 +100,8 @@ class RichProgressBar(TerminalProgressBar):
         if not self._drawing:
             return
         if self.progress is None or not self.progress.live.is_started:
-            from rich.progress import Progress
-
             self._ids = {}
-            columns = [*self.configure_columns(self.trainer), _text_column("metrics", self.theme.metrics)]
-            # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
-            # Samples for a speed we do not show would fill memory for their first 30 seconds.
-            self.progress = Progress(*columns, console=self._console, auto_refresh=False, speed_estimate_period=1)
+            self.progress = _display(self.configure_columns(self.trainer), self.theme.metrics, self._console)
             self.progress.start()
         if kind not in self._ids:
             texts = dict.fromkeys(("batches", "times", "speed", "metrics"), "")  # shown beside the bar
@@ -146,15 +137,30 @@ class RichProgressBar(TerminalProgressBar):
     def _close(self, kind: str) -> None:
         if kind not in self._ids:
             return  # nothing was drawn
-        if kind == "val_sanity" or (kind == "val" and self._train):
+        if kind == "sanity_check" or (kind == "validation" and self._train):
             self.progress.update(self._ids[kind], visible=False)
             self.refresh(hard=True)
         else:
             self.progress.stop()
 
 
-def _text_column(text: str, style: str) -> ProgressColumn:
-    from rich.progress import TextColumn
-    from rich.table import Column
+def _display(columns: list[ProgressColumn], metrics_style: str, console: Any) -> Any:
+    from rich.measure import Measurement
+    from rich.progress import BarColumn, Progress, TextColumn
 
-    return TextColumn(f"{{task.fields[{text}]}}", style, markup=False, table_column=Column(overflow="fold"))
+    class Display(Progress):
+        def make_tasks_table(self, tasks: Any) -> Table:
+            """Lines are not wrapped: Rich shortens the bar, and where that is not enough we cut the metrics."""
+            table = super().make_tasks_table(tasks)
+            options = self.console.options
+            needed = Measurement.get(self.console, options.update_width(10_000), table).maximum
+            from_bar = BAR_WIDTH - SHORTEST_BAR if any(isinstance(column, BarColumn) for column in self.columns) else 0
+            if needed - from_bar > options.max_width:
+                longest = max(cell_len(task.fields["metrics"]) for task in tasks if task.visible)
+                table.columns[-1].max_width = max(longest - (needed - from_bar - options.max_width), 1)
+            return table
+
+    metrics = TextColumn("{task.fields[metrics]}", metrics_style, markup=False)
+    # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
+    # Samples for a speed we do not show would fill memory for their first 30 seconds.
+    return Display(*columns, metrics, console=console, auto_refresh=False, speed_estimate_period=1)

@@ -45,8 +45,7 @@ class TQDMProgressBar(TerminalProgressBar):
     """A bar drawn by tqdm on the standard output.
 
     Args:
-        refresh_rate: batches between two redraws, of which there are at most ten per second; 0 draws nothing. In
-            Colab 1 is taken for 20. The environment variable ``TQDM_MINITERS`` raises it.
+        refresh_rate: least number of batches between two redraws (raised by ``TQDM_MINITERS``); 0 draws nothing.
         process_position: how many pairs of lines to leave free above, for bars of other runs.
         leave: keep the finished bar of every epoch.
     """
@@ -66,8 +65,7 @@ class TQDMProgressBar(TerminalProgressBar):
         if refresh_rate > 0:
             refresh_rate = max(refresh_rate, int(os.environ.get("TQDM_MINITERS", 1)))
         super().__init__(refresh_rate, leave)
-        self._batches_between_redraws = refresh_rate
-        self._process_position = process_position
+        self._batches_between_redraws, self._process_position = refresh_rate, process_position
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.endswith("_progress_bar")}
@@ -90,20 +88,21 @@ class TQDMProgressBar(TerminalProgressBar):
         return self._new_bar(self.predict_description)
 
     def _new_bar(self, description: str, leave: bool = True, lines_above: int = 0) -> Any:
-        position = 2 * self._process_position + lines_above
         # A delay of anything but zero: not to be drawn before its total is known.
         look = {"file": sys.stdout, "bar_format": self.BAR_FORMAT, "dynamic_ncols": True, "smoothing": 0, "delay": 1e-9}
-        return _tqdm_class()(desc=description, position=position, disable=not self._drawing, leave=leave, **look)
+        place = {"position": 2 * self._process_position + lines_above, "disable": not self._drawing, "leave": leave}
+        return _tqdm_class()(desc=description, **place, **look)
 
     def _has_terminal(self) -> bool:
-        return _in_notebook() or (sys.stdout is not None and sys.stdout.isatty())
+        ipython = sys.modules.get("IPython")
+        in_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+        return in_notebook or (sys.stdout is not None and sys.stdout.isatty())
 
     def _open(self, kind: str) -> None:
-        # One is made even when nothing is drawn, because users configure it in their hooks.
         self._redirect(False)
-        name = {"val_sanity": "sanity", "val": "validation"}.get(kind, kind)
-        setattr(self, _attribute(kind), getattr(self, f"init_{name}_tqdm")())
-        self._redirect(self._drawing and not _in_notebook())
+        # One is made even when nothing is drawn, because users configure it in their hooks.
+        setattr(self, _attribute(kind), getattr(self, f"init_{kind.removesuffix('_check')}_tqdm")())
+        self._redirect(self._drawing)
 
     def _begin(self, track: Track) -> None:
         bar = getattr(self, _attribute(track.kind))
@@ -128,7 +127,7 @@ class TQDMProgressBar(TerminalProgressBar):
             self._redirect(False)
 
     def _redirect(self, above: bool) -> None:
-        """While bars are open, what is printed, warned and logged appears above them."""
+        """While bars are open, what is printed, warned and logged on a terminal appears above them."""
         screen = sys.stdout
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
@@ -140,13 +139,7 @@ class TQDMProgressBar(TerminalProgressBar):
 
 
 def _attribute(kind: str) -> str:
-    return f"{kind.removesuffix('_sanity')}_progress_bar"
-
-
-def _in_notebook() -> bool:
-    """Does a Jupyter kernel show the output?"""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+    return "val_progress_bar" if kind in ("sanity_check", "validation") else f"{kind}_progress_bar"
 
 
 class _AboveBars:

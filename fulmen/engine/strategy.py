@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fulmen.engine.accelerators import Registry
-from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.precision import Precision
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import alias, overridden
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -26,10 +25,16 @@ if TYPE_CHECKING:
 SHORT = {"training_step": "train_step", "validation_step": "val_step"}
 
 
+def _step_of_module(name: str) -> Callable[..., Any]:
+    """A step of the strategy, which calls the module's method of that name."""
+    return lambda self, *args, **kwargs: getattr(self._lightning_module, name)(*args, **kwargs)
+
+
 class Strategy(ABC):
     """The machine a model runs on. Fires no hooks: what must happen between its own acts is handed to it.
 
-    Parts that are left out are chosen by `engine.resolve`.
+    Parts that are left out (None) are chosen by `engine.resolve`. Between processes nothing is exchanged: a strategy
+    that has several overrides `barrier`, `broadcast`, `reduce`, `reduce_boolean_decision` and `all_gather`.
     """
 
     strategy_name = "strategy"
@@ -39,11 +44,9 @@ class Strategy(ABC):
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
     def __init__(self, accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None) -> None:
-        self.accelerator = accelerator
-        self._checkpoint_io: CheckpointIO | None = checkpoint_io
-        self._precision: Precision | None = precision_plugin
+        self.accelerator, self.checkpoint_io, self.precision_plugin = accelerator, checkpoint_io, precision_plugin
         self._lightning_module: Any = None
-        self._model: Any = None
+        self.model: Any = None  # the model as it is called, wrapped if the strategy wraps
         self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[Any] = []
         self.cluster_environment: Any = None
@@ -52,23 +55,7 @@ class Strategy(ABC):
         # What moves a batch; the feed puts the user's transfer hook in.
         self.transfer: Callable[..., Any] = lambda batch, device, _: move_data_to_device(batch, device)
 
-    @property
-    def precision_plugin(self) -> Precision:
-        return self._precision or Precision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision: Precision | None) -> None:
-        self._precision = precision
-
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        if self._checkpoint_io is None:
-            self._checkpoint_io = TorchCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
-        self._checkpoint_io = checkpoint_io
+    lightning_module = alias("_lightning_module", "The user's module, never wrapped.")
 
     @property
     @abstractmethod
@@ -82,18 +69,16 @@ class Strategy(ABC):
 
     def setup_environment(self) -> None:
         """Prepares the device, before any user hook runs."""
-        if self.accelerator is not None:
-            self.accelerator.setup_device(self.root_device)
+        self.accelerator.setup_device(self.root_device)
 
     def connect(self, model: Module) -> None:
         """The module of this run."""
-        self._lightning_module = self._model = model
+        self._lightning_module = self.model = model
 
     def setup(self, trainer: Any) -> None:
         """Puts the model into place and, for fit, builds its optimizers."""
-        if self.accelerator is not None:
-            self.accelerator.setup(trainer)
-        self._model = self.precision_plugin.convert_module(self._model)
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
@@ -105,9 +90,8 @@ class Strategy(ABC):
 
     def setup_precision_plugin(self) -> None:
         """Lets the precision have the last word on model and optimizers."""
-        self._model, self.optimizers, self.lr_scheduler_configs = self.precision_plugin.connect(
-            self._model, self.optimizers, self.lr_scheduler_configs
-        )
+        connected = self.precision_plugin.connect(self.model, self.optimizers, self.lr_scheduler_configs)
+        self.model, self.optimizers, self.lr_scheduler_configs = connected
 
     def teardown(self) -> None:
         """Back to the CPU, so that a finished run holds no device memory."""
@@ -116,27 +100,8 @@ class Strategy(ABC):
                 move_optimizer_state(optimizer, torch.device("cpu"))
             if self._lightning_module is not None:
                 self._lightning_module.cpu()
-        self.precision_plugin.teardown()
-        if self.accelerator is not None:
-            self.accelerator.teardown()
-        self.checkpoint_io.teardown()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """After the callbacks heard of an exception, before teardown."""
-
-    @property
-    def model(self) -> Any:
-        """The model as it is called, wrapped if the strategy wraps."""
-        return self._model if self._model is not None else self._lightning_module
-
-    @model.setter
-    def model(self, model: Any) -> None:
-        self._model = model
-
-    @property
-    def lightning_module(self) -> Any:
-        """The user's module, never wrapped."""
-        return self._lightning_module
+        for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
+            part.teardown()
 
     @abstractmethod
     def model_to_device(self) -> None:
@@ -152,95 +117,69 @@ class Strategy(ABC):
         with self.root_device, self.precision_plugin.module_init_context(), skip:
             yield
 
-    @contextmanager
-    def model_sharded_context(self) -> Generator[None]:
+    def model_sharded_context(self) -> AbstractContextManager[Any]:
         """Entered around `configure_model`."""
-        yield
+        return nullcontext()
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
-        if overridden(self, step_name, Strategy):
-            return getattr(self, step_name)
-        return getattr(self._lightning_module, step_name)
+        return getattr(self if overridden(self, step_name, Strategy) else self._lightning_module, step_name)
 
     def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """The precision's context around a step; None if it has none, so that nothing is entered."""
-        precision, name = self.precision_plugin, SHORT.get(step_name, step_name) + "_context"
-        if overridden(precision, name, Precision):
-            return getattr(precision, name)
-        return precision.forward_context if overridden(precision, "forward_context", Precision) else None
+        for name in (SHORT.get(step_name, step_name) + "_context", "forward_context"):
+            if overridden(self.precision_plugin, name, Precision):
+                return getattr(self.precision_plugin, name)
+        return None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module's `training_step`."""
-        return self._lightning_module.training_step(*args, **kwargs)
-
-    def post_training_step(self) -> None:
-        """After `training_step`."""
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module's `validation_step`."""
-        return self._lightning_module.validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module's `test_step`."""
-        return self._lightning_module.test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module's `predict_step`."""
-        return self._lightning_module.predict_step(*args, **kwargs)
+    training_step = _step_of_module("training_step")
+    validation_step = _step_of_module("validation_step")
+    test_step = _step_of_module("test_step")
+    predict_step = _step_of_module("predict_step")
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The batch on `device` (default: the root device)."""
         return self.transfer(batch, device or self.root_device, dataloader_idx)
 
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Before anything of backward."""
-
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Scales, backpropagates (with the hooks around it) and returns the loss that was used."""
         self.pre_backward(closure_loss)
-        precision = self.precision_plugin
-        scaled = precision.pre_backward(closure_loss, self._lightning_module)
+        scaled = self.precision_plugin.pre_backward(closure_loss, self._lightning_module)
         self.run_backward(scaled, optimizer, *args, **kwargs)
-        scaled = precision.post_backward(scaled, self._lightning_module)
+        scaled = self.precision_plugin.post_backward(scaled, self._lightning_module)
         self.post_backward(scaled)
         return scaled
-
-    def post_backward(self, closure_loss: Tensor) -> None:
-        """After everything of backward."""
 
     def _plain_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.precision_plugin.backward(loss, self._lightning_module, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Runs the closure and applies the update, as the precision wants it done."""
-        return self.precision_plugin.optimizer_step(
-            optimizer, model=model or self._lightning_module, closure=closure, **kwargs
-        )
+        model = model or self._lightning_module
+        return self.precision_plugin.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
 
     def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Inside, gradients are not exchanged between processes; nothing to do with one process."""
+        """Inside, gradients are not exchanged between processes."""
         return nullcontext()
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """A last change to a loader."""
         return dataloader
 
-    @abstractmethod
     def barrier(self, name: str | None = None) -> None:
         """Waits until every process is here."""
 
-    @abstractmethod
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object of process `src`, everywhere."""
+        return obj
 
-    @abstractmethod
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The same value on every process, combined element-wise; non-tensors come back unchanged."""
+        return tensor
 
-    @abstractmethod
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """The tensors of all processes along a new first dimension."""
+        return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all processes (or any, with `all=False`) say yes."""
@@ -260,14 +199,11 @@ class Strategy(ABC):
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Puts the optimizer states of a checkpoint back; a `RuntimeError` if it holds another number of them."""
-        states = checkpoint["optimizer_states"]
-        if len(states) != len(self.optimizers):
-            raise RuntimeError(
-                f"The checkpoint holds the states of {len(states)} optimizers, but `configure_optimizers` returned"
-                f" {len(self.optimizers)}. Return those of the run that was saved, or take over its weights only, with"
-                " `load_from_checkpoint`."
-            )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+        states, own = checkpoint["optimizer_states"], self.optimizers
+        if len(states) != len(own):
+            what = f"The checkpoint has {len(states)} optimizers, but `configure_optimizers` returned {len(own)}."
+            raise RuntimeError(f"{what} Return those of the saved run, or only take its weights: `load_from_checkpoint`.")
+        for optimizer, state in zip(own, states):
             optimizer.load_state_dict(state)
             move_optimizer_state(optimizer, self.root_device)
 
@@ -285,6 +221,11 @@ class Strategy(ABC):
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
 
+    # Called at their moments; `on_exception` after the callbacks heard of it, before teardown.
+    def pre_backward(self, closure_loss: Tensor) -> None: ...
+    def post_backward(self, closure_loss: Tensor) -> None: ...
+    def post_training_step(self) -> None: ...
+    def on_exception(self, exception: BaseException) -> None: ...
     def on_train_start(self) -> None: ...
     def on_train_end(self) -> None: ...
     def on_validation_start(self) -> None: ...
@@ -295,42 +236,24 @@ class Strategy(ABC):
     def on_predict_end(self) -> None: ...
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None: ...
 
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Puts the names this class answers to into a registry."""
-
 
 class SingleDeviceStrategy(Strategy):
     """One process, one ``device``: "cpu", "cuda:0", a `torch.device` …"""
 
     strategy_name = "single_device"
+    global_rank = local_rank = node_rank = 0
+    world_size = 1
 
     def __init__(
         self, device: Any = "cpu", accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision_plugin)
         self._root_device = torch.device(device)
-        self.global_rank = self.local_rank = self.node_rank = 0
-        self.world_size = 1
 
-    @property
-    def root_device(self) -> torch.device:
-        return self._root_device
+    root_device = alias("_root_device", "The one device.")
 
     def model_to_device(self) -> None:
-        self._model.to(self._root_device)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Nobody to wait for."""
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
+        self.model.to(self._root_device)
 
 
 def move_optimizer_state(optimizer: Any, device: torch.device) -> None:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-
 from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, flatten_params
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import log, rank_zero_only
@@ -25,7 +23,6 @@ class CometLogger(ServiceLogger):
         experiment_key: the experiment to continue; makes it the `version`.
         mode: "get_or_create" (default), "get" to continue only, "create" for a new one in any case.
         online: False writes a file instead of sending.
-        prefix: put before each name, joined with "-".
         kwargs: passed to ``comet_ml.ExperimentConfig``, such as ``name``, ``tags`` or ``offline_directory``.
     """
 
@@ -46,9 +43,8 @@ class CometLogger(ServiceLogger):
             log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
             online = not kwargs.pop("offline")
         self.name, self.save_dir = kwargs.pop("project", project), kwargs.get("offline_directory")
-        self._config_options = kwargs
-        self._start_options: dict[str, Any] = {"api_key": api_key, "workspace": workspace, "project": self.name}
-        self._start_options.update(experiment_key=experiment_key, mode=mode, online=online)
+        self._config_options, account = kwargs, {"api_key": api_key, "workspace": workspace, "project": self.name}
+        self._start_options = {**account, "experiment_key": experiment_key, "mode": mode, "online": online}
 
     def _open(self) -> Any:
         import comet_ml
@@ -76,7 +72,7 @@ class CometLogger(ServiceLogger):
         self.experiment.log_metrics(as_numbers(others, self._prefix), step=step, epoch=metrics.get("epoch"))
 
     @rank_zero_only
-    def log_graph(self, model: torch.nn.Module, input_array: torch.Tensor | None = None) -> None:
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
         self.experiment.set_model_graph(model)
 
     @rank_zero_only

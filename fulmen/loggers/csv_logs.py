@@ -14,9 +14,6 @@ from fulmen.loggers.logger import FolderLogger, as_dict, as_numbers, write_yaml
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-# `save` is called after everything the Trainer logs; in between, rows wait this long at most for the next call.
-WRITE_EVERY_SECONDS = 5.0
-
 
 class ExperimentWriter:
     """The rows of one run: collected in memory, appended to ``metrics.csv`` by `save`.
@@ -34,7 +31,6 @@ class ExperimentWriter:
         self.metrics_keys: list[str] = []  # the header of the file
         self.hparams: dict[str, Any] = {}
         self.num_rows = 0
-        self._unsaved_hparams = False
         self._files = get_filesystem(log_dir)
         if self._files.isdir(log_dir) and self._files.ls(log_dir, detail=False):
             what = f"The logging folder `{log_dir}` exists and is not empty: its `{self.NAME_METRICS_FILE}` is removed."
@@ -45,7 +41,7 @@ class ExperimentWriter:
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
         self.hparams.update(params)
-        self._unsaved_hparams = True
+        write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
 
     def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
         """Adds a row; without a step it is numbered by its place in the file."""
@@ -53,24 +49,24 @@ class ExperimentWriter:
         self.num_rows += 1
 
     def save(self) -> None:
-        """Writes now what is only in memory."""
-        if self._unsaved_hparams:
-            write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
-            self._unsaved_hparams = False
+        """Writes now the rows that are only in memory."""
         if not self.metrics:
             return
-        names = sorted({*self.metrics_keys, *(name for row in self.metrics for name in row)})
-        if names == self.metrics_keys:
-            with self._files.open(self.metrics_file_path, "a", newline="") as file:
-                file.write(_as_csv(self.metrics, names))
-        else:
-            rows: list[dict[str, Any]] = [dict(zip(names, names))]
+        names = sorted(set(self.metrics_keys).union(*self.metrics))
+        text = io.StringIO(newline="")  # written at once, so that a process that dies meanwhile leaves whole lines
+        writer = csv.DictWriter(text, names)
+        if grows := names != self.metrics_keys:
+            writer.writeheader()
             if self.metrics_keys:
                 with self._files.open(self.metrics_file_path, "r", newline="") as file:
-                    rows += csv.DictReader(file)
-            atomic_write(self.metrics_file_path, _as_csv(rows + self.metrics, names).encode())
-            self.metrics_keys = names
-        self.metrics = []
+                    writer.writerows(csv.DictReader(file))
+        writer.writerows(self.metrics)
+        if grows:
+            atomic_write(self.metrics_file_path, text.getvalue().encode())
+        else:
+            with self._files.open(self.metrics_file_path, "a", newline="") as file:
+                file.write(text.getvalue())
+        self.metrics_keys, self.metrics = names, []
 
 
 class CSVLogger(FolderLogger):
@@ -90,9 +86,7 @@ class CSVLogger(FolderLogger):
         if flush_logs_every_n_steps < 1:
             raise ValueError(f"`{flush_logs_every_n_steps=}` must be at least 1.")
         super().__init__(save_dir, name, version, prefix)
-        self._flush_logs_every_n_steps = flush_logs_every_n_steps
-        self._written_at = float("-inf")
-        self._rows_at_last_save = -1
+        self._flush_logs_every_n_steps, self._rows_at_last_save = flush_logs_every_n_steps, -1
 
     def _open(self) -> ExperimentWriter:
         return ExperimentWriter(self.log_dir)
@@ -113,7 +107,7 @@ class CSVLogger(FolderLogger):
         """Writes the rows if the last writing was long ago, or if nothing was logged since the last call."""
         num_rows = (self._experiment or self.experiment).num_rows
         asked_again, self._rows_at_last_save = self._rows_at_last_save == num_rows, num_rows
-        if asked_again or time.monotonic() - self._written_at >= WRITE_EVERY_SECONDS:
+        if asked_again or time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             self._write()
 
     @rank_zero_only
@@ -127,10 +121,3 @@ class CSVLogger(FolderLogger):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__  # the rows that wait travel along
-
-
-def _as_csv(rows: list[dict[str, Any]], names: list[str]) -> str:
-    # Made in memory and written at once, so that a process that dies meanwhile leaves whole lines.
-    text = io.StringIO(newline="")
-    csv.DictWriter(text, names).writerows(rows)
-    return text.getvalue()

@@ -124,8 +124,11 @@ class FolderLogger(ExperimentLogger):
     """A logger that owns the folder ``<save_dir>/<name>/version_<N>``; without a name, that level is left out."""
 
     NAME_HPARAMS_FILE = "hparams.yaml"
+    # `save` is called after everything the Trainer logs; nobody sees it if files follow at most this much later.
+    WRITE_EVERY_SECONDS = 5.0
     log_dir_is_run_dir = True
     name = save_dir = ""
+    _written_at = float("-inf")
 
     def __init__(self, save_dir: str | os.PathLike, name: str | None, version: int | str | None, prefix: str) -> None:
         super().__init__(prefix)

@@ -16,7 +16,6 @@ from fulmen.utilities.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-FILE_SCHEME = "file:"
 MAX_PARAM_LENGTH, PARAMS_PER_CALL = 250, 100
 
 
@@ -41,10 +40,10 @@ class MLFlowLogger(ServiceLogger):
         super().__init__(prefix, log_model)
         self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id
         self._experiment_id: str | None = None
-        self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"{FILE_SCHEME}{save_dir}"
-        local = self._tracking_uri.startswith(FILE_SCHEME)
-        self.save_dir = local_path(self._tracking_uri).removeprefix(FILE_SCHEME) if local else None
-        self._artifact_location, self.tags = artifact_location, tags
+        self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"file:{save_dir}"
+        local = self._tracking_uri.startswith("file:")
+        self.save_dir = local_path(self._tracking_uri).removeprefix("file:") if local else None
+        self._location, self.tags = artifact_location, tags
         self._call_options = {} if synchronous is None else {"synchronous": synchronous}
 
     def _open(self) -> Any:
@@ -52,30 +51,24 @@ class MLFlowLogger(ServiceLogger):
         from mlflow.tracking.context.registry import resolve_tags
 
         client = MlflowClient(self._tracking_uri)
-        if self._run_id is not None:
-            self._experiment_id = client.get_run(self._run_id).info.experiment_id
-            return client
-        found = client.get_experiment_by_name(self._experiment_name)
-        if found is not None and found.lifecycle_stage != "deleted":
-            self._experiment_id = found.experiment_id
-        else:
-            self._experiment_id = client.create_experiment(self._experiment_name, self._artifact_location)
-        tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
-        self._run_id = client.create_run(self._experiment_id, tags=resolve_tags(tags)).info.run_id
+        if self._run_id is None:
+            found = client.get_experiment_by_name(self._experiment_name)
+            usable = found is not None and found.lifecycle_stage != "deleted"
+            own_id = found.experiment_id if usable else client.create_experiment(self._experiment_name, self._location)
+            tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
+            self._run_id = client.create_run(own_id, tags=resolve_tags(tags)).info.run_id
+        self._experiment_id = client.get_run(self._run_id).info.experiment_id
         return client
 
     @property
     def run_id(self) -> str | None:
-        """Also the `version`."""
         return self.experiment and self._run_id
 
     @property
     def experiment_id(self) -> str | None:
-        """Also the `name`."""
         return self.experiment and self._experiment_id
 
-    name = experiment_id
-    version = run_id
+    name, version = experiment_id, run_id
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
@@ -100,7 +93,7 @@ class MLFlowLogger(ServiceLogger):
                 continue
             allowed = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)
             if allowed != name:
-                what = f"MLflow allows letters, digits and `_/. -` in names: `{name}` is recorded as `{allowed}`."
+                what = f"MLflow allows no such name as `{name}`: it is recorded as `{allowed}`."
                 rank_zero_warn(what, category=RuntimeWarning)
             batch.append(Metric(key=allowed, value=value, timestamp=now, step=step or 0))
         self.experiment.log_batch(run_id=self.run_id, metrics=batch, **self._call_options)

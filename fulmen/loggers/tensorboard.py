@@ -15,9 +15,6 @@ from fulmen.utilities.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-# Flushing waits for the writer's thread; more often than this nobody would see the difference.
-FLUSH_EVERY_SECONDS = 5.0
-
 
 class TensorBoardLogger(FolderLogger):
     """Writes event files to ``<save_dir>/<name>/<version>/<sub_dir>``, and ``hparams.yaml`` beside them.
@@ -38,12 +35,13 @@ class TensorBoardLogger(FolderLogger):
         log_graph: bool = False, default_hp_metric: bool = True, prefix: str = "",
         sub_dir: str | os.PathLike | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
+        # Whichever of the two packages that write event files is installed.
+        self._library = "torch.utils.tensorboard" if available("tensorboard") else "tensorboardX"
         if not available("tensorboardX"):
             require("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
         self.sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph, self._default_hp_metric, self._writer_kwargs = log_graph, default_hp_metric, kwargs
-        self._flushed_at = float("-inf")
         self._hparams_due = True  # the file is written even if there is nothing in it
         self.hparams: dict[str, Any] = {}
 
@@ -52,18 +50,15 @@ class TensorBoardLogger(FolderLogger):
         return expand(os.path.join(super().log_dir, self.sub_dir)) if self.sub_dir else super().log_dir
 
     def _open(self) -> Any:
-        return _library("").SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
+        return importlib.import_module(self._library).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds a point to each curve; a dictionary as value becomes several curves in one chart."""
         writer = self._experiment or self.experiment
         for name, value in as_numbers(metrics, self._prefix).items():
-            if isinstance(value, dict):
-                writer.add_scalars(name, value, step)
-                continue
             try:
-                writer.add_scalar(name, value, step)
+                (writer.add_scalars if isinstance(value, dict) else writer.add_scalar)(name, value, step)
             except Exception as error:
                 what = f"The metric `{name}` is a `{type(value).__name__}`, which TensorBoard cannot draw."
                 raise ValueError(f"{what} Log a number, or a dictionary of numbers.") from error
@@ -83,7 +78,8 @@ class TensorBoardLogger(FolderLogger):
             metrics = {"hp_metric": -1 if metrics is None else metrics}
         self.log_metrics(metrics, step)
         plain = {k: "None" if v is None else plain_value(v) for k, v in flatten_params(params).items()}
-        for summary in _library(".summary").hparams(plain, as_numbers(metrics, self._prefix)):
+        library = importlib.import_module(f"{self._library}.summary")
+        for summary in library.hparams(plain, as_numbers(metrics, self._prefix)):
             self.experiment._get_file_writer().add_summary(summary)
 
     @rank_zero_only
@@ -110,17 +106,12 @@ class TensorBoardLogger(FolderLogger):
                 ensure_dir(self.log_dir)
                 write_yaml(path, self.hparams)
             self._hparams_due = False
-        if time.monotonic() - self._flushed_at >= FLUSH_EVERY_SECONDS:
+        if time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             self.experiment.flush()
-            self._flushed_at = time.monotonic()
+            self._written_at = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._experiment is not None:
             self.save()
             self._experiment.close()
-
-
-def _library(part: str) -> Any:
-    """A module of whichever of the two packages that write event files is installed."""
-    return importlib.import_module(("torch.utils.tensorboard" if available("tensorboard") else "tensorboardX") + part)

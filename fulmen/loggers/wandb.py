@@ -6,18 +6,12 @@ import argparse
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import Any, Literal
 
 from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
-
-if TYPE_CHECKING:
-    from wandb import Artifact
-    from wandb.sdk.wandb_run import Run
 
 
 class WandbLogger(ServiceLogger):
@@ -29,7 +23,7 @@ class WandbLogger(ServiceLogger):
         version: the id of a run to continue; ``id`` is a synonym.
         offline: write files only, to be sent later with ``wandb sync``.
         project: defaults to the environment variable ``WANDB_PROJECT``, then to "lightning_logs".
-        experiment: a run to use instead of starting one.
+        experiment: a ``wandb.Run`` to use instead of starting one.
         checkpoint_name: name of the model artifact instead of ``model-<run id>``.
         add_file_policy: "mutable" copies a checkpoint before sending it, "immutable" does not.
         kwargs: passed to ``wandb.init``.
@@ -41,7 +35,7 @@ class WandbLogger(ServiceLogger):
         self, name: str | None = None, save_dir: str | os.PathLike = ".", version: str | None = None,
         offline: bool = False, dir: str | os.PathLike | None = None, id: str | None = None,
         anonymous: bool | None = None, project: str | None = None, log_model: Literal["all"] | bool = False,
-        experiment: Run | None = None, prefix: str = "", checkpoint_name: str | None = None,
+        experiment: Any = None, prefix: str = "", checkpoint_name: str | None = None,
         add_file_policy: Literal["mutable", "immutable"] = "mutable", **kwargs: Any,
     ) -> None:  # fmt: skip
         _library()
@@ -49,32 +43,25 @@ class WandbLogger(ServiceLogger):
             what = f"`WandbLogger(log_model={log_model}, offline=True)` cannot send checkpoints without a connection."
             raise MisconfigurationException(f"{what} Leave one of the two out.")
         super().__init__(prefix, log_model)
-        self._experiment = experiment
-        self._checkpoint_name, self.add_file_policy = checkpoint_name, add_file_policy
+        self._experiment, self._checkpoint_name, self.add_file_policy = experiment, checkpoint_name, add_file_policy
         self.name = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self.save_dir = os.fspath(save_dir if dir is None else dir)
         options = {"name": name, "project": self.name, "dir": self.save_dir, "id": version or id, "resume": "allow"}
-        if anonymous is not None:
-            options["anonymous"] = "allow" if anonymous else None
-        if offline:
-            options["mode"] = "offline"
+        options.update({"anonymous": "allow"} if anonymous else {}, **({"mode": "offline"} if offline else {}))
         self._init_options: dict[str, Any] = {**options, **kwargs}
         # With `sync_tensorboard`, wandb itself logs an axis of this name.
         self._step_name = "global_step" if self._init_options.get("sync_tensorboard") else "trainer/global_step"
 
-    def _open(self) -> Run:
+    def _open(self) -> Any:
         wandb = _library()
-        run = wandb.run
-        if run is not None:
+        if wandb.run is not None:
             what = "A wandb run is already in progress and is used by this `WandbLogger`."
             rank_zero_warn(f"{what} Call `wandb.finish()` before making the logger to get a new run.")
-        else:
-            os.makedirs(self.save_dir, exist_ok=True)
-            run = wandb.init(**self._init_options)
+        os.makedirs(self.save_dir, exist_ok=True)
+        run = wandb.run or wandb.init(**self._init_options)
         self._init_options["id"] = run.id
-        if callable(getattr(run, "define_metric", None)):
-            run.define_metric(self._step_name)
-            run.define_metric("*", step_metric=self._step_name, step_sync=True)
+        run.define_metric(self._step_name)
+        run.define_metric("*", step_metric=self._step_name, step_sync=True)
         return run
 
     @property
@@ -92,9 +79,7 @@ class WandbLogger(ServiceLogger):
         axis = {} if step is None else {self._step_name: step}
         self.experiment.log({**as_numbers(metrics, self._prefix), **axis})
 
-    def watch(
-        self, model: torch.nn.Module, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True
-    ) -> None:
+    def watch(self, model: Any, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True) -> None:
         """Sends histograms of gradients and/or parameters ("gradients", "parameters", "all") and the graph."""
         self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
 
@@ -127,8 +112,7 @@ class WandbLogger(ServiceLogger):
             if len(values) != len(items):
                 raise ValueError(f"`{name}` has {len(values)} entries for the {len(items)} items of `{key}`.")
         each = ({name: values[i] for name, values in options.items()} for i in range(len(items)))
-        media = getattr(_library(), kind)
-        self.log_metrics({key: [media(item, **own) for item, own in zip(items, each)]}, step)
+        self.log_metrics({key: [getattr(_library(), kind)(item, **own) for item, own in zip(items, each)]}, step)
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
         name = self._checkpoint_name or f"model-{self.experiment.id}"
@@ -143,13 +127,11 @@ class WandbLogger(ServiceLogger):
     ) -> str:
         """Downloads an artifact, such as ``"team/project/model-abc:best"``, and returns its folder."""
         wandb = _library()
-        if wandb.run is not None and use_artifact:
-            found = wandb.run.use_artifact(artifact)
-        else:
-            found = wandb.Api().artifact(artifact, type=artifact_type)
+        record = wandb.run is not None and use_artifact
+        found = wandb.run.use_artifact(artifact) if record else wandb.Api().artifact(artifact, type=artifact_type)
         return found.download(root=None if save_dir is None else os.fspath(save_dir))
 
-    def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Artifact:
+    def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Any:
         """Records that the run uses an artifact, and returns it."""
         return self.experiment.use_artifact(artifact, type=artifact_type)
 
