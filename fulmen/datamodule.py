@@ -24,18 +24,14 @@ if TYPE_CHECKING:
 class LightningDataModule(DataHooks, HyperparametersMixin):
     """Downloads, prepares, splits and loads data; write the hooks you need::
 
-        class Digits(LightningDataModule):
-            def __init__(self, root: str, batch_size: int = 32):
-                super().__init__()
-                self.save_hyperparameters()
+    class Digits(LightningDataModule):
+        def __init__(self, root: str, batch_size: int = 32):
+            super().__init__()
+            self.save_hyperparameters()
 
-            def prepare_data(self): ...          # one process: download
-            def setup(self, stage): ...          # every process: read and split
-            def train_dataloader(self): ...
-
-    Attributes:
-        trainer: the trainer that uses it, None before the first run.
-        prepare_data_per_node: whether `prepare_data` runs once on every node or only once in all.
+        def prepare_data(self): ...          # one process: download
+        def setup(self, stage): ...          # every process: read and split
+        def train_dataloader(self): ...
     """
 
     CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
@@ -46,7 +42,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trainer: Trainer | None = None
+        self.trainer: Trainer | None = None  # until the first run
 
     @classmethod
     def from_datasets(
@@ -55,17 +51,16 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     ) -> Self:  # fmt: skip
         """A datamodule around datasets: each one dataset, or a nested list or dict of them.
 
-        Training data are shuffled, except iterable-style datasets; memory is pinned. `batch_size` and `num_workers`
-        reach the constructor too, if it has arguments of these names.
+        Training data are shuffled (iterable-style datasets are not), memory is pinned. A constructor that takes
+        `batch_size` or `num_workers` receives it too.
         """
-        for name, value in {"batch_size": batch_size, "num_workers": num_workers}.items():
-            if takes_argument(cls.__init__, name):
-                datamodule_kwargs[name] = value
-        datamodule = cls(**datamodule_kwargs)
+        loading = {"batch_size": batch_size, "num_workers": num_workers}
+        accepted = {name: value for name, value in loading.items() if takes_argument(cls.__init__, name)}
+        datamodule = cls(**datamodule_kwargs, **accepted)
         datasets = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
         for verb, dataset in datasets.items():
             if dataset is not None:
-                make = partial(_loader, batch_size=batch_size, num_workers=num_workers, shuffle=verb == "train")
+                make = partial(_loader, shuffle=verb == "train", **loading)
                 # Instance attributes count as overridden hooks; partials, unlike closures, reach spawned processes.
                 setattr(datamodule, f"{verb}_dataloader", partial(_map_leaves, make, dataset))
         return datamodule
@@ -88,7 +83,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         """A datamodule made with the arguments stored in a checkpoint (path, URL or file), and its stored state.
 
         Arguments in the .yaml or .csv file ``hparams_file`` and in ``kwargs`` replace stored ones. ``weights_only=False``
-        allows any pickled object in the file; only for files you trust.
+        unpickles anything: only for files you trust.
         """
         return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, None, weights_only, **kwargs)
 
@@ -98,19 +93,16 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         return "\n".join(f"{{{title} dataloader: {self._dataset_sizes(verb)}}}" for title, verb in titles.items())
 
     def _dataset_sizes(self, verb: str) -> str:
-        sizes: list[str] = []
-
-        def measure(loader: Any) -> None:
-            size = sized(getattr(loader, "dataset", loader))
-            sizes.append(f"size={'NA' if size == inf else size}")
-
+        sizes: list[float] = []
         try:
-            _map_leaves(measure, getattr(self, f"{verb}_dataloader")())
+            loaders = getattr(self, f"{verb}_dataloader")()
+            _map_leaves(lambda loader: sizes.append(sized(getattr(loader, "dataset", loader))), loaders)
         except Exception:  # not written, or `setup` has not run yet
             return "None"
-        if len(sizes) < 2:
-            return sizes[0] if sizes else "None"
-        return " ; ".join(f"{number}. {size}" for number, size in enumerate(sizes, start=1))
+        texts = ["size=NA" if size == inf else f"size={size}" for size in sizes]
+        if len(texts) > 1:
+            texts = [f"{number}. {text}" for number, text in enumerate(texts, start=1)]
+        return " ; ".join(texts) or "None"
 
 
 def _loader(dataset: Any, shuffle: bool, **given: Any) -> DataLoader:

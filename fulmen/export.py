@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
     """Write the module in eval mode as an ONNX file; without a path only return what `torch.onnx.export` returns.
 
-    `input_sample` is a tensor, a tuple of positional arguments or a dict of named ones of `forward`; by default it is
-    `module.example_input_array`. `kwargs` are for `torch.onnx.export`.
+    `input_sample` (default: `module.example_input_array`) is a tensor, a tuple of positional arguments or a dict of
+    named ones.
     """
     require("onnx", "by `to_onnx`")
     from torch import onnx  # slow to import
@@ -33,8 +33,8 @@ def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = 
     positional, named = _inputs(module, input_sample, "to_onnx")
     if named:
         kwargs["kwargs"] = {**named, **(kwargs.get("kwargs") or {})}
+    target = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
     with _evaluating(module):
-        target = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
         return onnx.export(module, positional, target, **kwargs)
 
 
@@ -44,11 +44,10 @@ def to_torchscript(
 ) -> Any:  # fmt: skip
     """The module as TorchScript, in eval mode, and as a file if a path is given.
 
-    The method "script" compiles the code of `forward`; "trace" records what it does with `example_inputs`, which are
-    like `input_sample` of `to_onnx`. `kwargs` are for `torch.jit.script` or `torch.jit.trace`.
+    "script" compiles the code of `forward`; "trace" records what it does with `example_inputs`, which are given like
+    `input_sample` of `to_onnx`.
     """
-    fix = "Use `torch.export.export(module, args)`, or `to_onnx`."
-    rank_zero_deprecation(f"`to_torchscript` is deprecated like TorchScript itself. {fix}")
+    rank_zero_deprecation("`to_torchscript` is deprecated like TorchScript itself. Use `torch.export.export`.")
     if method not in ("script", "trace"):
         raise ValueError(f"`to_torchscript(method={method!r})` is not known. Use 'script' or 'trace'.")
     with _evaluating(module), _readable(module):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any
 
@@ -18,18 +16,14 @@ from fulmen.utilities.errors import suggestion
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-# Written by the command line interface beside the arguments: who rebuilds the object, and which subclass it is.
-INSTANTIATOR_KEY = "_instantiator"
-CLASS_PATH_KEY = "_class_path"
-
-_given: ContextVar[dict[str, Any] | None] = ContextVar("given_hyperparameters", default=None)
+# Stored by Lightning's command line beside the arguments: who rebuilds the object, and which subclass it is.
+NOT_LOGGED = ("_class_path", "_instantiator")
 
 
 class HyperparametersMixin:
     """Remembers constructor arguments of a module or datamodule in `hparams`."""
 
-    # On the class, since a dataclass saves before a base constructor runs; not annotated, since TorchScript cannot
-    # read annotations that are texts.
+    # On the class, since a dataclass saves before a base constructor runs; TorchScript cannot read annotations as texts.
     _log_hyperparams = False
     _hparams_name = None  # type: str | None
 
@@ -38,8 +32,8 @@ class HyperparametersMixin:
     ) -> None:
         """Keep constructor arguments in `hparams`, for checkpoints and loggers. Call it inside `__init__`.
 
-        The values are the local variables of all running constructors of this object, base classes included; where
-        they use the same name, the subclass wins. `**kwargs` are flattened, `*args` are left out.
+        The values are the local variables of this object's running constructors, base classes included; a subclass
+        wins. `**kwargs` are flattened, `*args` are left out.
 
         Args:
             args: nothing for all arguments, names of some, or one mapping or `Namespace` whose content is kept.
@@ -56,16 +50,24 @@ class HyperparametersMixin:
             what = f"`save_hyperparameters` keeps the content of one object, not of {len(objects)} objects."
             raise ValueError(f"{what} Merge them into one dict, or pass names of arguments.")
         if objects:
-            chosen = as_hparams(objects[0])
+            given = vars(objects[0]) if isinstance(objects[0], Namespace) else objects[0]
+            if given is not None and not isinstance(given, Mapping):
+                what = (
+                    f"Hyper-parameters were given as the {type(given).__name__} {given!r}, in which they have no names."
+                )
+                raise ValueError(
+                    f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all arguments."
+                )
+            # Configuration objects that are mutable mappings stay what they are.
+            keep = isinstance(given, MutableMapping) and not isinstance(given, dict)
+            chosen = given if keep else AttributeDict(given or {})
             self._hparams_name = next((name for name, value in found.items() if value is objects[0]), None)
         else:
-            given = _given.get()
-            arguments = found if given is None else given
-            unknown = [name for name in args if name not in arguments and name not in ignored]
+            unknown = [name for name in args if name not in found and name not in ignored]
             if unknown:
-                what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(arguments)}."
-                raise KeyError(what + suggestion(unknown[0], arguments))
-            chosen = AttributeDict({name: arguments[name] for name in args or arguments if name not in ignored})
+                what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(found)}."
+                raise KeyError(what + suggestion(unknown[0], found))
+            chosen = AttributeDict({name: found[name] for name in args or found if name not in ignored})
             self._hparams_name = "kwargs"
         if isinstance(chosen, dict):
             for name in ignored:
@@ -113,26 +115,6 @@ def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     return found
 
 
-def as_hparams(hp: Any) -> MutableMapping:
-    """`hp` as a mapping with attribute access; configuration objects that are mutable mappings stay what they are."""
-    if isinstance(hp, MutableMapping) and not isinstance(hp, dict):
-        return hp
-    if hp is None or isinstance(hp, (Mapping, Namespace)):
-        return AttributeDict(vars(hp) if isinstance(hp, Namespace) else hp or {})
-    what = f"Hyper-parameters were given as the {type(hp).__name__} {hp!r}, in which they have no names."
-    raise ValueError(f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all arguments.")
-
-
-@contextmanager
-def given_hyperparameters(arguments: Mapping[str, Any], instantiator: str | None = None) -> Iterator[None]:
-    """Inside, `save_hyperparameters` keeps these: what the command line was given can rebuild objects, too."""
-    token = _given.set({**arguments, **({INSTANTIATOR_KEY: instantiator} if instantiator else {})})
-    try:
-        yield
-    finally:
-        _given.reset(token)
-
-
 def drop_unpicklable(hparams: MutableMapping) -> None:
     """Remove what could not be stored in a checkpoint; called when a run starts."""
     for name in [name for name, value in hparams.items() if not is_picklable(value)]:
@@ -150,7 +132,7 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
     for source in (module, datamodule):
         if source is None or not source._log_hyperparams:
             continue
-        new = {k: v for k, v in source.hparams_initial.items() if k not in (CLASS_PATH_KEY, INSTANTIATOR_KEY)}
+        new = {name: value for name, value in source.hparams_initial.items() if name not in NOT_LOGGED}
         clashes = [name for name in merged if name in new and not _same(merged[name], new[name])]
         if clashes:
             what = f"Module and datamodule would log different values for the hyper-parameters {clashes}."
@@ -160,10 +142,8 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
 
 
 def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return first.shape == second.shape and bool((first == second).all())
     try:
-        return first is second or bool(first == second)
+        return torch.equal(first, second) if isinstance(first, torch.Tensor) else bool(first == second)
     except Exception:  # arrays and the like compare element by element
         return False
 

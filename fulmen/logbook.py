@@ -11,7 +11,7 @@ from torch import Tensor
 from fulmen.hooks import LOG_RULES, LogRule
 from fulmen.utilities.collections import extract_batch_size
 from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 # What identifies the way a name is logged, compared as one tuple on every later write: prog_bar, logger, on_step,
 # on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only.
 Options = tuple[Any, ...]
-
-_warnings = WarningCache()
 
 
 class Entry:
@@ -321,7 +319,7 @@ class LogBook:
             )
         kind = MetricEntry if is_metric else _kind_of(name, options[4])
         if options[1] is True and not self.has_loggers:
-            _warnings.warn(f"`self.log('{name}', ..., logger=True)`: no logger is configured, the value goes nowhere.")
+            warn_once(f"`self.log('{name}', ..., logger=True)`: no logger is configured, the value goes nowhere.")
         if is_metric:
             _check_attribute(name, value, options[9], self.module)
         entry = self.entries[key] = kind(name, options, on_step, on_epoch, self.dataloader_idx)
@@ -538,7 +536,7 @@ def _check_attribute(name: str, metric: Any, attribute: str | None, module: Any)
 
 def _result_dtype(name: str, value: Tensor) -> torch.dtype:
     if not value.is_floating_point():
-        _warnings.warn(
+        warn_once(
             f"`self.log('{name}', ...)` received an integer tensor ({value.dtype}); it is converted to "
             f"{torch.get_default_dtype()} to be reduced. Log `value.float()` to silence this."
         )

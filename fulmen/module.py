@@ -15,7 +15,7 @@ from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import GradClipAlgorithmType
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
     from fulmen.utilities.types import OptimizerLRScheduler
 
-_warnings = WarningCache()
 Number = int | float  # inside the class, `float` is the method
 
 
@@ -300,9 +299,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     def _log_nowhere(self, name: str) -> None:
         """`self.log` without a logbook: barebones, or no trainer at all."""
         if self._trainer is not None:
-            _warnings.warn("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
+            warn_once("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
         else:
-            _warnings.warn(
+            warn_once(
                 f"`self.log('{name}', ...)` is ignored: {type(self).__name__} is not attached to a trainer. "
                 "Values are kept only while `trainer.fit`, `validate` or `test` runs."
             )

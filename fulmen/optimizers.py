@@ -122,7 +122,7 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
             "as they are. Return one to train them."
         )
         return [NoOptimizer()], []
-    optimizers, schedulers, monitor = _unpack(answer)
+    optimizers, schedulers = _unpack(answer)
     for optimizer in optimizers:
         if not _is_optimizer(optimizer):
             raise _unknown_shape(answer, f"{type(optimizer).__name__} is no optimizer")
@@ -131,40 +131,30 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
                 f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters. Its steps "
                 "would change nothing. Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`."
             )
-    automatic = module.automatic_optimization
-    configs = [_scheduler_config(s, monitor, automatic) for s in schedulers]
+    configs = [_scheduler_config(given, monitor, module.automatic_optimization) for given, monitor in schedulers]
     _check_schedulers(configs, optimizers, module)
     return optimizers, configs
 
 
-def _unpack(answer: Any) -> tuple[list[Any], list[Any], str | None]:
-    """(optimizers, schedulers, monitor) of any accepted shape."""
+def _unpack(answer: Any) -> tuple[list[Any], list[tuple[Any, str | None]]]:
+    """The optimizers, and each scheduler with the metric it may watch, in any accepted shape."""
     if _is_optimizer(answer):
-        return [answer], [], None
-    if isinstance(answer, Mapping):
-        optimizer, schedulers = _from_dict(answer)
-        return [optimizer], schedulers, answer.get("monitor")
-    if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) > 0:
-        if len(answer) == 2 and isinstance(answer[0], (list, tuple)) and all(map(_is_optimizer, answer[0])):
-            given = answer[1] if isinstance(answer[1], (list, tuple)) else [answer[1]]
-            return list(answer[0]), list(given), None
-        if all(isinstance(a, Mapping) for a in answer):
-            pairs = [_from_dict(a) for a in answer]
-            configs = []
-            for row, (_, schedulers) in zip(answer, pairs, strict=True):
-                configs += [_scheduler_config(s, row.get("monitor"), True) for s in schedulers]
-            return [optimizer for optimizer, _ in pairs], configs, None
-        if all(_is_optimizer(a) for a in answer):
-            return list(answer), [], None
+        return [answer], []
+    rows = [answer] if isinstance(answer, Mapping) else answer
+    if isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) > 0:
+        if len(rows) == 2 and isinstance(rows[0], (list, tuple)) and all(map(_is_optimizer, rows[0])):
+            schedulers = rows[1] if isinstance(rows[1], (list, tuple)) else [rows[1]]
+            return list(rows[0]), [(scheduler, None) for scheduler in schedulers]
+        if all(isinstance(row, Mapping) for row in rows):
+            for row in rows:
+                if "optimizer" not in row:
+                    raise _unknown_shape(row, "the key 'optimizer' is missing")
+                _warn_unknown(row, _OUTER_KEYS)
+            found = [(row["lr_scheduler"], row.get("monitor")) for row in rows if row.get("lr_scheduler") is not None]
+            return [row["optimizer"] for row in rows], found
+        if all(map(_is_optimizer, rows)):
+            return list(rows), []
     raise _unknown_shape(answer, f"a {type(answer).__name__} of this kind is not understood")
-
-
-def _from_dict(row: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    if "optimizer" not in row:
-        raise _unknown_shape(row, "the key 'optimizer' is missing")
-    _warn_unknown(row, _OUTER_KEYS)
-    scheduler = row.get("lr_scheduler")
-    return row["optimizer"], [] if scheduler is None else [scheduler]
 
 
 def _warn_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -27,20 +27,11 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 RICH = "rich", ">=10.2.2"
-PROFILERS = {
-    "simple": "SimpleProfiler",
-    "advanced": "AdvancedProfiler",
-    "pytorch": "PyTorchProfiler",
-    "xla": "XLAProfiler",
-}
+PROFILERS = {"simple": "Simple", "advanced": "Advanced", "pytorch": "PyTorch", "xla": "XLA"}
 
 
 def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
-    """The user's callbacks and the default ones. The user's own list is left as it is.
-
-    Raises:
-        MisconfigurationException: for something that is no callback, or a default that was both given and forbidden.
-    """
+    """The user's callbacks and the default ones. The user's own list is left as it is."""
     callbacks = [] if given is None else [given] if isinstance(given, Callback) else list(given)
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -57,7 +48,13 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
         callbacks.append(RichModelSummary() if available(*RICH) else ModelSummary())
     callbacks.extend(_from_entry_points())
-    _check_state_keys(callbacks)
+    seen: set[str] = set()
+    for callback in callbacks:
+        if callback.state_key in seen and callback.state_dict():
+            what = f"Two callbacks of one kind have states: `{type(callback).__name__}` with the state key"
+            fix = "Use different arguments, or override `state_key`."
+            raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
+        seen.add(callback.state_key)
     return in_order(callbacks)
 
 
@@ -65,8 +62,8 @@ def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings
     """Is there no callback of a kind that is wanted? An error if there is one of a kind that is not."""
     names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
     if kind is ProgressBar and len(names) > 1:
-        what = f"There can be one progress bar, but `callbacks` holds several: {', '.join(names)}."
-        raise MisconfigurationException(f"{what} Keep one of them.")
+        what = f"`callbacks` holds several progress bars: {', '.join(names)}. Keep one of them."
+        raise MisconfigurationException(what)
     if names and not getattr(settings, switch):
         what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
         raise MisconfigurationException(f"{what} Remove one of the two.")
@@ -81,8 +78,7 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
     kinds = {type(old) for old in callbacks if any(issubclass(type(n), type(old)) for n in new)} - {Callback}
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        what = "These callbacks of `configure_callbacks` take the place of the trainer's:"
-        rank_zero_info(f"{what} {names}")
+        rank_zero_info(f"These callbacks of `configure_callbacks` take the place of the trainer's: {names}")
     return in_order([old for old in callbacks if type(old) not in kinds] + new)
 
 
@@ -106,30 +102,18 @@ def _from_entry_points() -> list[Callback]:
     return found
 
 
-def _check_state_keys(callbacks: list[Callback]) -> None:
-    seen: set[str] = set()
-    for callback in callbacks:
-        if callback.state_key in seen and callback.state_dict():
-            what = f"Two callbacks of one kind have states: `{type(callback).__name__}` with the state key"
-            fix = "Use different arguments, or override `state_key`."
-            raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
-        seen.add(callback.state_key)
-
-
 def assemble_loggers(settings: Settings) -> list[Logger]:
     """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
-    given = _default_logger(settings.default_root_dir) if settings.logger is True else settings.logger or []
+    given = settings.logger or []
+    if given is True:
+        has_tensorboard = available("tensorboard") or available("tensorboardX")
+        if not has_tensorboard:
+            fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
+            rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
+        version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
+        given = (TensorBoardLogger if has_tensorboard else CSVLogger)(settings.default_root_dir, version=version)
     loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, Logger) else [given]
     return [DummyLogger()] if settings.fast_dev_run and loggers else loggers
-
-
-def _default_logger(root_dir: str) -> Logger:
-    version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
-    if available("tensorboard") or available("tensorboardX"):
-        return TensorBoardLogger(save_dir=root_dir, version=version)
-    fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
-    rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
-    return CSVLogger(save_dir=root_dir, version=version)
 
 
 def run_dir(logger: Logger) -> str | None:
@@ -159,4 +143,4 @@ def assemble_profiler(given: Any) -> Profiler:
         what = f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), PROFILERS)}"
         fix = f"Use one of {list(PROFILERS)}, or a `Profiler`."
         raise MisconfigurationException(f"{what} {fix}")
-    return getattr(profilers, PROFILERS[given.lower()])()
+    return getattr(profilers, f"{PROFILERS[given.lower()]}Profiler")()

@@ -22,13 +22,8 @@ LIMITS = tuple(f"limit_{verb}_batches" for verb in ("train", "val", "test", "pre
 SWITCHES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
 
 # What None stands for.
-DEFAULTS = {
-    **dict.fromkeys(SWITCHES, True),
-    "fast_dev_run": False,
-    "log_every_n_steps": 50,
-    "num_sanity_val_steps": 2,
-    "val_check_interval": 1.0,
-}
+DEFAULTS = {name: True for name in SWITCHES} | {"fast_dev_run": False, "log_every_n_steps": 50}
+DEFAULTS |= {"num_sanity_val_steps": 2, "val_check_interval": 1.0}
 
 # What `barebones=True` switches off, and what else it cannot be combined with.
 BAREBONES = {**dict.fromkeys(SWITCHES, False), "log_every_n_steps": 0, "num_sanity_val_steps": 0}
@@ -66,14 +61,11 @@ REMOVED = {
 
 
 class Settings(SimpleNamespace):
-    """The Trainer's arguments, checked, with every default filled in. The Trainer keeps them as plain attributes.
-
-    None in `max_epochs` and `min_epochs` is decided at each fit; `val_check_time_s` is an interval given as a time.
-    """
+    """The Trainer's arguments, checked, with defaults filled in; `val_check_time_s` is an interval given as a time."""
 
 
 def check(**given: Any) -> Settings:
-    """The settings for a full set of Trainer arguments. Sets nothing global; see `apply_torch_flags`."""
+    """The settings for a full set of Trainer arguments; sets nothing global."""
     refuse_conflicts(given)
     values: dict[str, Any] = {name: DEFAULTS.get(name) if value is None else value for name, value in given.items()}
     for name in INTEGERS:
@@ -210,7 +202,7 @@ def clip_algorithm(value: Any, algorithm: Any) -> GradClipAlgorithmType | None:
     if algorithm is None:
         return None
     name = algorithm.lower() if isinstance(algorithm, str) else str(algorithm)
-    known = GradClipAlgorithmType.supported_types()
+    known = [kind.value for kind in GradClipAlgorithmType]
     if name not in known:
         what = f"`gradient_clip_algorithm={algorithm!r}` is not one of {known}."
         raise MisconfigurationException(what + suggestion(name, known))

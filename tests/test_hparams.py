@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fulmen as pl
-from fulmen.hparams import clean_for_loggers, drop_unpicklable, given_hyperparameters
+from fulmen.hparams import clean_for_loggers, drop_unpicklable
 
 
 class Base(pl.LightningModule):
@@ -236,13 +236,6 @@ def test_what_cannot_be_pickled_is_removed_with_a_warning():
     with pytest.warns(UserWarning, match="`lr` was removed"):
         drop_unpicklable(module.hparams)
     assert module.hparams == {"depth": 2, "extra": 1}
-
-
-def test_given_arguments_replace_those_of_the_constructor():
-    with given_hyperparameters({"lr": {"class_path": "x"}}, instantiator="fulmen.cli.instantiate_module"):
-        module = Base(3)
-    assert module.hparams == {"lr": {"class_path": "x"}, "_instantiator": "fulmen.cli.instantiate_module"}
-    assert Base(3).hparams == {"lr": 3, "depth": 2}
 
 
 class Data(pl.LightningDataModule):

@@ -744,7 +744,7 @@ def test_a_dataloader_iter_step_must_say_the_batch_size():
 def test_logging_where_nobody_listens_warns(monkeypatch):
     from fulmen.utilities.rank_zero import WarningCache
 
-    monkeypatch.setattr("fulmen.module._warnings", WarningCache(), raising=False)  # it warns once per process
+    monkeypatch.setattr("fulmen.module.warn_once", WarningCache().warn)  # it warns once per process
     with pytest.warns(UserWarning):
         Logs().log("a", 1.0)
     with pytest.warns(UserWarning, match="barebones"):

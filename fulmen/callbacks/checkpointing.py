@@ -10,20 +10,19 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fulmen.callbacks.callback import Callback, missing_monitor
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
+from fulmen.utilities.introspection import alias
 from fulmen.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
@@ -47,7 +46,8 @@ class ModelCheckpoint(Checkpoint):
     means after training, unless validation runs inside of epochs, by the clock, or not in every epoch. A save by step
     or time waits for the validation that comes next, or first gives ``monitor`` a value.
 
-    **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``.
+    **What.** Without ``monitor``, the newest (``save_top_k=1``), all (-1) or none (0); with it, the best ``save_top_k``.
+    What has to make room is removed after the new file was written.
 
     Args:
         dirpath: folder or URL; by default ``checkpoints`` in the first logger's folder, or in ``default_root_dir``.
@@ -59,11 +59,8 @@ class ModelCheckpoint(Checkpoint):
         enable_version_counter: add ``-v1``, ``-v2``, … instead of overwriting a file of the same name.
     """
 
-    CHECKPOINT_JOIN_CHAR: ClassVar[str] = "-"
-    CHECKPOINT_EQUALS_CHAR: ClassVar[str] = "="
-    CHECKPOINT_NAME_LAST: ClassVar[str] = "last"
-    FILE_EXTENSION: ClassVar[str] = ".ckpt"
-    STARTING_VERSION: ClassVar[int] = 1
+    CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "-", "=", "last"
+    FILE_EXTENSION, STARTING_VERSION = ".ckpt", 1
 
     def __init__(
         self, dirpath: str | os.PathLike | None = None, filename: str | None = None, monitor: str | None = None,
@@ -78,36 +75,42 @@ class ModelCheckpoint(Checkpoint):
         self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
         self._train_time_interval = train_time_interval
         self._triggers = {name: getattr(self, f"_{name}") for name in _TRIGGERS}
-        folder = None if dirpath is None else os.fspath(dirpath)
-        local = folder is not None and not is_remote(folder)
-        self.dirpath = os.path.realpath(os.path.expanduser(local_path(folder))) if local else folder
+        self.dirpath = None if dirpath is None else os.fspath(dirpath)
+        if self.dirpath is not None and not is_remote(self.dirpath):
+            self.dirpath = os.path.realpath(os.path.expanduser(local_path(self.dirpath)))
         self.filename = None if filename is None else os.fspath(filename)
         self.monitor, self.mode, self.verbose = monitor, mode, verbose
         self.save_last, self.save_top_k, self.save_on_exception = save_last, save_top_k, save_on_exception
         self.save_weights_only, self.auto_insert_metric_name = save_weights_only, auto_insert_metric_name
-        self._save_on_train_epoch_end = save_on_train_epoch_end
-        self._enable_version_counter = enable_version_counter
-        _check(self)
+        self._save_on_train_epoch_end, self._enable_version_counter = save_on_train_epoch_end, enable_version_counter
+        chosen = {name: value for name, value in self._triggers.items() if value}
+        negative = self._every_n_train_steps < 0 or self._every_n_epochs < 0
+        problems = {
+            f"`{mode=}` is not known. Use 'min' or 'max'.": mode not in ("min", "max"),
+            f"`{save_top_k=}` must be -1 (keep all), 0 (none) or the number of files to keep.": save_top_k < -1,
+            f"`{save_top_k=}` needs a `monitor`, the name of a logged value.": monitor is None and save_top_k > 1,
+            f"{chosen}: intervals must be 0 (never) or more.": negative,
+            f"{chosen}: only one of them is possible. Add a second `ModelCheckpoint`.": len(chosen) > 1,
+        }
+        for message, wrong in problems.items():
+            if wrong:
+                raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
-        self.current_score: Tensor | None = None
-        self.best_model_score: Tensor | None = None
+        self.current_score: torch.Tensor | None = None
+        self.best_model_score: torch.Tensor | None = None
         self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
-        self.best_k_models: dict[str, Tensor] = {}
+        self.best_k_models: dict[str, torch.Tensor] = {}
         self.kth_value = self._worst_score = torch.tensor(math.inf if mode == "min" else -math.inf)
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
-        self._last_checkpoint_saved = ""
-        self._last_time_checked = 0.0
+        self._last_checkpoint_saved, self._last_time_checked = "", 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
         self._warnings = WarningCache()
+
+    every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers)
-
-    @property
-    def every_n_epochs(self) -> int | None:
-        """A checkpoint is due after every that many epochs; 0 means never."""
-        return self._every_n_epochs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
@@ -124,13 +127,18 @@ class ModelCheckpoint(Checkpoint):
         self._deferred = self._validated = False
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        by_batch = self._every_n_train_steps or self._train_time_interval is not None
-        if not by_batch or not self._batch_due(trainer) or self._idle(trainer):
-            return
-        too_early = self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
-        self._deferred = self.monitor is not None and too_early
-        if not self._deferred:
-            self._save(trainer)
+        due, interval = False, self._train_time_interval
+        if self._every_n_train_steps:
+            due = trainer.global_step % self._every_n_train_steps == 0
+        elif interval is not None:
+            passed = time.monotonic() - self._last_time_checked
+            if due := trainer.strategy.broadcast(passed >= interval.total_seconds()):  # clocks differ
+                self._last_time_checked += passed
+        if due and not self._idle(trainer):
+            too_early = self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
+            self._deferred = self.monitor is not None and too_early
+            if not self._deferred:
+                self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = not trainer.sanity_checking
@@ -152,29 +160,18 @@ class ModelCheckpoint(Checkpoint):
             self._write_last(trainer, _metrics_of(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not self.save_on_exception or self._idle(trainer):
-            return
-        metrics = _metrics_of(trainer)
-        filepath = self._free_path(trainer, metrics)
-        self._save_checkpoint(trainer, filepath)
-        if self.save_last:
-            self._write_last(trainer, metrics)
-        rank_zero_info(f"{type(exception).__name__} was raised: {exception}. Saved a checkpoint to {filepath}")
+        if self.save_on_exception and not self._idle(trainer):
+            metrics = _metrics_of(trainer)
+            filepath = self._free_path(trainer, metrics)
+            self._save_checkpoint(trainer, filepath)
+            if self.save_last:
+                self._write_last(trainer, metrics)
+            rank_zero_info(f"{type(exception).__name__} was raised: {exception}. Saved a checkpoint to {filepath}")
 
     def _idle(self, trainer: Trainer) -> bool:
         """Is this no moment to write files: not training for real, or already saved at this step?"""
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
         return not training or self._last_global_step_saved == trainer.global_step
-
-    def _batch_due(self, trainer: Trainer) -> bool:
-        interval, now = self._train_time_interval, time.monotonic()
-        if self._every_n_train_steps or interval is None:
-            return trainer.global_step % self._every_n_train_steps == 0
-        if due := trainer.strategy.broadcast(
-            now - self._last_time_checked >= interval.total_seconds()
-        ):  # clocks differ
-            self._last_time_checked = now
-        return due
 
     def _save(self, trainer: Trainer) -> None:
         """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
@@ -220,13 +217,13 @@ class ModelCheckpoint(Checkpoint):
             self.kth_best_model_path = worst(scores, key=scores.__getitem__)
             self.kth_value = scores[self.kth_best_model_path]
         if self.verbose:
-            scores_now = f"{current:.5f} (best {self.best_model_score:.5f})"
-            rank_zero_info(f"{where} reached {scores_now}, saving model to {filepath!r} as top {k}")
+            reached = f"{where} reached {current:.5f} (best {self.best_model_score:.5f})"
+            rank_zero_info(f"{reached}, saving model to {filepath!r} as top {k}")
         self._save_checkpoint(trainer, filepath)
         self._make_room(trainer, displaced, filepath)  # … and from the disk after it
         return True
 
-    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+    def check_monitor_top_k(self, trainer: Trainer, current: torch.Tensor | None = None) -> bool:
         """Does ``current`` belong to the best ``save_top_k``? Ranks must agree; equal values do not displace."""
         if current is None or self.save_top_k == -1:
             return current is not None
@@ -251,9 +248,8 @@ class ModelCheckpoint(Checkpoint):
         trainer.save_checkpoint(filepath, self.save_weights_only)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(self)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Removes one file; every removal comes through here."""
@@ -267,8 +263,7 @@ class ModelCheckpoint(Checkpoint):
             self._remove_checkpoint(trainer, previous)
 
     def _free_path(self, trainer: Trainer, metrics: dict, replaces: str = "", template: str | None = None) -> str:
-        """Where the next file goes; ``replaces`` is about to be removed, so its name is free."""
-        # Metrics, and so names, may differ between ranks.
+        """The next file, named after the metrics of the first rank; ``replaces`` is free: it is about to be removed."""
         share, version = trainer.strategy.broadcast, self.STARTING_VERSION
         filepath, replaces = share((self.format_checkpoint_name(metrics, template), replaces))
         while self._enable_version_counter and filepath != replaces and self.file_exists(filepath, trainer):
@@ -291,7 +286,7 @@ class ModelCheckpoint(Checkpoint):
         def fill(field: re.Match[str]) -> str:
             name, how = field[1], field[2] or ""
             value = metrics.get(name, 0)
-            text = format(value.item() if isinstance(value, Tensor) else value, how)
+            text = format(value.item() if isinstance(value, torch.Tensor) else value, how)
             return f"{name}{self.CHECKPOINT_EQUALS_CHAR}{text}" if self.auto_insert_metric_name else text
 
         template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
@@ -341,22 +336,6 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         trainer.strategy.remove_checkpoint(self.ckpt_path)
-
-
-def _check(callback: ModelCheckpoint) -> None:
-    top_k, monitor = callback.save_top_k, callback.monitor
-    chosen = {name: value for name, value in callback._triggers.items() if value}
-    problems = {
-        f"`mode={callback.mode!r}` is not known. Use 'min' or 'max'.": callback.mode not in ("min", "max"),
-        f"`save_top_k={top_k}` must be -1 (keep all), 0 (none) or the number of files to keep.": top_k < -1,
-        f"`save_top_k={top_k}` needs a `monitor`, the name of a logged value.": monitor is None and top_k > 1,
-        f"{chosen}: intervals must be 0 (never) or more.": any(isinstance(n, int) and n < 0 for n in chosen.values()),
-        f"{chosen}: one callback takes only one of them. Add a second `ModelCheckpoint` for the other.": len(chosen)
-        > 1,
-    }
-    for message, wrong in problems.items():
-        if wrong:
-            raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
 
 def folder_of_run(trainer: Trainer) -> str:

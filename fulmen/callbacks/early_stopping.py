@@ -8,7 +8,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from fulmen.callbacks.callback import Callback, missing_monitor
 from fulmen.utilities.errors import MisconfigurationException
@@ -44,7 +43,7 @@ class EarlyStopping(Callback):
     """
 
     monitors = True
-    mode_dict: ClassVar[dict[str, Callable[[Any, Any], Tensor]]] = {"min": torch.lt, "max": torch.gt}
+    mode_dict: ClassVar[dict[str, Callable[[Any, Any], torch.Tensor]]] = {"min": torch.lt, "max": torch.gt}
     order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
 
     def __init__(
@@ -71,7 +70,7 @@ class EarlyStopping(Callback):
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     @property
-    def monitor_op(self) -> Callable[[Any, Any], Tensor]:
+    def monitor_op(self) -> Callable[[Any, Any], torch.Tensor]:
         """``monitor_op(a, b)``: is ``a`` better than ``b``?"""
         return self.mode_dict[self.mode]
 
@@ -111,7 +110,7 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
 
-    def _judge(self, current: Tensor) -> tuple[EarlyStoppingReason, str | None]:
+    def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """Applies the rules in their order; also counts, and remembers the best value."""
         reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
         stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
@@ -131,8 +130,7 @@ class EarlyStopping(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return reason.NOT_STOPPED, None
-        message = f"{name} did not improve in the last {self.wait_count} checks; {best}. Stopping."
-        return reason.PATIENCE_EXHAUSTED, message
+        return reason.PATIENCE_EXHAUSTED, f"{name} did not improve in {self.wait_count} checks; {best}. Stopping."
 
     def state_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in _STATE}, "stopping_reason": self.stopping_reason.value}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module, Parameter
@@ -37,8 +37,7 @@ class BaseFinetuning(Callback):
     """
 
     def __init__(self) -> None:
-        # Per optimizer, its groups with the names of their parameters in the place of the parameters.
-        self._internal_optimizer_metadata: dict[int, list[dict[str, Any]]] = {}
+        self._internal_optimizer_metadata: dict[int, list[dict[str, Any]]] = {}  # groups, with names of parameters
         self._resumed = False
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
@@ -57,9 +56,7 @@ class BaseFinetuning(Callback):
         return [module for module in modules.modules() if not list(module.children()) or module._parameters]
 
     @staticmethod
-    def filter_params(
-        modules: Modules, train_bn: bool = True, requires_grad: bool = True
-    ) -> Generator[Parameter, None, None]:
+    def filter_params(modules: Modules, train_bn: bool = True, requires_grad: bool = True) -> Iterator[Parameter]:
         """The parameters that do (or do not) require gradients, with or without those of batch norm."""
         for module in BaseFinetuning.flatten_modules(modules):
             if train_bn or not isinstance(module, _BatchNorm):
@@ -89,41 +86,32 @@ class BaseFinetuning(Callback):
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         new = [p for p in params if id(p) not in known]
         if len(new) < len(params):
-            rank_zero_warn(
-                f"{len(params) - len(new)} of the parameters to unfreeze are in the optimizer already and skipped. "
-                "In `configure_optimizers`, use `filter(lambda p: p.requires_grad, self.parameters())`."
-            )
+            what = f"{len(params) - len(new)} of the parameters to unfreeze are in the optimizer already and skipped."
+            rank_zero_warn(f"{what} Give it only `filter(lambda p: p.requires_grad, self.parameters())` at first.")
         return new
 
     @staticmethod
-    def unfreeze_and_add_param_group(
-        modules: Modules, optimizer: Optimizer, lr: float | None = None, initial_denom_lr: float = 10.0,
-        train_bn: bool = True,
-    ) -> None:  # fmt: skip
+    def unfreeze_and_add_param_group(modules: Modules, optimizer: Optimizer, lr: float | None = None,
+                                     initial_denom_lr: float = 10.0, train_bn: bool = True) -> None:  # fmt: skip
         """Unfreezes and adds a group, with ``lr`` or that of the first group divided by ``initial_denom_lr``."""
         BaseFinetuning.make_trainable(modules)
-        found = BaseFinetuning.filter_params(modules, train_bn=train_bn, requires_grad=True)
-        new = BaseFinetuning.filter_on_optimizer(optimizer, found)
+        new = BaseFinetuning.filter_on_optimizer(optimizer, BaseFinetuning.filter_params(modules, train_bn))
         if new:
             rate = optimizer.param_groups[0]["lr"] / initial_denom_lr if lr is None else lr
             optimizer.add_param_group({"params": new, "lr": rate})
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
-            raise NotImplementedError(f"`{type(self).__name__}` cannot add groups to the optimizers of DeepSpeed.")
         if stage == "fit":
             self.freeze_before_training(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._resumed:
-            return
+        if self._resumed:
+            # The state of the optimizers, which is loaded next, has the groups that were added before it was stored.
+            parameters = dict(pl_module.named_parameters())
+            for idx, groups in self._internal_optimizer_metadata.items():
+                restored = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+                trainer.optimizers[idx].param_groups = restored
         self._resumed = False
-        # The state of the optimizers, which is loaded next, has the groups that were added before it was stored.
-        parameters = dict(pl_module.named_parameters())
-        for idx, groups in self._internal_optimizer_metadata.items():
-            trainer.optimizers[idx].param_groups = [
-                {**group, "params": [parameters[name] for name in group["params"]]} for group in groups
-            ]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for idx, optimizer in enumerate(trainer.optimizers):
@@ -146,10 +134,8 @@ class BackboneFinetuning(BaseFinetuning):
     """Trains everything but ``pl_module.backbone`` first, and the backbone with its own learning rate later.
 
     Args:
-        unfreeze_backbone_at_epoch: from this epoch on the backbone is trained, …
-        lambda_func: … and in every later epoch its learning rate is multiplied by ``lambda_func(epoch + 1)``.
-        backbone_initial_ratio_lr: its first learning rate, as a part of that of the first group, …
-        backbone_initial_lr: … or as a number.
+        lambda_func: in later epochs, the learning rate of the backbone is multiplied by ``lambda_func(epoch + 1)``.
+        backbone_initial_ratio_lr, backbone_initial_lr: its first one, as a part of that of the first group or a number.
         should_align: never let it be larger than that of the first group.
         train_bn: whether batch norm is trained, before and after.
         rounding: digits of the learning rates that ``verbose`` tells.
@@ -169,10 +155,8 @@ class BackboneFinetuning(BaseFinetuning):
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
         if not isinstance(getattr(pl_module, "backbone", None), Module):
-            raise MisconfigurationException(
-                f"`BackboneFinetuning`: `{type(pl_module).__name__}` has no module called `backbone` to freeze. "
-                "Name it `self.backbone`, or derive from `BaseFinetuning` to choose other layers."
-            )
+            what = f"`BackboneFinetuning`: `{type(pl_module).__name__}` has no module called `backbone`."
+            raise MisconfigurationException(f"{what} Derive from `BaseFinetuning` to choose other layers.")
         self.freeze(pl_module.backbone, train_bn=self.train_bn)
 
     def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
@@ -189,8 +173,8 @@ class BackboneFinetuning(BaseFinetuning):
             optimizer.param_groups[-1]["lr"] = lr = min(lr, current) if self.should_align else lr
         self.previous_backbone_lr = lr
         if self.verbose:
-            now, backbone = (round(float(rate), self.rounding) for rate in (current, lr))
-            rank_zero_info(f"Current lr: {now}, backbone lr: {backbone}")
+            digits = self.rounding
+            rank_zero_info(f"Current lr: {round(float(current), digits)}, backbone lr: {round(float(lr), digits)}")
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}

@@ -11,23 +11,19 @@ from fulmen.utilities.rank_zero import rank_zero_info
 from fulmen.utilities.tables import rich_console
 
 if TYPE_CHECKING:
-    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
 
 class ModelSummary(Callback):
     """Logs a table of the model's layers at the start of fit.
 
-    Args:
-        max_depth: 1 shows the direct children, -1 everything, 0 switches the table off.
-        summarize_kwargs: go to `summarize` as they are.
+    A depth of 1 shows the direct children, -1 everything, 0 switches the table off.
     """
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
-        self._max_depth = max_depth
-        self._summarize_kwargs = summarize_kwargs
+        self._max_depth, self._summarize_kwargs = max_depth, summarize_kwargs
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not self._max_depth:
             return
         # On every process: the forward pass of an example may need all of them.
@@ -48,15 +44,7 @@ class ModelSummary(Callback):
 
 
 class RichModelSummary(ModelSummary):
-    """Prints the table with Rich.
-
-    Args:
-        max_depth: as in `ModelSummary`.
-        summarize_kwargs: ``header_style``, Rich's style of the header row.
-
-    Raises:
-        ModuleNotFoundError: without Rich.
-    """
+    """Prints the table with Rich; ``header_style`` is its style of the header row."""
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
         require("rich", "for `RichModelSummary`", minimum=">=10.2.2")

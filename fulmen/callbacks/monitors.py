@@ -14,8 +14,8 @@ import torch
 from torch.optim import Optimizer
 
 from fulmen.callbacks.callback import Callback
-from fulmen.engine.accelerators import CPUAccelerator
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.engine.accelerators import Accelerator, CPUAccelerator
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -38,19 +38,16 @@ class LearningRateMonitor(Callback):
         log_weight_decay: also log ``<name>-weight_decay``.
     """
 
-    def __init__(
-        self, logging_interval: str | None = None, log_momentum: bool = False, log_weight_decay: bool = False
-    ) -> None:
+    def __init__(self, logging_interval: str | None = None, log_momentum: bool = False,
+                 log_weight_decay: bool = False) -> None:  # fmt: skip
         if logging_interval not in (None, "step", "epoch"):
-            hint = suggestion(str(logging_interval), ("step", "epoch"))
-            raise MisconfigurationException(f"`{logging_interval=}` must be 'step', 'epoch' or None.{hint}")
+            raise MisconfigurationException(f"`{logging_interval=}` must be 'step', 'epoch' or None.")
         self.logging_interval = logging_interval
         self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
         self.lrs: dict[str, list[float]] = {}
         self.last_momentum_values: dict[str, float | None] = {}
         self.last_weight_decay_values: dict[str, float | None] = {}
-        # Name without the group, optimizer, and the interval its scheduler has, if there is one.
-        self._watched: list[tuple[str, Optimizer, str | None]] = []
+        self._watched: list[tuple[str, Optimizer, str | None]] = []  # name, optimizer, its scheduler's interval
 
     def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         _require_logger(self, trainer)
@@ -59,10 +56,8 @@ class LearningRateMonitor(Callback):
         self.lrs = {name: [] for name in names}
         self.last_momentum_values = {f"{name}-momentum": None for name in names}
         self.last_weight_decay_values = {f"{name}-weight_decay": None for name in names}
-        defaults = [optimizer.defaults for _, optimizer, _ in self._watched]
-        if self.log_momentum and not all("momentum" in given or "betas" in given for given in defaults):
-            message = "`LearningRateMonitor(log_momentum=True)`: 0 is logged for optimizers that have no momentum."
-            rank_zero_warn(message, category=RuntimeWarning)
+        if self.log_momentum and not all({"momentum", "betas"} & opt.defaults.keys() for _, opt, _ in self._watched):
+            rank_zero_warn("`log_momentum=True`: optimizers without momentum log 0.", category=RuntimeWarning)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self.logging_interval != "epoch" and _log_due(trainer):
@@ -75,25 +70,23 @@ class LearningRateMonitor(Callback):
     def _log(self, trainer: Trainer, interval: str) -> None:
         metrics: dict[str, float] = {}
         for base, optimizer, own_interval in self._watched:
-            if self.logging_interval is not None or own_interval in (None, interval):
-                self._collect(base, optimizer, metrics)
+            if self.logging_interval is None and own_interval not in (None, interval):
+                continue
+            for name, group in zip(_group_names(base, optimizer), optimizer.param_groups):
+                if name not in self.lrs:  # a group was added: the first one takes the values logged before with it
+                    self.lrs[name] = self.lrs.pop(base, [])
+                # sync: only for optimizers that keep their options in device tensors (`capturable=True`)
+                metrics[name] = float(group["lr"])
+                self.lrs[name].append(metrics[name])
+                if self.log_momentum:
+                    key, value = f"{name}-momentum", group["betas"][0] if "betas" in group else group.get("momentum", 0)
+                    metrics[key] = self.last_momentum_values[key] = float(value)
+                if self.log_weight_decay:
+                    key, value = f"{name}-weight_decay", group.get("weight_decay", 0)
+                    metrics[key] = self.last_weight_decay_values[key] = float(value)
         if metrics:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
             trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
-
-    def _collect(self, base: str, optimizer: Optimizer, metrics: dict[str, float]) -> None:
-        for name, group in zip(_group_names(base, optimizer), optimizer.param_groups):
-            if name not in self.lrs:  # a group was added: the first one takes the values logged before with it
-                self.lrs[name] = self.lrs.pop(base, [])
-            metrics[name] = _number(group["lr"])
-            self.lrs[name].append(metrics[name])
-            if self.log_momentum:
-                key = f"{name}-momentum"
-                momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
-                metrics[key] = self.last_momentum_values[key] = _number(momentum)
-            if self.log_weight_decay:
-                key = f"{name}-weight_decay"
-                metrics[key] = self.last_weight_decay_values[key] = _number(group.get("weight_decay", 0))
 
 
 def _logs_stats(hook: str) -> Callable[..., None]:
@@ -102,14 +95,9 @@ def _logs_stats(hook: str) -> Callable[..., None]:
     def log(self: DeviceStatsMonitor, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if not _log_due(trainer):
             return
-        device = trainer.strategy.root_device
-        stats: dict[str, float] = {}
-        if device.type != "cpu" or self._cpu_stats is not False:
-            stats.update(trainer.accelerator.get_device_stats(device))
-        if device.type != "cpu" and self._cpu_stats:
-            stats.update(CPUAccelerator().get_device_stats("cpu"))
-        if stats:
-            metrics = {f"{type(self).__qualname__}.{hook}/{name}": value for name, value in stats.items()}
+        stats = [source.get_device_stats(trainer.strategy.root_device) for source in self._sources]
+        prefix = f"{type(self).__qualname__}.{hook}/"
+        if metrics := {prefix + name: value for found in stats for name, value in found.items()}:
             trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
 
     return log
@@ -118,20 +106,22 @@ def _logs_stats(hook: str) -> Callable[..., None]:
 class DeviceStatsMonitor(Callback):
     """Logs what the accelerator reports around batches: memory on GPUs, load on the CPU (with `psutil`).
 
-    Args:
-        cpu_stats: log the load of the host as well; None does so only if the run is on the CPU, False not even then.
+    With ``cpu_stats``, the load of the host as well; None does so only if the run is on the CPU, False not even then.
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
         self._cpu_stats = cpu_stats
+        self._sources: list[Accelerator] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate", "test"):
             return
         _require_logger(self, trainer)
         on_cpu = trainer.strategy.root_device.type == "cpu"
+        self._sources = [] if on_cpu else [trainer.accelerator]
         if self._cpu_stats or (self._cpu_stats is None and on_cpu):
             require("psutil", "to log the load of the CPU (`DeviceStatsMonitor(cpu_stats=False)` does without)")
+            self._sources.append(trainer.accelerator if on_cpu else CPUAccelerator())
 
     on_train_batch_start = _logs_stats("on_train_batch_start")
     on_train_batch_end = _logs_stats("on_train_batch_end")
@@ -169,15 +159,12 @@ class ThroughputMonitor(Callback):
     Training is counted without the validation inside. A row comes every ``log_every_n_steps``; only then the host waits
     for CUDA, which itself notes when each batch is done. For FLOPs, set ``flops_per_batch`` in the module.
 
-    Args:
-        batch_size_fn: the number of samples of a batch.
-        length_fn: its number of items, such as tokens.
-        kwargs: passed to `Throughput`: ``window_size`` and ``separator``.
+    ``batch_size_fn`` gives the number of samples of a batch, ``length_fn`` that of its items, such as tokens.
+    ``kwargs`` are those of `Throughput`: ``window_size`` and ``separator``.
     """
 
-    def __init__(
-        self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None,
+                 **kwargs: Any) -> None:  # fmt: skip
         self.batch_size_fn, self.length_fn, self.kwargs = batch_size_fn, length_fn, kwargs
         self.available_flops: int | None = None
         self._paces: dict[str, _Pace] = {}
@@ -199,9 +186,8 @@ class ThroughputMonitor(Callback):
         if "train" in self._paces:
             self._paces["train"].batch_start = _mark(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                           *_: Any, **__: Any) -> None:  # fmt: skip
         every, training, stage = trainer.log_every_n_steps, trainer.training, trainer.stage.value
         if not trainer.loggers or every == 0 or trainer.sanity_checking:
             return
@@ -234,8 +220,8 @@ def _mark(trainer: Trainer) -> Any:
 class TrainingSpikeException(RuntimeError):
     """The loss jumped in this batch; raised by `SpikeDetection` on all ranks."""
 
-    def __init__(self, batch_idx: int, details: str = "") -> None:
-        super().__init__(f"Training spike detected in batch {batch_idx}{details}")
+    def __init__(self, batch_idx: int, details: str) -> None:
+        super().__init__(f"Training spike detected in batch {batch_idx}: {details}")
         self.batch_idx = batch_idx
 
 
@@ -244,12 +230,8 @@ class SpikeDetection(Callback):
 
     A spike is worse than the mean of the last ``window`` finite losses, by ``atol`` or more and by ``rtol`` times that
     mean or more (None leaves a bound out); with ``finite_only``, NaN and infinity are spikes too. One rank stops all.
-    The rule needs each loss as a number, so every batch waits for the device once.
-
-    Args:
-        mode: whether smaller ("min") or larger ("max") is better.
-        warmup: that many batches at the start of each epoch are not judged.
-        exclude_batches_path: folder of ``skip_batches.json``, the list of batch numbers; by default the working folder.
+    The first ``warmup`` batches of an epoch are not judged. The rule needs each loss as a number, so every batch waits
+    for the device once. The numbers go to ``skip_batches.json`` in ``exclude_batches_path`` or the working folder.
     """
 
     def __init__(
@@ -269,34 +251,31 @@ class SpikeDetection(Callback):
         """Of the last finite losses; NaN before the first."""
         return sum(self._recent) / len(self._recent) if self._recent else math.nan
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:  # fmt: skip
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         value = math.nan if loss is None else float(loss)  # sync: training goes on only if the number is good
-        spike = loss is not None and batch_idx >= self.warmup and self._is_spike(value)
+        mean = self.running_mean
+        worse_by = value - mean if self.mode == "min" else mean - value
+        far = worse_by > 0 and worse_by >= (self.atol or 0) and worse_by >= abs(mean) * (self.rtol or 0)
+        far = far or (self.finite_only and not math.isfinite(value))
+        spike = loss is not None and batch_idx >= self.warmup and far
         if trainer.strategy.reduce_boolean_decision(spike, all=False):
             self.bad_batches += [batch_idx - 1, batch_idx]
             path = os.path.join(self.exclude_batches_path or os.getcwd(), "skip_batches.json")
             if trainer.is_global_zero:
                 ensure_dir(os.path.dirname(path))
                 atomic_write(path, json.dumps(self.bad_batches, indent=4).encode())
-            details = f"the loss is {value} after a mean of {self.running_mean}; batches to skip are in `{path}`."
-            raise TrainingSpikeException(batch_idx, f": {details}")
+            details = f"the loss is {value} after a mean of {mean}; batches to skip are in `{path}`."
+            raise TrainingSpikeException(batch_idx, details)
         self.last_val = value
         if math.isfinite(value):
             self._recent.append(value)
 
-    def _is_spike(self, loss: float) -> bool:
-        mean = self.running_mean
-        worse_by = loss - mean if self.mode == "min" else mean - loss
-        far = worse_by > 0 and worse_by >= (self.atol or 0) and worse_by >= abs(mean) * (self.rtol or 0)
-        return far or (self.finite_only and not math.isfinite(loss))
-
 
 def _require_logger(callback: Callback, trainer: Trainer) -> None:
     if not trainer.loggers:
-        what = f"`{type(callback).__name__}` sends numbers to loggers, and this `Trainer` has none."
+        what = f"`{type(callback).__name__}` needs a logger."
         raise MisconfigurationException(f"{what} Pass `Trainer(logger=True)` or a logger, or remove the callback.")
 
 
@@ -306,25 +285,17 @@ def _log_due(trainer: Trainer) -> bool:
     return every > 0 and (trainer.fit_loop.progress.log_step + 1) % every == 0
 
 
-def _number(value: Any) -> float:
-    # sync: only for optimizers that keep their options in device tensors (`capturable=True`)
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
 def _named_optimizers(trainer: Trainer) -> list[tuple[str, Optimizer, str | None]]:
     """Those with a scheduler, in the order of the schedulers, then the others; names are made different by ``-1``, …"""
-    configs = trainer.lr_scheduler_configs
-    found = [(config.name, config.scheduler.optimizer, config.interval) for config in configs]
-    scheduled = [optimizer for _, optimizer, _ in found]
-    found += [(None, opt, None) for opt in trainer.optimizers if not any(opt is other for other in scheduled)]
+    found = [(config.name, config.scheduler.optimizer, config.interval) for config in trainer.lr_scheduler_configs]
+    found += [(None, opt, None) for opt in trainer.optimizers if not any(opt is other for _, other, _ in found)]
     seen: dict[str, int] = {}
     named = []
     for name, optimizer, interval in found:
-        if not all("lr" in group for group in optimizer.param_groups):  # the stand-in of a run without optimizer
-            continue
-        base = name or f"lr-{type(optimizer).__name__}"
-        count = seen[base] = seen.get(base, -1) + 1
-        named.append((f"{base}-{count}" if count else base, optimizer, interval))
+        if all("lr" in group for group in optimizer.param_groups):  # else the stand-in of a run without optimizer
+            base = name or f"lr-{type(optimizer).__name__}"
+            count = seen[base] = seen.get(base, -1) + 1
+            named.append((f"{base}-{count}" if count else base, optimizer, interval))
     return named
 
 
@@ -336,8 +307,6 @@ def _group_names(base: str, optimizer: Optimizer) -> list[str]:
     names = [str(group.get("name", f"pg{number}")) for number, group in enumerate(groups, start=1)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise MisconfigurationException(
-            f"Several parameter groups of `{base}` have the same name: {repeated}. `LearningRateMonitor` logs by name: "
-            "give every group of one optimizer another `name`, or none."
-        )
+        what = f"`LearningRateMonitor`: parameter groups of `{base}` have the same name: {repeated}."
+        raise MisconfigurationException(f"{what} Give every group of one optimizer another `name`, or none.")
     return [f"{base}/{name}" for name in names]

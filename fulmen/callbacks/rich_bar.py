@@ -79,7 +79,9 @@ class RichProgressBar(TerminalProgressBar):
 
         theme = self.theme
         description = TextColumn("[progress.description]{task.description}", style=theme.description)
-        bar = BarColumn(BAR_WIDTH, "bar.back", theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse)
+        bar = BarColumn(
+            BAR_WIDTH, "bar.back", theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse
+        )
         styles = {"batches": theme.batch_progress, "times": theme.time, "speed": theme.processing_speed}
         return [description, bar, *(TextColumn(f"{{task.fields[{name}]}}", styles[name]) for name in styles)]
 
@@ -106,6 +108,13 @@ class RichProgressBar(TerminalProgressBar):
         if kind not in self._ids:
             texts = dict.fromkeys(("batches", "times", "speed", "metrics"), "")  # shown beside the bar
             self._ids[kind] = self.progress.add_task("", total=None, visible=False, **texts)
+
+    def teardown(self, *args: Any, **kwargs: Any) -> None:
+        super().teardown()
+        if self.progress is not None:
+            self.progress.stop()  # between the sanity check and training it goes on without a track
+
+    on_train_end = on_exception = teardown
 
     def _task(self, kind: str) -> Task | None:
         tasks = [] if self.progress is None else self.progress.tasks
@@ -145,19 +154,20 @@ class RichProgressBar(TerminalProgressBar):
 
 
 def _display(columns: list[ProgressColumn], metrics_style: str, console: Any) -> Any:
+    from rich.cells import cell_len
     from rich.measure import Measurement
     from rich.progress import BarColumn, Progress, TextColumn
 
     class Display(Progress):
         def make_tasks_table(self, tasks: Any) -> Table:
-            """Lines are not wrapped: Rich shortens the bar, and where that is not enough we cut the metrics."""
-            table = super().make_tasks_table(tasks)
-            options = self.console.options
-            needed = Measurement.get(self.console, options.update_width(10_000), table).maximum
-            from_bar = BAR_WIDTH - SHORTEST_BAR if any(isinstance(column, BarColumn) for column in self.columns) else 0
-            if needed - from_bar > options.max_width:
-                longest = max(cell_len(task.fields["metrics"]) for task in tasks if task.visible)
-                table.columns[-1].max_width = max(longest - (needed - from_bar - options.max_width), 1)
+            """Lines are not wrapped: Rich shortens the bar, and where that is not enough metrics are cut."""
+            table, width = super().make_tasks_table(tasks), console.width
+            longest = max((cell_len(task.fields["metrics"]) for task in tasks if task.visible), default=0)
+            needed = Measurement.get(console, console.options.update_width(10_000), table).maximum
+            if any(isinstance(column, BarColumn) for column in self.columns):
+                needed -= BAR_WIDTH - SHORTEST_BAR
+            if longest and needed > width:
+                table.columns[-1].max_width = max(longest - (needed - width), 1)
             return table
 
     metrics = TextColumn("{task.fields[metrics]}", metrics_style, markup=False)

@@ -1,4 +1,4 @@
-"""Callbacks about when: `Timer` ends training by the clock, `GradientAccumulationScheduler` changes the window by epoch."""
+"""Callbacks about when: `Timer` ends training by the clock, `GradientAccumulationScheduler` accumulates by epoch."""
 
 from __future__ import annotations
 

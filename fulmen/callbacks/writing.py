@@ -36,19 +36,15 @@ class WriteInterval(LightningEnum):
 class BasePredictionWriter(Callback):
     """Base class for storing predictions: implement `write_on_batch_end`, `write_on_epoch_end` or both.
 
-    Every rank writes its own part, so name files after ``trainer.global_rank`` and use
-    ``trainer.predict(..., return_predictions=False)`` when memory is short::
-
-        class Writer(BasePredictionWriter):
-            def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
-                torch.save(prediction, self.folder / f"{trainer.global_rank}-{dataloader_idx}-{batch_idx}.pt")
+    Every rank writes its own part, so name files after ``trainer.global_rank``. When memory is short, use
+    ``trainer.predict(..., return_predictions=False)``.
     """
 
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
         known = [interval.value for interval in WriteInterval]
         if write_interval not in known:
             hint = suggestion(str(write_interval), known)
-            raise MisconfigurationException(f"`write_interval={write_interval!r}` is not one of {known}.{hint}")
+            raise MisconfigurationException(f"`{write_interval=}` is not one of {known}.{hint}")
         self.interval = WriteInterval(write_interval)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -79,10 +75,7 @@ class BasePredictionWriter(Callback):
 
 
 class LambdaCallback(Callback):
-    """A callback made of functions; each gets what the hook of its name gets.
-
-    >>> callback = LambdaCallback(on_train_end=lambda trainer, pl_module: print(trainer.global_step))
-    """
+    """A callback made of functions; each gets what the hook of its name gets."""
 
     def __init__(
         self, setup: Hook = None, teardown: Hook = None, on_fit_start: Hook = None, on_fit_end: Hook = None,

@@ -40,10 +40,7 @@ class ClassOnlyMethod(classmethod):
         @functools.wraps(self.__func__)
         def refuse(*_: Any, **__: Any) -> NoReturn:
             name = f"{type(instance).__name__}.{self.__func__.__name__}"
-            raise TypeError(
-                f"`{name}` makes a new object; it cannot change the instance it was called on. Call it on the class, and"
-                f" use what it returns: `loaded = {name}(...)`."
-            )
+            raise TypeError(f"`{name}` cannot change an instance: it makes a new one. Use `loaded = {name}(...)`.")
 
         return refuse
 
@@ -82,9 +79,9 @@ def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weig
     location = keep_available_device if map_location is None else map_location
     checkpoint = read(path, map_location=location, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
-        fix = "Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`."
-        raise TypeError(f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is. {fix}")
-    return migrate_checkpoint(checkpoint)
+        what = f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is."
+        raise TypeError(f"{what} Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
+    return migrate_checkpoint(checkpoint, path)
 
 
 def keep_available_device(storage: Any, location: str) -> Any:
@@ -97,11 +94,9 @@ def keep_available_device(storage: Any, location: str) -> Any:
 def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict) -> Any:
     """The new object, from the arguments its constructor accepts."""
     instantiator, class_path = stored.pop("_instantiator", None), stored.pop("_class_path", None)
-    if instantiator is not None and instantiator not in INSTANTIATORS:
-        raise ValueError(
-            f"The checkpoint wants to be built by `{instantiator}`, and a file could name any function. If it only calls"
-            " the class, add its name to `fulmen.checkpoint.load.INSTANTIATORS`."
-        )
+    if instantiator not in (None, *INSTANTIATORS):
+        what = f"The checkpoint wants to be built by `{instantiator}`, and a file could name any function."
+        raise ValueError(f"{what} If you trust it, add its name to `fulmen.checkpoint.load.INSTANTIATORS`.")
     if instantiator is not None and class_path is not None:
         cls = _imported_subclass(cls, class_path)
     found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
@@ -116,10 +111,8 @@ def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint
     if not any(p.kind is p.VAR_KEYWORD for p in found):
         arguments = {k: v for k, v in arguments.items() if k in accepted}
         for ignored in kwargs.keys() - accepted - inside.keys():
-            rank_zero_warn(
-                f"The argument `{ignored}` was left out: `{cls.__name__}.__init__` does not accept it."
-                + suggestion(ignored, accepted)
-            )
+            what = f"The argument `{ignored}` was left out: `{cls.__name__}.__init__` does not accept it."
+            rank_zero_warn(what + suggestion(ignored, accepted))
     return cls(**arguments)
 
 
@@ -131,7 +124,7 @@ def _imported_subclass(cls: type, class_path: str) -> type:
         found = functools.reduce(lambda holder, part: getattr(holder, part, None), parts[depth:], module)
         if inspect.isclass(found) and issubclass(found, cls):
             return found
-    what = f"The checkpoint wants to be loaded as `{class_path}`, which is no imported subclass of `{cls.__name__}`."
+    what = f"The checkpoint is of a `{class_path}`, which is no imported subclass of `{cls.__name__}`."
     raise ValueError(f"{what} If you trust the file, import that class first.")
 
 
@@ -139,31 +132,30 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
     """The weights of a new module, after its own hooks had their turn."""
     own = getattr(module, "_strict_loading", None)
     if strict is not None and own is not None and strict != own:
-        raise ValueError(
-            f"`load_from_checkpoint({strict=})` contradicts `{type(module).__name__}.strict_loading={own}`."
-            " Leave `strict` out, or use the same value for both."
-        )
+        what = f"`load_from_checkpoint({strict=})` contradicts `{type(module).__name__}.strict_loading={own}`."
+        raise ValueError(f"{what} Leave `strict` out, or use the same value for both.")
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     with explained_mismatch(source, module, checkpoint):
         strict = module.strict_loading if strict is None else strict
-        differences = module.load_state_dict(checkpoint["state_dict"], strict=strict)
-    # An override may return nothing.
-    missing, unexpected = differences or ([], [])
-    if missing:
-        rank_zero_warn(f"Keys of the model that the checkpoint does not have: {list(missing)}")
-    if unexpected:
-        rank_zero_warn(f"Keys of the checkpoint that the model does not have: {list(unexpected)}")
+        differences: Any = module.load_state_dict(checkpoint["state_dict"], strict=strict) or ([], [])
+    for keys, one, other in zip(differences, ("model", "checkpoint"), ("checkpoint", "model")):
+        if keys:
+            rank_zero_warn(f"Keys of the {one} that the {other} does not have: {list(keys)}")
 
 
 def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
-    """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them."""
+    """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them.
+
+    A CSV file has the columns "key" and "value"; values are read as Python literals where they are some.
+    """
     extension = os.path.splitext(os.fspath(path))[1].lower()
     if extension in (".yaml", ".yml"):
         return load_hparams_from_yaml(path)
-    if extension == ".csv":
-        return load_hparams_from_tags_csv(path)
-    raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in .yaml, .yml or .csv is needed.")
+    if extension != ".csv":
+        raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in .yaml, .yml or .csv is needed.")
+    with get_filesystem(path).open(os.fspath(path), "r", newline="") as file:
+        return {row["key"]: _literal(row["value"]) for row in csv.DictReader(file)}
 
 
 def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:
@@ -171,12 +163,6 @@ def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool =
     yaml = require("yaml", "to read hyper-parameters")
     with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
         return yaml.full_load(file) or {}
-
-
-def load_hparams_from_tags_csv(tags_csv: str | os.PathLike) -> dict[str, Any]:
-    """The columns "key" and "value" of a CSV file; values are read as Python literals where they are some."""
-    with get_filesystem(tags_csv).open(os.fspath(tags_csv), "r", newline="") as file:
-        return {row["key"]: _literal(row["value"]) for row in csv.DictReader(file)}
 
 
 def _literal(text: str) -> Any:

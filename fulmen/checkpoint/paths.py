@@ -23,9 +23,7 @@ def find(
 ) -> str | os.PathLike | None:
     """The file to load, or None to go on with the weights there are; a `ValueError` if the name leads to nothing.
 
-    Args:
-        callbacks: those that write checkpoints, in the trainer's order; others are passed over.
-        folder_of: where a `ModelCheckpoint` without `dirpath` is going to write.
+    `folder_of` tells where a `ModelCheckpoint` without `dirpath` is going to write.
     """
     if ckpt_path is None and verb == "fit":
         # A broken run goes on; no warning if there is none.
@@ -33,25 +31,24 @@ def find(
     if ckpt_path is None and model_given:
         return None
     if ckpt_path is None:
-        rank_zero_warn(
-            f"`trainer.{verb}()` was called without a model: the best checkpoint of the previous fit is used."
-            ' Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.'
-        )
+        what = f"`trainer.{verb}()` was called without a model: the best checkpoint of the previous fit is used."
+        rank_zero_warn(f'{what} Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.')
     if ckpt_path is None or ckpt_path == "best":
         return best_checkpoint(callbacks, verb, fast_dev_run)
     if ckpt_path == "last":
         found = last_checkpoint(callbacks, folder_of)
         if found is None:
-            fix = "`ModelCheckpoint(save_last=True)` writes one."
-            rank_zero_warn(f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no such checkpoint. {fix}')
-        return found
-    if ckpt_path == "hpc" and (found := hpc_checkpoint(root_dir)):
+            what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no such checkpoint.'
+            rank_zero_warn(f"{what} `ModelCheckpoint(save_last=True)` writes one.")
         return found
     path = os.fspath(ckpt_path)
+    if path == "hpc":  # the one with the highest number of those that interrupted jobs wrote
+        saved = _files(os.fspath(root_dir), r"hpc_ckpt_\d+\.ckpt")
+        if not saved:
+            raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
+        return max(saved, key=lambda file: int(re.findall(r"\d+", os.path.basename(file))[-1]))
     if not path:
         raise _nothing(verb, path, "an empty path names no file")
-    if path == "hpc":
-        raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
     if re.match(r"registry(:|$)", path) and not os.path.exists(path):
         raise _nothing(verb, path, "the model registry is a hosted service, not reached here")
     return ckpt_path
@@ -62,7 +59,7 @@ def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = Fa
     judges = [callback for callback in callbacks if hasattr(callback, "best_model_path")]
     if len(judges) > 1:
         rank_zero_warn(
-            f'`trainer.{verb}(ckpt_path="best")` is that of the first one of {len(judges)} `ModelCheckpoint` callbacks.'
+            f'`trainer.{verb}(ckpt_path="best")` is that of the first one of {len(judges)} `ModelCheckpoint`s.'
         )
     if fast_dev_run:
         raise _nothing(verb, "best", "`fast_dev_run` writes no checkpoints")
@@ -92,12 +89,6 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
     return max(found, key=_modified, default=None)
 
 
-def hpc_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The file with the highest number among those written when a job was interrupted."""
-    found = _files(os.fspath(folder), r"hpc_ckpt_\d+\.ckpt")
-    return max(found, key=lambda path: int(re.findall(r"\d+", os.path.basename(path))[-1]), default=None)
-
-
 def _files(folder: str, pattern: str) -> list[str]:
     """The files in a folder whose whole name matches the regular expression."""
     files = get_filesystem(folder)
@@ -113,6 +104,4 @@ def _modified(path: str) -> Any:
 
 
 def _nothing(verb: str, given: Any, why: str) -> ValueError:
-    return ValueError(
-        f"`trainer.{verb}(ckpt_path={given!r})` has nothing to load: {why}. Pass the path of a checkpoint."
-    )
+    return ValueError(f"`trainer.{verb}(ckpt_path={given!r})` has nothing to load: {why}. Pass the path of a file.")

@@ -128,10 +128,8 @@ class Snapshot:
             return
         self._restore_progress()
         if missing := [key for key in ("optimizer_states", "lr_schedulers") if key not in content]:
-            raise KeyError(
-                f"The checkpoint at {self.path} was saved with weights only: it lacks {missing}. To start from its"
-                " weights, use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`."
-            )
+            what = f"The checkpoint at {self.path} was saved with weights only: it lacks {missing}."
+            raise KeyError(f"{what} Use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`.")
         if trainer.strategy.lightning_restore_optimizer:
             trainer.strategy.load_optimizer_state_dict(content)
         for config, state in zip(trainer.lr_scheduler_configs, content["lr_schedulers"], strict=False):
@@ -143,20 +141,16 @@ class Snapshot:
         loop.resume(chapter.get("progress") or from_loops(self.content.get("loops", {})), chapter.get("generators"))
         limit, done = loop.max_epochs, loop.progress.epochs
         if limit is not None and limit != -1 and done > limit:
-            raise MisconfigurationException(
-                f"The checkpoint at {self.path} was saved after {done} epochs, so `Trainer(max_epochs={limit})` leaves"
-                f" nothing to train. Raise `max_epochs` above {done}."
-            )
+            what = f"The checkpoint at {self.path} is of {done} epochs, so nothing is left for `max_epochs={limit}`."
+            raise MisconfigurationException(f"{what} Raise it above {done}.")
 
 
 @contextmanager
 def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Generator[None]:
     """Around loading weights: if they do not fit, the error says which keys and shapes differ, with the nearest names."""
     if "state_dict" not in checkpoint:
-        raise KeyError(
-            f"The checkpoint at {path} has no `state_dict`, only {sorted(map(str, checkpoint))}. Use a file written by"
-            " `trainer.save_checkpoint` or `ModelCheckpoint`."
-        )
+        what = f"The checkpoint at {path} has no `state_dict`, only {sorted(map(str, checkpoint))}."
+        raise KeyError(f"{what} Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
     try:
         yield
     except RuntimeError as error:
@@ -164,19 +158,19 @@ def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Ge
         unexpected = [key for key in saved if key not in own]
         missing = [key for key in own if key not in saved]
         near = {key: nearest(key, unexpected) for key in missing[:10]}
+        shapes = {
+            key: [tuple(getattr(states[key], "shape", ())) for states in (saved, own)] for key in own if key in saved
+        }
         differing = {
             "missing": [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing],
             "unexpected": unexpected,
             "of another shape": [
-                f"{key} {tuple(saved[key].shape)} in the file, {tuple(own[key].shape)} in the module"
-                for key in own
-                if key in saved and getattr(own[key], "shape", None) != getattr(saved[key], "shape", None)
+                f"{key} {a} in the file, {b} in the module" for key, (a, b) in shapes.items() if a != b
             ],
         }
-        listed = [
+        found = [
             f"{kind}: {', '.join(keys[:10])}{' ...' * (len(keys) > 10)}" for kind, keys in differing.items() if keys
         ]
-        raise RuntimeError(
-            f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(listed) or 'differ'}. Build"
-            " the module as it was, or set `self.strict_loading = False` to load what fits."
-        ) from error
+        what = f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(found) or 'differ'}."
+        fix = "Build the module as it was, or set `self.strict_loading = False` to load what fits."
+        raise RuntimeError(f"{what} {fix}") from error

@@ -34,7 +34,7 @@ callbacks.model_summary: callbacks.rich_model_summary
 
 loops.fit: loops.fit_loop loops.training_epoch_loop
 loops.evaluate: loops.evaluation_loop  loops.predict: loops.prediction_loop
-profilers.profiler: profilers.base  profilers.builtin: profilers.advanced profilers.simple profilers.base
+profilers.profiler: profilers.advanced profilers.base profilers.simple
 
 data.combined: utilities.combined_loader  data.loaders: utilities.data
 checkpoint.migrate: utilities.migration utilities.migration.utils utilities.upgrade_checkpoint

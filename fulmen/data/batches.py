@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,7 @@ from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.introspection import overridden
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fulmen.data.sources import Sources
-
-TransferHook = "Callable[..., Any]"
 
 
 def transfer_to(
@@ -26,21 +23,16 @@ def transfer_to(
     """One function `(batch, dataloader_idx) -> batch on the device`, compiled for what is overridden.
 
     Order of the full story: the precision converts the batch, `on_before_batch_transfer`, the strategy (which calls
-    `transfer_batch_to_device`), `on_after_batch_transfer`.
-
-    Arguments:
-        base: the class whose own transfer hooks count as not overridden (`DataHooks`).
+    `transfer_batch_to_device`), `on_after_batch_transfer`. ``base`` is the class whose hooks do nothing (`DataHooks`).
     """
-    device = strategy.root_device
+    device, precision = strategy.root_device, strategy.precision_plugin
 
     def hook(name: str) -> Callable[..., Any] | None:
         owner = sources.transfer_owner(name, module, datamodule)
-        return getattr(owner, name) if owner is not None and overridden(owner, name, base) else None
+        return getattr(owner, name) if overridden(owner, name, base) else None
 
-    before, transfer, after = map(
-        hook, ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    )
-    precision = strategy.precision_plugin
+    before, after = hook("on_before_batch_transfer"), hook("on_after_batch_transfer")
+    transfer = hook("transfer_batch_to_device")
     convert = precision.convert_input if overridden(precision, "convert_input", Precision) else None
     strategy_moves = overridden(strategy, "batch_to_device", Strategy)
     strategy.transfer = transfer or (lambda batch, device, _: move_data_to_device(batch, device))

@@ -12,7 +12,6 @@ from typing import Any
 from fulmen.data.fetch import iterate
 from fulmen.utilities.collections import map_children
 from fulmen.utilities.errors import suggestion
-from fulmen.utilities.types import Stateful
 
 Triple = tuple[Any, int, int]
 
@@ -21,11 +20,8 @@ _END = object()
 
 
 def is_loader(tree: Any) -> bool:
-    """Is this one loader, rather than a container of loaders?
-
-    Subclasses of list, tuple and dict are loaders, except named tuples; so are lists of numbers or strings, and what is
-    empty.
-    """
+    """Is this one loader, rather than a container of loaders? Lists of numbers or strings are, and what is empty."""
+    # Of the subclasses of list, tuple and dict, only named tuples are containers.
     if type(tree) not in _CONTAINERS and not (isinstance(tree, tuple) and hasattr(tree, "_fields")):
         return True
     return not tree if isinstance(tree, dict) else all(isinstance(item, (int, float, str)) for item in tree)
@@ -61,13 +57,10 @@ def sized(loader: Any) -> int | float:
 class CombinedLoader:
     """One iterable over several, yielding ``(batch, batch_idx, dataloader_idx)``.
 
-    ``iterables`` is any nesting of lists, tuples and dictionaries of iterables; except in mode ``"sequential"`` a batch
-    has the same shape, with a batch in the place of each iterable. The modes:
-
-    * ``"min_size"`` stops with the shortest iterable.
-    * ``"max_size_cycle"`` stops with the longest one; the others start again when they are exhausted.
-    * ``"max_size"`` stops with the longest one; the others give None when they are exhausted.
-    * ``"sequential"`` reads one iterable after the other. ``batch_idx`` counts within each of them.
+    ``iterables`` is any nesting of lists, tuples and dictionaries of iterables, and a batch has the same shape, with a
+    batch in the place of each iterable. It ends with the shortest (mode ``"min_size"``), or with the longest while the
+    others start again (``"max_size_cycle"``) or give None (``"max_size"``). In mode ``"sequential"`` one is read after
+    the other, and ``batch_idx`` counts within each.
 
     ``len()`` works after ``iter()`` was called, and only if the iterables have a length.
     """
@@ -161,13 +154,16 @@ class CombinedLoader:
         """A value for each iterable, in the shape of ``iterables``."""
         return _fill(self._skeleton, values)
 
+    def _stateful(self) -> list[Any]:
+        return [each for each in self._flattened if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")]
+
     def state_dict(self) -> list[dict[str, Any]]:
         """The states of those iterables that have one."""
-        return [loader.state_dict() for loader in self._flattened if isinstance(loader, Stateful)]
+        return [loader.state_dict() for loader in self._stateful()]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Hand each iterable that has a state its own, in the order `state_dict` collected them."""
-        stateful = [loader for loader in self._flattened if isinstance(loader, Stateful)]
+        stateful = self._stateful()
         if len(stateful) != len(states):
             what = f"The checkpoint has the states of {len(states)} loaders, but {len(stateful)} loaders take one."
             raise RuntimeError(f"{what} Resume with the loaders that were in use when it was saved.")

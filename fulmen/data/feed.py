@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator, Iterator
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fulmen.data.combined import CombinedLoader
 from fulmen.data.fetch import iterate
 from fulmen.data.loaders import shutdown_workers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
-
-    from fulmen.data.combined import CombinedLoader
 
 _END = object()
 
@@ -21,19 +18,12 @@ class Feed:
 
     `open()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx, dataloader_idx)`.
     While a batch is out, `is_last` tells whether another will follow: by counting where the length is known, else by
-    reading one batch ahead.
-
-    Arguments:
-        loaders: a `CombinedLoader` with its limits set.
-        transfer: `(batch, dataloader_idx) -> batch`, see `data.batches`.
-        profile: wraps the fetching of one batch in a profiler; None without one.
+    reading one batch ahead. The limits of ``loaders`` are set, ``transfer(batch, dataloader_idx)`` gives the batch on
+    the device (see `data.batches`), and ``profile`` wraps the function that fetches one batch.
     """
 
     def __init__(
-        self,
-        loaders: CombinedLoader,
-        transfer: Callable[[Any, int], Any],
-        profile: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
+        self, loaders: CombinedLoader, transfer: Callable[[Any, int], Any], profile: Callable | None = None
     ) -> None:
         self.loaders = loaders
         self.transfer = transfer
@@ -47,20 +37,17 @@ class Feed:
 
     def open(self) -> None:
         """Makes fresh iterators; called once before each pass."""
-        if self._single is not None:
-            self._iterator = iterate(self._single)
-        else:
-            self._iterator = iter(self.loaders)
+        self._iterator = iter(self.loaders) if self._single is None else iterate(self._single)
 
     def exhaust(self) -> None:
-        """No batch follows in this epoch."""
+        """Lets no batch follow in this epoch."""
         self._iterator = iter(())
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         if self._iterator is None:
             self.open()
-        iterator, self._iterator = self._iterator, None
-        assert iterator is not None
+        iterator: Any = self._iterator
+        self._iterator = None
         fetch: Callable[[], Any] = lambda: next(iterator, _END)  # noqa: E731
         if self.profile is not None:
             fetch = self.profile(fetch)

@@ -15,9 +15,8 @@ from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_f
 def iterate(loader: Any) -> Iterator:
     """The batches of ``iter(loader)``, bit for bit, found faster where the data already lies in memory.
 
-    A plain `DataLoader` over a `TensorDataset` (or a `Subset` of one) with the default collate picks samples one by one
-    and stacks them again. Here each tensor is indexed once per batch. The samplers are read as always, so the order of
-    samples and what is drawn from the random generators do not change.
+    A plain `DataLoader` over a `TensorDataset`, or a `Subset` of one, picks samples one by one and stacks them again.
+    Here each tensor is indexed once per batch. The samplers are read, and random numbers drawn, as always.
     """
     source = in_memory(loader)
     if source is None:

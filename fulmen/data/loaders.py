@@ -36,9 +36,9 @@ def length_of(loader: Any) -> int | float:
 
 
 def limit_batches(length: int | float, limit: int | float, *, name: str) -> int | float:
-    """How many batches are read of a loader with ``length`` batches (infinite: unknown, so all there are).
+    """How many batches are read of a loader with ``length`` batches (infinite if unknown).
 
-    ``limit`` is a number of batches or, as a float up to 1.0, a fraction. ``name`` is the Trainer's argument it is.
+    ``limit``, the Trainer's argument ``name``, is a number of batches or, as a float up to 1.0, a fraction.
     """
     given = f"`{name}={limit}`"
     if limit < 0 or (limit > 1 and int(limit) != limit):
@@ -72,17 +72,14 @@ def _maybe(message: str) -> None:
     rank_zero_warn(message, category=PossibleUserWarning)
 
 
-def warn_about(loader: Any, *, stage: str, local_world_size: int = 1, reloaded: bool = False) -> None:
-    """Warn about settings of a `DataLoader` that are slow or probably a mistake.
-
-    ``stage`` is "train", "val", "test" or "predict", and ``reloaded``: is the hook asked again for loaders in fit?
-    """
+def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
+    """Warn about slow or mistaken settings of the loader for "train" or another stage; will fit ask for it again?"""
     if not isinstance(loader, DataLoader):
         return
     name = f"{stage}_dataloader"
     if name != "train_dataloader" and isinstance(_order(loader), RandomSampler):
         _maybe(f"The `{name}` shuffles its samples. Evaluation is best read in order: use `shuffle=False`.")
-    possible = suggested_max_num_workers(local_world_size)
+    possible = suggested_max_num_workers(local_world_size=1)
     # Workers would only slow down data that is indexed in memory.
     if loader.num_workers < 2 <= possible and in_memory(loader) is None:
         _maybe(f"The `{name}` has {loader.num_workers} workers, which may be too few. Try `num_workers={possible}`.")
@@ -97,7 +94,7 @@ def warn_about(loader: Any, *, stage: str, local_world_size: int = 1, reloaded: 
 @contextmanager
 def recording_arguments() -> Iterator[None]:
     """Remember how every object of a `DataLoader` or `BatchSampler` subclass made in here was called; see `rebuilt`."""
-    family: set[Any] = _subclasses(DataLoader) | _subclasses(BatchSampler)
+    family = _subclasses(DataLoader) | _subclasses(BatchSampler)
     originals = {cls: cls.__init__ for cls in family if "__init__" in vars(cls)}
     for cls, init in originals.items():
         cls.__init__ = _recording(init)
@@ -108,7 +105,7 @@ def recording_arguments() -> Iterator[None]:
             cls.__init__ = init
 
 
-def _subclasses(cls: type) -> set[type]:
+def _subclasses(cls: type) -> set[Any]:
     return set(cls.__subclasses__()).union(*map(_subclasses, cls.__subclasses__()))
 
 
@@ -149,9 +146,8 @@ def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) ->
 def rebuilt(loader: DataLoader, **order: Any) -> DataLoader:
     """A loader of the same class from the same arguments, but with this ``sampler`` or ``batch_sampler``.
 
-    The arguments of subclasses are those `recording_arguments` saw, else the attributes of the same names. A custom
-    batch sampler is made again in the same way around a new sampler; if that is impossible a TypeError is raised, and
-    for a loader a MisconfigurationException.
+    The arguments of subclasses are those `recording_arguments` saw, else the attributes of the same names. In the same
+    way a custom batch sampler is made again around a new sampler, with a TypeError if that is impossible.
     """
     if "sampler" in order and loader.batch_size is None and loader.batch_sampler is not None:
         order = {"batch_sampler": _made_again(loader.batch_sampler, **order)}
@@ -212,21 +208,18 @@ def _order(loader: DataLoader) -> Any:
     return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
 
 
-def sequential(loader: Any, *, label: str = "loader") -> Any:
+def sequential(loader: Any) -> Any:
     """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not."""
     if not _reads_indices(loader) or isinstance(_order(loader), (SequentialSampler, list, tuple, range)):
         return loader
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):  # a batch sampler of the user knows best
         return loader
-    rank_zero_warn(f"`overfit_batches` needs the same batches in every epoch: shuffling is off for the {label}.")
+    rank_zero_warn("`overfit_batches` needs the same batches in every epoch: shuffling is off.")
     return rebuilt(loader, sampler=SequentialSampler(loader.dataset))
 
 
 class IndexRecorder:
-    """A batch sampler that remembers which samples it chose: ``seen_indices[batch_idx]``.
-
-    Workers read ahead, so there may be more entries than batches that arrived.
-    """
+    """A batch sampler that notes which samples it chose: ``seen_indices[batch_idx]``, ahead of what workers deliver."""
 
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
@@ -251,19 +244,15 @@ def for_prediction(loader: Any) -> Any:
     """The loader without ``drop_last``, its ``batch_sampler`` an `IndexRecorder`; unchanged where there is none."""
     if not _reads_indices(loader) or loader.batch_sampler is None:
         return loader
-    return rebuilt(loader, batch_sampler=IndexRecorder(_with_last_batch(loader.batch_sampler)))
-
-
-def _with_last_batch(batch_sampler: Any) -> Any:
-    name = type(batch_sampler).__name__
+    batch_sampler, name = loader.batch_sampler, type(loader.batch_sampler).__name__
     if not hasattr(batch_sampler, "drop_last"):
         _maybe(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
     elif batch_sampler.drop_last:
         try:
-            return _made_again(batch_sampler, drop_last=False)
+            batch_sampler = _made_again(batch_sampler, drop_last=False)
         except TypeError as problem:
             rank_zero_warn(f"Predictions will miss the last, incomplete batch, which `{name}` drops. {problem}")
-    return batch_sampler
+    return rebuilt(loader, batch_sampler=IndexRecorder(batch_sampler))
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -286,9 +275,8 @@ def shutdown_workers(source: Any) -> None:
     """End the worker processes behind a loader or a running iterator."""
     if isinstance(source, CombinedLoader):
         source.reset()
-    for leaf in _leaves(source):
-        iterator = leaf._iterator if isinstance(leaf, DataLoader) else leaf
+    for iterator in _leaves(source):
+        if isinstance(loader := iterator, DataLoader):
+            iterator, loader._iterator = loader._iterator, None
         if callable(shutdown := getattr(iterator, "_shutdown_workers", None)):
             shutdown()
-        if isinstance(leaf, DataLoader):
-            leaf._iterator = None

@@ -8,11 +8,9 @@ from typing import Any
 from fulmen.data.loaders import recording_arguments
 from fulmen.utilities.errors import MisconfigurationException, explain
 from fulmen.utilities.introspection import overridden
-from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.rank_zero import warn_once
 
 KINDS = ("train", "val", "test", "predict")
-
-_warnings = WarningCache()
 
 
 @dataclass
@@ -53,10 +51,7 @@ class Source:
 
 
 class Sources:
-    """Who gives which loaders and batch hooks during the present call of the Trainer.
-
-    A hook counts as implemented if it is not the one of the base class.
-    """
+    """Who gives which loaders and batch hooks in this call of the Trainer; a hook of the base class does not count."""
 
     def __init__(self, module_base: type, datamodule_base: type) -> None:
         self.module_base = module_base
@@ -64,10 +59,7 @@ class Sources:
         self._sources: dict[str, Source] = {}
 
     def attach(self, module: Any, *, datamodule: Any = None, verb: str = "fit", **given: Any) -> None:
-        """Note what the user gave to ``Trainer.<verb>``; the arguments with loaders are named like their kind.
-
-        A datamodule answers for all kinds of loaders; those of the module are not used beside it.
-        """
+        """Note what ``Trainer.<verb>`` was given, loaders by kind; beside a datamodule, those of the module are not used."""
         beside = datamodule is not None
         owner, base = (datamodule, self.datamodule_base) if beside else (module, self.module_base)
         for kind in KINDS:
@@ -82,17 +74,14 @@ class Sources:
         in_module = overridden(module, hook_name, self.module_base)
         if overridden(datamodule, hook_name, self.datamodule_base):
             if in_module:
-                _warnings.warn(f"Both datamodule and module define `{hook_name}`. The one of the datamodule is used.")
+                warn_once(f"Both datamodule and module define `{hook_name}`. The one of the datamodule is used.")
             return datamodule
         if in_module and datamodule is not None:
-            _warnings.warn(f"`{hook_name}` of the module is used, because the datamodule does not define it.")
+            warn_once(f"`{hook_name}` of the module is used, because the datamodule does not define it.")
         return module
 
     def prepare_data(self, module: Any, datamodule: Any = None, *, local_rank: int = 0, global_rank: int = 0) -> None:
-        """Let datamodule and module prepare their data, in one process of each node or of all, as each of them wants.
-
-        The other processes have to wait until this returned.
-        """
+        """Let datamodule and module prepare their data, in one process of each node or of all, as each of them wants."""
         for owner, base in ((datamodule, self.datamodule_base), (module, self.module_base)):
             rank = local_rank if getattr(owner, "prepare_data_per_node", True) else global_rank
             if rank == 0 and overridden(owner, "prepare_data", base):

@@ -79,23 +79,19 @@ class _Known(Accelerator):
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
         psutil = require("psutil", "to watch the load of this machine")
-        found = {
-            "": psutil.cpu_percent(),
-            "vm_": psutil.virtual_memory().percent,
-            "swap_": psutil.swap_memory().percent,
-        }
-        return {f"{'M1' if self.name() == 'mps' else 'cpu'}_{what}percent": value for what, value in found.items()}
+        kind, memory, swap = "M1" if self.name() == "mps" else "cpu", psutil.virtual_memory(), psutil.swap_memory()
+        found = {"": psutil.cpu_percent(), "vm_": memory.percent, "swap_": swap.percent}
+        return {f"{kind}_{what}percent": value for what, value in found.items()}
 
     @classmethod
     def parse_devices(cls, devices: Any) -> Any:
         """The indices meant by ``devices``: a count, a list, or a string holding either; -1 is all."""
-        available = list(range(cls.auto_device_count() if cls.is_available() else 0))
+        kind, available = cls.name().upper(), list(range(cls.auto_device_count() if cls.is_available() else 0))
         if isinstance(devices, str):
             devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
         is_list = isinstance(devices, Sequence)
         if not all(type(index) is int for index in (devices if is_list else [devices])):
-            fix = "Use for example `devices=1`, `devices=[0]` or `devices='0,1'`."
-            raise TypeError(f"For {cls.name().upper()}, `{devices=}` is no number and no list of indices. {fix}")
+            raise TypeError(f"For {kind}, `{devices=}` is no number and no list of indices. Use `devices=1` or `[0]`.")
         if not devices:
             return None
         wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
@@ -109,7 +105,7 @@ class _Known(Accelerator):
             (missing and not only_own, f"is too much: {missing} do not exist. Choose from {available}"),
         ):
             if wrong:
-                raise MisconfigurationException(f"For {cls.name().upper()}, `{devices=}` {why}.")
+                raise MisconfigurationException(f"For {kind}, `{devices=}` {why}.")
         return available if only_own else wanted
 
     @classmethod
@@ -149,23 +145,16 @@ class CUDAAccelerator(_Known):
             rank_zero_info(f"{torch.cuda.get_device_name(device)!r} has Tensor Cores: {fix}.")
 
     def setup(self, trainer: Any) -> None:
-        self.set_nvidia_flags(trainer.local_rank)
-        torch.cuda.empty_cache()
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers the GPUs as `nvidia-smi` does
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+        rank_zero_info(f"LOCAL_RANK: {trainer.local_rank} - CUDA_VISIBLE_DEVICES: [{visible}]")
+        self.teardown()
 
     def teardown(self) -> None:
         torch.cuda.empty_cache()
 
-    @staticmethod
-    def set_nvidia_flags(local_rank: int) -> None:
-        """Number the GPUs as `nvidia-smi` does, and say which ones this process may see."""
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-        rank_zero_info(f"LOCAL_RANK: {local_rank} - CUDA_VISIBLE_DEVICES: [{visible}]")
-
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """The counters of torch's caching allocator."""
-        return torch.cuda.memory_stats(device)
-
+    # The counters of torch's caching allocator.
+    get_device_stats = staticmethod(lambda device: torch.cuda.memory_stats(device))
     # Counted, not `torch.cuda.is_available`: that may initialise CUDA, and then the process can no longer be forked.
     auto_device_count = staticmethod(lambda: torch.cuda.device_count())
     is_available = staticmethod(lambda: torch.cuda.device_count() > 0)
@@ -175,19 +164,18 @@ class CUDAAccelerator(_Known):
 class MPSAccelerator(_Known):
     """The GPU of Apple silicon. ``DISABLE_MPS=1`` hides it."""
 
+    name = staticmethod(lambda: "mps")
+
     @staticmethod
     def is_available() -> bool:
         hidden = os.environ.get("DISABLE_MPS", "0") == "1"
         return not hidden and platform.processor() in ("arm", "arm64") and torch.backends.mps.is_available()
 
-    name = staticmethod(lambda: "mps")
-
 
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
     """Indices of GPUs that accept work (others are broken, or taken in exclusive mode); -1 returns all.
 
-    Every GPU that is tried gets a CUDA context, so call this in the process that will train. Raises a `ValueError` when
-    fewer GPUs are visible than asked for, a `RuntimeError` when too few accept work.
+    Every GPU that is tried gets a CUDA context, so call this in the process that will train.
     """
     usable: list[int] = []
     visible = torch.cuda.device_count()
@@ -207,7 +195,6 @@ class Registry(dict[str, dict[str, Any]]):
     """Names users may write (as ``accelerator``, ``strategy``), each with a class and the arguments it is made with."""
 
     def __init__(self, kind: str, taken: type[Exception]) -> None:
-        super().__init__()
         self.kind, self.taken = kind, taken
 
     def register(self, name: str, cls: Any = None, description: str = "", override: bool = False, **init: Any) -> Any:

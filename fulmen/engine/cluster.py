@@ -9,8 +9,6 @@ from functools import cached_property
 
 from fulmen.utilities.rank_zero import rank_zero_only
 
-DEFAULT_ADDRESS = "127.0.0.1"
-
 
 class ClusterEnvironment(ABC):
     """What a scheduler or launcher tells its processes about each other. Subclass it for another one."""
@@ -47,9 +45,8 @@ class ClusterEnvironment(ABC):
     @abstractmethod
     def node_rank(self) -> int: ...
 
-    def set_world_size(self, size: int) -> None:
-        """The strategy's count; ignored where the environment knows it, as is the next."""
-
+    # The strategy's counts; ignored where the environment knows them.
+    def set_world_size(self, size: int) -> None: ...
     def set_global_rank(self, rank: int) -> None: ...
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
@@ -60,7 +57,7 @@ class ClusterEnvironment(ABC):
 
 
 class LightningEnvironment(ClusterEnvironment):
-    """This process alone, or several that we start; or that the user did, with ``LOCAL_RANK`` set for each of them.
+    """This process alone, or several that the user started, with ``LOCAL_RANK`` set for each of them.
 
     On several nodes ``NODE_RANK`` (or ``GROUP_RANK``), ``MASTER_ADDR`` and ``MASTER_PORT`` must be set too.
     """
@@ -69,8 +66,8 @@ class LightningEnvironment(ClusterEnvironment):
         self._global_rank, self._world_size = 0, 1
 
     creates_processes_externally = property(lambda self: "LOCAL_RANK" in os.environ)
-    main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
-    main_port = property(lambda self: _read("MASTER_PORT", self._free_port))
+    main_address = property(lambda self: os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    main_port = property(lambda self: int(os.environ.get("MASTER_PORT") or self._free_port))
     detect = staticmethod(lambda: True)
 
     @cached_property
@@ -92,19 +89,7 @@ class LightningEnvironment(ClusterEnvironment):
         self._global_rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return _read("LOCAL_RANK", 0)
+        return int(os.environ.get("LOCAL_RANK", 0))
 
     def node_rank(self) -> int:
-        return _read("NODE_RANK", _read("GROUP_RANK", 0))
-
-
-def _read(variable: str, default: int | None = None) -> int:
-    """A whole number from an environment variable."""
-    text = os.environ.get(variable)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.strip().isdigit():
-        found = "is not set" if text is None else f"is {text!r}"
-        fix = "Start the processes with the launcher, or pass `LightningEnvironment()` in `plugins`."
-        raise RuntimeError(f"The environment variable {variable} {found}, where a number must be. {fix}")
-    return int(text)
+        return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", 0)))

@@ -42,10 +42,6 @@ class Precision:
         """A batch in the dtype the model computes in."""
         return data
 
-    def convert_output(self, data: Any) -> Any:
-        """What the forward returned, in the dtype users expect."""
-        return data
-
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Gives what is created inside its default dtype: here tensors, in `module_init_context` modules."""
         return nullcontext()
@@ -57,7 +53,7 @@ class Precision:
         return nullcontext()
 
     def train_step_context(self) -> AbstractContextManager[Any]:
-        """Entered around the step of its name, like the three others of this kind."""
+        """Entered around the step of its name, like the three others."""
         return self.forward_context()
 
     val_step_context = test_step_context = predict_step_context = train_step_context
@@ -117,21 +113,14 @@ class Precision:
 
 
 class MixedPrecision(Precision):
-    """Autocast around every forward, and a loss scaler for float16.
-
-    Arguments:
-        device: device type autocast works on, such as "cuda" or "cpu".
-        scaler: used instead of a default `torch.amp.GradScaler`; only with "16-mixed".
-    """
+    """Autocast for a ``device`` type around every forward; for "16-mixed" a ``scaler``, by default torch's own."""
 
     def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
         if precision not in ("16-mixed", "bf16-mixed"):
             raise ValueError(f"`{precision=}` is not a mixed precision. Use '16-mixed' or 'bf16-mixed'.")
         if scaler is not None and precision == "bf16-mixed":
-            raise MisconfigurationException(
-                "`MixedPrecision('bf16-mixed', scaler=...)`: bfloat16 has the range of float32, its gradients do not"
-                " underflow. Leave `scaler` out, or use '16-mixed'."
-            )
+            what = "`MixedPrecision('bf16-mixed', scaler=...)`: gradients in bfloat16 do not underflow."
+            raise MisconfigurationException(f"{what} Leave `scaler` out, or use '16-mixed'.")
         self.precision, self.device = precision, str(device).split(":")[0]
         self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
         self.scaler = torch.amp.GradScaler(self.device) if precision == "16-mixed" and scaler is None else scaler
@@ -142,8 +131,6 @@ class MixedPrecision(Precision):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
-
-    autocast_context_manager = forward_context
 
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
         return tensor if self.scaler is None else self.scaler.scale(tensor)
@@ -157,10 +144,8 @@ class MixedPrecision(Precision):
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException(
-                "`precision='16-mixed'`: LBFGS evaluates the loss several times per step, a loss scaler allows one."
-                " Use 'bf16-mixed' or '32-true', or another optimizer."
-            )
+            what = "`precision='16-mixed'`: LBFGS evaluates the loss several times per step, a loss scaler allows one."
+            raise MisconfigurationException(f"{what} Use 'bf16-mixed' or '32-true', or another optimizer.")
         # `training_step` returned no loss: there are no gradients to apply
         if closure() is None and getattr(model, "automatic_optimization", True):
             return None
@@ -170,10 +155,8 @@ class MixedPrecision(Precision):
 
     def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
         if clip_val > 0 and self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise RuntimeError(
-                f"The fused {type(optimizer).__name__} takes the loss scale of '16-mixed' out inside its step, too late"
-                " for clipping. Create it with `fused=False`, or use 'bf16-mixed'."
-            )
+            what = f"The fused {type(optimizer).__name__} unscales gradients inside its step, too late for clipping."
+            raise RuntimeError(f"{what} Create it with `fused=False`, or use 'bf16-mixed'.")
         super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,13 +178,17 @@ class HalfPrecision(Precision):
         return module.to(dtype=self.dtype)
 
     def convert_input(self, data: Any) -> Any:
-        return _floats_to(data, self.dtype)
+        return apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
 
-    def convert_output(self, data: Any) -> Any:
-        return _floats_to(data, torch.get_default_dtype())
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        return default_dtype(self.dtype)
+    @contextmanager
+    def forward_context(self) -> Generator[None]:
+        """Tensors created inside have this dtype."""
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(previous)
 
     tensor_init_context = module_init_context = forward_context
 
@@ -211,18 +198,3 @@ class DoublePrecision(HalfPrecision):
 
     def __init__(self) -> None:
         self.precision, self.dtype = "64-true", torch.float64
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Generator[None]:
-    """Tensors created inside have this dtype."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
-
-
-def _floats_to(data: Any, dtype: torch.dtype) -> Any:
-    return apply_to_collection(data, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)

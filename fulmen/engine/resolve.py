@@ -32,7 +32,13 @@ class LayerSync(ABC):
 
 
 MCE = MisconfigurationException
-PLUGINS = (Precision, CheckpointIO, ClusterEnvironment, LayerSync)
+# The parts of a strategy that come as plugins; a `LayerSync` is none of them.
+PLUGIN_PARTS: dict[str, type] = {
+    "precision_plugin": Precision,
+    "checkpoint_io": CheckpointIO,
+    "cluster_environment": ClusterEnvironment,
+}
+PLUGINS = (*PLUGIN_PARTS.values(), LayerSync)
 PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
     "32-true": lambda device: Precision(),
     "64-true": lambda device: DoublePrecision(),
@@ -67,9 +73,8 @@ class Wishes:
     sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
-        self.accelerator = _known(
-            "accelerator", self.accelerator, ("auto", "gpu", "tpu", *AcceleratorRegistry), Accelerator
-        )
+        accelerators = ("auto", "gpu", "tpu", *AcceleratorRegistry)
+        self.accelerator = _known("accelerator", self.accelerator, accelerators, Accelerator)
         names = ("auto", *StrategyRegistry, *NOT_BUILT)
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
         self.strategy = "single_device" if spelled == "auto" else _known("strategy", spelled, names, Strategy)
@@ -77,9 +82,7 @@ class Wishes:
         _known("precision", asked, (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES))
         self.precision = ALIASES.get(str(asked), asked)
         if asked in ("16", "bf16"):
-            rank_zero_warn(
-                f"`precision={asked!r}` is an old name. Write `precision={self.precision!r}`, which is the same."
-            )
+            rank_zero_warn(f"`precision={asked!r}` is an old name. Write `precision={self.precision!r}` for the same.")
         self.plugins = _by_kind(self.plugins)
 
     def own(self, attribute: str) -> Any:
@@ -109,12 +112,10 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
     (lambda w: w.sync_batchnorm and LayerSync in w.plugins, MCE,
      "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
     (lambda w: w.own("accelerator") and w.accelerator != "auto", MCE, _OWN.format("accelerator", "accelerator")),
-    (lambda w: w.own("_precision") and w.precision not in (None, w.own("_precision").precision), MCE,
+    (lambda w: w.own("precision_plugin") and w.precision not in (None, w.own("precision_plugin").precision), MCE,
      _OWN.format("precision", "precision")),
-    (lambda w: w.own("_precision") and Precision in w.plugins, MCE, _OWN.format("precision", "plugins")),
-    (lambda w: w.own("_checkpoint_io") and CheckpointIO in w.plugins, MCE, _OWN.format("checkpoint_io", "plugins")),
-    (lambda w: w.own("cluster_environment") and ClusterEnvironment in w.plugins, MCE,
-     _OWN.format("cluster_environment", "plugins")),
+    *((lambda w, part=part, kind=kind: w.own(part) and kind in w.plugins, MCE, _OWN.format(part, "plugins"))
+      for part, kind in PLUGIN_PARTS.items()),
     (lambda w: w.devices in (0, "0", [], ()), MCE,
      "`devices={w.devices!r}` asks for no device at all. Use `devices=1`, or 'auto'."),
     (lambda w: isinstance(w.strategy, str) and w.strategy not in StrategyRegistry, MCE,
@@ -126,11 +127,7 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
 
 
 def resolve(**arguments: Any) -> Strategy:
-    """The strategy that arguments of `Trainer` (the fields of `Wishes`) ask for, complete.
-
-    Raises a `ValueError` for names and numbers that cannot be, a `TypeError` for ``devices`` of a wrong type, and a
-    `MisconfigurationException` for what cannot go together or is not there.
-    """
+    """The strategy that arguments of `Trainer` (the fields of `Wishes`) ask for, complete."""
     wishes = Wishes(**arguments)
     for holds, error, message in CONFLICTS:
         if holds(wishes):
@@ -149,10 +146,9 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
         wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
     kind: Any = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) and wish != "tpu" else wish
     if kind == "tpu" or not kind.is_available():
-        usable = [name for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
+        usable = [repr(name) for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
         gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
-        what = f"The accelerator {asked!r} was asked for, but {gone}."
-        raise MCE(f"{what} Available are {', '.join(map(repr, usable))}.")
+        raise MCE(f"For `accelerator={asked!r}`, {gone}. Available are {', '.join(usable)}.")
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
 
@@ -168,8 +164,7 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
         raise MCE(f"`devices={wishes.devices!r}` names no {accelerator.name()} device. Use `devices=1`.")
     if wishes.one_device and (len(found) > 1 or wishes.num_nodes > 1):
         what = f"`devices={wishes.devices!r}` with `num_nodes={wishes.num_nodes}` are several devices"
-        fix = "Use `devices=1` (or one GPU by its index, `devices=[1]`) and `num_nodes=1`."
-        raise MCE(f"{what}, and this version of fulmen trains on one. {fix}")
+        raise MCE(f"{what}, and this version of fulmen trains on one. Use `devices=1` and `num_nodes=1`.")
     return found
 
 
@@ -181,29 +176,27 @@ def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.devic
         on_first = wishes.one_device
         strategy = kind(**{"device": devices[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
     if getattr(strategy, "parallel_devices", devices) is None:
-        setattr(strategy, "parallel_devices", devices)  # noqa: B010
+        strategy.parallel_devices = devices  # type: ignore[union-attr]
     device = strategy.root_device
     if {device.type, accelerator.name()} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
-        what = f"The strategy object is on `{device}`, but the accelerator is {accelerator.name()!r}."
-        raise MCE(f"{what} Choose one of the two.")
+        raise MCE(
+            f"The strategy is on `{device}`, but the accelerator is {accelerator.name()!r}. Choose one of the two."
+        )
     strategy.accelerator = accelerator
-    strategy.checkpoint_io = wishes.own("_checkpoint_io") or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
-    strategy.cluster_environment = strategy.cluster_environment or choose_cluster(wishes, strategy)
-    given = wishes.own("_precision") or wishes.plugins.get(Precision)
-    name = str(wishes.precision or "32-true")
-    strategy.precision_plugin = given or PRECISIONS[name](device)
-    if not given and name.endswith("-mixed"):
-        rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
-    return strategy
-
-
-def choose_cluster(wishes: Wishes, strategy: Strategy) -> ClusterEnvironment:
-    """The environment the user gave, or ours; a launcher that started several processes is told that this is no use."""
+    for part, kind in PLUGIN_PARTS.items():
+        setattr(strategy, part, wishes.own(part) or wishes.plugins.get(kind))
+    strategy.checkpoint_io = strategy.checkpoint_io or TorchCheckpointIO()
+    strategy.cluster_environment = strategy.cluster_environment or LightningEnvironment()
     started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
     if isinstance(strategy, SingleDeviceStrategy) and started.isdigit() and int(started) > 1:
         what = f"{started} processes were started, but each trains a model of its own on one device here"
         rank_zero_warn(f"{what}, and all write the same files. Start one process.", category=PossibleUserWarning)
-    return wishes.plugins.get(ClusterEnvironment) or LightningEnvironment()
+    if strategy.precision_plugin is None:
+        name = str(wishes.precision or "32-true")
+        strategy.precision_plugin = PRECISIONS[name](device)
+        if name.endswith("-mixed"):
+            rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
+    return strategy
 
 
 def gpu_kind() -> str:
@@ -216,8 +209,8 @@ def announce(strategy: Strategy) -> None:
     gpu, used = gpu_kind(), isinstance(strategy.accelerator, (CUDAAccelerator, MPSAccelerator))
     rank_zero_info(f"GPU available: {bool(gpu)}{f' ({gpu})' if gpu else ''}, used: {used}")
     if gpu and not used:
-        what = f"This machine has a GPU ({gpu}), but training runs on `{strategy.root_device}`."
-        rank_zero_warn(f"{what} Use it with `Trainer(accelerator='gpu')`.", category=PossibleUserWarning)
+        what = f"This machine has a GPU ({gpu}), but training does not use it. Use `Trainer(accelerator='gpu')`."
+        rank_zero_warn(what, category=PossibleUserWarning)
 
 
 def _known(argument: str, value: Any, names: Sequence[str], kind: type = NoneType) -> Any:
@@ -225,8 +218,8 @@ def _known(argument: str, value: Any, names: Sequence[str], kind: type = NoneTyp
     if isinstance(value, kind) or (isinstance(value, str) and value in names):
         return value
     or_else = "" if kind is NoneType else f", and no `{kind.__name__}` object"
-    listed = ", ".join(map(repr, names))
-    raise ValueError(f"`{argument}={value!r}` is none of {listed}{or_else}.{suggestion(str(value), names)}")
+    known = f"{', '.join(map(repr, names))}{or_else}"
+    raise ValueError(f"`{argument}={value!r}` is none of {known}.{suggestion(str(value), names)}")
 
 
 def _by_kind(plugins: Any) -> dict[type, Any]:
@@ -234,8 +227,7 @@ def _by_kind(plugins: Any) -> dict[type, Any]:
     for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
         kind = next((kind for kind in PLUGINS if isinstance(plugin, kind)), None)
         if kind is None:
-            listed = ", ".join(kind.__name__ for kind in PLUGINS)
-            raise MCE(f"{plugin!r} is not a plugin. Pass an object of one of {listed}.")
+            raise MCE(f"{plugin!r} is not a plugin. Pass an object of one of {', '.join(k.__name__ for k in PLUGINS)}.")
         if kind in found:
             raise MCE(f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one.")
         found[kind] = plugin

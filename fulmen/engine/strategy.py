@@ -202,7 +202,9 @@ class Strategy(ABC):
         states, own = checkpoint["optimizer_states"], self.optimizers
         if len(states) != len(own):
             what = f"The checkpoint has {len(states)} optimizers, but `configure_optimizers` returned {len(own)}."
-            raise RuntimeError(f"{what} Return those of the saved run, or only take its weights: `load_from_checkpoint`.")
+            raise RuntimeError(
+                f"{what} Return those of the saved run, or only take its weights: `load_from_checkpoint`."
+            )
         for optimizer, state in zip(own, states):
             optimizer.load_state_dict(state)
             move_optimizer_state(optimizer, self.root_device)

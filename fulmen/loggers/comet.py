@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
-from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers, flatten_params
+from fulmen.loggers.logger import Params, ServiceLogger, as_dict, as_numbers, flatten_params
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import log, rank_zero_only
-
-# Names of earlier versions, and what they are called now.
-OLD_NAMES = {"project_name": "project", "experiment_name": "name", "save_dir": "offline_directory"}
 
 
 class CometLogger(ServiceLogger):
@@ -35,7 +30,8 @@ class CometLogger(ServiceLogger):
     ) -> None:  # fmt: skip
         require("comet_ml", "by `CometLogger`", minimum=">=3.44.4")
         super().__init__(prefix or "")
-        for old, new in OLD_NAMES.items():
+        renamed = {"project_name": "project", "experiment_name": "name", "save_dir": "offline_directory"}
+        for old, new in renamed.items():
             if old in kwargs:
                 log.warning(f"`CometLogger({old}=…)` is now called `{new}`.")
                 kwargs[new] = os.fspath(kwargs.pop(old))
@@ -61,12 +57,12 @@ class CometLogger(ServiceLogger):
         return self._start_options["experiment_key"]
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
+    def log_hyperparams(self, params: Params) -> None:
         """Records parameters, also flattened, so that the web page can filter by each."""
         self.experiment.log_parameters({**as_dict(params), **flatten_params(params)})
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Records numbers; Comet has an axis of its own for the epoch, so that one is passed apart."""
         others = {name: value for name, value in metrics.items() if name != "epoch"}
         self.experiment.log_metrics(as_numbers(others, self._prefix), step=step, epoch=metrics.get("epoch"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import os
@@ -10,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from fulmen.loggers.logger import FolderLogger, as_dict, as_numbers, write_yaml
+from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, write_yaml
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -92,7 +91,7 @@ class CSVLogger(FolderLogger):
         return ExperimentWriter(self.log_dir)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace | None = None) -> None:
+    def log_hyperparams(self, params: Params | None = None) -> None:
         self.experiment.log_hparams(as_dict(params))
 
     @rank_zero_only
@@ -100,24 +99,21 @@ class CSVLogger(FolderLogger):
         writer, limit = self._experiment or self.experiment, self._flush_logs_every_n_steps
         writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
         if len(writer.metrics) >= limit or (step is not None and (step + 1) % limit == 0):
-            self._write()
+            writer.save()
 
     @rank_zero_only
     def save(self) -> None:
         """Writes the rows if the last writing was long ago, or if nothing was logged since the last call."""
-        num_rows = (self._experiment or self.experiment).num_rows
-        asked_again, self._rows_at_last_save = self._rows_at_last_save == num_rows, num_rows
+        writer = self._experiment or self.experiment
+        asked_again, self._rows_at_last_save = self._rows_at_last_save == writer.num_rows, writer.num_rows
         if asked_again or time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
-            self._write()
+            writer.save()
+            self._written_at = time.monotonic()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._experiment is not None:  # a logger that was never used leaves no folder behind
-            self._write()
-
-    def _write(self) -> None:
-        self.experiment.save()
-        self._written_at = time.monotonic()
+            self._experiment.save()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__  # the rows that wait travel along

@@ -20,6 +20,8 @@ from fulmen.utilities.rank_zero import rank_zero_only
 if TYPE_CHECKING:
     from fulmen.callbacks import ModelCheckpoint
 
+Params = dict[str, Any] | argparse.Namespace
+
 
 class Logger(ABC):
     """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members.
@@ -48,7 +50,7 @@ class Logger(ABC):
         """Record numbers at a position of the x axis. The Trainer has already fetched them from the device."""
 
     @abstractmethod
-    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: Params, *args: Any, **kwargs: Any) -> None:
         """Record how the run was configured."""
 
     def log_graph(self, model: torch.nn.Module, input_array: torch.Tensor | None = None) -> None:
@@ -92,7 +94,6 @@ class DummyLogger(DummyExperiment, Logger):
 
     name = version = ""
     log_metrics = log_hyperparams = DummyExperiment.__call__
-    experiment = property(lambda self: self, doc="Accepts any call, too.")
 
 
 class ExperimentLogger(Logger):
@@ -128,6 +129,7 @@ class FolderLogger(ExperimentLogger):
     WRITE_EVERY_SECONDS = 5.0
     log_dir_is_run_dir = True
     name = save_dir = ""
+    sub_dir: str | None = None  # one more level of `log_dir`
     _written_at = float("-inf")
 
     def __init__(self, save_dir: str | os.PathLike, name: str | None, version: int | str | None, prefix: str) -> None:
@@ -144,14 +146,12 @@ class FolderLogger(ExperimentLogger):
             self._version = max(map(int, re.findall(r"version_(\d+)/?$", paths, re.MULTILINE)), default=-1) + 1
         return self._version
 
-    @property
-    def root_dir(self) -> str:
-        return os.path.join(self.save_dir, self.name)
+    root_dir = property(lambda self: os.path.join(self.save_dir, self.name), doc="The folder of all versions.")
 
     @property
     def log_dir(self) -> str:
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        return expand(os.path.join(self.root_dir, version))
+        return expand(os.path.join(self.root_dir, version, *([self.sub_dir] if self.sub_dir else [])))
 
 
 class ServiceLogger(ExperimentLogger):

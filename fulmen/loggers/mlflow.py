@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
-import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fulmen.loggers.logger import ServiceLogger, as_numbers, flatten_params, plain_value, write_yaml
+from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_value
 from fulmen.utilities.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -43,7 +40,7 @@ class MLFlowLogger(ServiceLogger):
         self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"file:{save_dir}"
         local = self._tracking_uri.startswith("file:")
         self.save_dir = local_path(self._tracking_uri).removeprefix("file:") if local else None
-        self._location, self.tags = artifact_location, tags
+        self._artifact_location, self.tags = artifact_location, tags
         self._call_options = {} if synchronous is None else {"synchronous": synchronous}
 
     def _open(self) -> Any:
@@ -51,38 +48,33 @@ class MLFlowLogger(ServiceLogger):
         from mlflow.tracking.context.registry import resolve_tags
 
         client = MlflowClient(self._tracking_uri)
-        if self._run_id is None:
-            found = client.get_experiment_by_name(self._experiment_name)
-            usable = found is not None and found.lifecycle_stage != "deleted"
-            own_id = found.experiment_id if usable else client.create_experiment(self._experiment_name, self._location)
-            tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
-            self._run_id = client.create_run(own_id, tags=resolve_tags(tags)).info.run_id
-        self._experiment_id = client.get_run(self._run_id).info.experiment_id
+        if self._run_id is not None:
+            self._experiment_id = client.get_run(self._run_id).info.experiment_id
+            return client
+        found = client.get_experiment_by_name(self._experiment_name)
+        known = found.experiment_id if found is not None and found.lifecycle_stage != "deleted" else None
+        self._experiment_id = known or client.create_experiment(self._experiment_name, self._artifact_location)
+        tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
+        self._run_id = client.create_run(self._experiment_id, tags=resolve_tags(tags)).info.run_id
         return client
 
-    @property
-    def run_id(self) -> str | None:
-        return self.experiment and self._run_id
-
-    @property
-    def experiment_id(self) -> str | None:
-        return self.experiment and self._experiment_id
-
-    name, version = experiment_id, run_id
+    # Both are known once the experiment is open.
+    run_id = version = property(lambda self: self.experiment and self._run_id)
+    experiment_id = name = property(lambda self: self.experiment and self._experiment_id)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
+    def log_hyperparams(self, params: Params) -> None:
         """Records parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value."""
         from mlflow.entities import Param
 
         flat = flatten_params(params)
-        entities = [Param(name, str(plain_value(value))[:MAX_PARAM_LENGTH]) for name, value in flat.items()]
-        for start in range(0, len(entities), PARAMS_PER_CALL):
-            batch = entities[start : start + PARAMS_PER_CALL]
+        rest = [Param(name, str(plain_value(value))[:MAX_PARAM_LENGTH]) for name, value in flat.items()]
+        while rest:
+            batch, rest = rest[:PARAMS_PER_CALL], rest[PARAMS_PER_CALL:]
             self.experiment.log_batch(run_id=self.run_id, params=batch, **self._call_options)
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Records numbers; text is left out with a warning, and so are characters that MLflow refuses in names."""
         from mlflow.entities import Metric
 
@@ -93,7 +85,7 @@ class MLFlowLogger(ServiceLogger):
                 continue
             allowed = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)
             if allowed != name:
-                what = f"MLflow allows no such name as `{name}`: it is recorded as `{allowed}`."
+                what = f"MLflow allows letters, digits and `_/. -` in names: `{name}` is recorded as `{allowed}`."
                 rank_zero_warn(what, category=RuntimeWarning)
             batch.append(Metric(key=allowed, value=value, timestamp=now, step=step or 0))
         self.experiment.log_batch(run_id=self.run_id, metrics=batch, **self._call_options)
@@ -108,6 +100,4 @@ class MLFlowLogger(ServiceLogger):
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
         folder = f"model/checkpoints/{Path(path).stem}"
         self.experiment.log_artifact(self.run_id, path, folder)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_yaml(os.path.join(scratch, "metadata.yaml"), {"aliases": aliases, **about})
-            self.experiment.log_artifacts(self.run_id, scratch, folder)
+        self.experiment.log_dict(self.run_id, {"aliases": aliases, **about}, f"{folder}/metadata.yaml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import time
@@ -10,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fulmen.loggers.logger import FolderLogger, as_dict, as_numbers, expand, flatten_params, plain_value, write_yaml
-from fulmen.utilities.filesystem import ensure_dir, get_filesystem
+from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, flatten_params, plain_value, write_yaml
+from fulmen.utilities.filesystem import get_filesystem
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -28,8 +27,6 @@ class TensorBoardLogger(FolderLogger):
         kwargs: passed to ``SummaryWriter``.
     """
 
-    sub_dir: str | None = None
-
     def __init__(
         self, save_dir: str | os.PathLike, name: str | None = "lightning_logs", version: int | str | None = None,
         log_graph: bool = False, default_hp_metric: bool = True, prefix: str = "",
@@ -42,15 +39,14 @@ class TensorBoardLogger(FolderLogger):
         super().__init__(save_dir, name, version, prefix)
         self.sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph, self._default_hp_metric, self._writer_kwargs = log_graph, default_hp_metric, kwargs
-        self._hparams_due = True  # the file is written even if there is nothing in it
         self.hparams: dict[str, Any] = {}
 
-    @property
-    def log_dir(self) -> str:
-        return expand(os.path.join(super().log_dir, self.sub_dir)) if self.sub_dir else super().log_dir
-
     def _open(self) -> Any:
-        return importlib.import_module(self._library).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
+        writer = importlib.import_module(self._library).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
+        path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
+        if self.hparams or not get_filesystem(path).isfile(path):  # it is there even if there is nothing in it
+            write_yaml(path, self.hparams)
+        return writer
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -64,14 +60,13 @@ class TensorBoardLogger(FolderLogger):
                 raise ValueError(f"{what} Log a number, or a dictionary of numbers.") from error
 
     @rank_zero_only
-    def log_hyperparams(
-        self, params: dict[str, Any] | argparse.Namespace, metrics: dict[str, Any] | float | None = None,
-        step: int | None = None,
-    ) -> None:  # fmt: skip
+    def log_hyperparams(self, params: Params, metrics: dict | float | None = None, step: int | None = None) -> None:
         """Adds a row to the hyper-parameter table, with first values of its metrics (a number means ``hp_metric``)."""
         params = as_dict(params)
         self.hparams.update(params)
-        self._hparams_due = True
+        writer = self.experiment  # makes the folder
+        if self.hparams:
+            write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
         if metrics is None and not self._default_hp_metric:
             return
         if not isinstance(metrics, dict):
@@ -80,7 +75,7 @@ class TensorBoardLogger(FolderLogger):
         plain = {k: "None" if v is None else plain_value(v) for k, v in flatten_params(params).items()}
         library = importlib.import_module(f"{self._library}.summary")
         for summary in library.hparams(plain, as_numbers(metrics, self._prefix)):
-            self.experiment._get_file_writer().add_summary(summary)
+            writer._get_file_writer().add_summary(summary)
 
     @rank_zero_only
     def log_graph(self, model: Any, input_array: torch.Tensor | None = None) -> None:
@@ -99,13 +94,7 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes ``hparams.yaml`` if it is not up to date, and hands events to the file every few seconds."""
-        if self._hparams_due:
-            path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
-            if self.hparams or not get_filesystem(path).isfile(path):
-                ensure_dir(self.log_dir)
-                write_yaml(path, self.hparams)
-            self._hparams_due = False
+        """Hands events to the file every few seconds."""
         if time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             self.experiment.flush()
             self._written_at = time.monotonic()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from fulmen.loggers.logger import ServiceLogger, as_dict, as_numbers
+from fulmen.loggers.logger import Params, ServiceLogger, as_dict, as_numbers
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -47,21 +44,24 @@ class WandbLogger(ServiceLogger):
         self.name = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self.save_dir = os.fspath(save_dir if dir is None else dir)
         options = {"name": name, "project": self.name, "dir": self.save_dir, "id": version or id, "resume": "allow"}
-        options.update({"anonymous": "allow"} if anonymous else {}, **({"mode": "offline"} if offline else {}))
-        self._init_options: dict[str, Any] = {**options, **kwargs}
+        modes = {**({"anonymous": "allow"} if anonymous else {}), **({"mode": "offline"} if offline else {})}
+        self._init_options: dict[str, Any] = {**options, **modes, **kwargs}
         # With `sync_tensorboard`, wandb itself logs an axis of this name.
         self._step_name = "global_step" if self._init_options.get("sync_tensorboard") else "trainer/global_step"
 
     def _open(self) -> Any:
         wandb = _library()
-        if wandb.run is not None:
+        run = wandb.run
+        if run is not None:
             what = "A wandb run is already in progress and is used by this `WandbLogger`."
             rank_zero_warn(f"{what} Call `wandb.finish()` before making the logger to get a new run.")
-        os.makedirs(self.save_dir, exist_ok=True)
-        run = wandb.run or wandb.init(**self._init_options)
+        else:
+            os.makedirs(self.save_dir, exist_ok=True)
+            run = wandb.init(**self._init_options)
         self._init_options["id"] = run.id
-        run.define_metric(self._step_name)
-        run.define_metric("*", step_metric=self._step_name, step_sync=True)
+        if callable(getattr(run, "define_metric", None)):
+            run.define_metric(self._step_name)
+            run.define_metric("*", step_metric=self._step_name, step_sync=True)
         return run
 
     @property
@@ -70,12 +70,12 @@ class WandbLogger(ServiceLogger):
         return self._experiment.id if self._experiment is not None else self._init_options["id"]
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace) -> None:
+    def log_hyperparams(self, params: Params) -> None:
         config = {key: getattr(value, "__name__", value) for key, value in as_dict(params).items()}
         self.experiment.config.update(config, allow_val_change=True)
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         axis = {} if step is None else {self._step_name: step}
         self.experiment.log({**as_numbers(metrics, self._prefix), **axis})
 
@@ -123,7 +123,10 @@ class WandbLogger(ServiceLogger):
     @staticmethod
     @rank_zero_only
     def download_artifact(
-        artifact: str, save_dir: Path | str | None = None, artifact_type: str | None = None, use_artifact: bool = True
+        artifact: str,
+        save_dir: str | os.PathLike | None = None,
+        artifact_type: str | None = None,
+        use_artifact: bool = True,
     ) -> str:
         """Downloads an artifact, such as ``"team/project/model-abc:best"``, and returns its folder."""
         wandb = _library()

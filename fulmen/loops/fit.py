@@ -183,18 +183,16 @@ class FitLoop:
             trainer.val_check_batch = inf
             return
         if isinstance(interval, float) and self.num_batches == inf and interval != 1.0:
-            raise MisconfigurationException(
-                f"`val_check_interval={interval}` with a training loader of unknown length. A fraction of the epoch is "
-                "not known. Use `val_check_interval=1.0` (at the end), or an int to count batches."
-            )
+            what = f"`val_check_interval={interval}` is a fraction of an epoch, and the training loader has no length."
+            raise MisconfigurationException(f"{what} Use 1.0 (at the end), or an int to count batches.")
         trainer.val_check_batch = cadence.validation_interval(interval, self.num_batches)
         too_long = isinstance(interval, int) and interval > self.num_batches
         if too_long and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches != 0:
-            raise ValueError(
-                f"`val_check_interval={interval}` is larger than the {self.num_batches} training batches of an epoch. "
-                "Validation would never run, because the counter starts again at each epoch. "
-                "Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs."
+            what = (
+                f"`val_check_interval={interval}` is larger than the {self.num_batches} training batches of an epoch."
             )
+            fix = "Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs."
+            raise ValueError(f"{what} The counter starts again at each epoch, so validation would never run. {fix}")
         if trainer.loggers and not trainer.fast_dev_run and self.num_batches < trainer.log_every_n_steps:
             what = (
                 f"An epoch has {self.num_batches} batches, fewer than `log_every_n_steps={trainer.log_every_n_steps}`:"

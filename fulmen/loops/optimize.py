@@ -14,16 +14,15 @@ from fulmen.loops.dispatch import nothing
 from fulmen.loops.loading import bound_step
 from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import num_positional, overridden
-from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from fulmen.loops.dispatch import HookPlan
     from fulmen.loops.progress import Progress
     from fulmen.trainer import Trainer
 
-_warnings = WarningCache()
 _NO_OUTPUTS: dict[str, Any] = {}
 
 
@@ -45,14 +44,9 @@ class Optimization:
         self.unscale = overridden(self.precision, "unscale_gradients", Precision)
         self.own_backward = overridden(self.module, "backward", LightningModule)
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
-        self.plain_backward = not any(
-            overridden(part, verb, base)
-            for part, base, verbs in (
-                (self.strategy, Strategy, ("backward", "pre_backward", "post_backward")),
-                (self.precision, Precision, ("backward", "pre_backward", "post_backward")),
-            )
-            for verb in verbs
-        )
+        verbs = ("backward", "pre_backward", "post_backward")
+        parts = ((self.strategy, Strategy), (self.precision, Precision))
+        self.plain_backward = not any(overridden(part, verb, base) for part, base in parts for verb in verbs)
         self.strategy.run_backward = self.backward_with_hooks
         for optimizer in trainer.lightning_optimizers:
             optimizer._run_step = self.run_optimizer
@@ -204,24 +198,21 @@ class AutomaticOptimization(Optimization):
         """
         name = f"`{type(self.module).__name__}.training_step`"
         if output is None:
-            _warnings.warn(f"{name} returned `None`: there is no loss, the batch is skipped.")
+            warn_once(f"{name} returned `None`: there is no loss, the batch is skipped.")
             return None, None
         if isinstance(output, Tensor):
             loss, extra = output, None
         elif isinstance(output, Mapping):
             if "loss" not in output:
-                raise MisconfigurationException(
-                    f"{name} returned a dict without the key 'loss' (keys: {sorted(map(str, output))}). "
-                    "Without it there is nothing to call backward on. "
-                    'Return {"loss": loss, ...}, the loss alone, or None to skip the batch.'
-                )
+                what = f"{name} returned a dict without the key 'loss' (keys: {sorted(map(str, output))})."
+                raise MisconfigurationException(f'{what} Return {{"loss": loss, ...}}, or None to skip the batch.')
             loss, extra = output["loss"], {k: v for k, v in output.items() if k != "loss"}
             if loss is None:
                 return None, extra
         else:
             raise MisconfigurationException(
-                f"{name} returned a {type(output).__name__}: {str(output)[:80]}. In automatic optimization, "
-                "`training_step` must return a Tensor, a dict, or None (skip the step). Return the loss tensor."
+                f"{name} returned a {type(output).__name__}: {str(output)[:80]}. Return the loss as a tensor, a dict "
+                "that has it under 'loss', or None to skip the batch."
             )
         if not self.checked and not self.own_backward:
             _check_loss(loss, name)
@@ -245,8 +236,8 @@ class ManualOptimization(Optimization):
         if isinstance(output, Mapping):
             return output
         raise MisconfigurationException(
-            f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. In manual optimization, "
-            "`training_step` must either return a Tensor or have no return. Return the loss, a dict, or nothing."
+            f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. With manual optimization, "
+            "return the loss, a dict, or nothing."
         )
 
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
@@ -294,8 +285,5 @@ def _check_loss(loss: Any, name: str) -> None:
         fix = "Remove `.detach()`, `.item()` or `no_grad` on its way, and check that parameters require gradients."
     else:
         return
-    raise MisconfigurationException(
-        explain(
-            what=f"{name} returned {problem} as the loss.", why="Backward needs one differentiable number.", fix=fix
-        )
-    )
+    what = f"{name} returned {problem} as the loss. Backward needs one differentiable number."
+    raise MisconfigurationException(f"{what} {fix}")

@@ -12,10 +12,7 @@ _LOADER_SUFFIX = re.compile(r"/dataloader_idx_\d+$")
 
 
 def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
-    """Prints a column per loader and a row per metric, with Rich if it is there; nothing when nothing was logged.
-
-    ``verb`` is "validate" or "test".
-    """
+    """Prints a column per loader and a row per metric, with Rich if it is there; nothing when nothing was logged."""
     columns = result_columns(results, verb)
     if not columns[0][1]:
         return
@@ -31,12 +28,11 @@ def result_columns(results: Sequence[Mapping[str, float]], verb: str) -> list[tu
     names = list(dict.fromkeys(name for result in per_loader for name in result))
     columns = [(f"{verb.capitalize()} metric", names)]
     for index, result in enumerate(per_loader):
-        columns.append((f"DataLoader {index}", [number(result[n]) if n in result else "" for n in names]))
+        columns.append((f"DataLoader {index}", [_number(result[n]) if n in result else "" for n in names]))
     return columns
 
 
-def number(value: float) -> str:
-    """As many digits as a 32-bit float has."""
+def _number(value: float) -> str:
     return f"{value:.1f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.7g}"
 
 
@@ -44,9 +40,8 @@ def _print_with_rich(columns: list[tuple[str, list[str]]]) -> None:
     from rich.table import Table
 
     console = rich_console()
-    names, loaders = columns[0], columns[1:]
-    name_width = max(map(len, [names[0], *names[1]])) + 3
-    widths = [max(map(len, [header, *cells])) + 3 for header, cells in loaders]
+    names, *loaders = columns
+    name_width, *widths = (max(map(len, [header, *cells])) + 3 for header, cells in columns)
     while loaders:
         # As many loaders as fit beside the names; the others get a table of their own below.
         count = sum(name_width + sum(widths[: i + 1]) < console.width for i in range(len(widths))) or 1

@@ -9,6 +9,5 @@ from fulmen.utilities.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 
 if TYPE_CHECKING:
-    from fulmen.profilers.builtin import AdvancedProfiler, SimpleProfiler
-    from fulmen.profilers.profiler import PassThroughProfiler, Profiler, XLAProfiler
+    from fulmen.profilers.profiler import AdvancedProfiler, PassThroughProfiler, Profiler, SimpleProfiler, XLAProfiler
     from fulmen.profilers.pytorch import PyTorchProfiler

@@ -1,11 +1,15 @@
-"""What every profiler offers, and the one that does nothing."""
+"""What every profiler offers, and those that need nothing but Python's own clocks."""
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
+import time
 from abc import ABC, abstractmethod
+from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -33,9 +37,7 @@ class Profiler(ABC):
         self._stage: str | None = None
         self._local_rank: int | None = None
 
-    @property
-    def local_rank(self) -> int:
-        return self._local_rank or 0
+    local_rank = property(lambda self: self._local_rank or 0, doc="The place of this process on its machine.")
 
     @abstractmethod
     def start(self, action_name: str) -> None:
@@ -70,8 +72,7 @@ class Profiler(ABC):
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         """A run begins: ``stage`` is "fit", "validate", "test" or "predict"; the rank is None for a single process."""
-        self._stage = getattr(stage, "value", stage)
-        self._local_rank = local_rank
+        self._stage, self._local_rank = getattr(stage, "value", stage), local_rank
         self.dirpath = self.dirpath or log_dir
 
     def teardown(self, stage: str | None) -> None:
@@ -81,8 +82,8 @@ class Profiler(ABC):
         """The path of a file of this profiler, with everything in its name that tells it from others."""
         rank = None if self._local_rank is None else str(self._local_rank)
         name = "-".join(part for part in (self._stage, self.filename, rank, action_name) if part) + extension
-        # Actions contain what file systems do not take.
-        return os.path.join(self.dirpath or "", re.sub(r'[/\\:*?"<>|]', "_", name))
+        name = re.sub(r'[/\\:*?"<>|]', "_", name)  # actions contain what file systems do not take
+        return os.path.join(self.dirpath or "", name)
 
     def _report(self, sections: Mapping[str, str]) -> str:
         """One text from parts with headings; a part without heading is set apart by an empty line."""
@@ -118,12 +119,116 @@ def measured(profiler: Profiler, action_name: str, function: Callable[..., Any])
     return timed
 
 
+class SimpleProfiler(Profiler):
+    """How often each action ran and how long it took.
+
+    Args:
+        extended: also count calls, and show each total as a percentage of the time since the profiler was made.
+    """
+
+    def __init__(
+        self, dirpath: str | os.PathLike | None = None, filename: str | None = None, extended: bool = True
+    ) -> None:
+        super().__init__(dirpath, filename)
+        self.extended = extended
+        self.current_actions: dict[str, float] = {}
+        self.recorded_durations: dict[str, array[float]] = {}  # eight bytes per call: a long run has millions
+        self.start_time = time.monotonic()
+
+    def start(self, action_name: str) -> None:
+        if action_name in self.current_actions:
+            raise ValueError(f"The action `{action_name}` is already running. Stop it, or give this one another name.")
+        self.current_actions[action_name] = time.monotonic()
+
+    def stop(self, action_name: str) -> None:
+        if action_name not in self.current_actions:
+            raise ValueError(f"The action `{action_name}` was stopped but never started. Call `start` before `stop`.")
+        duration = time.monotonic() - self.current_actions.pop(action_name)
+        self.recorded_durations.setdefault(action_name, array("d")).append(duration)
+
+    def summary(self) -> str:
+        durations = sorted(self.recorded_durations.items(), key=lambda item: sum(item[1]), reverse=True)
+        elapsed = time.monotonic() - self.start_time
+        rows: list[tuple[str, ...]] = [("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")]
+        if self.extended:
+            num_calls = sum(map(len, self.recorded_durations.values()))
+            rows.append(("Total", "-", str(num_calls), f"{elapsed:.5}", "100 %"))
+        for name, times in durations:
+            total, calls = sum(times), len(times)
+            rows.append((name, f"{total / calls:.5}", str(calls), f"{total:.5}", f"{100 * total / elapsed:.5}"))
+        if not self.extended:
+            rows = [(name, mean, total) for name, mean, _, total, _ in rows]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        rule = "-" * (sum(widths) + 3 * len(widths) + 1)
+        lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+        for place in (0, 2, 4) if self.extended else (0, 2):  # above and below each head
+            lines.insert(place, rule)
+        return self._report({"": "\n".join([*lines, rule, ""])})
+
+
+class AdvancedProfiler(Profiler):
+    """Which functions each action spends its time in, measured by `cProfile`.
+
+    Python follows one profile at a time: while an action runs inside another, functions count for the inner one alone.
+
+    Args:
+        line_count_restriction: how many functions to show per action: a number, or a fraction of all.
+        dump_stats: also write each profile to ``<dirpath>/<stage>-<filename>-<action>.prof``, for `pstats` or a viewer.
+    """
+
+    def __init__(
+        self, dirpath: str | os.PathLike | None = None, filename: str | None = None,
+        line_count_restriction: float = 1.0, dump_stats: bool = False,
+    ) -> None:  # fmt: skip
+        import cProfile
+
+        super().__init__(dirpath, filename)
+        self.line_count_restriction, self.dump_stats = line_count_restriction, dump_stats
+        self.profiled_actions: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)
+        self._running: list[str] = []
+
+    def start(self, action_name: str) -> None:
+        if self._running:
+            self.profiled_actions[self._running[-1]].disable()
+        self._running.append(action_name)
+        self.profiled_actions[action_name].enable()
+
+    def stop(self, action_name: str) -> None:
+        if action_name not in self._running:
+            raise ValueError(f"The action `{action_name}` was stopped but never started. Call `start` before `stop`.")
+        self.profiled_actions[self._running[-1]].disable()
+        # Usually the last one; actions that overlap without nesting may end in any order.
+        del self._running[len(self._running) - 1 - self._running[::-1].index(action_name)]
+        if self._running:
+            self.profiled_actions[self._running[-1]].enable()
+
+    def summary(self) -> str:
+        import pstats
+
+        sections = {}
+        for action_name, profile in self.profiled_actions.items():
+            profile.create_stats()
+            if not profile.stats:
+                continue
+            if self.dump_stats:
+                ensure_dir(self.dirpath or ".")
+                profile.dump_stats(self._path(action_name, ".prof"))
+            text = io.StringIO()
+            stats = pstats.Stats(profile, stream=text).strip_dirs()
+            stats.sort_stats("cumulative").print_stats(self.line_count_restriction)
+            sections[action_name] = text.getvalue()
+        return self._report(sections)
+
+    def teardown(self, stage: str | None) -> None:
+        self.profiled_actions.clear()
+        self._running.clear()
+
+    def __reduce__(self) -> tuple:  # profiles cannot travel to another process
+        return (type(self), (self.dirpath, self.filename, self.line_count_restriction, self.dump_stats))
+
+
 class XLAProfiler(PassThroughProfiler):
     """Stands for the profiler of TPUs, which are not supported."""
 
-    STEP_FUNCTIONS = {"validation_step", "test_step", "predict_step"}
-    RECORD_FUNCTIONS = {"training_step", "backward", *STEP_FUNCTIONS}
-
     def __init__(self, port: int = 9012) -> None:
-        self.port = port
         raise NotImplementedError('`XLAProfiler`: TPUs are not supported. Use `profiler="pytorch"` or another one.')

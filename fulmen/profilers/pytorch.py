@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -55,10 +55,9 @@ class PyTorchProfiler(Profiler):
         self._emit_nvtx, self._export_to_chrome = emit_nvtx, export_to_chrome
         self._group_by_input_shapes, self._record_module_names = group_by_input_shapes, record_module_names
         self._sort_by_key = sort_by_key or ("cuda_time_total" if torch.cuda.is_available() else "cpu_time_total")
-        if self._sort_by_key not in self.AVAILABLE_SORT_KEYS:
-            hint = suggestion(self._sort_by_key, self.AVAILABLE_SORT_KEYS)
-            known = sorted(self.AVAILABLE_SORT_KEYS)
-            raise MisconfigurationException(f"`{sort_by_key=}` is not a column.{hint} Use one of {known}.")
+        if self._sort_by_key not in (columns := self.AVAILABLE_SORT_KEYS):
+            hint = suggestion(self._sort_by_key, columns)
+            raise MisconfigurationException(f"`{sort_by_key=}` is not a column.{hint} Use one of {sorted(columns)}.")
         allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
         for key in set(table_kwargs or ()) - allowed:
             own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
@@ -67,9 +66,8 @@ class PyTorchProfiler(Profiler):
         self._export_to_flame_graph = profiler_kwargs.pop("export_to_flame_graph", False)
         self._metric = profiler_kwargs.pop("metric", "self_cpu_time_total")
         self._default_schedule = "schedule" not in profiler_kwargs
-        schedule = profiler_kwargs.setdefault(
-            "schedule", torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
-        )
+        default_schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
+        schedule = profiler_kwargs.setdefault("schedule", default_schedule)
         if schedule is not None and not (callable(schedule) and isinstance(schedule(0), ProfilerAction)):
             what = f"`{schedule=}` is no function that gives a `ProfilerAction` for a step."
             raise MisconfigurationException(f"{what} Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`.")
@@ -77,17 +75,14 @@ class PyTorchProfiler(Profiler):
         if unknown := sorted(set(profiler_kwargs) - set(known_options)):
             rank_zero_warn(f"`torch.profiler.profile` of this version of PyTorch does not know {unknown}: ignored.")
         self._profiler_kwargs = {key: value for key, value in profiler_kwargs.items() if key in known_options}
-        if group_by_input_shapes:
-            self._profiler_kwargs["record_shapes"] = True
-        if self._export_to_flame_graph:
-            self._profiler_kwargs["with_stack"] = True
-
+        self._profiler_kwargs.update({"record_shapes": True} if group_by_input_shapes else {})
+        self._profiler_kwargs.update({"with_stack": True} if self._export_to_flame_graph else {})
         self.profiler: torch.profiler.profile | torch.autograd.profiler.emit_nvtx | None = None
         self.function_events: EventList | None = None
         self._open = ExitStack()
         self._labels: dict[str, record_function] = {}
         self._step_action: str | None = None
-        self._finished = False
+        self._finished = False  # the recording of this stage has ended
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
@@ -101,12 +96,10 @@ class PyTorchProfiler(Profiler):
         if self.profiler is None and not self._finished and (everything or self._is_step(action_name)):
             self._begin()
         if self.profiler is not None and action_name not in self._labels:
-            self._labels[action_name] = record_function(f"[pl][profile]{action_name}")
-            self._labels[action_name].__enter__()
+            self._labels[action_name] = record_function(f"[pl][profile]{action_name}").__enter__()
 
     def stop(self, action_name: str) -> None:
-        label = self._labels.pop(action_name, None)
-        if label is not None:
+        if label := self._labels.pop(action_name, None):
             label.__exit__(None, None, None)
         if isinstance(self.profiler, torch.profiler.profile) and self._is_step(action_name):
             self._step_action = action_name
@@ -121,7 +114,6 @@ class PyTorchProfiler(Profiler):
         return self._report({"records": averages.table(sort_by=self._sort_by_key, **self._table_kwargs)})
 
     def teardown(self, stage: str | None) -> None:
-        super().teardown(stage)
         self._finish()
 
     def _is_step(self, action_name: str) -> bool:
@@ -130,13 +122,22 @@ class PyTorchProfiler(Profiler):
         function = action_name.rpartition(".")[2]
         return function == "run_training_batch" if self._stage == "fit" else function in self.STEP_FUNCTIONS
 
+    def _num_steps(self) -> float:
+        """How many steps the run has at most, as far as the Trainer knows."""
+        trainer = getattr(self.module, "_trainer", None)
+        if trainer is None or self._stage is None:
+            return float("inf")
+        if self._stage == "fit":
+            return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+        return sum(getattr(trainer, f"num_{'val' if self._stage == 'validate' else self._stage}_batches"))
+
     def _begin(self) -> None:
         if self._emit_nvtx:
             self._open.enter_context(torch.cuda.profiler.profile())
             self.profiler = self._open.enter_context(torch.autograd.profiler.emit_nvtx())
         else:
             options = {"on_trace_ready": self._export, **self._profiler_kwargs}
-            if self._default_schedule and _num_steps(self.module, self._stage) < WAIT + WARMUP + ACTIVE:
+            if self._default_schedule and self._num_steps() < WAIT + WARMUP + ACTIVE:
                 rank_zero_warn("The run has too few steps for the default schedule: every step is profiled.")
                 options["schedule"] = None
             self.profiler = self._open.enter_context(torch.profiler.profile(**options))
@@ -146,15 +147,13 @@ class PyTorchProfiler(Profiler):
     def _export(self, profiler: torch.profiler.profile) -> None:
         """A window was recorded: keep its events, and write the files asked for."""
         self.function_events = profiler.events()
-        if not (self._export_to_chrome or self._export_to_flame_graph):
-            return
-        if self.dirpath is None:
+        if self.dirpath is None and (self._export_to_chrome or self._export_to_flame_graph):
             rank_zero_warn("The trace was not written, because there is no `dirpath`. Pass one to `PyTorchProfiler`.")
             return
-        path = self._path(self._step_action or "", "")
+        path = self._path(self._step_action or "", extension="")
         if self._export_to_chrome:
             torch.profiler.tensorboard_trace_handler(*os.path.split(path))(profiler)
-        if self._export_to_flame_graph:
+        if self._export_to_flame_graph and self.dirpath:
             ensure_dir(self.dirpath)
             profiler.export_stacks(f"{path}.stack", metric=self._metric)
 
@@ -170,26 +169,12 @@ class PyTorchProfiler(Profiler):
         return {**self.__dict__, "profiler": None, "function_events": None, "_open": ExitStack(), "_labels": {}}
 
 
-def _num_steps(module: torch.nn.Module | None, stage: str | None) -> float:
-    """How many steps the run has at most, as far as the Trainer knows."""
-    trainer = getattr(module, "_trainer", None)
-    if trainer is None or stage is None:
-        return float("inf")
-    if stage == "fit":
-        return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-    return sum(getattr(trainer, f"num_{'val' if stage == 'validate' else stage}_batches"))
-
-
 def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:
     """Label the forward of each named sub-module in the trace, until the stack is closed."""
     running: list[record_function] = []
 
-    def enter_as(text: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            running.append(record_function(text))
-            running[-1].__enter__()
-
-        return enter
+    def enter(text: str, *_: Any) -> None:
+        running.append(record_function(text).__enter__())
 
     def leave(*_: Any) -> None:
         if running:
@@ -197,6 +182,6 @@ def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:
 
     for name, module in root.named_modules():
         if name and not isinstance(module, torch.jit.ScriptModule):
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            until.callback(module.register_forward_pre_hook(enter_as(f"[pl][module]{kind}: {name}")).remove)
+            text = f"[pl][module]{type(module).__module__}.{type(module).__qualname__}: {name}"
+            until.callback(module.register_forward_pre_hook(functools.partial(enter, text)).remove)
             until.callback(module.register_forward_hook(leave, always_call=True).remove)

@@ -1,4 +1,4 @@
-"""Walking nested batches: applying a function, moving to a device, detaching, finding the batch size."""
+"""Walking nested batches: applying a function, moving to a device, finding the batch size."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from fulmen.utilities.errors import MisconfigurationException, explain
-from fulmen.utilities.rank_zero import WarningCache
-
-warning_cache = WarningCache()
+from fulmen.utilities.rank_zero import warn_once
 
 
 class AttributeDict(dict):
@@ -96,11 +94,6 @@ def _moved(item: Any, device: torch.device, asynchronous: bool) -> Any:
     return map_children(item, lambda child: _moved(child, device, asynchronous))
 
 
-def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
-    """The same collection with its tensors detached from the graph, on the CPU if asked (which waits: a sync)."""
-    return apply_to_collection(in_dict, Tensor, lambda t: t.detach().cpu() if to_cpu else t.detach())
-
-
 def _batch_sizes(batch: Any) -> Iterator[int]:
     children: Iterable = ()
     if isinstance(batch, Tensor):
@@ -117,10 +110,7 @@ def _batch_sizes(batch: Any) -> Iterator[int]:
 
 
 def extract_batch_size(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch.
-
-    Tensors that disagree cause one warning. Without any tensor, a MisconfigurationException is raised.
-    """
+    """The first dimension of the first tensor, with a warning if others disagree; without any, an error."""
     fix = "Simplify the batch or say `self.log(..., batch_size=...)`."
     sizes = _batch_sizes(batch)
     try:
@@ -132,5 +122,5 @@ def extract_batch_size(batch: Any) -> int:
         raise MisconfigurationException(explain(f"No tensor is in a batch of type `{type(batch).__name__}`.", fix=fix))
     if other is not None:
         what = f"The tensors of the batch have different first dimensions ({first} and {other});"
-        warning_cache.warn(explain(f"{what} {first} is taken as the batch size.", fix=fix))
+        warn_once(explain(f"{what} {first} is taken as the batch size.", fix=fix))
     return first

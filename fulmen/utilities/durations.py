@@ -12,10 +12,7 @@ _FORMAT = re.compile(r"(?P<days>\d+):(?P<hours>\d\d):(?P<minutes>\d\d):(?P<secon
 
 
 def parse_duration(value: str | timedelta | dict[str, Any], name: str = "duration") -> timedelta:
-    """The duration as a `timedelta`; ``name`` is what error messages call the argument.
-
-    A string of another format is a MisconfigurationException; another type, or a dict with other keys, a TypeError.
-    """
+    """The duration as a `timedelta`; error messages call it ``name``. Only an ill-formed string is a misconfiguration."""
     if isinstance(value, timedelta):
         return value
     what, why = f"`{name}={value!r}` is not a duration.", ""

@@ -29,10 +29,7 @@ warnings.simplefilter("default", category=LightningDeprecationWarning)
 
 
 def disable_possible_user_warnings(module: str = "") -> None:
-    """Hide every `PossibleUserWarning` raised from modules whose name matches the regular expression ``module``.
-
-    The environment variable ``POSSIBLE_USER_WARNINGS=off`` (or ``0``) does the same for all modules.
-    """
+    """Hide each `PossibleUserWarning` from modules that match; ``POSSIBLE_USER_WARNINGS=off`` hides it from all."""
     warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from operator import methodcaller
 from typing import IO, Any
 
@@ -29,11 +30,7 @@ def local_path(path: str | os.PathLike) -> str:
 
 def _on_path(fn: Callable) -> Callable:
     """``fn`` as a method whose path may begin with ``file://``."""
-
-    def method(self: Any, path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        return fn(local_path(path), *args, **kwargs)
-
-    return method
+    return lambda self, path, *args, **kwargs: fn(local_path(path), *args, **kwargs)
 
 
 class LocalFiles:
@@ -58,14 +55,11 @@ class LocalFiles:
             os.remove(target)
 
 
-_local_files = LocalFiles()
-
-
-def get_filesystem(path: str | os.PathLike, **kwargs: Any) -> Any:
+def get_filesystem(path: str | os.PathLike) -> Any:
     """The file system that holds ``path``: ours for local paths, fsspec's (imported now) for URLs."""
-    if not is_remote(path):
-        return _local_files
-    return require("fsspec", f"to reach `{path}`").core.url_to_fs(os.fspath(path), **kwargs)[0]
+    if is_remote(path):
+        return require("fsspec", f"to reach `{path}`").core.url_to_fs(os.fspath(path))[0]
+    return LocalFiles()
 
 
 def ensure_dir(path: str | os.PathLike) -> None:
@@ -76,8 +70,7 @@ def ensure_dir(path: str | os.PathLike) -> None:
 def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     """Write a file so that, whenever the process dies, ``path`` holds the old content or the new one, never a part.
 
-    ``content`` may be a function that writes into the open file it is given. If that fails, the old file is untouched
-    and nothing lies beside it. The parent folder must exist.
+    ``content`` may be a function that writes into an open file; nothing is left behind if it fails. The folder exists.
     """
     write = content if callable(content) else methodcaller("write", content)
     if is_remote(path):
@@ -86,7 +79,6 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
         with files.transaction, files.open(os.fspath(path), "wb") as file:
             write(file)
         return
-
     target = local_path(path)
     folder, name = os.path.split(os.path.abspath(target))
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -96,10 +88,9 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
             file.flush()
             _flush_to_disk(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
-        if os.path.exists(temporary):
+    finally:
+        with suppress(OSError):  # it is gone if all went well
             os.remove(temporary)
-        raise
     if os.name == "posix":  # makes the renaming permanent; other systems cannot open a folder for that
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -17,10 +17,7 @@ def _plain_function(attribute: Any) -> Any:
 
 
 def overridden(obj: Any, name: str, base: type) -> bool:
-    """Does ``obj`` answer to ``name`` with anything else than the function ``base`` defines?
-
-    Functions set on the instance count; a missing or uncallable attribute, or no object at all, does not.
-    """
+    """Does ``obj`` (None does not) answer to ``name``, on class or instance, with another function than ``base``'s?"""
     attribute = getattr(obj, name, None) if obj is not None else None
     return callable(attribute) and _plain_function(attribute) is not _plain_function(getattr(base, name, None))
 
@@ -35,9 +32,7 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     if parent is None:
         ours = [cls for cls in reversed(type(instance).__mro__) if cls.__module__.startswith("fulmen.")]
         if not ours:
-            raise ValueError(
-                f"`{type(instance).__name__}` extends no class of fulmen. Give a `parent` to compare with."
-            )
+            raise ValueError(f"`{type(instance).__name__}` is of no fulmen class. Give a `parent` to compare with.")
         parent = next((cls for cls in ours if method_name in vars(cls)), ours[0])
     return hasattr(parent, method_name) and overridden(instance, method_name, parent)
 
@@ -52,10 +47,9 @@ def parameters_of(fn: Callable) -> list[inspect.Parameter]:
 
 def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
     """May ``fn`` be called with the keyword ``name``? With ``explicit``, ``**kwargs`` does not count."""
-    return any(
-        (p.name == name and p.kind is not p.POSITIONAL_ONLY) or (p.kind is p.VAR_KEYWORD and not explicit)
-        for p in parameters_of(fn)
-    )
+    found = parameters_of(fn)
+    by_name = any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in found)
+    return by_name or (not explicit and any(p.kind is p.VAR_KEYWORD for p in found))
 
 
 def num_positional(fn: Callable) -> float:

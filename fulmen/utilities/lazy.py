@@ -21,10 +21,8 @@ def has_module(name: str) -> bool:
 def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable, list[str]]:
     """The `__getattr__`, `__dir__` and `__all__` of a package whose names live in other modules.
 
-    Which names, and where they live, is read from the imports under `if TYPE_CHECKING:` in the package's own file, so
-    that there is one list and type checkers see the same one::
-
-        __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
+    The names and where they live are read from the imports under `if TYPE_CHECKING:` in the package's own file, so that
+    type checkers see the same list: ``__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)``.
     """
     with open(file, encoding="utf-8") as source:
         blocks = [node for node in ast.parse(source.read()).body if isinstance(node, ast.If)]

@@ -13,36 +13,30 @@ from torch.nn.parameter import UninitializedParameter
 
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.modules import capture_modes
-from fulmen.utilities.rank_zero import WarningCache
+from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.tables import text_table
 
 # Makes this a package for the import system, so that deep paths below it can be served.
 __path__: list[str] = []
 
-UNKNOWN_SIZE = "?"
-UNITS = (" ", "K", "M", "B", "T")
-
-warning_cache = WarningCache()
-
 
 def get_human_readable_count(number: int) -> str:
     """A count with one of the units K, M, B, T: ``1234`` is ``"1.2 K"``; below 1000 the unit is blank."""
-    power = min(int(math.log10(number)) // 3, len(UNITS) - 1) if number > 0 else 0
+    power = min(int(math.log10(number)) // 3, 4) if number > 0 else 0
     value = number / 1000**power
     text = f"{value:,.1f}" if power > 0 and value < 100 else f"{int(value):,d}"
-    return f"{text} {UNITS[power]}"
+    return f"{text} {' KMBT'[power]}"
 
 
-def get_formatted_model_size(total_model_size: float) -> str:
-    """Megabytes with three decimals."""
-    return f"{total_model_size:,.3f}"
+def _short(number: int) -> str:
+    return get_human_readable_count(number).strip()
 
 
 def parse_batch_shape(batch: Any) -> str | list:
     """The shape of a tensor, the shapes in a list or tuple, ``"?"`` for anything else."""
     if hasattr(batch, "shape"):
         return list(batch.shape)
-    return [parse_batch_shape(item) for item in batch] if isinstance(batch, (list, tuple)) else UNKNOWN_SIZE
+    return [parse_batch_shape(item) for item in batch] if isinstance(batch, (list, tuple)) else "?"
 
 
 def count_parameters(parameters: Iterable[Tensor]) -> int:
@@ -51,7 +45,7 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
     for parameter in parameters:
         if isinstance(parameter, UninitializedParameter):
             what = "A parameter has no shape yet, so the total number of parameters detected may be too small."
-            warning_cache.warn(f"{what} Set `self.example_input_array`, and a forward pass will give it one.")
+            warn_once(f"{what} Set `self.example_input_array`, and a forward pass will give it one.")
         else:
             # bitsandbytes packs 4-bit weights into fewer elements and keeps the shape that they stand for.
             packed = getattr(parameter, "quant_state", None)
@@ -62,10 +56,12 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
 class LayerSummary:
     """What is known about one module; the sizes are those of the next forward pass, then the hook is gone."""
 
+    in_size: str | list = "?"
+    out_size: str | list = "?"
+
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.in_size: str | list = UNKNOWN_SIZE
-        self.out_size: str | list = UNKNOWN_SIZE
+        self.layer_type = type(module).__name__
         # Script modules take no forward hooks.
         scripted = isinstance(module, torch.jit.ScriptModule)
         self._handle = None if scripted else module.register_forward_hook(self._remember_sizes, with_kwargs=True)
@@ -80,10 +76,6 @@ class LayerSummary:
         """Stop waiting for a forward pass."""
         if self._handle is not None:
             self._handle.remove()
-
-    @property
-    def layer_type(self) -> str:
-        return type(self._module).__name__
 
     @property
     def num_parameters(self) -> int:
@@ -111,7 +103,7 @@ class ModelSummary:
         if not isinstance(max_depth, int) or max_depth < -1:
             raise ValueError(f"`max_depth` can be -1, 0 or > 0, got {max_depth}.")
         self._model: Any = model
-        self._max_depth = max_depth
+        self._max_depth = math.inf if max_depth == -1 else max_depth
         self._has_example = getattr(model, "example_input_array", None) is not None
         self._flops: dict[str, dict[Any, int]] = {}
         self._layer_summary = self.summarize()
@@ -141,23 +133,20 @@ class ModelSummary:
             context = trainer.precision_plugin.forward_context()
         elif (parameter := next(model.parameters(), None)) is not None:
             example = move_data_to_device(example, parameter.device)
+        args, kwargs = ([], example) if isinstance(example, dict) else (example, {})
         restore = capture_modes(model)
         model.eval()
-        counter = FlopCounterMode(display=False)
         try:
-            with torch.no_grad(), context, counter:
-                if isinstance(example, dict):
-                    model(**example)
-                else:
-                    model(*(example if isinstance(example, (list, tuple)) else [example]))
+            with torch.no_grad(), context, FlopCounterMode(display=False) as counter:
+                model(*(args if isinstance(args, (list, tuple)) else [args]), **kwargs)
         finally:
             restore()
         self._flops = counter.get_flop_counts()
 
     @property
     def named_modules(self) -> list[tuple[str, nn.Module]]:
-        depth = math.inf if self._max_depth == -1 else self._max_depth
-        return [(name, part) for name, part in self._model.named_modules() if name and name.count(".") < depth]
+        parts = self._model.named_modules()
+        return [(name, part) for name, part in parts if name and name.count(".") < self._max_depth]
 
     @property
     def layer_names(self) -> list[str]:
@@ -215,7 +204,7 @@ class ModelSummary:
         if self._has_example:
             table["In sizes"] = [str(size) for size in self.in_sizes]
             table["Out sizes"] = [str(size) for size in self.out_sizes]
-        in_layers = {parameter for _, module in self.named_modules for parameter in module.parameters()}
+        in_layers = {parameter for _, part in self.named_modules for parameter in part.parameters()}
         if rest := count_parameters(p for p in self._model.parameters() if p not in in_layers):
             other = {" ": " ", "Name": "other params", "Params": _short(rest)}
             for header, cells in table.items():
@@ -229,19 +218,13 @@ class ModelSummary:
     __repr__ = __str__
 
 
-def _short(number: int) -> str:
-    return get_human_readable_count(number).strip()
-
-
-def totals(
-    parameters: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int
-) -> list[tuple[str, str]]:
+def totals(total: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int) -> list[tuple[str, str]]:
     """The lines below the table: what is counted, and the number."""
     return [
         ("Trainable params", _short(trainable)),
-        ("Non-trainable params", _short(parameters - trainable)),
-        ("Total params", _short(parameters)),
-        ("Total estimated model params size (MB)", get_formatted_model_size(megabytes)),
+        ("Non-trainable params", _short(total - trainable)),
+        ("Total params", _short(total)),
+        ("Total estimated model params size (MB)", f"{megabytes:,.3f}"),
         ("Modules in train mode", str(modes["train"])),
         ("Modules in eval mode", str(modes["eval"])),
         ("Total Flops", _short(flops)),

@@ -1,4 +1,4 @@
-"""Looking into modules: gradient norms, tied parameters, train and eval flags, attributes users search for."""
+"""Looking into modules and the machine: gradient norms, train and eval flags, compiled modules, pickling, CPUs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-STEP_METHODS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-
 
 def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: str = "/") -> dict[str, Tensor]:
     """The norm of each parameter's gradient and of all of them together; empty without gradients.
@@ -23,33 +21,12 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
     if order <= 0:
         raise ValueError(f"`norm_type={norm_type}` is no norm. Use a positive number or 'inf' (the largest element).")
     key = f"grad_{order}_norm"
-    norms = {
-        f"{key}{group_separator}{name}": parameter.grad.detach().norm(order)
-        for name, parameter in module.named_parameters()
-        if parameter.grad is not None
-    }
+    gradients = ((name, parameter.grad) for name, parameter in module.named_parameters())
+    norms = {f"{key}{group_separator}{name}": g.detach().norm(order) for name, g in gradients if g is not None}
     if norms:
         device = next(iter(norms.values())).device
         norms[f"{key}_total"] = torch.stack([norm.to(device) for norm in norms.values()]).norm(order)
     return norms
-
-
-def find_shared_parameters(module: nn.Module) -> list[list[str]]:
-    """Groups of names that stand for one and the same parameter."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return [group for group in names.values() if len(group) > 1]
-
-
-def set_shared_parameters(module: nn.Module, shared_params: list[list[str]]) -> nn.Module:
-    """Make the parameters of each group one again: all become the first of the group."""
-    for first, *others in shared_params:
-        parameter = module.get_parameter(first)
-        for name in others:
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, parameter)
-    return module
 
 
 def capture_modes(module: nn.Module) -> Callable[[], None]:
@@ -91,7 +68,7 @@ def from_compiled(model: Any) -> nn.Module:
     module: Any = model._orig_mod if is_compiled(model) else None
     if not hasattr(module, "training_step"):
         raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
-    for name in STEP_METHODS:
+    for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
         setattr(module, name, model.dynamo_ctx(getattr(module, name)))
     module._compiler_ctx = {"compiler": "dynamo", "dynamo_ctx": model.dynamo_ctx}
     return module

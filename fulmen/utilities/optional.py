@@ -9,8 +9,11 @@ import importlib.util
 import re
 from types import ModuleType
 
-# Packages whose distribution has another name than the module.
-DISTRIBUTIONS = {"comet_ml": "comet-ml", "sklearn": "scikit-learn", "yaml": "PyYAML"}
+
+def _distribution(package: str) -> str:
+    """What is installed to have the package."""
+    top = package.partition(".")[0]
+    return {"comet_ml": "comet-ml", "sklearn": "scikit-learn", "yaml": "PyYAML"}.get(top, top)
 
 
 def _release(version: str) -> list[int]:
@@ -24,21 +27,16 @@ def available(package: str, minimum: str = "") -> bool:
     """Can ``package`` be imported, in a version such as ``">=10.2.2"``? The package itself is not imported."""
     try:
         found = importlib.util.find_spec(package) is not None
-        top = package.partition(".")[0]
-        version = importlib.metadata.version(DISTRIBUTIONS.get(top, top)) if found and minimum else ""
+        version = importlib.metadata.version(_distribution(package)) if found and minimum else ""
     except (ImportError, ValueError):  # a parent is missing, or nobody knows the version
         return False
     return found and _release(version) >= _release(minimum.lstrip("> ="))
 
 
-def require(package: str, why: str, extra: str = "", minimum: str = "") -> ModuleType:
-    """Import and return an optional package, or raise a ModuleNotFoundError with the line that installs it.
-
-    ``why`` ends the sentence "`package` is needed …"; ``extra`` is what to install, if not the package of that name.
-    """
+def require(package: str, why: str, minimum: str = "") -> ModuleType:
+    """Import an optional package, or raise an error with the line that installs it; it "is needed ``why``"."""
     if not available(package, minimum):
-        top = package.partition(".")[0]
         missing = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
-        fix = f'Run `pip install "{extra or DISTRIBUTIONS.get(top, top)}{minimum}"`.'
+        fix = f'Run `pip install "{_distribution(package)}{minimum}"`.'
         raise ModuleNotFoundError(f"{missing} installed. {fix}", name=package)
     return importlib.import_module(package)

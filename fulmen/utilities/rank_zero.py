@@ -30,11 +30,7 @@ if not log.handlers:
 
 
 def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T]:
-    """A function that runs in the first process and returns ``default`` in all others.
-
-    The rank is read from ``rank_zero_only.rank`` at every call. It starts as what the launcher put in the environment
-    and is corrected by the strategy once the processes know each other.
-    """
+    """A function that runs where ``rank_zero_only.rank`` is 0 at the time of the call, and else returns ``default``."""
 
     @functools.wraps(fn)
     def on_rank_zero(*args: Any, **kwargs: Any) -> Any:
@@ -43,6 +39,7 @@ def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T
     return on_rank_zero
 
 
+# What the launcher said; the strategy corrects it once the processes know each other.
 _announced = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
 rank_zero_only.rank = next((int(text) for text in _announced if text.isdigit()), 0)  # type: ignore[attr-defined]
 
@@ -55,8 +52,7 @@ def is_rank_zero() -> bool:
     return rank == 0
 
 
-# `stacklevel` is counted as in the API we follow, where two more frames lie between these functions and the caller:
-# 4 names the caller of `rank_zero_warn`, `rank_zero_info` and `rank_zero_debug`, 5 the caller of `rank_zero_deprecation`.
+# `stacklevel` is counted as in the API we follow, where two more frames lie between these functions and their caller.
 _EXTRA_FRAMES = 2
 
 
@@ -89,18 +85,12 @@ def rank_prefixed_message(message: str, rank: int | None) -> str:
 
 
 class WarningCache(set[str]):
-    """Says each text once."""
-
-    def _once(self, say: Callable, message: str | Warning, stacklevel: int, **kwargs: Any) -> None:
-        if str(message) not in self:
-            self.add(str(message))
-            say(message, stacklevel=stacklevel + 1, **kwargs)
+    """Gives each warning once."""
 
     def warn(self, message: str | Warning, stacklevel: int = 5, **kwargs: Any) -> None:
-        self._once(rank_zero_warn, message, stacklevel, **kwargs)
+        if str(message) not in self:
+            self.add(str(message))
+            rank_zero_warn(message, stacklevel=stacklevel, **kwargs)
 
-    def deprecation(self, message: str | Warning, stacklevel: int = 6, **kwargs: Any) -> None:
-        self._once(rank_zero_deprecation, message, stacklevel, **kwargs)
 
-    def info(self, message: str, stacklevel: int = 5, **kwargs: Any) -> None:
-        self._once(rank_zero_info, message, stacklevel, **kwargs)
+warn_once = WarningCache().warn  # once per process

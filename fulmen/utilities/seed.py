@@ -39,7 +39,6 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     if not 0 <= number <= MAX_SEED:
         name = "PL_GLOBAL_SEED" if seed is None else "seed"
         raise ValueError(f"`{name}={given!r}` is not a seed. Use an integer from 0 to {MAX_SEED}.")
-
     if verbose:
         rank_zero_info(f"Seed set to {number}")
     os.environ["PL_GLOBAL_SEED"] = str(number)
@@ -53,12 +52,6 @@ def _seed_generators(for_python: int, for_numpy: int, for_torch: int) -> None:
     if numpy := _numpy():
         numpy.random.seed(for_numpy)
     torch.manual_seed(for_torch)
-
-
-def reset_seed() -> None:
-    """Start again from the seed of the last `seed_everything`; nothing happens if there was none."""
-    if "PL_GLOBAL_SEED" in os.environ:
-        seed_everything(workers=os.environ.get("PL_SEED_WORKERS", "0") != "0", verbose=False)
 
 
 def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-# Dense TFLOP/s from the vendors' data sheets, by a part of the device's name (more special names first):
-# 16-bit tensor cores, TF32, plain float32.
+# Dense TFLOP/s by a part of the device's name, special names first: 16-bit tensor cores, TF32, plain float32.
 # fmt: off
 TERAFLOPS = {
     "b200": (2250, 1100, 80), "h200": (989, 495, 67), "h100 nvl": (835, 418, 60), "h100 pcie": (756, 378, 51),
@@ -40,11 +39,7 @@ def measure_flops(
 ) -> int:
     """The FLOPs of ``forward_fn()``, and of the backward pass of ``loss_fn(output)`` if there is one.
 
-    Works on the meta device, where nothing is computed::
-
-        with torch.device("meta"):
-            model, x = MyModel(), torch.randn(2, 32)
-        measure_flops(model, lambda: model(x), lambda y: y.sum())
+    A model and input made under ``with torch.device("meta"):`` are measured without computing anything.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,9 +53,8 @@ def measure_flops(
 class Throughput:
     """Rates over the last ``window_size`` updates; the first rates come when the window is full.
 
-    Args:
-        available_flops: peak FLOP/s of one device, for the utilization ``device/mfu``.
-        world_size: with more than one device, rates of all devices together are added (without the ``device/``).
+    ``available_flops`` is the peak of one device, for the utilization ``device/mfu``. With a ``world_size`` above one,
+    the rates of all devices together are added, without the ``device/``.
     """
 
     def __init__(

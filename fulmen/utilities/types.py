@@ -6,14 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-
-from fulmen.utilities.errors import suggestion
 
 _PATH = str | os.PathLike
 _DEVICE = torch.device | str | int
@@ -31,25 +29,6 @@ LRSchedulerPLType = LRSchedulerTypeUnion
 class LightningEnum(str, Enum):
     """String enumeration whose members equal their value in any case: ``TrainerFn.FITTING == "fit" == "Fit"``."""
 
-    @classmethod
-    def from_str(cls, value: str, source: str = "key") -> LightningEnum:
-        """The member of this name (``source="key"``), of this value (``"value"``), or either (``"any"``)."""
-        wanted, known = value.replace("-", "_").lower(), []
-        for member in cls:
-            names = {"key": [member.name], "value": [member.value], "any": [member.value, member.name]}[source]
-            if wanted in [name.replace("-", "_").lower() for name in names]:
-                return member
-            known.append(names[0])
-        raise ValueError(f"`{value}` is not one of {known}.{suggestion(value, known)}")
-
-    @classmethod
-    def try_from_str(cls, value: str, source: str = "key") -> LightningEnum | None:
-        """As `from_str`, with None for an unknown name."""
-        try:
-            return cls.from_str(value, source)
-        except ValueError:
-            return None
-
     def __eq__(self, other: object) -> bool:
         other = other.value if isinstance(other, Enum) else other
         return isinstance(other, str) and self.value.lower() == other.lower()
@@ -64,16 +43,6 @@ class GradClipAlgorithmType(LightningEnum):
     VALUE = "value"
     NORM = "norm"
 
-    @staticmethod
-    def supported_type(val: str) -> bool:
-        """Is it the value of a member?"""
-        return val in GradClipAlgorithmType.supported_types()
-
-    @staticmethod
-    def supported_types() -> list[str]:
-        """All values."""
-        return [member.value for member in GradClipAlgorithmType]
-
 
 class TrainerStatus(LightningEnum):
     """Where the Trainer is between being made and being done."""
@@ -82,11 +51,6 @@ class TrainerStatus(LightningEnum):
     RUNNING = "running"
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
-
-    @property
-    def stopped(self) -> bool:
-        """Will nothing more run?"""
-        return self in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
 
 
 class TrainerFn(LightningEnum):
@@ -112,11 +76,6 @@ class RunningStage(LightningEnum):
         """Does it measure instead of learn?"""
         return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
 
-    @property
-    def dataloader_prefix(self) -> str | None:
-        """The first word of the hook that gives the loader: ``val`` in ``val_dataloader``."""
-        return "val" if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING) else str(self.value)
-
 
 @dataclass
 class TrainerState:
@@ -132,7 +91,7 @@ class TrainerState:
 
     @property
     def stopped(self) -> bool:
-        return self.status.stopped
+        return self.status in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
 
 
 @dataclass
@@ -148,22 +107,10 @@ class LRSchedulerConfig:
     strict: bool = True
 
 
-class LRSchedulerConfigType(TypedDict, total=False):
-    """The dictionary `configure_optimizers` may give for a scheduler; only ``scheduler`` is required."""
-
-    scheduler: LRSchedulerTypeUnion
-    name: str | None
-    interval: str
-    frequency: int
-    reduce_on_plateau: bool
-    monitor: str | None
-    strict: bool
-
-
-class OptimizerConfig(TypedDict):
-    """The dictionary `configure_optimizers` may return without a scheduler."""
-
-    optimizer: Optimizer
+# The dictionaries `configure_optimizers` may give for a scheduler (`LRSchedulerConfig` says what they hold) and for an
+# optimizer without one.
+LRSchedulerConfigType = dict[str, Any]
+OptimizerConfig = dict[str, Any]
 
 
 class OptimizerLRSchedulerConfig(TypedDict, total=False):
@@ -176,15 +123,5 @@ class OptimizerLRSchedulerConfig(TypedDict, total=False):
 
 _Config = OptimizerConfig | OptimizerLRSchedulerConfig
 _Schedulers = Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]
-OptimizerLRScheduler = (
-    Optimizer | _Config | Sequence[Optimizer | _Config] | tuple[Sequence[Optimizer], _Schedulers] | None
-)
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An object whose state can be stored in a checkpoint."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+_Lists = tuple[Sequence[Optimizer], _Schedulers]
+OptimizerLRScheduler = Optimizer | _Config | Sequence[Optimizer | _Config] | _Lists | None

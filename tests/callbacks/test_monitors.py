@@ -186,7 +186,7 @@ def test_monitors_need_a_logger(fit, callback):
 
 
 def test_interval_is_checked():
-    with pytest.raises(MisconfigurationException, match="Did you mean `step`"):
+    with pytest.raises(MisconfigurationException, match="must be 'step', 'epoch'"):
         LearningRateMonitor("steps")
 
 

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 
-from fulmen.checkpoint.loop_counters import from_loops
 from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
 from fulmen.utilities.errors import PossibleUserWarning
 
@@ -51,17 +50,17 @@ def test_an_older_file_says_which_version_wrote_it():
 def test_states_of_callbacks_and_precision_are_found_under_their_names_of_today():
     checkpoint = migrate_checkpoint(
         {
-            "pytorch-lightning_version": "1.8.6",
+            "pytorch-lightning_version": "2.0.9",
             "callbacks": {OLD_KEY: {"best": 1}, "Other": {}},
-            "NativeMixedPrecisionPlugin": {"scale": 2.0},
+            "MixedPrecisionPlugin": {"scale": 2.0},
         }
     )
     assert checkpoint["callbacks"] == {KEY: {"best": 1}, "Other": {}}
     assert checkpoint["MixedPrecision"] == {"scale": 2.0}
-    assert "NativeMixedPrecisionPlugin" not in checkpoint
+    assert "MixedPrecisionPlugin" not in checkpoint
 
 
-def test_before_1_6_the_counters_were_at_the_top_level():
-    checkpoint = migrate_checkpoint({"pytorch-lightning_version": "1.5.10", "epoch": 3, "global_step": 12})
-    progress = from_loops(checkpoint["loops"])
-    assert (progress["epochs"], progress["steps"], progress["position"]) == (3, 12, "EPOCH_START")
+def test_a_file_of_before_2_0_is_read_with_a_warning():
+    old = {"pytorch-lightning_version": "1.9.5", "state_dict": {"a": 1}, "callbacks": {int: {}}}
+    with pytest.warns(PossibleUserWarning, match="1.9.5"):
+        assert migrate_checkpoint(old)["state_dict"] == {"a": 1}

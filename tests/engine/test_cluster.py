@@ -70,9 +70,3 @@ def test_the_strategy_tells_the_environment_rank_and_world_size():
     cluster.set_global_rank(3)
     assert place(cluster)[:2] == (5, 3)
     assert rank_zero_only.rank == 3
-
-
-def test_a_variable_that_is_no_number_is_named(environment):
-    environment(LOCAL_RANK="first")
-    with pytest.raises(RuntimeError, match="LOCAL_RANK is 'first'"):
-        LightningEnvironment().local_rank()
