@@ -22,16 +22,18 @@ if TYPE_CHECKING:
 
 
 class LightningDataModule(DataHooks, HyperparametersMixin):
-    """Downloads, prepares, splits and loads data; write the hooks you need::
+    """Downloads, prepares, splits and loads data; `trainer` is None before the first run. Write the hooks you need::
 
-    class Digits(LightningDataModule):
-        def __init__(self, root: str, batch_size: int = 32):
-            super().__init__()
-            self.save_hyperparameters()
+        class Digits(LightningDataModule):
+            def __init__(self, root: str, batch_size: int = 32):
+                super().__init__()
+                self.save_hyperparameters()
 
-        def prepare_data(self): ...          # one process: download
-        def setup(self, stage): ...          # every process: read and split
-        def train_dataloader(self): ...
+            def prepare_data(self): ...          # one process: download
+            def setup(self, stage): ...          # every process: read and split
+            def train_dataloader(self): ...
+
+    Without `prepare_data_per_node`, `prepare_data` runs only once in all and not once per node.
     """
 
     CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
@@ -42,7 +44,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trainer: Trainer | None = None  # until the first run
+        self.trainer: Trainer | None = None
 
     @classmethod
     def from_datasets(

@@ -50,7 +50,8 @@ def to_torchscript(
     rank_zero_deprecation("`to_torchscript` is deprecated like TorchScript itself. Use `torch.export.export`.")
     if method not in ("script", "trace"):
         raise ValueError(f"`to_torchscript(method={method!r})` is not known. Use 'script' or 'trace'.")
-    with _evaluating(module), _readable(module):
+    # TorchScript reads every attribute, and `trainer` is an error while there is none.
+    with _evaluating(module, trainer=object()):
         if method == "script":
             converted = torch.jit.script(module, **kwargs)
         else:
@@ -77,25 +78,17 @@ def _inputs(module: LightningModule, given: Any, method: str, name: str = "input
 
 
 @contextmanager
-def _readable(module: LightningModule) -> Iterator[None]:
-    """TorchScript reads every attribute, and `trainer` is an error while there is none: a stand-in is put there."""
+def _evaluating(module: LightningModule, trainer: Any = None) -> Iterator[None]:
+    """In eval mode and without gradients; `trainer` stands in where there is none."""
+    restore = capture_modes(module)
     unattached = [child for child in module.modules() if getattr(child, "_trainer", child) is None]
     for child in unattached:
-        child.__dict__["_trainer"] = object()
-    try:
-        yield
-    finally:
-        for child in unattached:
-            child.__dict__["_trainer"] = None
-
-
-@contextmanager
-def _evaluating(module: LightningModule) -> Iterator[None]:
-    """Without gradients and in eval mode; each submodule gets its own mode back."""
-    restore = capture_modes(module)
+        child.__dict__["_trainer"] = trainer
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         restore()
+        for child in unattached:
+            child.__dict__["_trainer"] = None

@@ -52,15 +52,11 @@ class HyperparametersMixin:
         if objects:
             given = vars(objects[0]) if isinstance(objects[0], Namespace) else objects[0]
             if given is not None and not isinstance(given, Mapping):
-                what = (
-                    f"Hyper-parameters were given as the {type(given).__name__} {given!r}, in which they have no names."
-                )
-                raise ValueError(
-                    f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all arguments."
-                )
+                what = f"Hyper-parameters were given as the {type(given).__name__} {given!r}, which has no names."
+                raise ValueError(f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all.")
             # Configuration objects that are mutable mappings stay what they are.
             keep = isinstance(given, MutableMapping) and not isinstance(given, dict)
-            chosen = given if keep else AttributeDict(given or {})
+            chosen: Any = given if keep else AttributeDict(given or {})
             self._hparams_name = next((name for name, value in found.items() if value is objects[0]), None)
         else:
             unknown = [name for name in args if name not in found and name not in ignored]
@@ -143,7 +139,8 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
 
 def _same(first: Any, second: Any) -> bool:
     try:
-        return torch.equal(first, second) if isinstance(first, torch.Tensor) else bool(first == second)
+        equal = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+        return first is second or bool(equal)
     except Exception:  # arrays and the like compare element by element
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from fulmen import callbacks as all_callbacks
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 RICH = "rich", ">=10.2.2"
 PROFILERS = {"simple": "Simple", "advanced": "Advanced", "pytorch": "PyTorch", "xla": "XLA"}
+# Callbacks other installed packages want in every run.
+ENTRY_POINTS = "fulmen.callbacks_factory", "lightning.pytorch.callbacks_factory"
 
 
 def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
@@ -47,7 +50,11 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
         callbacks.append(getattr(all_callbacks, "RichProgressBar" if available(*RICH) else "TQDMProgressBar")())
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
         callbacks.append(RichModelSummary() if available(*RICH) else ModelSummary())
-    callbacks.extend(_from_entry_points())
+    for entry in (entry for group in ENTRY_POINTS for entry in entry_points(group=group)):
+        made = entry.load()()
+        new = [made] if isinstance(made, Callback) else list(made)
+        callbacks.extend(new)
+        rank_zero_info(f"The entry point {entry.name!r} brings {len(new)} callback(s).")
     seen: set[str] = set()
     for callback in callbacks:
         if callback.state_key in seen and callback.state_dict():
@@ -62,8 +69,7 @@ def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings
     """Is there no callback of a kind that is wanted? An error if there is one of a kind that is not."""
     names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
     if kind is ProgressBar and len(names) > 1:
-        what = f"`callbacks` holds several progress bars: {', '.join(names)}. Keep one of them."
-        raise MisconfigurationException(what)
+        raise MisconfigurationException(f"`callbacks` holds several progress bars, keep one: {', '.join(names)}.")
     if names and not getattr(settings, switch):
         what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
         raise MisconfigurationException(f"{what} Remove one of the two.")
@@ -86,20 +92,6 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     """Finders first, checkpoints last, the rest as they were."""
     callbacks = list(callbacks)
     return sorted(callbacks, key=lambda c: 0 if c.tunes else 2 if isinstance(c, Checkpoint) else 1)
-
-
-def _from_entry_points() -> list[Callback]:
-    """Callbacks other installed packages want in every run."""
-    from importlib.metadata import entry_points
-
-    found: list[Callback] = []
-    for group in ("fulmen.callbacks_factory", "lightning.pytorch.callbacks_factory"):
-        for entry in entry_points(group=group):
-            made = entry.load()()
-            new = [made] if isinstance(made, Callback) else list(made)
-            found.extend(new)
-            rank_zero_info(f"The entry point {entry.name!r} brings {len(new)} callback(s).")
-    return found
 
 
 def assemble_loggers(settings: Settings) -> list[Logger]:

@@ -18,17 +18,13 @@ from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import GradClipAlgorithmType
 
 LIMITS = tuple(f"limit_{verb}_batches" for verb in ("train", "val", "test", "predict"))
-
 SWITCHES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-
 # What None stands for.
-DEFAULTS = {name: True for name in SWITCHES} | {"fast_dev_run": False, "log_every_n_steps": 50}
-DEFAULTS |= {"num_sanity_val_steps": 2, "val_check_interval": 1.0}
-
+NUMBERS = {"fast_dev_run": False, "log_every_n_steps": 50, "num_sanity_val_steps": 2, "val_check_interval": 1.0}
+DEFAULTS: dict[str, Any] = {**dict.fromkeys(SWITCHES, True), **NUMBERS}
 # What `barebones=True` switches off, and what else it cannot be combined with.
 BAREBONES = {**dict.fromkeys(SWITCHES, False), "log_every_n_steps": 0, "num_sanity_val_steps": 0}
 NOT_IN_BAREBONES = (*BAREBONES, "fast_dev_run", "detect_anomaly", "profiler")
-
 # Whole numbers, and the smallest allowed.
 INTEGERS = {
     **dict.fromkeys(("min_epochs", "min_steps", "num_sanity_val_steps", "log_every_n_steps"), -inf),
@@ -45,10 +41,8 @@ REMOVED = {
     "amp_backend": 'precision="16-mixed"',
     "auto_lr_find": "Tuner(trainer).lr_find(model)",
     "auto_scale_batch_size": "Tuner(trainer).scale_batch_size(model)",
-    "auto_select_gpus": 'devices="auto"',
     "checkpoint_callback": "enable_checkpointing=..., or a ModelCheckpoint in callbacks=[...]",
     "gpus": 'accelerator="gpu", devices=...',
-    "ipus": 'accelerator="auto", devices=...',
     "num_processes": 'accelerator="cpu", devices=...',
     "progress_bar_refresh_rate": "callbacks=[TQDMProgressBar(refresh_rate=...)]",
     "replace_sampler_ddp": "use_distributed_sampler=...",
@@ -56,7 +50,6 @@ REMOVED = {
     "tpu_cores": 'accelerator="tpu", devices=...',
     "track_grad_norm": "self.log_dict(grad_norm(self, norm_type=2)) in on_before_optimizer_step",
     "weights_save_path": "default_root_dir=..., or ModelCheckpoint(dirpath=...)",
-    "weights_summary": "callbacks=[ModelSummary(max_depth=...)]",
 }
 
 
@@ -88,10 +81,7 @@ def check(**given: Any) -> Settings:
 
 
 def environment_defaults(signature_defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument: as given, else from the variable ``PL_TRAINER_<NAME>``, else as in the signature.
-
-    Values from the environment are read as Python literals (``"2"`` is an int) where they are one.
-    """
+    """Every argument: as given, else from ``PL_TRAINER_<NAME>`` (a Python literal or a text), else its default."""
     for name in given:
         if name not in signature_defaults:
             removed = f" It has been removed. Write `{REMOVED[name]}` instead." if name in REMOVED else ""
@@ -108,7 +98,7 @@ def environment_defaults(signature_defaults: Mapping[str, Any], given: Mapping[s
 
 
 def refuse_conflicts(given: Mapping[str, Any]) -> None:
-    """Raises for arguments that cannot be combined with `barebones=True`, and for a service that is not supported."""
+    """Raises for what cannot be combined with `barebones=True`, and for a service that is not supported."""
     if given["model_registry"]:
         what = f"`Trainer(model_registry={given['model_registry']!r})` needs an external model registry service."
         raise MisconfigurationException(f"{what} Save to a path or URL with `ModelCheckpoint(dirpath=...)`.")
@@ -170,8 +160,7 @@ def batches(name: str, value: Any) -> int | float:
 def development_run(fast_dev_run: int) -> dict[str, Any]:
     """The settings a development run of so many batches replaces."""
     count = int(fast_dev_run)
-    what = f"Running in `fast_dev_run` mode: every loop sees {count} batch(es)."
-    rank_zero_info(f"{what} Nothing is logged or saved.")
+    rank_zero_info(f"`fast_dev_run`: every loop sees {count} batch(es), nothing is logged or saved.")
     schedule = {"val_check_interval": 1.0, "val_check_time_s": None, "check_val_every_n_epoch": 1}
     duration = {"max_steps": count, "max_epochs": 1, "num_sanity_val_steps": 0}
     return {"fast_dev_run": True if count == 1 else count, **dict.fromkeys(LIMITS, count), **duration, **schedule}

@@ -46,7 +46,7 @@ class ModelCheckpoint(Checkpoint):
     means after training, unless validation runs inside of epochs, by the clock, or not in every epoch. A save by step
     or time waits for the validation that comes next, or first gives ``monitor`` a value.
 
-    **What.** Without ``monitor``, the newest (``save_top_k=1``), all (-1) or none (0); with it, the best ``save_top_k``.
+    **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``.
     What has to make room is removed after the new file was written.
 
     Args:

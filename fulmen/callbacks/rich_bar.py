@@ -37,12 +37,9 @@ BAR_WIDTH, SHORTEST_BAR = 40, 8
 
 
 class RichProgressBar(TerminalProgressBar):
-    """A bar drawn by Rich.
+    """A bar drawn by Rich, at most `refresh_rate` and ten times per second, or never if that is 0.
 
-    Args:
-        refresh_rate: redraws per second, of which there are at most ten; 0 draws nothing.
-        leave: keep the finished bar of every epoch.
-        console_kwargs: arguments for `rich.console.Console`.
+    `leave` keeps the finished bar of every epoch; `console_kwargs` are for `rich.console.Console`.
     """
 
     progress: Any = None  # Rich's display while there is one
@@ -79,9 +76,8 @@ class RichProgressBar(TerminalProgressBar):
 
         theme = self.theme
         description = TextColumn("[progress.description]{task.description}", style=theme.description)
-        bar = BarColumn(
-            BAR_WIDTH, "bar.back", theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse
-        )
+        colours = theme.progress_bar, theme.progress_bar_finished, theme.progress_bar_pulse
+        bar = BarColumn(BAR_WIDTH, "bar.back", *colours)
         styles = {"batches": theme.batch_progress, "times": theme.time, "speed": theme.processing_speed}
         return [description, bar, *(TextColumn(f"{{task.fields[{name}]}}", styles[name]) for name in styles)]
 

@@ -42,12 +42,9 @@ def __getattr__(name: str) -> Any:
 
 
 class TQDMProgressBar(TerminalProgressBar):
-    """A bar drawn by tqdm on the standard output.
+    """A bar drawn by tqdm, at least `refresh_rate` batches (or ``TQDM_MINITERS``) after the last time; 0 draws nothing.
 
-    Args:
-        refresh_rate: least number of batches between two redraws (raised by ``TQDM_MINITERS``); 0 draws nothing.
-        process_position: how many pairs of lines to leave free above, for bars of other runs.
-        leave: keep the finished bar of every epoch.
+    `process_position` pairs of lines above are free for bars of other runs; `leave` keeps the bar of every epoch.
     """
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"

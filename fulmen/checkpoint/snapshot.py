@@ -158,19 +158,18 @@ def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Ge
         unexpected = [key for key in saved if key not in own]
         missing = [key for key in own if key not in saved]
         near = {key: nearest(key, unexpected) for key in missing[:10]}
-        shapes = {
-            key: [tuple(getattr(states[key], "shape", ())) for states in (saved, own)] for key in own if key in saved
-        }
+        both = [(key, _shape(saved[key]), _shape(own[key])) for key in own if key in saved]
         differing = {
             "missing": [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing],
             "unexpected": unexpected,
-            "of another shape": [
-                f"{key} {a} in the file, {b} in the module" for key, (a, b) in shapes.items() if a != b
-            ],
+            "of another shape": [f"{key} {a} in the file, {b} in the module" for key, a, b in both if a != b],
         }
-        found = [
-            f"{kind}: {', '.join(keys[:10])}{' ...' * (len(keys) > 10)}" for kind, keys in differing.items() if keys
-        ]
+        listed = {kind: ", ".join(keys[:10]) + " ..." * (len(keys) > 10) for kind, keys in differing.items() if keys}
+        found = [f"{kind}: {keys}" for kind, keys in listed.items()]
         what = f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(found) or 'differ'}."
         fix = "Build the module as it was, or set `self.strict_loading = False` to load what fits."
         raise RuntimeError(f"{what} {fix}") from error
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(getattr(value, "shape", ()))

@@ -19,17 +19,12 @@ _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 _END = object()
 
 
-def is_loader(tree: Any) -> bool:
-    """Is this one loader, rather than a container of loaders? Lists of numbers or strings are, and what is empty."""
-    # Of the subclasses of list, tuple and dict, only named tuples are containers.
-    if type(tree) not in _CONTAINERS and not (isinstance(tree, tuple) and hasattr(tree, "_fields")):
-        return True
-    return not tree if isinstance(tree, dict) else all(isinstance(item, (int, float, str)) for item in tree)
-
-
 def _skeleton(tree: Any, found: list[Any]) -> Any:
     """The container with its loaders moved to the end of ``found``, and their positions there in their place."""
-    if not is_loader(tree):
+    container = type(tree) in _CONTAINERS or (isinstance(tree, tuple) and hasattr(tree, "_fields"))
+    # A list of numbers or strings is a loader, and so is what is empty.
+    plain = container and not isinstance(tree, dict) and all(isinstance(item, (int, float, str)) for item in tree)
+    if container and len(tree) and not plain:
         return map_children(tree, lambda item: _skeleton(item, found))
     found.append(tree)
     return len(found) - 1

@@ -22,16 +22,14 @@ class Feed:
     the device (see `data.batches`), and ``profile`` wraps the function that fetches one batch.
     """
 
-    def __init__(
-        self, loaders: CombinedLoader, transfer: Callable[[Any, int], Any], profile: Callable | None = None
-    ) -> None:
+    def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
         self.loaders = loaders
         self.transfer = transfer
         self.profile = profile
         self.num_batches = loaders.num_batches()
         self.is_last = False
         self.first_batch_idx = 0  # a resumed epoch goes on counting from here
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Any = None  # opened for the next pass
         # one plain loader: no need to ask the combination who is next
         self._single = loaders.flattened[0] if loaders.iterables is loaders.flattened[0] else None
 
@@ -46,8 +44,7 @@ class Feed:
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         if self._iterator is None:
             self.open()
-        iterator: Any = self._iterator
-        self._iterator = None
+        iterator, self._iterator = self._iterator, None
         fetch: Callable[[], Any] = lambda: next(iterator, _END)  # noqa: E731
         if self.profile is not None:
             fetch = self.profile(fetch)
@@ -107,7 +104,7 @@ class IteratorFeed(Feed):
     The step receives `(batch, batch_idx, dataloader_idx)` from `next(dataloader_iter)`; no transfer hooks run.
     """
 
-    def __init__(self, loaders: CombinedLoader, transfer: Callable[[Any, int], Any], profile: Any = None) -> None:
+    def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
         super().__init__(loaders, lambda batch, _: batch, profile)
         self.batch_idx = 0
 

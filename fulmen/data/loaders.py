@@ -15,13 +15,14 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, explain
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 from fulmen.utilities.modules import suggested_max_num_workers
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.seed import pl_worker_init_function
 
 # Where an object keeps the arguments it was made with.
 _RECORD = "_fulmen_arguments"
+_maybe = functools.partial(rank_zero_warn, category=PossibleUserWarning)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -43,18 +44,18 @@ def limit_batches(length: int | float, limit: int | float, *, name: str) -> int 
     given = f"`{name}={limit}`"
     if limit < 0 or (limit > 1 and int(limit) != limit):
         fix = "Use a float in [0.0, 1.0] for a fraction of the batches, or an int for their number."
-        raise MisconfigurationException(explain(f"{given} is not an amount of batches.", fix=fix))
-    if isinstance(limit, int) or limit > 1:
+        raise MisconfigurationException(f"{given} is not an amount of batches. {fix}")
+    if isinstance(limit, int) or limit > 1 or not limit:
         return min(length, int(limit))
     if limit == 1.0 or length == 0:
         return length
-    if limit and math.isinf(length):
+    if math.isinf(length):
         fix = f"Use `{name}=1.0` for all batches or an int for their number, or define `__len__`."
-        raise MisconfigurationException(explain(f"{given} asks for a fraction of a loader with no length.", fix=fix))
-    if limit and int(length * limit) == 0:
+        raise MisconfigurationException(f"{given} asks for a fraction of a loader with no length. {fix}")
+    if int(length * limit) == 0:
         fix = f"Use at least `{name}={1 / length}`, an int, or 0 to switch this part off."
-        raise MisconfigurationException(explain(f"{given} leaves none of the {length} batches of a loader.", fix=fix))
-    return int(length * limit) if limit else 0
+        raise MisconfigurationException(f"{given} leaves none of the {length} batches of a loader. {fix}")
+    return int(length * limit)
 
 
 def _leaves(loader: Any) -> list[Any]:
@@ -65,11 +66,7 @@ def check_iterable(loader: Any, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
     if isinstance(loader, (str, bytes, type)) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
         fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
-        raise TypeError(explain(f"No batches can be read from {loader!r}, given by {label}.", fix=fix))
-
-
-def _maybe(message: str) -> None:
-    rank_zero_warn(message, category=PossibleUserWarning)
+        raise TypeError(f"No batches can be read from {loader!r}, given by {label}. {fix}")
 
 
 def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
@@ -164,7 +161,7 @@ def rebuilt(loader: DataLoader, **order: Any) -> DataLoader:
 
 def _refusal(obj: Any, problem: str, fix: str) -> Exception:
     error = MisconfigurationException if isinstance(obj, DataLoader) else TypeError
-    return error(explain(f"`{type(obj).__name__}` has to be made again, but {problem}.", fix=fix))
+    return error(f"`{type(obj).__name__}` has to be made again, but {problem}. {fix}")
 
 
 def _made_again(obj: Any, **changes: Any) -> Any:

@@ -218,8 +218,7 @@ class Registry(dict[str, dict[str, Any]]):
             raise KeyError(f"No {self.kind} {name!r} among {', '.join(sorted(self))}.{suggestion(name, self)}")
         return default
 
-    def remove(self, name: str) -> None:
-        del self[name]
+    remove = dict.__delitem__
 
     def available(self) -> list[str]:
         """All registered names, whether this machine can run them or not."""

@@ -75,11 +75,9 @@ class TorchCheckpointIO(CheckpointIO):
                 return torch.load(file, map_location=where, weights_only=weights_only)
             except Exception as error:
                 if isinstance(error, pickle.UnpicklingError) and (classes := _refused_classes(file, str(error))):
-                    raise pickle.UnpicklingError(
-                        f"The checkpoint {path!r} holds objects of {classes}, and `weights_only=True` allows plain values"
-                        " only, as loading classes can run any code. If you trust the file, pass `weights_only=False`,"
-                        f" or call `torch.serialization.add_safe_globals([{classes}])`."
-                    ) from error
+                    what = f"The checkpoint {path!r} holds objects of {classes}, and loading classes can run any code."
+                    fix = f"`weights_only=False`, or call `torch.serialization.add_safe_globals([{classes}])`"
+                    raise pickle.UnpicklingError(f"{what} If you trust the file, pass {fix}.") from error
                 # A verified archive is not damaged; nor is a file for which a class, a device or memory is missing.
                 missing = isinstance(error, (ImportError, AttributeError, MemoryError)) or "deserialize" in str(error)
                 if missing or (zipfile.is_zipfile(file) and "PytorchStreamReader" not in str(error)):

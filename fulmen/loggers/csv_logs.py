@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, write_yaml
@@ -38,11 +37,11 @@ class ExperimentWriter:
                 self._files.rm(self.metrics_file_path)
         ensure_dir(log_dir)
 
-    def log_hparams(self, params: Mapping[str, Any]) -> None:
+    def log_hparams(self, params: dict[str, Any]) -> None:
         self.hparams.update(params)
         write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
 
-    def log_metrics(self, metrics_dict: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         """Adds a row; without a step it is numbered by its place in the file."""
         self.metrics.append({**as_numbers(metrics_dict), "step": self.num_rows if step is None else step})
         self.num_rows += 1

@@ -10,15 +10,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from fulmen.utilities.filesystem import atomic_write, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_only
-
-if TYPE_CHECKING:
-    from fulmen.callbacks import ModelCheckpoint
 
 Params = dict[str, Any] | argparse.Namespace
 
@@ -63,15 +60,14 @@ class Logger(ABC):
         """The run is over; ``status`` is "success", "failed" or "finished" (interrupted, to be continued)."""
         self.save()
 
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """A checkpoint was written; `ModelCheckpoint` knows which."""
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A checkpoint was written; the callback, a `ModelCheckpoint`, knows which."""
 
 
 class DummyExperiment:
     """Stands where another process has the real experiment: every attribute and index is itself, every call None."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def __call__(self, *args: Any, **kwargs: Any) -> None: ...
 
     __setitem__ = __call__
 
@@ -165,9 +161,9 @@ class ServiceLogger(ExperimentLogger):
         super().__init__(prefix)
         self._log_model = log_model
         self._sent: dict[str, float] = {}  # path -> time of the last change that was sent
-        self._to_send_at_end: ModelCheckpoint | None = None
+        self._to_send_at_end: Any = None
 
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         if self._log_model == "all" or (self._log_model and checkpoint_callback.save_top_k == -1):  # all are kept
             self._send_new_checkpoints(checkpoint_callback)
         elif self._log_model:
@@ -179,7 +175,7 @@ class ServiceLogger(ExperimentLogger):
             self._send_new_checkpoints(self._to_send_at_end)
 
     @rank_zero_only
-    def _send_new_checkpoints(self, callback: ModelCheckpoint) -> None:
+    def _send_new_checkpoints(self, callback: Any) -> None:
         scores = {callback.last_model_path: callback.current_score, callback.best_model_path: callback.best_model_score}
         scores.update(callback.best_k_models)
         times = {path: os.path.getmtime(path) for path in scores if os.path.isfile(path)}

@@ -16,27 +16,8 @@ def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
     columns = result_columns(results, verb)
     if not columns[0][1]:
         return
-    if available("rich", ">=10.2.2"):
-        _print_with_rich(columns)
-    else:
-        print(text_table(columns))
-
-
-def result_columns(results: Sequence[Mapping[str, float]], verb: str) -> list[tuple[str, list[str]]]:
-    """The table by column, header first; metrics stand in the order they were logged in."""
-    per_loader = [{_LOADER_SUFFIX.sub("", name): value for name, value in result.items()} for result in results]
-    names = list(dict.fromkeys(name for result in per_loader for name in result))
-    columns = [(f"{verb.capitalize()} metric", names)]
-    for index, result in enumerate(per_loader):
-        columns.append((f"DataLoader {index}", [_number(result[n]) if n in result else "" for n in names]))
-    return columns
-
-
-def _number(value: float) -> str:
-    return f"{value:.1f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.7g}"
-
-
-def _print_with_rich(columns: list[tuple[str, list[str]]]) -> None:
+    if not available("rich", ">=10.2.2"):
+        return print(text_table(columns))
     from rich.table import Table
 
     console = rich_console()
@@ -53,3 +34,17 @@ def _print_with_rich(columns: list[tuple[str, list[str]]]) -> None:
             table.add_row(*row)
         console.print(table)
         loaders, widths = loaders[count:], widths[count:]
+
+
+def result_columns(results: Sequence[Mapping[str, float]], verb: str) -> list[tuple[str, list[str]]]:
+    """The table by column, header first; metrics stand in the order they were logged in."""
+    per_loader = [{_LOADER_SUFFIX.sub("", name): value for name, value in result.items()} for result in results]
+    names = list(dict.fromkeys(name for result in per_loader for name in result))
+    columns = [(f"{verb.capitalize()} metric", names)]
+    for index, result in enumerate(per_loader):
+        columns.append((f"DataLoader {index}", [_number(result[n]) if n in result else "" for n in names]))
+    return columns
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if float(value).is_integer() and abs(value) < 1e15 else f"{value:.7g}"

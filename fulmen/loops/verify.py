@@ -17,19 +17,12 @@ from fulmen.utilities.types import TrainerFn
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
-_STEP = "(self, batch, batch_idx): ..."
-# By verb: whose loader it needs, and the methods that must be written, with the rest of their first line.
+# By verb: whose loader it needs, and the methods that must be written.
 NEEDED = {
-    "fit": (
-        "train",
-        {
-            "training_step": "(self, batch, batch_idx): return loss",
-            "configure_optimizers": "(self): return torch.optim.Adam(self.parameters())",
-        },
-    ),
-    "validate": ("val", {"validation_step": _STEP}),
-    "test": ("test", {"test_step": _STEP}),
-    "predict": ("predict", {}),
+    "fit": ("train", "training_step(self, batch, batch_idx)", "configure_optimizers(self)"),
+    "validate": ("val", "validation_step(self, batch, batch_idx)"),
+    "test": ("test", "test_step(self, batch, batch_idx)"),
+    "predict": ("predict",),
 }
 
 
@@ -44,11 +37,12 @@ def configuration(trainer: Trainer) -> None:
     refuse_misspelt(module, LightningModule)
     for callback in trainer.callbacks:
         refuse_misspelt(callback, Callback)
-    kind, methods = NEEDED[verb.value]
-    for method, example in methods.items():
+    kind, *signatures = NEEDED[verb.value]
+    for signature in signatures:
+        method = signature.partition("(")[0]
         if not overridden(module, method, LightningModule):
             what = f"No `{method}()` method defined in {type(module).__name__} to run `Trainer.{verb.value}`."
-            raise MisconfigurationException(f"{what} Define `def {method}{example}`.")
+            raise MisconfigurationException(f"{what} Define `def {signature}`.")
     if not callable(getattr(module, "predict_step", None)) and verb == TrainerFn.PREDICTING:
         raise MisconfigurationException("`predict_step` cannot be None to run `Trainer.predict`. Define it.")
     if not trainer.sources.get(kind).is_defined():
@@ -101,9 +95,8 @@ def _resolve_durations(trainer: Trainer) -> None:
 def refuse_misspelt(owner: Any, base: type) -> None:
     """A method whose name is nearly a hook's, while that hook itself is not overridden, would never be called."""
     known = {name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name, None))}
-    library = __name__.split(".")[0]
     for cls in type(owner).__mro__:
-        if cls.__module__.split(".")[0] == library or cls.__module__.startswith("torch"):
+        if cls.__module__.startswith(("fulmen.", "torch")):
             continue
         for name, member in vars(cls).items():
             if name.startswith("_") or name in known or not callable(member) or isinstance(member, type):

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,9 +102,6 @@ class PassThroughProfiler(Profiler):
     def start(self, action_name: str) -> None: ...
     def stop(self, action_name: str) -> None: ...
 
-    def profile(self, action_name: str) -> AbstractContextManager[str]:  # type: ignore[override]
-        return nullcontext(action_name)
-
 
 def measured(profiler: Profiler, action_name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function itself if nobody measures, else one that measures each call: decide once, before the loop."""
@@ -130,10 +127,9 @@ class SimpleProfiler(Profiler):
         self, dirpath: str | os.PathLike | None = None, filename: str | None = None, extended: bool = True
     ) -> None:
         super().__init__(dirpath, filename)
-        self.extended = extended
         self.current_actions: dict[str, float] = {}
         self.recorded_durations: dict[str, array[float]] = {}  # eight bytes per call: a long run has millions
-        self.start_time = time.monotonic()
+        self.extended, self.start_time = extended, time.monotonic()
 
     def start(self, action_name: str) -> None:
         if action_name in self.current_actions:

@@ -153,8 +153,8 @@ class PyTorchProfiler(Profiler):
         path = self._path(self._step_action or "", extension="")
         if self._export_to_chrome:
             torch.profiler.tensorboard_trace_handler(*os.path.split(path))(profiler)
-        if self._export_to_flame_graph and self.dirpath:
-            ensure_dir(self.dirpath)
+        if self._export_to_flame_graph:
+            ensure_dir(os.path.dirname(path))
             profiler.export_stacks(f"{path}.stack", metric=self._metric)
 
     def _finish(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import warn_once
 
 
@@ -117,10 +117,10 @@ def extract_batch_size(batch: Any) -> int:
         first = next(sizes, None)
         other = next((size for size in sizes if size != first), None)
     except RecursionError:
-        raise RecursionError(explain("The batch contains itself, so its size cannot be found.", fix=fix)) from None
+        raise RecursionError(f"The batch contains itself, so its size cannot be found. {fix}") from None
     if first is None:
-        raise MisconfigurationException(explain(f"No tensor is in a batch of type `{type(batch).__name__}`.", fix=fix))
+        raise MisconfigurationException(f"No tensor is in a batch of type `{type(batch).__name__}`. {fix}")
     if other is not None:
         what = f"The tensors of the batch have different first dimensions ({first} and {other});"
-        warn_once(explain(f"{what} {first} is taken as the batch size.", fix=fix))
+        warn_once(f"{what} {first} is taken as the batch size. {fix}")
     return first

@@ -1,4 +1,4 @@
-"""Exception and warning classes, and how a message to the user is put together."""
+"""Exception and warning classes, and suggestions for names that nobody knows."""
 
 from __future__ import annotations
 
@@ -35,11 +35,6 @@ def disable_possible_user_warnings(module: str = "") -> None:
 
 if os.environ.get("POSSIBLE_USER_WARNINGS", "").lower() in ("0", "off"):
     disable_possible_user_warnings()
-
-
-def explain(what: str, why: str = "", fix: str = "") -> str:
-    """One message from its three parts: what happened (with the value received), why it cannot work, how to fix it."""
-    return " ".join(part.strip() for part in (what, why, fix) if part)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

@@ -6,9 +6,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# What a table may take where nobody can say how wide the page is.
-LOG_FILE_WIDTH = 160
-
 
 def text_table(columns: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Columns, each with its header, as lines of text between two rules."""
@@ -27,4 +24,4 @@ def rich_console() -> Any:
     console = get_console()
     if console.is_terminal or console.is_jupyter:
         return console
-    return Console(file=sys.stdout, width=LOG_FILE_WIDTH)
+    return Console(file=sys.stdout, width=160)  # nobody can say how wide the page is

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 _PATH = str | os.PathLike
-_DEVICE = torch.device | str | int
 
 STEP_OUTPUT = Tensor | Mapping[str, Any] | None
 # Loaders may be any iterable, or any nesting of them.
 TRAIN_DATALOADERS = Any
 EVAL_DATALOADERS = Any
 
-LRSchedulerTypeTuple = (LRScheduler, ReduceLROnPlateau)
 LRSchedulerTypeUnion = LRScheduler | ReduceLROnPlateau
 LRSchedulerPLType = LRSchedulerTypeUnion
 
@@ -107,8 +104,7 @@ class LRSchedulerConfig:
     strict: bool = True
 
 
-# The dictionaries `configure_optimizers` may give for a scheduler (`LRSchedulerConfig` says what they hold) and for an
-# optimizer without one.
+# What `configure_optimizers` may give for a scheduler, with the keys of `LRSchedulerConfig`, and for an optimizer alone.
 LRSchedulerConfigType = dict[str, Any]
 OptimizerConfig = dict[str, Any]
 

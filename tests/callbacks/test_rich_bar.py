@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import sys
 
 import pytest
 from support import Regression, make_loader, make_trainer
@@ -89,6 +90,35 @@ def test_finished_epochs_stay_if_asked_to(screen, leave):
     lines = screen["file"].getvalue().split("\n")
     kept = [line for line in lines if "5/5" in line.rpartition("\r")[2]]
     assert len(kept) == (3 if leave else 1)
+
+
+@pytest.mark.parametrize("width", [70, 120, 200])
+def test_a_line_is_never_wrapped(screen, width):
+    class Wordy(Logged):
+        def training_step(self, batch, batch_idx):
+            self.log_dict(dict.fromkeys(("one_metric", "another_metric", "a_third_metric"), 0.5), prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
+    bar = RichProgressBar(console_kwargs={**screen, "width": width, "color_system": None})
+    trainer = make_trainer(callbacks=[bar], enable_progress_bar=True)
+    trainer.fit(Wordy(), make_loader(20), make_loader(8))
+    last = re.split(r"[\r\n]", screen["file"].getvalue().rstrip("\x1b[?25h\n"))[-1]
+    assert "Epoch 0" in last and "5/5" in last and "one_me" in last
+    assert ("…" in last) == (width < 200)
+    assert 8 <= last.count("━") <= 40
+
+
+def test_the_terminal_is_given_back_when_the_sanity_check_fails(screen):
+    class Failing(Logged):
+        def validation_step(self, batch, batch_idx):
+            raise RuntimeError("no")
+
+    bar = RichProgressBar(console_kwargs=screen)
+    before = sys.stderr
+    with pytest.raises(RuntimeError, match="no"):
+        trainer = make_trainer(callbacks=[bar], enable_progress_bar=True, num_sanity_val_steps=1)
+        trainer.fit(Failing(), make_loader(20), make_loader(8))
+    assert sys.stderr is before
 
 
 @pytest.mark.parametrize("kind", [RichProgressBar, RichModelSummary])

@@ -504,6 +504,25 @@ def test_toggling_keeps_what_was_frozen_frozen():
     fit(Model(), samples=4)
 
 
+def test_toggling_leaves_a_parameter_on_that_two_optimizers_share():
+    class Model(Regression):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                with optimizer.toggle_model():
+                    assert self.layer.weight.requires_grad
+                    assert self.layer.bias.requires_grad is (optimizer is self.optimizers()[0])
+            assert all(p.requires_grad for p in self.parameters())
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD([self.layer.weight], lr=0.1)]
+
+    fit(Model(), samples=4)
+
+
 # ---------------------------------------------------------------------- schedulers
 
 

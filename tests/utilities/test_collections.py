@@ -6,13 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from fulmen.utilities.collections import (
-    AttributeDict,
-    apply_to_collection,
-    extract_batch_size,
-    move_data_to_device,
-    recursive_detach,
-)
+from fulmen.utilities.collections import AttributeDict, apply_to_collection, extract_batch_size, move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException
 
 Point = namedtuple("Point", ["x", "y"])
@@ -78,11 +72,6 @@ def test_everything_with_a_to_method_moves():
     assert moved["x"].is_meta and moved["z"].image.is_meta and moved["w"].x.is_meta
     assert moved["y"][0] is movable and movable.device == torch.device("meta")
     assert not batch["x"].is_meta and moved["w"].y == 3
-
-
-def test_detaching_keeps_the_structure():
-    x = torch.ones(2, requires_grad=True) * 2
-    assert not recursive_detach({"a": [x]}, to_cpu=True)["a"][0].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fulmen.utilities.modules import (
-    capture_modes,
-    find_shared_parameters,
-    from_compiled,
-    grad_norm,
-    is_picklable,
-    set_shared_parameters,
-    suggested_max_num_workers,
-)
+from fulmen.utilities.modules import capture_modes, from_compiled, grad_norm, is_picklable, suggested_max_num_workers
 
 
 def test_gradient_norms_have_the_names_of_their_parameters():
@@ -26,23 +18,6 @@ def test_gradient_norms_have_the_names_of_their_parameters():
     for bad in (0, -1, "a"):
         with pytest.raises(ValueError):
             grad_norm(layer, bad)
-
-
-def test_tied_parameters_are_found_and_tied_again():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = nn.Linear(2, 2)
-            self.b = nn.Linear(2, 2)
-            self.b.weight = self.a.weight
-            self.c = self.a
-
-    module = Tied()
-    groups = find_shared_parameters(module)
-    assert groups == [["a.weight", "b.weight", "c.weight"], ["a.bias", "c.bias"]]
-    module.b.weight = nn.Parameter(torch.zeros(2, 2))
-    assert set_shared_parameters(module, groups) is module
-    assert module.b.weight is module.a.weight
 
 
 def test_modes_are_put_back_one_by_one():

@@ -11,7 +11,6 @@ from fulmen.utilities.seed import (
     generator_states,
     isolate_rng,
     pl_worker_init_function,
-    reset_seed,
     seed_everything,
     set_generator_states,
 )
@@ -71,13 +70,6 @@ def test_numbers_drawn_inside_do_not_change_those_after():
     with isolate_rng():
         draw()
     assert draw() == expected
-
-
-def test_reset_goes_back_to_the_last_seed():
-    seed_everything(5, workers=True)
-    expected = draw()
-    reset_seed()
-    assert draw() == expected and os.environ["PL_SEED_WORKERS"] == "1"
 
 
 def test_generator_states_survive_a_weights_only_file(tmp_path):
