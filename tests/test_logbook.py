@@ -18,7 +18,7 @@ from fulmen.loggers import CSVLogger
 from fulmen.loggers.logger import Logger
 from fulmen.utilities.errors import MisconfigurationException
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step", "ignore:.*smaller than the logging interval")
+pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step", "ignore:.*log_every_n_steps")
 
 
 class Records(Logger):

@@ -12,6 +12,9 @@ from torch import nn
 import fulmen as pl
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step")
+
+
 class Outer(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()

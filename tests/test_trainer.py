@@ -17,9 +17,7 @@ from fulmen.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from fulmen.loggers import CSVLogger
 from fulmen.utilities.errors import MisconfigurationException
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*validation_step", "ignore:.*smaller than the logging", "ignore:.*not empty"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step", "ignore:.*log_every_n_steps", "ignore:.*not empty")
 
 VERBS = ("fit", "validate", "test", "predict")
 

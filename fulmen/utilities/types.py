@@ -73,6 +73,11 @@ class RunningStage(LightningEnum):
         """Does it measure instead of learn?"""
         return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
 
+    @property
+    def dataloader_prefix(self) -> str:
+        """The first word of the hook that gives the loader: ``val`` in ``val_dataloader``."""
+        return "val" if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING) else self.value
+
 
 @dataclass
 class TrainerState:

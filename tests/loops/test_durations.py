@@ -18,7 +18,7 @@ from fulmen.utilities.errors import MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*validation_step", "ignore:.*has 0 batches", "ignore:.*zero-length", "ignore:.*max_epochs",
-    "ignore:.*shuffl", "ignore:.*barebones", "ignore:.*smaller than the logging",
+    "ignore:.*shuffl", "ignore:.*barebones", "ignore:.*log_every_n_steps",
 )  # fmt: skip
 BATCHES = 4
 

@@ -13,7 +13,12 @@ import fulmen as pl
 from fulmen.utilities.errors import MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*eval mode", "ignore:.*shuffl", "ignore:.*has 0 batches", "ignore:.*zero"
+    "ignore:.*eval mode",
+    "ignore:.*shuffl",
+    "ignore:.*has 0 batches",
+    "ignore:.*zero",
+    "ignore:.*validation_step",
+    "ignore:.*returned `None`",
 )
 
 VERBS = {"validate": "validation", "test": "test"}

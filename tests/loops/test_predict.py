@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from fulmen.callbacks import BasePredictionWriter
 from fulmen.utilities.errors import MisconfigurationException
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*eval mode", "ignore:.*shuffl")
+pytestmark = pytest.mark.filterwarnings("ignore:.*eval mode", "ignore:.*shuffl", "ignore:.*validation_step")
 
 
 def test_the_outputs_of_all_batches_come_back():

@@ -13,7 +13,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from fulmen.callbacks import ModelCheckpoint
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*validation_step", "ignore:.*not empty", "ignore:.*middle of", "ignore:.*mid-epoch"
+    "ignore:.*validation_step",
+    "ignore:.*not empty",
+    "ignore:.*middle of",
+    "ignore:.*mid-epoch",
+    "ignore:.*states of callbacks",
 )
 
 

@@ -19,6 +19,7 @@ import fulmen as pl
 from fulmen.loggers import CSVLogger
 from fulmen.utilities.errors import MisconfigurationException
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step", "ignore:Error detected in SqrtBackward0")
 ROOT = Path(__file__).resolve().parents[2]
 
 # A run that sends itself a signal in the middle of a batch, as a person or a scheduler would from outside.
