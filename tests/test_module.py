@@ -11,7 +11,6 @@ from torch import nn
 
 import fulmen as pl
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step")
 
 

@@ -140,4 +140,6 @@ def test_the_batches_of_a_data_loader_stay_within_the_budget(fulmen, tmp_path: P
         # two epochs against one: what happens once per run is no cost of a step
         ours = counted(fit(3)) - counted(fit(1))
         theirs = counted(bare(3)) - counted(bare(1))
-    assert (ours - theirs) / (2 * len(loader)) <= OVER_THE_BARE_LOOP + 20  # an epoch opens and closes in 2000 calls
+    extra = (ours - theirs) / (2 * len(loader))
+    print(f"\n{extra:.2f} calls per step of a whole epoch over the bare loop")
+    assert extra <= OVER_THE_BARE_LOOP
