@@ -35,6 +35,9 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         "state_dict": strategy.lightning_module_state_dict(),
         "loops": to_loops(progress),
     }
+    loaders = trainer.fit_loop.loaders
+    if loaders is not None and (loader_states := loaders.state_dict()):
+        checkpoint["loops"]["fit_loop"]["state_dict"] = {"combined_loader": loader_states}
     if not weights_only:
         states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
@@ -138,7 +141,9 @@ class Snapshot:
 
     def _restore_progress(self) -> None:
         loop, chapter = self.trainer.fit_loop, self.content.get("fulmen") or {}
-        loop.resume(chapter.get("progress") or from_loops(self.content.get("loops", {})), chapter.get("generators"))
+        counters = self.content.get("loops", {})
+        loader_states = counters.get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
+        loop.resume(chapter.get("progress") or from_loops(counters), chapter.get("generators"), loader_states)
         limit, done = loop.max_epochs, loop.progress.epochs
         if limit is not None and limit != -1 and done > limit:
             what = f"The checkpoint at {self.path} is of {done} epochs, so nothing is left for `max_epochs={limit}`."

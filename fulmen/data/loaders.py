@@ -256,7 +256,8 @@ def set_epoch(loader: Any, epoch: int) -> None:
     """Tell every sampler of the loader that cares which epoch begins."""
     for leaf in _leaves(loader):
         batch_sampler = getattr(leaf, "batch_sampler", None)
-        for sampler in (getattr(leaf, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        samplers = (getattr(leaf, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        for sampler in {id(sampler): sampler for sampler in samplers}.values():
             if callable(announce := getattr(sampler, "set_epoch", None)):
                 announce(epoch)
 

@@ -52,6 +52,7 @@ class FitLoop:
         self.schedulers: Schedulers
         self.resumed = False  # the first epoch continues where a checkpoint was taken
         self.draws = Draws(None)  # the random generators of that checkpoint
+        self.loader_states: Any = None  # of loaders that can be resumed
         self.loaded_at_epoch: int | None = None
         self._validated_at_s = 0.0
         self._said_to_continue = False
@@ -136,10 +137,10 @@ class FitLoop:
         self.progress.position = position
         trainer.stage = RunningStage.TRAINING
 
-    def resume(self, progress: dict[str, Any], generators: dict[str, Any] | None) -> None:
-        """Continues from a checkpoint: its counters, and the states of all random generators if it has them."""
+    def resume(self, progress: dict[str, Any], generators: dict[str, Any] | None, loader_states: Any = None) -> None:
+        """Continues from a checkpoint: its counters, and the states of random generators and loaders if it has them."""
         self.progress.load_state_dict(progress)
-        self.resumed, self.draws = True, Draws(generators)
+        self.resumed, self.draws, self.loader_states = True, Draws(generators), loader_states
         if self.progress.position == Position.EPOCH_END:  # that epoch counts
             self.progress.epochs += 1
             self.progress.open_epoch()
@@ -169,6 +170,8 @@ class FitLoop:
         profile = profiled_fetch(trainer, "[_TrainingEpochLoop].train_dataloader_next")
         kind = IteratorFeed if self.iterator_feed else Feed
         self.feed = kind(self.loaders, transfer, profile)
+        if self.resumed and self.loader_states and self.progress.position != Position.EPOCH_START:
+            self.loaders.load_state_dict(self.loader_states)
         self.draws.rewind()  # the order of a shuffled epoch is drawn when its iterator is made
         self.feed.open()
         self.draws.note()
@@ -277,10 +280,12 @@ class FitLoop:
         """Continues inside an epoch, from the position the checkpoint was taken at."""
         progress = self.progress
         assert self.feed is not None
-        rank_zero_warn(
-            f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}: the training loader "
-            "starts again from its first sample. Give it `state_dict` and `load_state_dict` to continue exactly."
-        )
+        if not self.loader_states:
+            what = (
+                f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}: the training loader"
+            )
+            fix = "Give it `state_dict` and `load_state_dict` to continue exactly."
+            rank_zero_warn(f"{what} starts again from its first sample. {fix}")
         self.feed.first_batch_idx = progress.batch
         if progress.is_last_batch:
             self.feed.exhaust()

@@ -167,3 +167,46 @@ def test_best_and_last_are_found(tmp_path):
 def test_learning_rate_monitor_can_be_combined(tmp_path):
     _, trainer = run(tmp_path, 2, callbacks=[LearningRateMonitor()], logger=CSVLogger(tmp_path))
     assert trainer.callback_metrics["lr-Adam"] == pytest.approx(0.05 * 0.7)
+
+
+class Counting:
+    """A loader that can be resumed: it yields the numbers from where it is."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        while self.position < 6:
+            self.position += 1
+            yield torch.full((2, 4), float(self.position - 1)), torch.zeros(2, 1)
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def test_a_loader_with_a_state_goes_on_inside_the_epoch(tmp_path, recwarn):
+    def fit(folder, ckpt_path=None):
+        seen = []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                seen.append((batch_idx, int(batch[0][0, 0])))
+
+        saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        trainer = make_trainer(callbacks=[saver, Watch()], enable_checkpointing=True)
+        trainer.fit(Regression(lr=1e-4), Counting(), ckpt_path=ckpt_path)
+        return seen
+
+    assert fit(tmp_path) == [(i, i) for i in range(6)]
+    recwarn.clear()
+    assert fit(tmp_path / "rest", tmp_path / "step=3.ckpt") == [(3, 3), (4, 4), (5, 5)]
+    assert not [w for w in recwarn if "starts again" in str(w.message)]
+    fresh = [(i, i) for i in range(6)]
+    assert fit(tmp_path / "again") == fresh
