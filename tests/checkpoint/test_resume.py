@@ -210,3 +210,16 @@ def test_a_loader_with_a_state_goes_on_inside_the_epoch(tmp_path, recwarn):
     assert not [w for w in recwarn if "starts again" in str(w.message)]
     fresh = [(i, i) for i in range(6)]
     assert fit(tmp_path / "again") == fresh
+
+
+def test_another_number_of_optimizers_is_refused(tmp_path):
+    run(tmp_path, 1)
+
+    class Two(Noisy):
+        def configure_optimizers(self):
+            return [torch.optim.Adam(self.parameters()), torch.optim.SGD(self.parameters(), lr=0.1)]
+
+    model = Two()
+    model.automatic_optimization = False
+    with pytest.raises(RuntimeError, match=r"1 optimizer.*2"):
+        make_trainer(max_epochs=2).fit(model, make_loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
