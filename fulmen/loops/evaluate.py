@@ -135,7 +135,7 @@ class EvaluationLoop:
         assert self.loaders is not None
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
         self.feed = Feed(
-            self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_EvaluationLoop].{self.kind}_next")
+            self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
         )
         self.feed.open()
         module, hooks = trainer.lightning_module, trainer.compile_hooks()

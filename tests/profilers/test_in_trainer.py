@@ -72,6 +72,8 @@ def test_the_trainer_names_its_actions_as_users_know_them(tmp_path):
     assert counts["[Strategy]SingleDeviceStrategy.training_step"] == 8
     assert counts["[Strategy]SingleDeviceStrategy.validation_step"] == 8
     assert profiler.current_actions == {}
+    trainer.predict(Model(), loader())
+    assert len(profiler.recorded_durations["[_PredictionLoop].predict_next"]) >= 8
 
 
 def test_one_report_per_verb(tmp_path):
