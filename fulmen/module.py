@@ -162,10 +162,11 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
+        book = None if getattr(trainer, "barebones", False) else getattr(trainer, "book", None)
         for child in self.modules():
             if isinstance(child, LightningModule):
                 child.__dict__["_trainer"] = trainer
-                child.__dict__["_book"] = getattr(trainer, "book", None)
+                child.__dict__["_book"] = book
 
     current_epoch = _from_trainer("current_epoch", 0, "Epochs finished so far; 0 without a trainer.")
     global_step = _from_trainer("global_step", 0, "Optimizer steps made so far; 0 without a trainer.")

@@ -395,10 +395,6 @@ class Trainer:
         self.callbacks = arrange(self.callbacks, from_module)
         for callback in self.callbacks:
             callback.log, callback.log_dict = module.log, module.log_dict  # type: ignore[attr-defined]
-        module.__dict__["_book"] = None if self.barebones else self.book
-        for child in module.modules():
-            if isinstance(child, LightningModule):
-                child.__dict__["_book"] = module._book
         self.book.module, self.book.has_loggers = module, bool(self.loggers)
         self.compile_hooks()
 

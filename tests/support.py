@@ -41,6 +41,28 @@ class Regression(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
 
 
+class Storyteller(Regression):
+    """Writes down what happens, sanity checks as "s": "s t0 t1 v |"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def training_step(self, batch, batch_idx):
+        self.told.append(f"t{batch_idx}")
+        return super().training_step(batch, batch_idx)
+
+    def on_validation_start(self):
+        self.told.append("s" if self.trainer.sanity_checking else "v")
+
+    def on_train_epoch_end(self):
+        self.told.append("|")
+
+    @property
+    def story(self) -> str:
+        return " ".join(self.told)
+
+
 def make_loader(samples: int = 12, batch_size: int = 4, shuffle: bool = False, seed: int = 1) -> DataLoader:
     """A regression problem with a known answer."""
     generator = torch.Generator().manual_seed(seed)

@@ -210,9 +210,9 @@ class FitLoop:
             trainer.stage = RunningStage.VALIDATING
             self.val_loop.load_data()
             trainer.stage = RunningStage.TRAINING
-        in_eval = [m for m in module.modules() if not m.training]
+        in_eval = sum(not m.training for m in module.modules())
         if in_eval:
-            what = f"{len(in_eval)} of the modules are in eval mode as training starts, and stay so."
+            what = f"{in_eval} of the modules are in eval mode as training starts, and stay so."
             rank_zero_warn(f"{what} Call `.train()` on those that should learn.", category=PossibleUserWarning)
         kind = AutomaticOptimization if module.automatic_optimization else ManualOptimization
         self.optimization = kind(trainer, self.hooks, self.progress)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Regression, make_loader, make_trainer
+from support import Regression, Storyteller, make_loader, make_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 import fulmen as pl
@@ -23,31 +23,19 @@ pytestmark = pytest.mark.filterwarnings(
 BATCHES = 4
 
 
-class Story(Regression):
-    """Writes down which batches were trained on and after how many of them it validated: "t0 t1 v2 ..."."""
+class Story(Storyteller):
+    """Asks to stop after so many batches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[str] = []
         self.trained = 0
         self.stop_at: int | None = None
 
     def training_step(self, batch, batch_idx):
-        self.told.append(f"t{batch_idx}")
         self.trained += 1
         if self.trained == self.stop_at:
             self.trainer.should_stop = True
         return super().training_step(batch, batch_idx)
-
-    def on_validation_start(self):
-        self.told.append("v" if not self.trainer.sanity_checking else "s")
-
-    def on_train_epoch_end(self):
-        self.told.append("|")
-
-    @property
-    def story(self) -> str:
-        return " ".join(self.told)
 
 
 class Unsized(IterableDataset):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import Regression, make_loader, make_trainer
+from support import Regression, Storyteller, make_loader, make_trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from fulmen.callbacks import ModelCheckpoint
@@ -21,29 +21,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Story(Regression):
-    """Writes down what happens: "e0 t0 t1 v |"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: list[str] = []
+class Story(Storyteller):
+    """Also tells the number of the epoch: "e0 t0 t1 v |"."""
 
     def on_train_epoch_start(self):
         self.told.append(f"e{self.current_epoch}")
-
-    def training_step(self, batch, batch_idx):
-        self.told.append(f"t{batch_idx}")
-        return super().training_step(batch, batch_idx)
-
-    def on_validation_start(self):
-        self.told.append("s" if self.trainer.sanity_checking else "v")
-
-    def on_train_epoch_end(self):
-        self.told.append("|")
-
-    @property
-    def story(self) -> str:
-        return " ".join(self.told)
 
 
 class Unsized(IterableDataset):
