@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback
     from fulmen.datamodule import LightningDataModule
+    from fulmen.engine.sync_batchnorm import SyncBatchNorm
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
     from fulmen.utilities.errors import disable_possible_user_warnings
