@@ -24,6 +24,7 @@ hparams: core.mixins core.mixins.hparams_mixin core.saving utilities.parsing  ch
 trainer: trainer.trainer
 
 callbacks.checkpointing: callbacks.checkpoint callbacks.model_checkpoint callbacks.on_exception_checkpoint
+callbacks.averaging: callbacks.stochastic_weight_avg callbacks.weight_averaging
 callbacks.monitors: callbacks.device_stats_monitor callbacks.lr_monitor callbacks.spike callbacks.throughput_monitor
 callbacks.timing: callbacks.timer callbacks.gradient_accumulation_scheduler
 callbacks.writing: callbacks.prediction_writer callbacks.lambda_function
@@ -49,7 +50,9 @@ engine.accelerators: accelerators.accelerator accelerators.cpu accelerators.cuda
 engine.checkpoint_io: plugins.io plugins.io.checkpoint_plugin plugins.io.torch_plugin
 engine.cluster: plugins.environments plugins.environments.cluster_environment plugins.environments.lightning
 engine.precision: plugins.precision.amp plugins.precision.double plugins.precision.half plugins.precision.precision
-engine.resolve: plugins.layer_sync  plugins: plugins.precision
+engine.bitsandbytes: plugins.precision.bitsandbytes
+engine.transformer_engine: plugins.precision.transformer_engine
+engine.sync_batchnorm: plugins.layer_sync  plugins: plugins.precision
 engine.strategy: strategies.registry strategies.strategy strategies.single_device
 """
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from fulmen.engine.rounding import step_in_float32, widened
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import overridden
+from fulmen.utilities.modules import total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
     from fulmen.utilities.types import GradClipAlgorithmType
 
+_LBFGS = (
+    "`precision='{}'`: LBFGS evaluates the loss several times inside its step, {}. "
+    "Use 'bf16-mixed' or '32-true', or another optimizer."
+)
+
 
 class Precision:
     """Full precision, and the base of all others: every verb is one a subclass may override.
@@ -28,6 +35,8 @@ class Precision:
     """
 
     precision: Any = "32-true"
+    skipped: Any = False  # was the last optimizer step left out, because its gradients were not finite?
+    last_skip: Any = False  # the same, as a tensor where only the device knows
 
     @property
     def plain_step(self) -> bool:
@@ -40,6 +49,10 @@ class Precision:
 
     def convert_input(self, data: Any) -> Any:
         """A batch in the dtype the model computes in."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """What the model returned, in the dtype that callers outside of the model expect."""
         return data
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
@@ -79,19 +92,23 @@ class Precision:
 
     def clip_gradients(
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | GradClipAlgorithmType = "norm"
-    ) -> None:
-        """Clips the gradients of the optimizer's parameters; 0 or less does nothing."""
+    ) -> Tensor | None:
+        """Clips the gradients of the optimizer's parameters; 0 or less does nothing.
+
+        Returns the norm before clipping, still on its device, if it had to be known.
+        """
         by_value = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value"
         if clip_val > 0:
-            (self.clip_grad_by_value if by_value else self.clip_grad_by_norm)(optimizer, clip_val)
+            return (self.clip_grad_by_value if by_value else self.clip_grad_by_norm)(optimizer, clip_val)
+        return None
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clamps every element to [-clip_val, clip_val]."""
         torch.nn.utils.clip_grad_value_(self.main_params(optimizer), clip_value=clip_val)
 
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
         """Scales all gradients together so that their L2 norm is at most `clip_val`."""
-        torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+        return torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
 
     def main_params(self, optimizer: Optimizer) -> list[Tensor]:
         """The parameters the optimizer updates."""
@@ -101,6 +118,10 @@ class Precision:
         """Last word on the model and its optimizers before training."""
         return model, optimizers, lr_schedulers
 
+    def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
+        """Entered where the state of an optimizer is loaded, which takes over the dtype of its parameters."""
+        return nullcontext()
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold; empty for stateless precisions."""
         return {}
@@ -108,12 +129,25 @@ class Precision:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` returned."""
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """After the states were collected; ``checkpoint`` may be changed."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before `load_state_dict`."""
+
     def teardown(self) -> None:
         """At the end of a run."""
 
 
 class MixedPrecision(Precision):
-    """Autocast for a ``device`` type around every forward; for "16-mixed" a ``scaler``, by default torch's own."""
+    """Autocast for a ``device`` type around every forward; for "16-mixed" a ``scaler``, by default torch's own.
+
+    `skipped` says whether the scaler left the last step out, because gradients were not finite.
+    """
+
+    # Several optimizers take turns: gradients that wait for a step must be unscaled by the scale they were made with, so
+    # it changes when `settle` is called only, not before the next backward.
+    hold_scale = False
 
     def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
         if precision not in ("16-mixed", "bf16-mixed"):
@@ -124,61 +158,129 @@ class MixedPrecision(Precision):
         self.precision, self.device = precision, str(device).split(":")[0]
         self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
         self.scaler = torch.amp.GradScaler(self.device) if precision == "16-mixed" and scaler is None else scaler
+        self.last_skip: bool | Tensor = False
+        self._skips: int | Tensor = 0
+        self._steps = 0
+        self._unsettled = False  # was there a step whose findings the scale does not show yet?
+        self._unscaled: set[int] = set()  # ids of the optimizers whose gradients are, and wait for their step
+        self._hooks: list[Any] = []
 
     @property
     def plain_step(self) -> bool:
         return self.scaler is None and not overridden(self, "optimizer_step", MixedPrecision)
 
+    @property
+    def skipped(self) -> bool:
+        if not isinstance(self.last_skip, bool):
+            # sync: a fused optimizer decides on the device; only who needs to know asks, such as LR schedulers per step
+            self.last_skip = bool(self.last_skip.item())
+        return self.last_skip
+
+    def connect(self, model: Module, optimizers: list, lr_schedulers: list) -> tuple[Module, list, list]:
+        for optimizer in optimizers if self.scaler is not None else ():
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise MisconfigurationException(_LBFGS.format("16-mixed", "a loss scaler allows one"))
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._hooks.append(optimizer.register_step_post_hook(self._on_step))
+        self.hold_scale, self.last_skip, self._skips, self._steps = False, False, 0, 0
+        return model, optimizers, lr_schedulers
+
+    def _on_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """The optimizer ran; of torch's, fused ones hold `found_inf` and may have changed nothing."""
+        self.last_skip = getattr(optimizer, "found_inf", False)
+        if self.last_skip is None:
+            self.last_skip = False
+
     def forward_context(self) -> AbstractContextManager[Any]:
+        # Without its cache, which keeps weights cast under `no_grad` for later use under gradients.
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
+    def autocast_context_manager(self) -> AbstractContextManager[Any]:
+        """The same as `forward_context`."""
+        return self.forward_context()
+
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
-        return tensor if self.scaler is None else self.scaler.scale(tensor)
+        if self.scaler is None:
+            return tensor
+        if self._unsettled and not self.hold_scale:
+            self.settle()
+        return self.scaler.scale(tensor)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        # Fused optimizers unscale inside their own step: doing it here as well would divide twice.
-        if self.scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self.scaler is not None and id(optimizer) not in self._unscaled:
             self.scaler.unscale_(optimizer)
+            self._unscaled.add(id(optimizer))
 
     def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
-            what = "`precision='16-mixed'`: LBFGS evaluates the loss several times per step, a loss scaler allows one."
-            raise MisconfigurationException(f"{what} Use 'bf16-mixed' or '32-true', or another optimizer.")
+            raise MisconfigurationException(_LBFGS.format("16-mixed", "a loss scaler allows one"))
+        self.last_skip = False
         # `training_step` returned no loss: there are no gradients to apply
         if closure() is None and getattr(model, "automatic_optimization", True):
             return None
+        # until `_on_step` says otherwise; one that takes no hooks is believed to step
+        self.last_skip = hasattr(optimizer, "register_step_post_hook")
         outcome = self.scaler.step(optimizer, **kwargs)
-        self.scaler.update()
+        self._steps += 1
+        self._skips = self._skips + self.last_skip
+        self._unsettled = True
+        self._unscaled.discard(id(optimizer))
         return outcome
 
-    def clip_gradients(self, optimizer: Any, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm") -> None:
-        if clip_val > 0 and self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            what = f"The fused {type(optimizer).__name__} unscales gradients inside its step, too late for clipping."
-            raise RuntimeError(f"{what} Create it with `fused=False`, or use 'bf16-mixed'.")
-        super().clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
+    def settle(self) -> None:
+        """Lets the scale grow or shrink by what was found since the last time; the loops call it when a batch is done."""
+        if self._unsettled or self._unscaled:
+            self.scaler.update()
+            self._unsettled = False
+            self._unscaled.clear()
+
+    def skip_counts(self) -> tuple[int, int]:
+        """How many steps the scaler skipped since `connect`, and of how many (sync with fused optimizers)."""
+        return int(self._skips), self._steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.scaler is None else self.scaler.state_dict()
+        if self.scaler is None:
+            return {}
+        self.settle()
+        return self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.scaler is not None:
             self.scaler.load_state_dict(state_dict)
 
+    def teardown(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
 
 class HalfPrecision(Precision):
-    """Weights, batches and computation in float16 or bfloat16."""
+    """Weights, batches and computation in float16 or bfloat16; only the update is made in float32.
+
+    `engine.rounding` says how and why. Memory is that of the 16-bit weights, gradients and states, except that states
+    of float16 weights have 32 bits.
+    """
 
     def __init__(self, precision: Literal["16-true", "bf16-true"] = "16-true") -> None:
         self.precision = precision
         self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float16
+        self._steps = 0
+
+    @property
+    def plain_step(self) -> bool:
+        return False
 
     def convert_module(self, module: Module) -> Module:
         return module.to(dtype=self.dtype)
 
     def convert_input(self, data: Any) -> Any:
         return apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
+
+    def convert_output(self, data: Any) -> Any:
+        dtype = torch.get_default_dtype()
+        return apply_to_collection(data, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
     @contextmanager
     def forward_context(self) -> Generator[None]:
@@ -192,9 +294,40 @@ class HalfPrecision(Precision):
 
     tensor_init_context = module_init_context = forward_context
 
+    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(_LBFGS.format(self.precision, "which is made in float32"))
+        outcome = closure()
+        self._steps += 1
+        step_in_float32(optimizer, seed=self._steps << 16, **kwargs)
+        return outcome
+
+    @contextmanager
+    def state_context(self, optimizer: Optimizer) -> Generator[None]:
+        """States that are loaded keep their 32 bits with float16 weights."""
+        with widened(self.main_params(optimizer) if self.dtype == torch.float16 else (), {}, seed=0):
+            yield
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
+        # A norm in float16 is infinite beyond 65,504, and clipping to it would erase the gradients.
+        parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps} if self._steps else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps = state_dict["steps"]
+
 
 class DoublePrecision(HalfPrecision):
     """Everything in float64."""
 
+    optimizer_step, clip_grad_by_norm = Precision.optimizer_step, Precision.clip_grad_by_norm
+    plain_step = Precision.plain_step
+
     def __init__(self) -> None:
+        super().__init__()
         self.precision, self.dtype = "64-true", torch.float64

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
 import torch
-from torch.nn import Module
 
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
+from fulmen.engine.bitsandbytes import BitsandbytesPrecision
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, suggestion
+from fulmen.engine.sync_batchnorm import LayerSync
+from fulmen.engine.transformer_engine import TransformerEnginePrecision
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, nearest, suggestion
+from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-
-
-class LayerSync(ABC):
-    """Replaces layers whose statistics should span all processes, such as batch norm, and puts them back."""
-
-    @abstractmethod
-    def apply(self, model: Module) -> Module: ...
-
-    @abstractmethod
-    def revert(self, model: Module) -> Module: ...
-
 
 MCE = MisconfigurationException
 # The parts of a strategy that come as plugins; a `LayerSync` is none of them.
@@ -46,11 +37,41 @@ PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
     "bf16-true": lambda device: HalfPrecision("bf16-true"),
     "16-mixed": lambda device: MixedPrecision("16-mixed", device.type),
     "bf16-mixed": lambda device: MixedPrecision("bf16-mixed", device.type),
+    "transformer-engine": lambda device: TransformerEnginePrecision(weights_dtype=torch.bfloat16),
+    "transformer-engine-float16": lambda device: TransformerEnginePrecision(weights_dtype=torch.float16),
 }
 ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+# What people write after the names in torch and elsewhere; no name, but a hint.
+MEANT = {
+    **dict.fromkeys(("float64", "fp64", "double", "64.0"), "64-true"),
+    **dict.fromkeys(("float32", "fp32", "float", "single", "full", "32.0"), "32-true"),
+    **dict.fromkeys(("float16", "fp16", "half", "amp", "mixed", "16.0"), "16-mixed"),
+    **dict.fromkeys(("bfloat16", "brain"), "bf16-mixed"),
+    **dict.fromkeys(("8", "fp8", "float8"), "transformer-engine"),
+}
 
-# Names of the API whose machinery is not built yet; listed, so that they are not taken for misspelt ones.
-NOT_BUILT_PRECISIONS = ("transformer-engine", "transformer-engine-float16")
+# What not every device of a type can do: how to find out, and which ones can. Other types can do all but FP8.
+ABILITIES: dict[str, dict[str, tuple[Callable[[torch.device], bool], str]]] = {
+    "cuda": {
+        "bfloat16": (lambda device: torch.cuda.is_bf16_supported(), "GPUs of NVIDIA and AMD"),
+        # what `is_bf16_supported(including_emulation=False)` asks of the current device
+        "fast bfloat16": (lambda device: is_gpu_since((8, 0), device), "GPUs from compute capability 8.0 on"),
+        "FP8": (lambda device: is_gpu_since((8, 9), device), "GPUs from compute capability 8.9 on"),
+    },
+    "mps": {
+        "float64": (lambda device: False, "other devices"),
+        "bfloat16": (lambda device: torch.backends.mps.is_macos_or_newer(14, 0), "macOS 14 and newer"),
+        "a loss scaler": (lambda device: available("torch", ">=2.8"), "torch 2.8 and newer"),
+    },
+}
+# What a precision needs, and what to write instead.
+NEEDS = {
+    "64-true": ("float64", "'32-true', or `accelerator='cpu'`"),
+    "bf16-true": ("bfloat16", "'16-true' or '32-true'"),
+    "bf16-mixed": ("bfloat16", "'16-mixed' or '32-true'"),
+    "16-mixed": ("a loss scaler", "'bf16-mixed' or '32-true'"),
+    "transformer-engine": ("FP8", "'bf16-mixed'"),
+}
 _UNUSED = ("", "_find_unused_parameters_true", "_find_unused_parameters_false")
 NOT_BUILT = (
     *(f"ddp{start}{unused}" for start in ("", "_spawn", "_fork", "_notebook") for unused in _UNUSED),
@@ -78,11 +99,7 @@ class Wishes:
         names = ("auto", *StrategyRegistry, *NOT_BUILT)
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
         self.strategy = "single_device" if spelled == "auto" else _known("strategy", spelled, names, Strategy)
-        asked = str(self.precision) if type(self.precision) is int else self.precision
-        _known("precision", asked, (*PRECISIONS, *NOT_BUILT_PRECISIONS, *ALIASES))
-        self.precision = ALIASES.get(str(asked), asked)
-        if asked in ("16", "bf16"):
-            rank_zero_warn(f"`precision={asked!r}` is an old name. Write `precision={self.precision!r}` for the same.")
+        self.precision = known_precision(self.precision)
         self.plugins = _by_kind(self.plugins)
 
     def own(self, attribute: str) -> Any:
@@ -120,8 +137,6 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
      "`devices={w.devices!r}` asks for no device at all. Use `devices=1`, or 'auto'."),
     (lambda w: isinstance(w.strategy, str) and w.strategy not in StrategyRegistry, MCE,
      "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use 'auto'."),
-    (lambda w: w.precision in NOT_BUILT_PRECISIONS, MCE,
-     "`precision={w.precision!r}` needs `transformer_engine`, which fulmen does not use yet. Use 'bf16-mixed'."),
 )
 # fmt: on
 
@@ -196,7 +211,51 @@ def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.devic
         strategy.precision_plugin = PRECISIONS[name](device)
         if name.endswith("-mixed"):
             rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
+    check_precision(strategy.precision_plugin, device)
+    if isinstance(strategy.precision_plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        # They put other layers into the model; a checkpoint holds what those store.
+        strategy.restore_checkpoint_after_setup = True
     return strategy
+
+
+def check_precision(precision: Precision, device: torch.device, abilities: Any = ABILITIES) -> None:
+    """Refuses what the device cannot compute in, and warns of what it only imitates."""
+    kind, asked = device.type, f"`precision={precision.precision!r}`"
+    if isinstance(precision, BitsandbytesPrecision) and kind not in (served := precision.device_types):
+        what = f"`BitsandbytesPrecision({precision.mode!r})` with the installed bitsandbytes does not run on `{device}`"
+        raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
+    if isinstance(precision, MixedPrecision) and precision.device != kind:
+        what = f"The precision plugin autocasts on {precision.device!r}, but the device is `{device}`."
+        raise MCE(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
+    need, instead = NEEDS.get(str(precision.precision), ("", ""))
+    known = {"FP8": (lambda _: False, "NVIDIA GPUs from compute capability 8.9 on"), **abilities.get(kind, {})}
+    can, who = known.get(need, (None, ""))
+    if can is not None and not can(device):
+        raise MCE(f"{asked} needs {need}. `{device}` does not have it, {who} do. Use {instead}.")
+    fast, who = known.get(f"fast {need}", (None, ""))
+    if fast is not None and not fast(device):
+        what = f"{asked}: `{device}` imitates {need}, which is slow; {who} compute in it."
+        rank_zero_warn(f"{what} Use {instead}.", category=PossibleUserWarning)
+
+
+def is_gpu_since(capability: tuple[int, int], device: torch.device) -> bool:
+    """Is the GPU of that compute capability or a newer one? Those of AMD count as new."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= capability
+
+
+def known_precision(value: Any) -> str | None:
+    """The full name of a precision; a `ValueError` for what is none."""
+    asked = str(value) if type(value) is int else value
+    names = (*PRECISIONS, *ALIASES)
+    if asked is None or (isinstance(asked, str) and asked in names):
+        name = ALIASES.get(str(asked), asked)
+        if asked in ("16", "bf16"):
+            rank_zero_warn(f"`precision={asked!r}` is an old name. Write `precision={name!r}` for the same.")
+        return name
+    spelled = str(value).lower().removeprefix("torch.")
+    near = MEANT.get(spelled) or (nearest(spelled, names) if isinstance(value, str) else None)
+    hint = f" Did you mean `{near}`?" if near else ""
+    raise ValueError(f"`precision={value!r}` is none of {', '.join(map(repr, names))}.{hint}")
 
 
 def gpu_kind() -> str:

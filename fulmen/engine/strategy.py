@@ -206,7 +206,8 @@ class Strategy(ABC):
                 f"{what} Return those of the saved run, or only take its weights: `load_from_checkpoint`."
             )
         for optimizer, state in zip(own, states):
-            optimizer.load_state_dict(state)
+            with self.precision_plugin.state_context(optimizer):
+                optimizer.load_state_dict(state)
             move_optimizer_state(optimizer, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,28 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
     return norms
 
 
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of all elements together, at least in float32; a tensor on the first one's device, 0 without any."""
+    if not gradients:
+        return torch.zeros(())
+    first, dtype = gradients[0], torch.promote_types(gradients[0].dtype, torch.float32)
+    if all(g.device == first.device and g.dtype == first.dtype for g in gradients):
+        norms = list(torch._foreach_norm(gradients, 2, dtype))
+    else:
+        norms = [torch.linalg.vector_norm(g, dtype=dtype).to(first.device) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def scale_gradients(parameters: Iterable[Tensor], factor: Any) -> None:
+    """Multiplies all gradients by a number, or by a tensor with one, in place."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if len({(gradient.device, gradient.layout) for gradient in gradients}) == 1 and not gradients[0].is_sparse:
+        torch._foreach_mul_(gradients, factor)
+        return
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device) if isinstance(factor, Tensor) else factor)
+
+
 def capture_modes(module: nn.Module) -> Callable[[], None]:
     """Remember train or eval of every sub-module; the returned function puts it back."""
     modes = [(part, part.training) for part in module.modules()]
@@ -38,6 +60,11 @@ def capture_modes(module: nn.Module) -> Callable[[], None]:
             part.training = training
 
     return restore
+
+
+def modules_in_eval(module: nn.Module) -> list[str]:
+    """The names of the sub-modules in eval mode; the module's own is empty."""
+    return [name for name, part in module.named_modules() if not part.training]
 
 
 def suggested_max_num_workers(local_world_size: int) -> int:
@@ -68,7 +95,37 @@ def from_compiled(model: Any) -> nn.Module:
     module: Any = model._orig_mod if is_compiled(model) else None
     if not hasattr(module, "training_step"):
         raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
+    if "_compiler_ctx" in vars(module):
+        if module._compiler_ctx["dynamo_ctx"] is model.dynamo_ctx:
+            return module
+        to_uncompiled(module)
+    steps: dict[str, Any] = {}
     for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-        setattr(module, name, model.dynamo_ctx(getattr(module, name)))
-    module._compiler_ctx = {"compiler": "dynamo", "dynamo_ctx": model.dynamo_ctx}
+        method = getattr(module, name)
+        # Left alone: a default, which only calls `forward` and must not pass for the user's own; and what the user
+        # compiled, or kept from being compiled.
+        default = getattr(method, "__module__", "") == "fulmen.module"
+        if not default and not hasattr(method, "_torchdynamo_orig_callable"):
+            steps[name] = model.dynamo_ctx(method)
+    before = {name: vars(module)[name] for name in steps if name in vars(module)}
+    context = {"compiler": "dynamo", "dynamo_ctx": model.dynamo_ctx, "steps": tuple(steps), "before": before}
+    module.__dict__.update(steps, _compiler_ctx=context)
     return module
+
+
+def to_uncompiled(model: Any) -> nn.Module:
+    """The module inside `torch.compile(module)`, or one that was trained compiled, with its methods as they were."""
+    module = model._orig_mod if is_compiled(model) else model
+    if module is model and "_compiler_ctx" not in vars(module):
+        raise ValueError(f"`{type(model).__name__}` is not compiled. Nothing needs to be undone, use it as it is.")
+    before = uncompiled(vars(module))
+    vars(module).clear()
+    vars(module).update(before)
+    return module
+
+
+def uncompiled(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `vars(module)`, as it was before `from_compiled`."""
+    context = state.get("_compiler_ctx", {"steps": (), "before": {}})
+    kept = {key: value for key, value in state.items() if key not in (*context["steps"], "_compiler_ctx")}
+    return {**kept, **context["before"]}

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from fulmen import Trainer
 from fulmen.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
 from fulmen.engine.cluster import LightningEnvironment
-from fulmen.engine.resolve import NOT_BUILT, announce, resolve
+from fulmen.engine.resolve import ABILITIES, NOT_BUILT, announce, check_precision, resolve
 from fulmen.plugins import DoublePrecision, HalfPrecision, LayerSync, MixedPrecision, Precision, TorchCheckpointIO
 from fulmen.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
@@ -129,8 +130,10 @@ def test_old_names_of_precisions_work_and_warn(old, new):
         assert resolve(precision=old).precision_plugin.precision == new
 
 
-def test_mixed_precision_is_made_for_the_chosen_device(gpus, caplog):
+def test_mixed_precision_is_made_for_the_chosen_device(gpus, caplog, monkeypatch):
     gpus(1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with caplog.at_level(logging.INFO, "fulmen"):
         assert resolve(precision="bf16-mixed").precision_plugin.device == "cuda"
         assert resolve(precision="16-mixed", accelerator="cpu").precision_plugin.device == "cpu"
@@ -242,11 +245,11 @@ REFUSED = [
     ({"devices": 2}, MCE, "several devices, and this version of fulmen trains on one"),
     ({"devices": 2, "strategy": single()}, MCE, "several devices"),
     ({"num_nodes": 2}, MCE, "several devices"),
-    ({"precision": "17"}, ValueError, "precision='17'"),
-    ({"precision": "bf16-mix"}, ValueError, "Did you mean `bf16-mixed`"),
-    ({"precision": 32.0}, ValueError, "precision=32.0"),
-    ({"precision": "transformer-engine"}, MCE, "transformer_engine"),
     ({"precision": "32-true", "plugins": DoublePrecision()}, ValueError, "Choose one"),
+    ({"precision": 64, "plugins": [TorchCheckpointIO(), MixedPrecision("16-mixed", "cpu")]}, ValueError, "Choose one"),
+    ({"precision": "17", "plugins": DoublePrecision()}, ValueError, "precision='17'"),
+    ({"precision": "17", "accelerator": "gpu"}, ValueError, "precision='17'"),
+    ({"plugins": MixedPrecision("bf16-mixed", "cuda")}, MCE, r"on 'cuda'.*`MixedPrecision\('bf16-mixed', 'cpu'\)`"),
     ({"plugins": object()}, MCE, "Precision, CheckpointIO"),
     ({"plugins": "16-mixed"}, MCE, "'16-mixed' is not a plugin"),
     ({"plugins": [DoublePrecision]}, MCE, "Pass an object"),
@@ -266,6 +269,37 @@ def test_what_cannot_be_had_is_refused(arguments, error, words):
     with pytest.raises(error, match=words) as raised:
         resolve(**arguments)
     assert type(raised.value) is error
+
+
+@pytest.mark.parametrize(
+    ("precision", "meant"),
+    [
+        ("bf16-mix", "bf16-mixed"),
+        ("16-mixd", "16-mixed"),
+        ("bf16_mixed", "bf16-mixed"),
+        ("BF16-Mixed", "bf16-mixed"),
+        ("transformer_engine", "transformer-engine"),
+        ("fp16", "16-mixed"),
+        ("float16", "16-mixed"),
+        ("half", "16-mixed"),
+        (16.0, "16-mixed"),
+        ("bfloat16", "bf16-mixed"),
+        (torch.bfloat16, "bf16-mixed"),
+        (torch.float32, "32-true"),
+        (32.0, "32-true"),
+        ("double", "64-true"),
+        (8, "transformer-engine"),
+        ("", None),
+        ("17", None),
+        (True, None),
+        (["16-mixed"], None),
+    ],
+)
+def test_an_unknown_precision_is_answered_with_the_list_and_the_nearest(precision, meant):
+    with pytest.raises(ValueError, match=rf"`precision={re.escape(repr(precision))}` is none of '32-true'") as raised:
+        resolve(precision=precision, accelerator="gpu")  # found before anything is asked about the GPU
+    assert "'transformer-engine-float16', '64', '32', '16', 'bf16'." in str(raised.value)
+    assert str(raised.value).endswith(f"Did you mean `{meant}`?" if meant else "'bf16'.")
 
 
 def test_a_strategy_object_and_the_accelerator_must_agree(gpus):
@@ -307,7 +341,117 @@ def test_every_strategy_of_the_api_is_either_built_or_refused_by_name(gpus, name
         resolve(strategy=name)
 
 
+# what a device can compute in
+
+BF16 = "bfloat16"
+CUDA, MPS, CPU = torch.device("cuda", 1), torch.device("mps"), torch.device("cpu")
+
+
+class Named(Precision):
+    """A precision of the user's own, called like one of ours."""
+
+    def __init__(self, name):
+        self.precision = name
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "lacks", "words"),
+    [
+        ("64-true", MPS, "float64", "`precision='64-true'` needs float64. `mps` does not have it, other devices do."),
+        ("bf16-true", MPS, BF16, "macOS 14 and newer do. Use '16-true' or '32-true'"),
+        ("bf16-mixed", MPS, BF16, "Use '16-mixed'"),
+        ("16-mixed", MPS, "a loss scaler", "torch 2.8 and newer do. Use 'bf16-mixed'"),
+        ("bf16-mixed", CUDA, BF16, "needs bfloat16. `cuda:1` does not have it"),
+        ("transformer-engine", CUDA, "FP8", "compute capability 8.9 on do. Use 'bf16-mixed'"),
+        ("transformer-engine", MPS, "FP8", "`mps` does not have it, NVIDIA GPUs from compute capability 8.9"),
+        ("transformer-engine", CPU, "FP8", "`cpu` does not have it"),
+    ],
+)
+def test_a_precision_that_the_device_cannot_do_is_refused(name, device, lacks, words):
+    def all_but(*missing):
+        known = ABILITIES.get(device.type, {}).items()
+        return {device.type: {what: (lambda _, ok=what not in missing: ok, who) for what, (_, who) in known}}
+
+    with pytest.raises(MisconfigurationException, match=re.escape(words)):
+        check_precision(Named(name), device, all_but(lacks))
+    if lacks in ABILITIES.get(device.type, {}):
+        check_precision(Named(name), device, all_but())
+    check_precision(Named("32-true"), device, all_but(lacks))
+
+
+def test_what_is_asked_of_gpus(monkeypatch):
+    asked = []
+
+    def capability(device):
+        asked.append(device)
+        return able
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    able = (7, 5)
+    with pytest.warns(PossibleUserWarning, match=r"`cuda:1` imitates bfloat16, which is slow; .* 8.0 .*'16-mixed'"):
+        check_precision(Named("bf16-mixed"), CUDA)
+    able = (8, 0)
+    check_precision(Named("bf16-mixed"), CUDA)
+    with pytest.raises(MisconfigurationException, match="needs FP8"):
+        check_precision(Named("transformer-engine"), CUDA)
+    able = (8, 9)
+    check_precision(Named("transformer-engine"), CUDA)
+    assert asked == [CUDA] * 4
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    able = (0, 0)
+    check_precision(Named("bf16-true"), CUDA)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(MisconfigurationException, match="needs bfloat16"):
+        check_precision(Named("bf16-true"), CUDA)
+    for name in ("16-mixed", "16-true", "32-true", "64-true"):
+        check_precision(Named(name), CUDA)
+    assert len(asked) == 4
+
+
+def test_what_is_asked_of_apple_gpus(monkeypatch):
+    newer = []
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: bool(newer.append(version)))
+    with pytest.raises(MisconfigurationException, match="macOS 14"):
+        check_precision(HalfPrecision("bf16-true"), MPS)
+    assert newer == [(14, 0)]
+    with pytest.raises(MisconfigurationException, match="float64"):
+        check_precision(DoublePrecision(), MPS)
+    check_precision(HalfPrecision("16-true"), MPS)
+
+
+def test_a_device_is_asked_when_the_trainer_is_made(monkeypatch):
+    monkeypatch.delenv("DISABLE_MPS")
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for arguments in ({"precision": 64}, {"plugins": DoublePrecision()}):
+        with pytest.raises(MisconfigurationException, match=r"'64-true'` needs float64.*`accelerator='cpu'`"):
+            Trainer(accelerator="mps", **arguments)
+
+
+@pytest.mark.parametrize("name", ["64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"])
+def test_the_cpu_computes_in_all_but_fp8_without_a_word(name, recwarn):
+    assert resolve(precision=name, accelerator="cpu").precision_plugin.precision == name
+    assert not recwarn.list
+
+
 # under a Trainer
+
+
+@pytest.mark.parametrize("base", [Precision, DoublePrecision, MixedPrecision])
+def test_a_precision_of_ones_own_is_used_as_it_is(model, loader, base):
+    class Mine(base):
+        steps = 0
+
+        def optimizer_step(self, *args, **kwargs):
+            self.steps += 1
+            return super().optimizer_step(*args, **kwargs)
+
+    mine = Mine("bf16-mixed", "cpu") if base is MixedPrecision else Mine()
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing"), False)
+    trainer = Trainer(plugins=[mine], max_steps=2, accelerator="cpu", **quiet)
+    trainer.fit(model, loader)
+    assert trainer.precision_plugin is mine and trainer.precision == mine.precision and mine.steps == 2
 
 
 def test_a_storage_plugin_stores_what_the_trainer_saves(tmp_path, model, loader):

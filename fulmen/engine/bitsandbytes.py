@@ -1,0 +1,214 @@
+"""`BitsandbytesPrecision`: linear layers whose weights take 4 or 8 bits."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from fulmen.engine.precision import HalfPrecision
+from fulmen.utilities.errors import suggestion
+from fulmen.utilities.optional import available, require
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
+# The class in `bitsandbytes.nn` and its arguments. "-dq" quantises the scales of the weights once more. Inputs beyond
+# the threshold are computed in float16 (Dettmers et al. 2022, "LLM.int8()", section 3.2).
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "nf4": ("Linear4bit", {"quant_type": "nf4", "compress_statistics": False}),
+    "nf4-dq": ("Linear4bit", {"quant_type": "nf4", "compress_statistics": True}),
+    "fp4": ("Linear4bit", {"quant_type": "fp4", "compress_statistics": False}),
+    "fp4-dq": ("Linear4bit", {"quant_type": "fp4", "compress_statistics": True}),
+    "int8": ("Linear8bitLt", {"has_fp16_weights": False, "threshold": 6.0}),
+    "int8-training": ("Linear8bitLt", {"has_fp16_weights": True, "threshold": 6.0}),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class BitsandbytesPrecision(HalfPrecision):
+    """Weights of `torch.nn.Linear` are frozen and stored in few bits; all else is stored and computed in ``dtype``.
+
+    They are quantised when the model moves to its device, and whenever weights of 16 or 32 bits are loaded.
+
+    Arguments:
+        mode: "int8-training" stores float16 weights, which train, and quantises them for each product.
+        dtype: float16 for the two int8 modes; for the others bfloat16 (the default, where the GPU has it), float16 or
+            float32.
+        ignore_modules: names, as in `named_modules`, of what stays as it is, with everything inside.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"],
+        dtype: torch.dtype | None = None,
+        ignore_modules: Iterable[str] | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"`{mode=}` is none of {', '.join(map(repr, MODES))}.{suggestion(str(mode), MODES)}")
+        allowed = (torch.float16,) if mode.startswith("int8") else DTYPES
+        if dtype is not None and dtype not in allowed:
+            raise ValueError(f"`{mode=}` with `{dtype=}`: it computes in {' or '.join(map(str, allowed))}.")
+        super().__init__()
+        self._package: Any = require("bitsandbytes", "for `BitsandbytesPrecision`", ">=0.46")
+        if dtype is None:
+            old_gpu = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.float16 if old_gpu or len(allowed) == 1 else torch.bfloat16
+        self.mode, self.dtype, self.precision, self._hooks = mode, dtype, "32-true", list[Any]()
+        self.ignore_modules = {ignore_modules} if isinstance(ignore_modules, str) else set(ignore_modules or ())
+
+    @property
+    def device_types(self) -> set[str]:
+        """What the installed version runs on."""
+        # Weights of 8 bits that train are evaluated by CUDA alone; on the CPU, versions before 0.49 crash the process.
+        only = self.mode == "int8-training" or not available("bitsandbytes", ">=0.49")
+        return {"cuda"} if only else set(getattr(self._package, "supported_torch_devices", ("cpu", "cuda")))
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        modules, own = dict(module.named_modules()), (self._package.nn.Linear4bit, self._package.nn.Linear8bitLt)
+        if any(isinstance(layer, own) for layer in modules.values()):
+            return module  # made by `module_init_context`, by the user, or in an earlier run
+        for name in self.ignore_modules - set(modules):
+            raise ValueError(f"`ignore_modules`: the model has no module {name!r}.{suggestion(name, modules)}")
+        kept = tuple(f"{name}." for name in self.ignore_modules)
+        linear = [m for name, m in modules.items() if type(m) is nn.Linear and not f"{name}.".startswith(kept)]
+        if not linear:
+            what = f"`BitsandbytesPrecision` found no `torch.nn.Linear` to quantise in {type(module).__name__}."
+            raise TypeError(f"{what} Use 'bf16-true', or leave names out of `ignore_modules`.")
+        module = super().convert_module(module)
+        for layer in linear:
+            self._quantise(layer)
+        return module
+
+    def connect(self, model: nn.Module, optimizers: list, lr_schedulers: list) -> tuple[nn.Module, list, list]:
+        # The package quantises weights anew when they have no gradients; ours are cleared after the forward.
+        trained = [m for m in model.modules() if getattr(getattr(m, "weight", None), "has_fp16_weights", False)]
+
+        def forget(*_: Any) -> None:
+            for layer in trained:
+                forget_quantised(layer)
+
+        for optimizer in optimizers if trained else ():
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._hooks.append(optimizer.register_step_post_hook(forget))
+        return super().connect(model, optimizers, lr_schedulers)
+
+    def teardown(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        super().teardown()
+
+    @contextmanager
+    def forward_context(self) -> Generator[None]:
+        """Tensors created inside have the dtype; the fused kernels of attention, which read weights, are off."""
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with super().forward_context():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+
+    @contextmanager
+    def module_init_context(self) -> Generator[None]:
+        """Linear layers made inside are quantised one by one, unless `ignore_modules` needs their names first."""
+        plain = nn.Linear.__init__
+
+        def init(layer: nn.Linear, *args: Any, **kwargs: Any) -> None:
+            plain(layer, *args, **kwargs)
+            if type(layer) is nn.Linear:
+                self._quantise(layer)
+
+        if not self.ignore_modules:
+            nn.Linear.__init__ = init  # type: ignore[assignment, method-assign]
+        try:
+            with self.tensor_init_context():
+                yield
+        finally:
+            nn.Linear.__init__ = plain  # type: ignore[method-assign]
+
+    def _quantise(self, layer: nn.Linear) -> None:
+        """Makes the layer one of bitsandbytes, in place: its hooks, and who else has it, stay."""
+        kind, given = MODES[self.mode]
+        if kind == "Linear4bit":
+            given = {**given, "compute_dtype": self.dtype}
+        bias = layer.bias is not None
+        made = getattr(self._package.nn, kind)(layer.in_features, layer.out_features, bias=bias, device="meta", **given)
+        # On some CPUs it repacks weights for inference, and training fails after that (bitsandbytes 0.50).
+        made.support_avx512bf16_for_cpu = False
+        old = layer.weight
+        vars(layer).update({name: value for name, value in vars(made).items() if name not in vars(layer)})
+        layer.__class__ = type(made)
+        settings = {**vars(made.weight), **({"module": layer} if is_4bit(made.weight) else {})}
+        trained = old.requires_grad and made.weight.requires_grad
+        layer.weight = type(made.weight)(old.data, requires_grad=trained, **settings)
+        layer.register_load_state_dict_pre_hook(quantise_loaded)
+        if old.device.type not in ("cpu", "meta") and not getattr(layer.weight, "has_fp16_weights", False):
+            fill(layer, old.data, {})
+
+
+def quantise_loaded(layer: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+    """Before a state is loaded: takes its weights, quantised or not, and leaves torch the layer's own to copy.
+
+    Loaded by torch alone, floats would be cut to whole numbers, and what is stored beside packed weights be refused.
+    """
+    key = f"{prefix}weight"
+    old, weight = layer.weight, state.get(key)
+    if weight is None:
+        return
+    if weight.is_floating_point() and old.is_floating_point():
+        # They stay floats until the layer is quantised, for "int8-training" always; torch would assign a plain one.
+        if metadata.get("assign_to_params_buffers"):
+            state[key] = type(old)(weight, requires_grad=old.requires_grad, **vars(old))
+        forget_quantised(layer)
+        return
+    beside = f"{key}." if is_4bit(old) else f"{prefix}SCB"
+    extra = {name: value for name, value in state.items() if name.startswith(beside)}
+    as_made = weight.shape == (layer.out_features, layer.in_features)
+    if weight.is_floating_point() and not as_made:
+        return  # to torch's own complaint
+    packed = extra and (as_made or is_4bit(old)) and not getattr(old, "has_fp16_weights", False)
+    if old.device.type == "meta" or not (packed or weight.is_floating_point()):
+        what = f"size mismatch for {key}: {weight.dtype} of shape {tuple(weight.shape)} does not fit {layer}"
+        raise RuntimeError(f"{what} on {old.device}. Use the mode that quantised it, or load weights of 16 or 32 bits.")
+    fill(layer, weight, {name.removeprefix(prefix): value for name, value in extra.items()})
+    for name in (*extra, f"{prefix}weight_format"):
+        state.pop(name, None)
+    state[key] = old
+
+
+def forget_quantised(layer: Any) -> None:
+    """Lets a layer with 8 bits quantise its weights anew: it keeps a copy since its first forward."""
+    if hasattr(layer, "state"):
+        layer.state.CB = layer.state.SCB = None
+
+
+def is_4bit(weight: Any) -> bool:
+    """Is it a weight of `Linear4bit`?"""
+    return hasattr(weight, "quant_type")
+
+
+def fill(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None:
+    """Gives a layer other weights: floats to quantise, or packed ones with what is stored beside them."""
+    old, device = layer.weight, layer.weight.device
+    if is_4bit(old):
+        if extra:
+            new = type(old).from_prequantized(weight, extra, device=device, module=layer)
+            if (shape := tuple(new.quant_state.shape)) != (layer.out_features, layer.in_features):
+                raise RuntimeError(f"size mismatch: the 4-bit weights are of shape {shape}, the layer is {layer}.")
+        else:
+            given = {"compress_statistics": old.compress_statistics, "quant_type": old.quant_type, "module": layer}
+            new = type(old)(weight.to(device, layer.compute_dtype), requires_grad=False, **given).to(device)
+    else:
+        scale = extra.get("SCB")
+        if scale is None:
+            quantise = require("bitsandbytes", "to quantise weights").functional.int8_vectorwise_quant
+            weight, scale, _ = quantise(weight.to(device, torch.float16))
+        weight, scale = weight.to(device), scale.to(device)
+        new = type(old)(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scale)
+    # The parameter stays the one that an optimizer knows.
+    old.data = new.data
+    vars(old).update(vars(new))

@@ -1,0 +1,142 @@
+"""Updates of 16-bit weights made in float32, with results rounded so that small ones are not lost.
+
+A step of an optimizer is often smaller than half the distance between two neighbours in bfloat16, as is what an average
+with a decay of 0.999 takes in. Rounded to the nearest such a step is nothing, each time; rounded up or down by chance, in
+proportion to the distance, it is right on average (Gupta et al., "Deep Learning with Limited Numerical Precision", 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# Elements that are widened together: bounds the memory that a step needs on top, to a few times 64 MB.
+PART = 1 << 24
+
+
+def step_in_float32(optimizer: Any, seed: int, **kwargs: Any) -> Any:
+    """`optimizer.step(**kwargs)`, with 16-bit parameters, gradients and states widened to float32 for its duration.
+
+    bfloat16 states are stored as such again. States of float16 parameters stay in float32: squares of gradients below
+    2e-4 are zero in float16, and so is the `eps` that Adam adds to them.
+
+    Arguments:
+        seed: of the roundings; equal on all processes, or they would end with different weights.
+    """
+    # The optimizers of torch treat each parameter by itself: for them a part at a time comes to the same.
+    alone = type(optimizer).__module__.startswith("torch.optim")
+    groups = optimizer.param_groups
+    members = [group["params"] for group in groups]
+    outcome = None
+    try:
+        for number, part in enumerate(_parts(members, PART if alone else 1 << 62)):
+            for group, parameters in zip(groups, part):
+                group["params"] = parameters
+            flat = [p for parameters in part for p in parameters]
+            with widened(flat, optimizer.state, seed + 2 * number):
+                outcome = optimizer.step(**kwargs)
+    finally:
+        for group, parameters in zip(groups, members):
+            group["params"] = parameters
+    return outcome
+
+
+def _parts(members: list[list[Any]], limit: int) -> Iterator[list[list[Any]]]:
+    """The parameters that have a gradient, by group, in portions of about `limit` elements; at least one portion."""
+    part: list[list[Any]] = [[] for _ in members]
+    size = 0
+    for index, parameters in enumerate(members):
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            if size and size + parameter.numel() > limit:
+                yield part
+                part, size = [[] for _ in members], 0
+            part[index].append(parameter)
+            size += parameter.numel()
+    yield part
+
+
+@contextmanager
+def widened(parameters: Sequence[Any], states: Any, seed: int) -> Generator[None]:
+    """Inside, parameters of 16 bits, their gradients and their states have 32."""
+    narrow = [p for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
+    weights, grads = [p.data for p in narrow], [p.grad for p in narrow]
+    slots = [(states[p], name, value) for p in narrow if p in states for name, value in states[p].items()]
+    slots = [slot for slot in slots if isinstance(slot[2], Tensor) and slot[2].dtype in (torch.float16, torch.bfloat16)]
+    for parameter, data in zip(narrow, _wide(weights)):
+        parameter.grad = None  # torch refuses to have the two in different dtypes, also for a moment
+        parameter.data = data
+    there = [(p, grad) for p, grad in zip(narrow, grads) if grad is not None]
+    for (parameter, _), grad in zip(there, _wide([grad for _, grad in there])):
+        parameter.grad = grad
+    for (state, name, _), value in zip(slots, _wide([value for _, _, value in slots])):
+        state[name] = value
+    try:
+        yield
+    finally:
+        wide = [p.data for p in narrow]
+        for parameter, data, grad in zip(narrow, weights, grads):
+            parameter.grad = None
+            parameter.data, parameter.grad = data, grad
+        brain = [(p, data) for p, data in zip(narrow, wide) if p.dtype == torch.bfloat16]
+        _store([data for _, data in brain], [p.data for p, _ in brain], seed)
+        half = [(p.data, data) for p, data in zip(narrow, wide) if p.dtype == torch.float16]
+        if half:
+            torch._foreach_copy_([data for data, _ in half], [data for _, data in half])
+        before = {(id(state), name): value for state, name, value in slots}
+        _narrow_states([p for p, _ in brain], states, before, seed + 1)
+
+
+def _narrow_states(parameters: Sequence[Any], states: Any, before: dict[Any, Tensor], seed: int) -> None:
+    """Stores the states of bfloat16 parameters as bfloat16, in the tensors that held them before where there are any."""
+    found = [(states[p], name) for p in parameters if p in states for name in states[p] if name != "step"]
+    found = [slot for slot in found if isinstance(slot[0][slot[1]], Tensor) and slot[0][slot[1]].dtype == torch.float32]
+    values = [state[name] for state, name in found]
+    for (state, name), value in zip(found, values):
+        old = before.get((id(state), name))
+        state[name] = torch.empty_like(value, dtype=torch.bfloat16) if old is None else old
+    _store(values, [state[name] for state, name in found], seed)
+
+
+def _wide(tensors: list[Any]) -> list[Tensor]:
+    """float32 copies, made by a few large operations instead of many small ones."""
+    if len({tensor.device for tensor in tensors}) != 1 or any(tensor.is_sparse for tensor in tensors):
+        return [tensor.float() for tensor in tensors]
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).float()
+    return [part.view(tensor.shape) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def _store(wide: list[Tensor], narrow: list[Tensor], seed: int) -> None:
+    """Rounds by chance, device by device, and writes into the tensors that are there."""
+    for device in {tensor.device for tensor in wide}:
+        pairs = [(source, target) for source, target in zip(wide, narrow) if source.device == device]
+        generator = torch.Generator(device).manual_seed(seed)
+        flat = rounded_by_chance(torch.cat([source.reshape(-1) for source, _ in pairs]), generator)
+        parts = flat.split([source.numel() for source, _ in pairs])
+        views = [part.view(source.shape) for part, (source, _) in zip(parts, pairs)]
+        torch._foreach_copy_([target for _, target in pairs], views)
+
+
+def rounded_by_chance(wide: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 as bfloat16: one of the two neighbours, the nearer one more often, so that the mean is the value.
+
+    Arguments:
+        wide: of shape (n,); is used up. bfloat16 is the upper half of float32, so noise that is added to the lower half
+            carries over into the upper one as often as it should.
+    """
+    bits, count = wide.view(torch.int32), wide.numel()
+    if wide.device.type == "mps":
+        bits.add_(torch.randint(0, 1 << 16, wide.shape, generator=generator, device=wide.device, dtype=torch.int32))
+    else:  # four from each draw: drawing is what takes the time
+        draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=wide.device)
+        draws.random_(-(1 << 63), None, generator=generator)  # all 64 bits; without arguments it fills 63
+        bits.add_(draws.view(torch.int16)[:count]).add_(1 << 15)  # -32768 .. 32767 becomes 0 .. 65535
+    return wide.view(torch.bfloat16)[1::2]
