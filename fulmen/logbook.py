@@ -224,6 +224,20 @@ class Page:
         return [(entry, name, value) for entry, name, value in found if value is not None]
 
 
+class Jotting:
+    """What `self.log` got in compiled code and is not in the book yet, and the one before it.
+
+    The compiler guards an object of a class by its class only. Of a list or a tuple it guards what is inside, and
+    would compile again whenever that changed.
+    """
+
+    def __init__(self, before: Jotting | None, *line: Any) -> None:
+        self.before, self.line = before, line
+
+
+NOTHING = Jotting(None)
+
+
 class LogBook:
     """What the current run has logged.
 
@@ -239,7 +253,8 @@ class LogBook:
         self._pages: dict[str, Page] = {}
         self.batch: Any = None
         self.batch_size: int | None = None
-        self.dataloader_idx: int | None = None
+        self._dataloader_idx: int | None = None
+        self.jotted = NOTHING
         self.logging_due = False
         self.has_loggers = False
         self.size_required = False  # a step that pulls its own batches: their size cannot be looked up
@@ -259,23 +274,58 @@ class LogBook:
 
     def turn_back(self, page: Page | None) -> None:
         """Opens a page again that `turn_to` returned."""
+        self.copy_jottings()
         self.page = page
         self.entries = page.entries if page is not None else {}
 
     def open_batch(self, batch: Any) -> None:
         """The batch that is being worked on; its size is looked up only if a mean over the epoch needs it."""
+        if self.jotted is not NOTHING:
+            self.copy_jottings()
         self.batch = batch
         self.batch_size = None
 
     def close_batch(self) -> None:
+        if self.jotted is not NOTHING:
+            self.copy_jottings()
         self.batch = self.batch_size = self.hook = None
 
     def write(self, name: str, value: Any, options: Options, batch_size: int | None = None) -> None:
         """Keeps one value. The first write of a name checks everything; later ones compare one tuple and add."""
-        entry = self.entries.get((self.hook, name, self.dataloader_idx))
+        if self.jotted is not NOTHING:
+            self.copy_jottings()
+        entry = self.entries.get((self.hook, name, self._dataloader_idx))
         if entry is None or entry.options != options or type(value) not in _PLAIN:
             entry = self._checked_entry(name, value, options, batch_size)
         entry.add(value, self, batch_size)
+
+    def jot(self, name: str, value: Any, options: Options, batch_size: int | None) -> None:
+        """`write` for code that is being compiled: touches nothing whose change would make the compiler start again."""
+        if self.hook is None:
+            return  # called by hand after a run: nobody would ever read it
+        if isinstance(value, Tensor):  # cloned: it may be changed in place before it is copied into the book
+            value = (value if options[5] else value.detach()).clone()
+        self.jotted = Jotting(self.jotted, self.hook, name, value, options, batch_size)
+
+    def copy_jottings(self) -> None:
+        """Writes what compiled code has jotted down. Called before the batch or the loader changes, or a value is read."""
+        last, self.jotted, lines, hook = self.jotted, NOTHING, [], self.hook
+        while last.before is not None:
+            lines.append(last.line)
+            last = last.before
+        for self.hook, *line in reversed(lines):
+            self.write(*line)
+        self.hook = hook
+
+    @property
+    def dataloader_idx(self) -> int | None:
+        """Which loader the batches come from, if there are several."""
+        return self._dataloader_idx
+
+    @dataloader_idx.setter
+    def dataloader_idx(self, dataloader_idx: int | None) -> None:
+        self.copy_jottings()
+        self._dataloader_idx = dataloader_idx
 
     def current_batch_size(self) -> int:
         """Size of the current batch, looked up at most once per batch; 1 outside a batch."""
@@ -299,7 +349,7 @@ class LogBook:
             _check_value(name, value)
         if self.size_required and batch_size is None and self.hook == "training_step" and not is_metric:
             self.current_batch_size()
-        key = (self.hook, name, self.dataloader_idx)
+        key = (self.hook, name, self._dataloader_idx)
         entry = self.entries.get(key)
         if entry is not None:
             same_kind = is_metric == isinstance(entry, MetricEntry)
@@ -322,7 +372,7 @@ class LogBook:
             warn_once(f"`self.log('{name}', ..., logger=True)`: no logger is configured, the value goes nowhere.")
         if is_metric:
             _check_attribute(name, value, options[9], self.module)
-        entry = self.entries[key] = kind(name, options, on_step, on_epoch, self.dataloader_idx)
+        entry = self.entries[key] = kind(name, options, on_step, on_epoch, self._dataloader_idx)
         if self.page is not None:
             self.page.has_steps = self.page.has_steps or on_step
         return entry
@@ -330,11 +380,13 @@ class LogBook:
     # ------------------------------------------------------------------ reading
 
     def _readable(self, dataloader_idx: int | None = None) -> list[tuple[Entry, str, Any]]:
+        self.copy_jottings()
         return self.page.values(dataloader_idx) if self.page is not None else []
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """Newest value per name, as tensors; evaluation shows its values once the epoch is over."""
+        self.copy_jottings()
         page = self.page
         if page is not None and (page.training or page.epoch_over):
             for entry, name, value in page.values():
@@ -415,7 +467,8 @@ class LogBook:
         for page in self._pages.values():
             page.reset()
         self._pages.clear()
-        self.hook = self.dataloader_idx = None
+        self.jotted = NOTHING
+        self.hook = self._dataloader_idx = None
         self.close_batch()
         self._callback, self._logged, self._bar = {}, {}, {}
         self._copies.clear()

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from fulmen import export
 from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
+from fulmen.engine.precision import MixedPrecision
 from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.modules import uncompiled
 from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import GradClipAlgorithmType
 
@@ -73,6 +76,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         _device: torch.device
         _dtype: torch.dtype
         _requires_grad_before_toggle: dict[Tensor, bool]
+        _clipped_norms: dict[int, Tensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -80,6 +84,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         self.__dict__.update(
             _trainer=None, _book=None, _example_input_array=None, _automatic_optimization=True, _strict_loading=None,
             _device=torch.device("cpu"), _dtype=torch.get_default_dtype(), _requires_grad_before_toggle={},
+            _clipped_norms={},
         )  # fmt: skip
 
     # ------------------------------------------------------------------ where it runs
@@ -272,13 +277,14 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         book = self._book
         if book is None:
             return self._log_nowhere(name)
-        book.write(
-            name,
-            value,
-            (prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph,
-             sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only),
-            batch_size,
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
+            add_dataloader_idx, metric_attribute, rank_zero_only,
         )  # fmt: skip
+        if is_dynamo_compiling():  # the compiler reads True here
+            book.jot(name, value, options, batch_size)
+        else:
+            book.write(name, value, options, batch_size)
 
     def log_dict(
         self, dictionary: Mapping[str, Any], prog_bar: bool = False, logger: bool | None = None,
@@ -299,6 +305,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def _log_nowhere(self, name: str) -> None:
         """`self.log` without a logbook: barebones, or no trainer at all."""
+        if is_dynamo_compiling():
+            return  # a warning would break the graph
         if self._trainer is not None:
             warn_once("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
         else:
@@ -385,12 +393,15 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def clip_gradients(
         self, optimizer: Optimizer, gradient_clip_val: Number | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clips the gradients of one optimizer, by norm (default) or by value.
+    ) -> Tensor | None:
+        """Clips the gradients of one optimizer, by norm (default) or by value; unscaled ones, whatever the precision.
 
         Arguments:
             gradient_clip_val: the bound; None takes the trainer's, 0 or less does nothing.
             gradient_clip_algorithm: "norm" or "value"; None takes the trainer's.
+
+        Returns:
+            The norm before clipping, if it had to be known: one number on the device, ready for `self.log`.
         """
         value = self._agreed("gradient_clip_val", gradient_clip_val, self.trainer.gradient_clip_val)
         algorithm = gradient_clip_algorithm and gradient_clip_algorithm.lower()
@@ -399,10 +410,16 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             raise MisconfigurationException(
                 f"`gradient_clip_algorithm={algorithm!r}` is not known. Use 'norm' or 'value'."
             )
-        if value:
-            raw = getattr(optimizer, "optimizer", optimizer)
-            kind = GradClipAlgorithmType(getattr(algorithm, "value", algorithm))
-            self.trainer.strategy.precision_plugin.clip_gradients(raw, value, kind)
+        if not value:
+            return None
+        raw, precision = getattr(optimizer, "optimizer", optimizer), self.trainer.strategy.precision_plugin
+        if not self.automatic_optimization and isinstance(precision, MixedPrecision):
+            precision.unscale_gradients(raw)  # the step comes later, and will not do it again
+        kind = GradClipAlgorithmType(getattr(algorithm, "value", algorithm))
+        norm = precision.clip_gradients(raw, value, kind)
+        if norm is not None:
+            self._clipped_norms[id(raw)] = norm  # for `GradientNorm`, so that it need not be computed twice
+        return norm
 
     @staticmethod
     def _agreed(name: str, given: Any, trainers: Any) -> Any:
@@ -475,7 +492,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def __getstate__(self) -> dict[str, Any]:
         # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.
-        return {**self.__dict__, "_trainer": None, "_book": None, "_requires_grad_before_toggle": {}}
+        # Compiled methods cannot be pickled, and would go on calling this module: the copy has those of its class.
+        state = uncompiled(super().__getstate__())
+        return {**state, "_trainer": None, "_book": None, "_requires_grad_before_toggle": {}, "_clipped_norms": {}}
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:

@@ -258,7 +258,7 @@ def _unknown_shape(answer: Any, why: str) -> MisconfigurationException:
 
 
 class Schedulers:
-    """The schedulers of a run, sorted by when they are stepped; empty lists cost nothing.
+    """The schedulers of a run. A learning rate moves only when its optimizer did; without schedulers nothing costs.
 
     Arguments:
         step: the bound `lr_scheduler_step(scheduler, metric)` of the module.
@@ -267,22 +267,45 @@ class Schedulers:
     def __init__(self, configs: list[LRSchedulerConfig], step: Callable[[Any, Any], None]) -> None:
         self._configs, self._step = configs, step
         self.any = bool(configs)
+        self.open_epoch()
+
+    def open_epoch(self, batch: int = 0) -> None:
+        """Of this epoch only so many batches are done, and no step was left out."""
+        self._window_start = batch  # batches before the accumulation window
+        self._missed: dict[int, int] = {}  # by the id of an optimizer: batches whose step it left out
+        self._moved: set[int] = set()  # of those, the optimizers that made a step as well
+        self._idle: frozenset[int] = frozenset()  # those that left out the last one
 
     def _due(self, interval: str, count: int, watching: bool) -> list[LRSchedulerConfig]:
-        return [
-            config
-            for config in self._configs
-            if config.interval == interval and config.reduce_on_plateau == watching and count % config.frequency == 0
-        ]
+        """Those whose turn it is. Per step, batches are counted whose step was made; per epoch, one step is enough."""
+        due = []
+        for config in self._configs:
+            if config.interval != interval or config.reduce_on_plateau != watching:
+                continue
+            owner = id(getattr(config.scheduler, "optimizer", None))
+            missed = self._missed.get(owner, 0)
+            stood_still = owner in self._idle if interval == "step" else missed and owner not in self._moved
+            if not stood_still and (count - (missed if interval == "step" else 0)) % config.frequency == 0:
+                due.append(config)
+        return due
 
-    def after_batch(self, batch: int, epoch: int, stepped: bool, is_last_batch: bool) -> None:
+    def after_batch(self, batch: int, epoch: int, stepped: bool, is_last_batch: bool, idle: Iterable[Any] = ()) -> None:
         """Those per step after an optimizer step; those per epoch after the last batch, before validation.
 
         Arguments:
             batch, epoch: batches of this epoch and epochs, both counted from 1; a frequency divides them.
+            idle: optimizers that left this step out: a loss scaler skipped it, or there was no loss for them.
         """
-        for config in self._due("step", batch, watching=False) if stepped else ():
-            self._step(config.scheduler, None)
+        if stepped:
+            self._idle = frozenset(map(id, idle))
+            if self._window_start > 0:
+                self._moved |= self._idle - self._missed.keys()
+            for owner in self._idle:
+                self._missed[owner] = self._missed.get(owner, 0) + batch - self._window_start
+            self._moved |= self._missed.keys() - self._idle
+            self._window_start = batch
+            for config in self._due("step", batch, watching=False):
+                self._step(config.scheduler, None)
         for config in self._due("epoch", epoch, watching=False) if is_last_batch else ():
             self._step(config.scheduler, None)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed
+from fulmen.engine.precision import MixedPrecision
 from fulmen.loops import cadence
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
-from fulmen.loops.optimize import AutomaticOptimization, ManualOptimization
+from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Draws, Position, Progress
 from fulmen.loops.signals import TERMINATED
 from fulmen.optimizers import Schedulers
@@ -48,7 +49,7 @@ class FitLoop:
         self.given_loaders: Any = None
         self.num_batches: float = inf
         self.hooks: HookPlan
-        self.optimization: AutomaticOptimization | ManualOptimization
+        self.optimization: Optimization
         self.schedulers: Schedulers
         self.resumed = False  # the first epoch continues where a checkpoint was taken
         self.draws = Draws(None)  # the random generators of that checkpoint
@@ -107,9 +108,9 @@ class FitLoop:
             progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
         if self.schedulers.any:
             self.trainer.book.hook = "lr_scheduler_step"  # nothing may be logged there
-            self.schedulers.after_batch(
-                batch_idx + 1, progress.epochs + 1, self.optimization.stepped, progress.is_last_batch
-            )
+            stepped = self.optimization.stepped
+            idle = self.optimization.idle() if stepped else ()
+            self.schedulers.after_batch(batch_idx + 1, progress.epochs + 1, stepped, progress.is_last_batch, idle)
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
         book.close_batch()
@@ -214,8 +215,7 @@ class FitLoop:
         if in_eval:
             what = f"{in_eval} of the modules are in eval mode as training starts, and stay so."
             rank_zero_warn(f"{what} Call `.train()` on those that should learn.", category=PossibleUserWarning)
-        kind = AutomaticOptimization if module.automatic_optimization else ManualOptimization
-        self.optimization = kind(trainer, self.hooks, self.progress)
+        self.optimization = optimization_for(trainer, self.hooks, self.progress)
         if trainer.profiler.active:
             for part, method, action in ((self, "run_epoch", "epoch"), (self.optimization, "run", "batch")):
                 plain = getattr(type(part), method).__get__(part)
@@ -264,6 +264,7 @@ class FitLoop:
             loader_tools.set_epoch(loader, progress.epochs)
         self.hooks = trainer.compile_hooks()
         self.optimization.set_hooks(self.hooks)
+        self.schedulers.open_epoch()
         resumed, self.resumed = self.resumed, False
         if resumed and progress.position != Position.EPOCH_START:
             self.pick_up()
@@ -287,6 +288,7 @@ class FitLoop:
             fix = "Give it `state_dict` and `load_state_dict` to continue exactly."
             rank_zero_warn(f"{what} starts again from its first sample. {fix}")
         self.feed.first_batch_idx = progress.batch
+        self.schedulers.open_epoch(progress.batch)
         if progress.is_last_batch:
             self.feed.exhaust()
         self.draws.rewind()
@@ -399,7 +401,12 @@ class FitLoop:
     # ------------------------------------------------------------------ after
 
     def teardown(self) -> None:
-        """Ends the workers of training and validation."""
+        """Ends the workers of training and validation, and says how many steps the loss scaler left out."""
         if self.feed is not None:
             self.feed.close()
         self.val_loop.teardown()
+        precision = self.trainer.strategy.precision_plugin
+        skips, steps = precision.skip_counts() if isinstance(precision, MixedPrecision) else (0, 0)
+        if skips:
+            what = f"The loss scaler skipped {skips} of {steps} optimizer steps: their gradients were not finite."
+            rank_zero_info(f"{what} Learning-rate schedulers did not advance with them.")

@@ -1,22 +1,24 @@
-"""One training batch: forward, backward and step, when the framework owns the optimizer and when the user does."""
+"""One training batch: forward, backward and step, when the framework owns the optimizers and when the user does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from inspect import isgeneratorfunction, unwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fulmen.engine.precision import Precision
+from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.loops.dispatch import nothing
 from fulmen.loops.loading import bound_step
+from fulmen.loops.losses import Window, read_output
 from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import num_positional, overridden
-from fulmen.utilities.rank_zero import warn_once
+from fulmen.utilities.introspection import num_positional, overridden, takes_argument
+from fulmen.utilities.modules import scale_gradients
 
 if TYPE_CHECKING:
     from fulmen.loops.dispatch import HookPlan
@@ -27,21 +29,23 @@ _NO_OUTPUTS: dict[str, Any] = {}
 
 
 class Optimization:
-    """What automatic and manual optimization share: the bound `training_step`, and backward with its hooks."""
+    """What all ways of optimizing share: the bound `training_step`, and backward with its hooks."""
 
     def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
         self.trainer, self.hooks, self.progress = trainer, hooks, progress
         self.book, self.strategy = trainer.book, trainer.strategy
         self.module: LightningModule = trainer.lightning_module
+        self.name = f"`{type(self.module).__name__}.training_step`"
         self.precision = self.strategy.precision_plugin
         step = bound_step(trainer, "training_step")
         takes_one = num_positional(self.module.training_step) == 1
-        self.training_step = (lambda batch, _: step(batch)) if takes_one else step
+        self.training_step: Callable[[Any, int], Any] = (lambda batch, _: step(batch)) if takes_one else step
         self.context = self.strategy.step_context("training_step")
         self.after_step = overridden(self.strategy, "post_training_step", Strategy)
         self.checked = False  # the first output is looked at closely, later ones only by type
         self.stepped = True  # whether the last batch ended with an optimizer step
         self.unscale = overridden(self.precision, "unscale_gradients", Precision)
+        self.mixed = isinstance(self.precision, MixedPrecision)
         self.own_backward = overridden(self.module, "backward", LightningModule)
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
@@ -57,12 +61,6 @@ class Optimization:
         """A fresh plan, because callbacks may have changed."""
         self.hooks = hooks
 
-    def forward(self, batch: Any, batch_idx: int) -> Any:
-        """`training_step`, inside the precision's context if it has one. Kept out of the fast path's frames."""
-        assert self.context is not None
-        with self.context():
-            return self.training_step(batch, batch_idx)
-
     def backward_with_hooks(self, loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
         """What stands between the strategy's `pre_backward` and `post_backward`."""
         book = self.book
@@ -72,23 +70,38 @@ class Optimization:
         book.hook = previous
         self.hooks.on_after_backward()
 
+    def unscale_if_seen(self, optimizer: Any, seen: Any = False) -> None:
+        """Takes the loss scale out of the gradients. A fused optimizer does it itself, unless somebody looks before."""
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not fused or seen or self.hooks.on_before_optimizer_step is not nothing:
+            self.precision.unscale_gradients(optimizer)
+
+    def run(self, batch: Any, batch_idx: int) -> Any:
+        """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
+        raise NotImplementedError
+
+    def idle(self) -> list[Any]:
+        """The optimizers that changed nothing at the last step. With a fused one under a loss scaler this waits (sync)."""
+        return []
+
+    def leave_out(self, optimizer: Any) -> None:
+        """Drops the gradients of an optimizer: its next step, if it is made at all, changes nothing."""
+        optimizer.zero_grad(set_to_none=True)
+
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """What `LightningOptimizer.step` does during this run."""
-        raise NotImplementedError
+        return self.strategy.optimizer_step(optimizer, closure or nothing, self.module, **kwargs)
 
 
 class AutomaticOptimization(Optimization):
     """Forward, backward and step when the framework owns the optimizer."""
 
-    def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
+    def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress, index: int = 0) -> None:
         super().__init__(trainer, hooks, progress)
-        if len(trainer.optimizers) > 1:
-            raise RuntimeError(
-                f"`configure_optimizers` returned {len(trainer.optimizers)} optimizers with automatic optimization. "
-                "Which of them a loss is for is known only with manual optimization. "
-                "Set `self.automatic_optimization = False` in `__init__` and step them in `training_step`."
-            )
-        self.optimizer = trainer.optimizers[0]
+        self.index, self.optimizer = index, trainer.optimizers[index]
+        self.window = Window()
+        self.window_open = False  # whether there are gradients that wait for a step which later batches belong to
+        self.verb = "returned"
         module = self.module
         self.own_zero_grad = overridden(module, "optimizer_zero_grad", LightningModule)
         self.own_clipping = overridden(module, "configure_gradient_clipping", LightningModule)
@@ -96,68 +109,96 @@ class AutomaticOptimization(Optimization):
         self.direct = steps_directly(self.optimizer, self.strategy) and not own_step
         label = f"[LightningModule]{type(module).__name__}.optimizer_step"
         self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
+        self.left_out = False
+        self.skipped: Any = False  # kept for a turn: the precision knows of the last step only
+        self.only: dict[str, Any] = {}  # arguments of backward that keep gradients to this optimizer's parameters
         self.closure_result: Any = None
         self.closure_ran = False
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
-        window = self.trainer.accumulate_grad_batches
-        self.stepped = (batch_idx + 1) % window == 0 or self.progress.is_last_batch
+        opens = not self.window_open or batch_idx == 0
+        self.stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.progress.is_last_batch
+        self.window_open = not self.stepped
         if not self.stepped and not self.strategy.handles_gradient_accumulation:
             with self.strategy.no_backward_sync(self.strategy.model):
-                return self.forward_backward(batch, batch_idx)
+                return self.forward_backward(batch, batch_idx, opens)
         if self.direct:
-            outputs = self.forward_backward(batch, batch_idx)
+            outputs = self.forward_backward(batch, batch_idx, opens)
             self.finish_gradients()
             self.optimizer.step()
         else:
-            outputs = self.step_with_closure(batch, batch_idx)
+            outputs = self.step_with_closure(batch, batch_idx, opens)
         # Counted after the optimizer returns: a step the loss scaler skipped still counts, as loggers expect.
         self.progress.steps += 1
         return outputs
 
-    def forward_backward(self, batch: Any, batch_idx: int) -> Any:
-        hooks, book, window = self.hooks, self.book, self.trainer.accumulate_grad_batches
+    def batches_left(self, batch_idx: int) -> int:
+        """How many batches this one and those after it in its accumulation window should be."""
+        length = self.trainer.accumulate_grad_batches
+        if self.progress.is_last_batch:
+            return 1
+        return int(min(length - batch_idx % length, max(self.trainer.num_training_batches - batch_idx, 1)))
+
+    def forward_backward(self, batch: Any, batch_idx: int, opens: bool) -> Any:
+        hooks, book, length = self.hooks, self.book, self.trainer.accumulate_grad_batches
         book.hook = "training_step"
         # waits for nothing: the loss stays on the device, only its type is looked at
-        output = self.training_step(batch, batch_idx) if self.context is None else self.forward(batch, batch_idx)
+        if self.context is None:
+            output = self.training_step(batch, batch_idx)
+        else:
+            with self.context():
+                output = self.training_step(batch, batch_idx)
         if self.after_step:
             self.strategy.post_training_step()
-        loss, extra = (output, None) if type(output) is Tensor and self.checked else self.read_output(output)
-        if window > 1 and loss is not None:
-            loss = loss / window
-        if batch_idx % window == 0:
-            hooks.on_before_zero_grad(self.optimizer)
-            if self.own_zero_grad:
-                book.hook = "optimizer_zero_grad"
-                self.module.optimizer_zero_grad(self.progress.epochs, batch_idx, self.optimizer)
-            else:
-                self.optimizer.zero_grad()
+        if type(output) is Tensor and self.checked:
+            loss: Tensor | None = output
+            extra = weight = None
+        else:
+            check = not self.checked and not self.own_backward
+            loss, extra, weight = read_output(output, self.name, check, self.verb)
+            self.checked = self.checked or loss is not None
+        if opens:
+            self.clear_gradients(batch_idx)
         if loss is None:
-            self.closure_result = None
             return {} if extra is None else extra
+        if length > 1 or weight is not None:
+            loss = self.window.share(loss, weight, self.batches_left(batch_idx))
         if not self.plain_backward:
-            self.strategy.backward(loss, self.optimizer)
+            self.strategy.backward(loss, self.optimizer, **self.only)
         else:
             hooks.on_before_backward(loss)
             if self.own_backward:
                 book.hook = "backward"
-                self.module.backward(loss)
+                self.module.backward(loss, **self.only)
             else:
-                loss.backward()
+                loss.backward(**self.only)
             hooks.on_after_backward()
         if self.direct and hooks.on_train_batch_end is nothing:
             return _NO_OUTPUTS  # nobody will look at it
         self.closure_result = loss.detach()
         return {"loss": self.closure_result} if extra is None else {**extra, "loss": self.closure_result}
 
+    def clear_gradients(self, batch_idx: int) -> None:
+        """A window begins."""
+        self.window.held, self.closure_result, self.left_out = 0, None, False
+        self.hooks.on_before_zero_grad(self.optimizer)
+        if self.own_zero_grad:
+            self.book.hook = "optimizer_zero_grad"
+            self.module.optimizer_zero_grad(self.progress.epochs, batch_idx, self.optimizer)
+        else:
+            self.optimizer.zero_grad()
+
     def finish_gradients(self) -> None:
-        """Gradients are complete: unscaled, shown to the hooks, clipped."""
-        if self.unscale:
-            self.precision.unscale_gradients(self.optimizer)
-        self.hooks.on_before_optimizer_step(self.optimizer)
+        """Gradients are complete: those of one batch of the window's size, unscaled, shown to the hooks, clipped."""
         trainer = self.trainer
-        if self.own_clipping or trainer.gradient_clip_val:
+        if self.window.held and (factor := self.window.correction()) is not None:
+            scale_gradients(self.precision.main_params(self.optimizer), factor)
+        clips = self.own_clipping or trainer.gradient_clip_val
+        if self.unscale and (self.direct or self.closure_result is not None):
+            self.unscale_if_seen(self.optimizer, seen=clips)
+        self.hooks.on_before_optimizer_step(self.optimizer)
+        if clips:
             self.book.hook = "configure_gradient_clipping"
             self.module.configure_gradient_clipping(
                 self.optimizer,
@@ -165,20 +206,25 @@ class AutomaticOptimization(Optimization):
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             )
 
-    def step_with_closure(self, batch: Any, batch_idx: int) -> Any:
+    def step_with_closure(self, batch: Any, batch_idx: int, opens: bool) -> Any:
         """The inverted form: the optimizer (or the user) decides when forward and backward run."""
         outputs: Any = {}
         self.closure_ran = False
 
         def closure() -> Any:
             nonlocal outputs
+            if self.closure_ran and (self.only or not opens):
+                raise MisconfigurationException(self.one_evaluation())
             self.closure_ran = True
-            outputs = self.forward_backward(batch, batch_idx)
+            outputs = self.forward_backward(batch, batch_idx, opens)
             self.finish_gradients()
             return self.closure_result
 
         self.book.hook = "optimizer_step"
-        self.optimizer_step(self.progress.epochs, batch_idx, self.trainer.lightning_optimizers[0], closure)
+        wrapped = self.trainer.lightning_optimizers[self.index]
+        self.optimizer_step(self.progress.epochs, batch_idx, wrapped, closure)
+        if self.mixed and not self.only:
+            self.precision.settle()
         if not self.closure_ran:
             raise MisconfigurationException(
                 f"`{type(self.module).__name__}.optimizer_step` did not run the closure. "
@@ -187,48 +233,142 @@ class AutomaticOptimization(Optimization):
             )
         return outputs
 
-    def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        return self.strategy.optimizer_step(optimizer, closure or nothing, self.module, **kwargs)
-
-    def read_output(self, output: Any) -> tuple[Tensor | None, Mapping[str, Any] | None]:
-        """(loss, other outputs) of what `training_step` returned.
-
-        Raises:
-            MisconfigurationException: for anything that is no loss, no dict with a loss and not None.
-        """
-        name = f"`{type(self.module).__name__}.training_step`"
-        if output is None:
-            warn_once(f"{name} returned `None`: there is no loss, the batch is skipped.")
-            return None, None
-        if isinstance(output, Tensor):
-            loss, extra = output, None
-        elif isinstance(output, Mapping):
-            if "loss" not in output:
-                what = f"{name} returned a dict without the key 'loss' (keys: {sorted(map(str, output))})."
-                raise MisconfigurationException(f'{what} Return {{"loss": loss, ...}}, or None to skip the batch.')
-            loss, extra = output["loss"], {k: v for k, v in output.items() if k != "loss"}
-            if loss is None:
-                return None, extra
+    def one_evaluation(self) -> str:
+        """What is said to an optimizer that wants its closure a second time, where that would give other gradients."""
+        name = type(self.optimizer).__name__
+        if self.only:
+            why = f"{self.name} is a generator, which gives each of its losses once."
         else:
+            why = "Gradients of earlier batches, accumulated for the same step, belong to the first evaluation alone."
+        fix = "Use an optimizer that evaluates once, or one optimizer, a plain step and `accumulate_grad_batches=1`."
+        return f"{name} evaluates the loss several times per step. {why} {fix}"
+
+    def idle(self) -> list[Any]:
+        return [self.optimizer] if self.left_out or self.precision.skipped else []
+
+    def leave_out(self, optimizer: Any) -> None:
+        super().leave_out(optimizer)
+        self.left_out, self.window_open = True, False
+
+
+class AlternatingOptimization(Optimization):
+    """Several optimizers that take turns: `training_step` is a generator and yields one loss for each, in order.
+
+    What stands before a `yield` runs before the step that its loss leads to, what stands behind it after that step. Only
+    the optimizer's own parameters get gradients. An optimizer whose loss is None sits the batch out.
+    """
+
+    def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
+        super().__init__(trainer, hooks, progress)
+        parts = trainer, hooks, progress
+        self.turns = [AutomaticOptimization(*parts, index) for index in range(len(trainer.optimizers))]
+        if self.own_backward and not takes_argument(self.module.backward, "inputs", explicit=False):
             raise MisconfigurationException(
-                f"{name} returned a {type(output).__name__}: {str(output)[:80]}. Return the loss as a tensor, a dict "
-                "that has it under 'loss', or None to skip the batch."
+                f"`{type(self.module).__name__}.backward` takes no argument `inputs`, with which a generator "
+                "`training_step` keeps the gradients of a loss to its optimizer's parameters. "
+                "Define `def backward(self, loss, *args, **kwargs)` and hand them on to `loss.backward`."
             )
-        if not self.checked and not self.own_backward:
-            _check_loss(loss, name)
-        self.checked = True
-        return loss, extra
+        owners = [id(p) for turn in self.turns for p in self.precision.main_params(turn.optimizer)]
+        self.shares = len(set(owners)) < len(owners)
+        if self.mixed:
+            self.precision.hold_scale = True  # until all have taken their turns
+        for turn in self.turns:
+            turn.verb, turn.context = "yielded", None
+
+    def set_hooks(self, hooks: HookPlan) -> None:
+        super().set_hooks(hooks)
+        for turn in self.turns:
+            turn.set_hooks(hooks)
+
+    def run(self, batch: Any, batch_idx: int) -> Any:
+        """One batch, one turn of each optimizer. Returns what `on_train_batch_end` gets as `outputs`."""
+        if self.shares and self.trainer.accumulate_grad_batches > 1:
+            what = "A parameter belongs to two optimizers, and gradients are accumulated over several batches."
+            raise MisconfigurationException(f"{what} The two losses would mix. Use `accumulate_grad_batches=1`.")
+        losses = iter(self.training_step(batch, batch_idx))
+        self.stepped = False
+        outputs: dict[str, Any] = {"losses": []}
+        for turn in self.turns:
+            given = self.take(turn, self.next_output(losses, turn), batch, batch_idx)
+            outputs["losses"].append(given.get("loss"))
+            outputs.update((key, value) for key, value in given.items() if key != "loss")
+        self.end(losses)
+        if self.mixed:
+            self.precision.settle()
+        there = [loss for loss in outputs["losses"] if loss is not None]
+        return {**outputs, "loss": sum(there)} if there else outputs
+
+    def take(self, turn: AutomaticOptimization, output: Any, batch: Any, batch_idx: int) -> Any:
+        """One turn with what was yielded for it; without a loss, the optimizer rests."""
+        if batch_idx == 0:
+            turn.window_open = False  # an epoch that ended early leaves gradients behind
+        parameters = [p for p in self.precision.main_params(turn.optimizer) if p.requires_grad]
+        no_loss = output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None) or not parameters
+        closes = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.progress.is_last_batch
+        turn.left_out = no_loss and not (turn.window_open and closes)
+        if turn.left_out:
+            return _NO_OUTPUTS
+        turn.only = {"inputs": parameters}
+        turn.training_step = lambda *_: None if no_loss else output
+        outputs = turn.run(batch, batch_idx)
+        self.stepped = self.stepped or turn.stepped
+        turn.skipped = self.precision.last_skip
+        return outputs
+
+    def next_output(self, losses: Iterator[Any], turn: AutomaticOptimization) -> Any:
+        """What the generator yields for this turn; it runs on from its last `yield`."""
+        self.book.hook = "training_step"
+        try:
+            if self.context is None:
+                return next(losses)
+            with self.context():
+                return next(losses)
+        except StopIteration:
+            raise self.wrong_number(f"yielded {turn.index}") from None
+
+    def end(self, losses: Iterator[Any]) -> None:
+        """Runs what stands behind the last `yield`."""
+        self.book.hook = "training_step"
+        for _ in losses:
+            raise self.wrong_number(f"yielded more than {len(self.turns)}")
+
+    def wrong_number(self, what: str) -> MisconfigurationException:
+        names = [type(turn.optimizer).__name__ for turn in self.turns]
+        why = f"`configure_optimizers` returned {len(names)} optimizers {names}, and each gets one loss, in this order"
+        return MisconfigurationException(f"{self.name} {what} losses. {why}. Yield None for one that sits a batch out.")
+
+    def idle(self) -> list[Any]:
+        return [turn.optimizer for turn in self.turns if turn.left_out or bool(turn.skipped)]
+
+    def leave_out(self, optimizer: Any) -> None:
+        for turn in self.turns:
+            if turn.optimizer is optimizer:
+                turn.leave_out(optimizer)
 
 
 class ManualOptimization(Optimization):
     """`training_step` does everything itself; steps are counted and get the hooks and the precision."""
 
+    def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
+        super().__init__(trainer, hooks, progress)
+        if is_generator(self.module.training_step):
+            what = f"{self.name} is a generator, which manual optimization would never start."
+            raise MisconfigurationException(
+                f"{what} Call `self.manual_backward` instead of `yield`, or leave `automatic_optimization` on."
+            )
+
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
         self.book.hook = "training_step"
-        output = self.training_step(batch, batch_idx) if self.context is None else self.forward(batch, batch_idx)
+        if self.context is None:
+            output = self.training_step(batch, batch_idx)
+        else:
+            with self.context():
+                output = self.training_step(batch, batch_idx)
         if self.after_step:
             self.strategy.post_training_step()
+        if self.mixed:
+            self.precision.settle()
         if output is None:
             return {}
         if isinstance(output, Tensor):
@@ -236,15 +376,14 @@ class ManualOptimization(Optimization):
         if isinstance(output, Mapping):
             return output
         raise MisconfigurationException(
-            f"`{type(self.module).__name__}.training_step` returned a {type(output).__name__}. With manual optimization, "
-            "return the loss, a dict, or nothing."
+            f"{self.name} returned a {type(output).__name__}. With manual optimization, return the loss, a dict, or nothing."
         )
 
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         def finish() -> Any:
             result = closure() if closure is not None else None
             if self.unscale:
-                self.precision.unscale_gradients(optimizer)
+                self.unscale_if_seen(optimizer)
             self.hooks.on_before_optimizer_step(optimizer)
             return result
 
@@ -255,6 +394,31 @@ class ManualOptimization(Optimization):
             result = self.strategy.optimizer_step(optimizer, finish, self.module, **kwargs)
         self.progress.steps += 1
         return result
+
+
+def optimization_for(trainer: Trainer, hooks: HookPlan, progress: Progress) -> Optimization:
+    """The way of optimizing that the module asks for.
+
+    Raises:
+        RuntimeError: for several optimizers and one loss.
+    """
+    module, count = trainer.lightning_module, len(trainer.optimizers)
+    if not module.automatic_optimization:
+        return ManualOptimization(trainer, hooks, progress)
+    if is_generator(module.training_step):
+        return AlternatingOptimization(trainer, hooks, progress)
+    if count > 1:
+        raise RuntimeError(
+            f"`configure_optimizers` returned {count} optimizers with automatic optimization. "
+            "Which of them a loss is for is not known. `yield` one loss for each in `training_step`, in their order; or "
+            "use manual optimization: `self.automatic_optimization = False` in `__init__`, and step them yourself."
+        )
+    return AutomaticOptimization(trainer, hooks, progress)
+
+
+def is_generator(step: Any) -> bool:
+    """Whether a `training_step` yields its losses."""
+    return isgeneratorfunction(unwrap(step))
 
 
 def steps_directly(optimizer: Any, strategy: Any) -> bool:
@@ -270,20 +434,3 @@ def steps_directly(optimizer: Any, strategy: Any) -> bool:
         and not overridden(strategy, "optimizer_step", Strategy)
         and strategy.precision_plugin.plain_step
     )
-
-
-def _check_loss(loss: Any, name: str) -> None:
-    """Raises the error autograd would raise later, in words of the training loop."""
-    if not isinstance(loss, Tensor):
-        problem, fix = f"a {type(loss).__name__} instead of a tensor", "Return the loss as a tensor."
-    elif loss.numel() != 1:
-        problem, fix = f"a tensor of shape {tuple(loss.shape)}", "Reduce it to one number, e.g. with `.mean()`."
-    elif not loss.is_floating_point():
-        problem, fix = f"a tensor of dtype {loss.dtype}", "Compute the loss from floating-point outputs."
-    elif not loss.requires_grad:
-        problem = "a tensor without gradient"
-        fix = "Remove `.detach()`, `.item()` or `no_grad` on its way, and check that parameters require gradients."
-    else:
-        return
-    what = f"{name} returned {problem} as the loss. Backward needs one differentiable number."
-    raise MisconfigurationException(f"{what} {fix}")

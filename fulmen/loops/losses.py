@@ -1,0 +1,123 @@
+"""From what `training_step` returned to the loss backward is called on: read, checked, and divided by its window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.rank_zero import rank_zero_info, warn_once
+
+# (loss, other outputs, weight): a loss with a weight is a sum over so many samples, tokens, ...
+Output = tuple[Tensor | None, Mapping[str, Any] | None, Any]
+
+
+class Window:
+    """The losses whose gradients make up one optimizer step.
+
+    The gradient of a window is that of one large batch: the sum of its losses by the sum of their weights, where a loss
+    without weight is the mean of its batch and weighs 1. Each loss is divided at once by what the window is expected to
+    weigh, which keeps gradients in the range of a mean; if it comes to weigh something else, `correction` makes up for it.
+    """
+
+    __slots__ = ("divisor", "held", "total")
+
+    def __init__(self) -> None:
+        self.held = 0  # losses
+        self.divisor: Any = 1
+        self.total: Any = 0  # weight; the divisor and it are tensors if weights are, so that nothing waits for them
+
+    def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
+        """The loss divided; the first of a window decides by what, from the losses that are `expected` to come."""
+        if isinstance(weight, Tensor):
+            weight = weight.detach().reshape(()).to(torch.float32 if weight.device.type == "mps" else torch.float64)
+        if self.held == 0:
+            self.divisor, self.total = _divisor(weight, expected, loss), 0
+        self.held += 1
+        self.total = self.total + (1 if weight is None else weight)
+        return loss / self.divisor
+
+    def correction(self) -> Any:
+        """The factor that the gradients still need; None for none. Waits for nothing: a tensor is not looked at."""
+        if isinstance(self.total, Tensor):
+            divisor = self.divisor.to(self.total) if isinstance(self.divisor, Tensor) else self.divisor
+            return torch.where(self.total > 0, divisor / self.total, torch.ones_like(self.total))
+        if isinstance(self.divisor, Tensor):
+            return self.divisor.double() / self.total
+        return None if self.total in (self.divisor, 0) else self.divisor / self.total
+
+
+def _divisor(weight: Any, expected: int, loss: Tensor) -> Any:
+    if weight is None:
+        return expected
+    if isinstance(weight, Tensor):
+        # A batch may weigh nothing, if all of its tokens are padding: its sum is 0 then, whatever it is divided by.
+        return torch.where(weight > 0, weight * expected, torch.ones_like(weight)).to(loss.dtype)
+    return weight * expected if weight > 0 else 1
+
+
+def read_output(output: Any, name: str, check: bool, source: str = "returned") -> Output:
+    """The loss, other outputs and the weight in what `training_step` returned (or, with `source`, yielded).
+
+    Arguments:
+        name: of the step, for messages.
+        check: look at the loss closely; done for the first one.
+
+    Raises:
+        MisconfigurationException: for anything that is no loss, no loss with a weight, no dict with a loss and not None.
+    """
+    if output is None:
+        warn_once(f"{name} {source} `None`: there is no loss, the batch is skipped.")
+        return None, None, None
+    loss, extra, weight = output, None, None
+    if isinstance(output, Mapping):
+        if "loss" not in output:
+            what = f"{name} {source} a dict without the key 'loss' (keys: {sorted(map(str, output))})."
+            raise MisconfigurationException(f'{what} Return {{"loss": loss, ...}}, or None to skip the batch.')
+        loss, weight = output["loss"], output.get("weight")
+        extra = {key: value for key, value in output.items() if key != "loss"}
+        if loss is None:
+            return None, extra, None
+    elif isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
+        loss, weight = output
+    elif not isinstance(output, Tensor):
+        raise MisconfigurationException(
+            f"{name} {source} a {type(output).__name__}: {str(output)[:80]}. Return the loss as a tensor, (its sum, its "
+            "weight), a dict that has it under 'loss', or None to skip the batch."
+        )
+    if weight is not None:
+        _check_weight(weight, f"{name} {source}")
+    if check:
+        _check_loss(loss, f"{name} {source}")
+        if weight is not None:
+            rank_zero_info(f"{name} {source} a weight: losses are summed, and divided by the sum of their weights.")
+    return loss, extra, weight
+
+
+def _check_weight(weight: Any, origin: str) -> None:
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < float("inf")
+    if not number and not (isinstance(weight, Tensor) and weight.numel() == 1):
+        shown = f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)[:80]
+        why = "It says over how many samples (or tokens, ...) the loss was summed."
+        fix = "Give a number that is 0 or more, or a tensor with one; without a weight the loss counts as a mean."
+        raise MisconfigurationException(f"{origin} {shown} as the weight of the loss. {why} {fix}")
+
+
+def _check_loss(loss: Any, origin: str) -> None:
+    """Raises the error autograd would raise later, in words of the training loop."""
+    if not isinstance(loss, Tensor):
+        problem, fix = f"a {type(loss).__name__} instead of a tensor", "Return the loss as a tensor."
+    elif loss.numel() != 1:
+        problem, fix = f"a tensor of shape {tuple(loss.shape)}", "Reduce it to one number, e.g. with `.mean()`."
+    elif not loss.is_floating_point():
+        problem, fix = f"a tensor of dtype {loss.dtype}", "Compute the loss from floating-point outputs."
+    elif not loss.requires_grad:
+        problem = "a tensor without gradient"
+        fix = "Remove `.detach()`, `.item()` or `no_grad` on its way, and check that parameters require gradients."
+    else:
+        return
+    what = f"{origin} {problem} as the loss. Backward needs one differentiable number."
+    raise MisconfigurationException(f"{what} {fix}")
