@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
 from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
 from fulmen.utilities.errors import MisconfigurationException, nearest
+from fulmen.utilities.modules import modules_in_eval
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states
 
@@ -35,6 +36,10 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         "state_dict": strategy.lightning_module_state_dict(),
         "loops": to_loops(progress),
     }
+    if weights_only:  # else `on_save_checkpoint` does it, and keeps the others beside them
+        for callback in trainer.callbacks:
+            if hasattr(callback, "weights_to_save"):
+                checkpoint["state_dict"] = callback.weights_to_save(checkpoint["state_dict"])
     loaders = trainer.fit_loop.loaders
     if loaders is not None and (loader_states := loaders.state_dict()):
         checkpoint["loops"]["fit_loop"]["state_dict"] = {"combined_loader": loader_states}
@@ -45,7 +50,11 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         if state := strategy.precision_plugin.state_dict():
             checkpoint[type(strategy.precision_plugin).__qualname__] = state
-        checkpoint["fulmen"] = {"version": 1, "progress": progress, "generators": generator_states()}
+        strategy.precision_plugin.on_save_checkpoint(checkpoint)
+        validating = trainer.fit_loop.val_loop.frozen  # all modules are in eval mode just now, these stay so
+        chapter = {"progress": progress, "generators": generator_states()}
+        in_eval = modules_in_eval(module) if validating is None else validating
+        checkpoint["fulmen"] = {"version": 1, **chapter, "in_eval": in_eval}
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _write_hparams(checkpoint, owner)
@@ -124,12 +133,16 @@ class Snapshot:
         if self.path is None:
             return
         precision = trainer.strategy.precision_plugin
+        precision.on_load_checkpoint(content)
         if type(precision).__qualname__ in content:
             precision.load_state_dict(content[type(precision).__qualname__])
         if trainer.state.fn != "fit":
             rank_zero_info(f"Loaded model weights from the checkpoint at {self.path}")
             return
         self._restore_progress()
+        if (in_eval := (content.get("fulmen") or {}).get("in_eval")) is not None:
+            for name, part in trainer.lightning_module.named_modules():
+                part.training = name not in in_eval
         if missing := [key for key in ("optimizer_states", "lr_schedulers") if key not in content]:
             what = f"The checkpoint at {self.path} was saved with weights only: it lacks {missing}."
             raise KeyError(f"{what} Use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`.")

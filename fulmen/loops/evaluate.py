@@ -15,7 +15,7 @@ from fulmen.loops.report import print_results
 from fulmen.loops.signals import TERMINATED
 from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
-from fulmen.utilities.modules import capture_modes
+from fulmen.utilities.modules import capture_modes, modules_in_eval
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class EvaluationLoop:
         self.feed: Feed | None = None
         self.max_batches: list[float] = []
         self.loaded_at_epoch: int | None = None
+        self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
 
     @property
@@ -146,6 +147,7 @@ class EvaluationLoop:
         self.hooks = hooks
         self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)
         self.restore_modes = capture_modes(module)
+        self.frozen = modules_in_eval(module)
         self.page = trainer.book.turn_to(trainer.stage.value)
         trainer.book.page.reset()  # type: ignore[union-attr]
         self.dataloader_idx = 0
@@ -196,6 +198,7 @@ class EvaluationLoop:
             trainer.fit_loop.progress.position = Position.VALIDATED
         getattr(hooks, f"on_{self.infix}_end")()
         trainer.mode_hook(f"on_{self.infix}_model_train", self.restore_modes)
+        self.frozen = None
         results = self.per_loader(numbers)
         book.turn_back(self.page)
         if self.verbose and not self.inside_fit and trainer.is_global_zero:
@@ -217,6 +220,7 @@ class EvaluationLoop:
         self.batches_seen.clear()
 
     def teardown(self) -> None:
+        self.frozen = None
         if self.feed is not None:
             self.feed.close()
 

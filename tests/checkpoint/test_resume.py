@@ -223,3 +223,54 @@ def test_another_number_of_optimizers_is_refused(tmp_path):
     model.automatic_optimization = False
     with pytest.raises(RuntimeError, match=r"1 optimizer.*2"):
         make_trainer(max_epochs=2).fit(model, make_loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+class Frozen(Regression):
+    """A batch norm that is frozen during training, from the second epoch on, and never touched again."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.modes = []
+
+    def forward(self, x):
+        return self.layer(self.norm(x))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if (self.current_epoch, batch_idx) == (1, 0):
+            self.norm.eval()
+        self.modes.append((self.current_epoch, self.training, self.layer.training, self.norm.training))
+
+
+@pytest.mark.filterwarnings("ignore:Resuming in the middle", "ignore:.*in eval mode", "ignore:Checkpoint directory")
+@pytest.mark.parametrize("moment", ["after validation", "during validation", "in the middle of an epoch"])
+def test_a_frozen_batch_norm_stays_frozen_over_validation_and_resume(tmp_path, moment):
+    """Wherever the file was written: while validating all modules are in eval mode, and only one of them stays so."""
+
+    class Saves(Callback):
+        def save(self, trainer):
+            if trainer.current_epoch == 1 and not trainer.sanity_checking:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+        def on_validation_end(self, trainer, pl_module):
+            if moment == "after validation":
+                assert not pl_module.training
+                self.save(trainer)
+
+        def on_validation_batch_start(self, trainer, *_):
+            if moment == "during validation":
+                self.save(trainer)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if moment == "in the middle of an epoch" and batch_idx == 1:
+                self.save(trainer)
+
+    whole = Frozen()
+    make_trainer(max_epochs=4, callbacks=[Saves()]).fit(whole, make_loader(), make_loader())
+    assert whole.modes == [(0, True, True, True)] * 3 + [(e, True, True, False) for e in (1, 2, 3) for _ in range(3)]
+    resumed = Frozen()
+    trainer = make_trainer(max_epochs=4)
+    trainer.fit(resumed, make_loader(), make_loader(), ckpt_path=tmp_path / "saved.ckpt")
+    assert resumed.modes and all(mode[1:] == (True, True, False) for mode in resumed.modes)
+    if moment != "in the middle of an epoch":  # there the data starts again, see the warning
+        assert torch.equal(whole.norm.running_mean, resumed.norm.running_mean)
