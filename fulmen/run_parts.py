@@ -11,6 +11,7 @@ from fulmen import callbacks as all_callbacks
 from fulmen import profilers
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint
+from fulmen.callbacks.guard import NonFiniteGuard
 from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
 from fulmen.callbacks.progress_bar import ProgressBar
 from fulmen.callbacks.timing import Timer
@@ -89,9 +90,14 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
 
 
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Finders first, checkpoints last, the rest as they were."""
-    callbacks = list(callbacks)
-    return sorted(callbacks, key=lambda c: 0 if c.tunes else 2 if isinstance(c, Checkpoint) else 1)
+    """Finders first; checkpoints last, and before them the guard, which keeps a state all others have seen."""
+
+    def place(callback: Callback) -> int:
+        if callback.tunes:
+            return 0
+        return 3 if isinstance(callback, Checkpoint) else 2 if isinstance(callback, NonFiniteGuard) else 1
+
+    return sorted(callbacks, key=place)
 
 
 def assemble_loggers(settings: Settings) -> list[Logger]:

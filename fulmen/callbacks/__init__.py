@@ -9,12 +9,20 @@ from fulmen.utilities.lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
 
 if TYPE_CHECKING:
+    from fulmen.callbacks.averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
     from fulmen.callbacks.callback import Callback
     from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
     from fulmen.callbacks.early_stopping import EarlyStopping
     from fulmen.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
+    from fulmen.callbacks.guard import NonFiniteError, NonFiniteGuard
     from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
-    from fulmen.callbacks.monitors import DeviceStatsMonitor, LearningRateMonitor, SpikeDetection, ThroughputMonitor
+    from fulmen.callbacks.monitors import (
+        DeviceStatsMonitor,
+        GradientNorm,
+        LearningRateMonitor,
+        SpikeDetection,
+        ThroughputMonitor,
+    )
     from fulmen.callbacks.progress_bar import ProgressBar
     from fulmen.callbacks.rich_bar import RichProgressBar, RichProgressBarTheme
     from fulmen.callbacks.timing import GradientAccumulationScheduler, Timer

@@ -15,14 +15,16 @@ from torch.optim import Optimizer
 
 from fulmen.callbacks.callback import Callback
 from fulmen.engine.accelerators import Accelerator, CPUAccelerator
+from fulmen.module import LightningModule
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import atomic_write, ensure_dir
+from fulmen.utilities.introspection import overridden
+from fulmen.utilities.modules import total_norm
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.throughput import Throughput, get_available_flops
 
 if TYPE_CHECKING:
-    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
 
@@ -101,6 +103,35 @@ def _logs_stats(hook: str) -> Callable[..., None]:
             trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
 
     return log
+
+
+class GradientNorm(Callback):
+    """Logs the L2 norm of the gradients each optimizer steps with: of the whole window, unscaled, before clipping.
+
+    Clipping by norm computes it anyway; then that number is taken and no pass over the gradients is added. It stays on
+    its device until a logger reads it. With several optimizers, names end in ``/0``, ``/1``, …
+    """
+
+    def __init__(self, name: str = "grad_norm", prog_bar: bool = False) -> None:
+        self.name, self.prog_bar = name, prog_bar
+        self._norms: dict[int, torch.Tensor | None] = {}  # by the id of an optimizer; None: clipping will say
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        by_norm = getattr(trainer.gradient_clip_algorithm, "value", "norm") == "norm"
+        own = overridden(pl_module, "configure_gradient_clipping", LightningModule)
+        norm = pl_module._clipped_norms.pop(id(optimizer), None)  # manual optimization has clipped already
+        if norm is None and not (trainer.gradient_clip_val and by_norm and not own):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        self._norms[id(optimizer)] = norm
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        for index, optimizer in enumerate(trainer.optimizers) if self._norms else ():
+            norm = self._norms.pop(id(optimizer), None)
+            norm = pl_module._clipped_norms.pop(id(optimizer), norm)
+            if norm is not None:
+                suffix = f"/{index}" if len(trainer.optimizers) > 1 else ""
+                pl_module.log(self.name + suffix, norm, prog_bar=self.prog_bar)
 
 
 class DeviceStatsMonitor(Callback):

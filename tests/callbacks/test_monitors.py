@@ -8,10 +8,18 @@ import time
 
 import pytest
 import torch
+from support import Regression, make_loader, make_trainer
 from torch.optim import SGD, Adagrad, Adam
 from torch.optim.lr_scheduler import StepLR
 
-from fulmen.callbacks import Callback, DeviceStatsMonitor, LearningRateMonitor, SpikeDetection, ThroughputMonitor
+from fulmen.callbacks import (
+    Callback,
+    DeviceStatsMonitor,
+    GradientNorm,
+    LearningRateMonitor,
+    SpikeDetection,
+    ThroughputMonitor,
+)
 from fulmen.callbacks.monitors import TrainingSpikeException
 from fulmen.loggers import Logger
 from fulmen.utilities.errors import MisconfigurationException
@@ -391,3 +399,76 @@ def test_the_mean_is_of_the_last_finite_losses(train_on):
 def test_mode_of_spikes_is_checked():
     with pytest.raises(ValueError, match="mode='auto'"):
         SpikeDetection("auto")
+
+
+# ---------------------------------------------------------------------- GradientNorm
+
+
+class Norms(Callback):
+    """The norms by hand, of complete gradients before clipping; and how often norms were computed by the trainer."""
+
+    def __init__(self):
+        self.by_hand, self.logged = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.by_hand.append(torch.cat([p.grad.flatten().double() for p in parameters]).norm().item())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        names = [name for name in trainer.callback_metrics if name.startswith("grad_norm")]
+        if trainer.fit_loop.optimization.stepped:
+            self.logged += [trainer.callback_metrics[name].item() for name in names]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"gradient_clip_val": 0.1}, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}]
+)
+def test_gradient_norm_is_logged_before_clipping_unscaled_and_of_the_whole_window(arguments, precision):
+    norms = Norms()
+    trainer = make_trainer(
+        callbacks=[GradientNorm(), norms], accumulate_grad_batches=2, precision=precision, max_epochs=2, **arguments
+    )
+    trainer.fit(Regression(), make_loader(20))
+    assert len(norms.logged) == len(norms.by_hand) == 6
+    assert norms.logged == pytest.approx(norms.by_hand, rel=1e-2 if precision == "bf16-true" else 1e-5, nan_ok=True)
+
+
+def test_clipping_by_norm_and_logging_the_norm_is_one_pass_over_the_gradients(monkeypatch):
+    passes = []
+    total = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: passes.append("clip") or total(*args))
+    monkeypatch.setattr("fulmen.callbacks.monitors.total_norm", lambda *args: passes.append("norm"))
+    make_trainer(callbacks=[GradientNorm()], gradient_clip_val=0.1).fit(Regression(), make_loader())
+    assert passes == ["clip"] * 3
+
+
+def test_gradient_norms_of_several_optimizers_and_of_manual_clipping():
+    class Manual(Regression):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            self.returned = self.clip_gradients(optimizer, 0.1, "norm")
+            optimizer.step()
+
+        def on_train_batch_end(self, *_):
+            assert self.trainer.callback_metrics["grad_norm"].item() == self.returned.item() > 0.1
+
+    make_trainer(callbacks=[GradientNorm(prog_bar=True)]).fit(Manual(), make_loader())
+
+    class Two(Regression):
+        def training_step(self, batch, batch_idx):
+            yield self.loss(batch)
+            yield self.loss(batch)
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD([part], lr=0.1) for part in (self.layer.weight, self.layer.bias)]
+
+    trainer = make_trainer(callbacks=[GradientNorm("norm")])
+    trainer.fit(Two(), make_loader())
+    assert {"norm/0", "norm/1"} <= trainer.callback_metrics.keys()
