@@ -16,6 +16,7 @@ ROWS = {
     "overhead": ("nothing on", "defaults on, 1 log", "each further log"),
     "memory": ("bare loop", "fit, nothing on", "fit, defaults on, TQDM bar"),
     "autoencoder": (),
+    "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
 }
 
 
