@@ -474,6 +474,12 @@ class LogBook:
         self._copies.clear()
         self.turn_to(None)
 
+    def views(self, values: Any = None) -> Any:
+        """What the three dictionaries hold; or lets them hold what this returned in another process."""
+        if values is not None:
+            self._callback, self._logged, self._bar = values
+        return self._callback, self._logged, self._bar
+
     def move_to_cpu(self) -> None:
         """At the end of a run, so that keeping the results keeps no device memory (sync)."""
         self._callback = {name: value.cpu() for name, value in self._callback.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fulmen.engine.ddp import DDPStrategy
+from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 
 # Makes this a package for the import system, so that deep paths (`fulmen.strategies.single_device`) can be served.

@@ -23,6 +23,7 @@ from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
+from fulmen.engine.launch import plain_attributes
 from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
@@ -38,6 +39,7 @@ from fulmen.module import LightningModule
 from fulmen.optimizers import LightningOptimizer, read_optimizers
 from fulmen.run_parts import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, run_dir, send_hparams
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
+from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import is_remote
 from fulmen.utilities.introspection import alias, overridden
@@ -177,6 +179,7 @@ class Trainer:
     num_sanity_val_steps: int | float
     overfit_batches: int | float
     reload_dataloaders_every_n_epochs: int
+    use_distributed_sampler: bool
     val_check_interval: int | float
     val_check_time_s: float | None
 
@@ -199,7 +202,8 @@ class Trainer:
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
         self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
         self.should_stop = False
-        self._run(self.fit_loop, self._chosen_path(ckpt_path, True), weights_only)
+        run = self._run if self.strategy.launcher is None else self._launch
+        run(self.fit_loop, self._chosen_path(ckpt_path, True), weights_only)
 
     def validate(
         self, model: LightningModule | None = None, dataloaders: Any = None,
@@ -241,7 +245,8 @@ class Trainer:
         if isinstance(loaders, LightningDataModule):
             datamodule, loaders = loaders, None
         self._begin(fn, RunningStage(fn.value), model, datamodule, {loop.kind: loaders})
-        return self._run(loop, self._chosen_path(ckpt_path, model is not None), weights_only)
+        run = self._run if self.strategy.launcher is None else self._launch
+        return run(loop, self._chosen_path(ckpt_path, model is not None), weights_only)
 
     def _begin(self, fn: TrainerFn, stage: RunningStage, model: Any, datamodule: Any, loaders: dict[str, Any]) -> None:
         """Checks what was passed to a verb and attaches it; nothing has run yet."""
@@ -292,6 +297,53 @@ class Trainer:
             folder_of=lambda _: folder_of_run(self),
         )
         return self._ckpt_path
+
+    # ------------------------------------------------------------------ in other processes
+
+    def _launch(self, loop: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
+        """`_run` in as many processes as there are devices."""
+        for logger in self.loggers:
+            _ = logger.version  # looked for once: all processes, this one too, mean the same folder
+        self.__dict__.pop("hooks", None)
+        return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
+
+    def _run_launched(self, *args: Any) -> Any:
+        # A module or datamodule that was pickled arrives without its trainer.
+        for part in (self.lightning_module, self.datamodule):
+            if part is not None:
+                part.trainer = self
+        return self._run(*args)
+
+    def pack_results(self) -> dict[str, Any]:
+        """What a run on another process leaves behind, for `unpack_results` where the call was made."""
+        return {
+            "weights": move_data_to_device(self.lightning_module.state_dict(), torch.device("cpu")),
+            "callbacks": [(key, plain_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()],
+            "progress": self.fit_loop.progress,
+            "limits": (self.max_epochs, self.min_epochs),
+            "state": self.state,
+            "should_stop": self.should_stop,
+            "metrics": self.book.views(),
+        }
+
+    def unpack_results(self, packed: dict[str, Any]) -> None:
+        """Makes this trainer and its module look as if the run had been here."""
+        module = self.lightning_module
+        if module.state_dict().keys() != packed["weights"].keys():
+            module.configure_model()  # so that there are layers to load the weights into
+        module.load_state_dict(packed["weights"])
+        changed = dict(packed["callbacks"])
+        for key, callback in self._keyed_callbacks():
+            vars(callback).update(changed.get(key, {}))
+        self.fit_loop.progress, self.state = packed["progress"], packed["state"]
+        self.max_epochs, self.min_epochs = packed["limits"]
+        self.should_stop = packed["should_stop"]
+        self.book.views(packed["metrics"])
+
+    def _keyed_callbacks(self) -> list[tuple[Any, Callback]]:
+        """The callbacks under keys that are the same in other processes, where the module may have added some."""
+        kinds = [(type(callback).__qualname__, callback.state_key) for callback in self.callbacks]
+        return [((*kind, kinds[:index].count(kind)), self.callbacks[index]) for index, kind in enumerate(kinds)]
 
     # ------------------------------------------------------------------ one run
 
@@ -365,6 +417,7 @@ class Trainer:
     def _abort(self, loop: Any, error: BaseException) -> None:
         """The end of a run that failed: everybody is told, logs are closed, workers end."""
         self.state.status = TrainerStatus.INTERRUPTED
+        self.strategy.leaving = True  # nobody waits for other processes now: they may never come
         self.book.hook = "on_exception"
         try:
             for callback in self.callbacks:

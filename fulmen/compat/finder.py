@@ -49,11 +49,14 @@ utilities.types: trainer.states utilities.enums
 engine.accelerators: accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps
 engine.checkpoint_io: plugins.io plugins.io.checkpoint_plugin plugins.io.torch_plugin
 engine.cluster: plugins.environments plugins.environments.cluster_environment plugins.environments.lightning
+engine.cluster: plugins.environments.kubeflow plugins.environments.lsf plugins.environments.mpi
+engine.cluster: plugins.environments.slurm plugins.environments.torchelastic
 engine.precision: plugins.precision.amp plugins.precision.double plugins.precision.half plugins.precision.precision
 engine.bitsandbytes: plugins.precision.bitsandbytes
 engine.transformer_engine: plugins.precision.transformer_engine
 engine.sync_batchnorm: plugins.layer_sync  plugins: plugins.precision
 engine.strategy: strategies.registry strategies.strategy strategies.single_device
+engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers
 """
 
 

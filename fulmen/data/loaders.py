@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import multiprocessing
 import os
@@ -11,7 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
@@ -213,6 +222,43 @@ def sequential(loader: Any) -> Any:
         return loader
     rank_zero_warn("`overfit_batches` needs the same batches in every epoch: shuffling is off.")
     return rebuilt(loader, sampler=SequentialSampler(loader.dataset))
+
+
+class Shard(DistributedSampler):
+    """Every so-many-th sample in the order of a sampler, which all processes draw alike; so a batch of each, together,
+    is the large batch that one process would see.
+
+    Arguments:
+        order: the sampler; the random numbers it draws follow from the seed and the epoch.
+        padded: begin again at the end, so that all processes get the same number of samples.
+    """
+
+    def __init__(self, order: Any, num_replicas: int, rank: int, padded: bool) -> None:
+        super().__init__(order, num_replicas, rank, shuffle=False, seed=int(os.environ.get("PL_GLOBAL_SEED") or 0))
+        self.order, self.padded = order, padded
+
+    def __iter__(self) -> Iterator[Any]:
+        if callable(announce := getattr(self.order, "set_epoch", None)):
+            announce(self.epoch)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            indices = list(self.order)
+        if self.padded and indices:
+            missing = -len(indices) % self.num_replicas
+            indices += list(itertools.islice(itertools.cycle(indices), missing))
+        return iter(indices[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        size = len(self.order)
+        return math.ceil(size / self.num_replicas) if self.padded else len(range(self.rank, size, self.num_replicas))
+
+
+def sharded(loader: Any, *, num_replicas: int, rank: int, padded: bool) -> Any:
+    """The loader with this process's part of the samples; unchanged if its sampler takes care of that, or has no indices."""
+    order = _order(loader) if _reads_indices(loader) else None
+    if order is None or isinstance(order, DistributedSampler):
+        return loader
+    return rebuilt(loader, sampler=Shard(order, num_replicas, rank, padded))
 
 
 class IndexRecorder:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -13,10 +15,11 @@ import torch
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
 from fulmen.engine.bitsandbytes import BitsandbytesPrecision
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
-from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment
+from fulmen.engine.cluster import ClusterEnvironment, detected
+from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
-from fulmen.engine.sync_batchnorm import LayerSync
+from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
 from fulmen.engine.transformer_engine import TransformerEnginePrecision
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, nearest, suggestion
 from fulmen.utilities.optional import available
@@ -72,9 +75,7 @@ NEEDS = {
     "16-mixed": ("a loss scaler", "'bf16-mixed' or '32-true'"),
     "transformer-engine": ("FP8", "'bf16-mixed'"),
 }
-_UNUSED = ("", "_find_unused_parameters_true", "_find_unused_parameters_false")
 NOT_BUILT = (
-    *(f"ddp{start}{unused}" for start in ("", "_spawn", "_fork", "_notebook") for unused in _UNUSED),
     *("fsdp", "fsdp_cpu_offload", "single_xla", "single_tpu", "xla", "xla_debug"),
     *(f"deepspeed{stage}" for stage in ("", "_stage_1", "_stage_2", "_stage_2_offload", "_stage_3")),
     *("deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"),
@@ -98,7 +99,7 @@ class Wishes:
         self.accelerator = _known("accelerator", self.accelerator, accelerators, Accelerator)
         names = ("auto", *StrategyRegistry, *NOT_BUILT)
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
-        self.strategy = "single_device" if spelled == "auto" else _known("strategy", spelled, names, Strategy)
+        self.strategy = _known("strategy", spelled, names, Strategy)
         self.precision = known_precision(self.precision)
         self.plugins = _by_kind(self.plugins)
 
@@ -114,6 +115,14 @@ class Wishes:
             kind = StrategyRegistry[self.strategy]["strategy"]
         return isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy)
 
+    @property
+    def start_method(self) -> str:
+        """How the processes start, for those strategies that start them."""
+        chosen: Any = self.strategy
+        if isinstance(chosen, str):
+            return StrategyRegistry[chosen]["init_params"].get("start_method", "") if chosen in StrategyRegistry else ""
+        return getattr(chosen, "start_method", "")
+
 
 _OWN = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
 
@@ -126,7 +135,7 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
      "`num_nodes={w.num_nodes!r}` is not a number of machines. Use a whole number of at least 1."),
     (lambda w: w.precision and Precision in w.plugins, ValueError,
      "`precision={w.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
-    (lambda w: w.sync_batchnorm and LayerSync in w.plugins, MCE,
+    (lambda w: w.sync_batchnorm and not isinstance(w.plugins.get(LayerSync), (TorchSyncBatchNorm, NoneType)), MCE,
      "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
     (lambda w: w.own("accelerator") and w.accelerator != "auto", MCE, _OWN.format("accelerator", "accelerator")),
     (lambda w: w.own("precision_plugin") and w.precision not in (None, w.own("precision_plugin").precision), MCE,
@@ -135,8 +144,13 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
       for part, kind in PLUGIN_PARTS.items()),
     (lambda w: w.devices in (0, "0", [], ()), MCE,
      "`devices={w.devices!r}` asks for no device at all. Use `devices=1`, or 'auto'."),
-    (lambda w: isinstance(w.strategy, str) and w.strategy not in StrategyRegistry, MCE,
-     "`strategy={w.strategy!r}` is not part of this version of fulmen, which trains on one device. Use 'auto'."),
+    (lambda w: isinstance(w.strategy, str) and w.strategy not in ("auto", *StrategyRegistry), MCE,
+     "`strategy={w.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
+    (lambda w: w.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
+     "`strategy={w.strategy!r}` starts processes by {w.start_method!r}, which this platform cannot. Use 'ddp'."),
+    (lambda w: w.start_method == "popen" and interactive(), MCE,
+     "`strategy={w.strategy!r}` runs the script again for each device, and in a notebook or interpreter there is none. "
+     "Use `strategy='ddp_notebook'`."),
 )
 # fmt: on
 
@@ -148,7 +162,16 @@ def resolve(**arguments: Any) -> Strategy:
         if holds(wishes):
             raise error(message.format(w=wishes))
     chosen = choose_accelerator(wishes)
-    return assemble(wishes, chosen, choose_devices(wishes, chosen))
+    devices = choose_devices(wishes, chosen)
+    if wishes.strategy == "auto":
+        several = len(devices) > 1 or wishes.num_nodes > 1
+        wishes.strategy = ("ddp_fork" if interactive() else "ddp") if several else "single_device"
+    return assemble(wishes, chosen, devices)
+
+
+def interactive() -> bool:
+    """Does somebody type into this process?"""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def choose_accelerator(wishes: Wishes) -> Accelerator:
@@ -171,7 +194,10 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
     """One device per process of this node."""
     wish = accelerator.auto_device_count() if wishes.devices == "auto" else wishes.devices
     if wishes.devices == "auto" and wish > 1 and wishes.one_device:
-        rank_zero_info(f"There are {wish} {accelerator.name()} devices; this version of fulmen trains on the first.")
+        rank_zero_info(f"There are {wish} {accelerator.name()} devices; this strategy trains on the first.")
+        wish = 1
+    elif wishes.devices == "auto" and wish > 1 and accelerator.name() == "cuda" and interactive():
+        rank_zero_info(f"There are {wish} cuda devices; in a notebook, one is used unless you say `devices={wish}`.")
         wish = 1
     parsed = accelerator.parse_devices(wish)
     found = accelerator.get_parallel_devices(parsed) if parsed else []
@@ -179,7 +205,10 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
         raise MCE(f"`devices={wishes.devices!r}` names no {accelerator.name()} device. Use `devices=1`.")
     if wishes.one_device and (len(found) > 1 or wishes.num_nodes > 1):
         what = f"`devices={wishes.devices!r}` with `num_nodes={wishes.num_nodes}` are several devices"
-        raise MCE(f"{what}, and this version of fulmen trains on one. Use `devices=1` and `num_nodes=1`.")
+        raise MCE(f"{what}, and `strategy={wishes.strategy!r}` trains on one. Use 'ddp', or `devices=1`.")
+    wish = wishes.strategy
+    if accelerator.name() == "mps" and (isinstance(wish, ParallelStrategy) or str(wish).startswith("ddp")):
+        raise ValueError(f"`strategy={wish!r}` needs collectives, which MPS has not. Use 'auto', or the CPU.")
     return found
 
 
@@ -192,16 +221,21 @@ def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.devic
         strategy = kind(**{"device": devices[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
     if getattr(strategy, "parallel_devices", devices) is None:
         strategy.parallel_devices = devices  # type: ignore[union-attr]
+    brought = {part: wishes.own(part) for part in PLUGIN_PARTS}
+    cluster = brought["cluster_environment"] or wishes.plugins.get(ClusterEnvironment)
+    strategy.cluster_environment = cluster or detected()
+    if isinstance(strategy, ParallelStrategy):
+        strategy.num_nodes = wishes.num_nodes
+        strategy.layer_sync = wishes.plugins.get(LayerSync) or (TorchSyncBatchNorm() if wishes.sync_batchnorm else None)
+        strategy.configure_launcher()
     device = strategy.root_device
     if {device.type, accelerator.name()} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
         raise MCE(
             f"The strategy is on `{device}`, but the accelerator is {accelerator.name()!r}. Choose one of the two."
         )
     strategy.accelerator = accelerator
-    for part, kind in PLUGIN_PARTS.items():
-        setattr(strategy, part, wishes.own(part) or wishes.plugins.get(kind))
-    strategy.checkpoint_io = strategy.checkpoint_io or TorchCheckpointIO()
-    strategy.cluster_environment = strategy.cluster_environment or LightningEnvironment()
+    strategy.checkpoint_io = brought["checkpoint_io"] or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
+    strategy.precision_plugin = brought["precision_plugin"] or wishes.plugins.get(Precision)
     started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
     if isinstance(strategy, SingleDeviceStrategy) and started.isdigit() and int(started) > 1:
         what = f"{started} processes were started, but each trains a model of its own on one device here"

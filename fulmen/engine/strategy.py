@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 SHORT = {"training_step": "train_step", "validation_step": "val_step"}
 
 
+def _moved(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    return move_data_to_device(batch, device)
+
+
 def _step_of_module(name: str) -> Callable[..., Any]:
     """A step of the strategy, which calls the module's method of that name."""
     return lambda self, *args, **kwargs: getattr(self._lightning_module, name)(*args, **kwargs)
@@ -40,6 +44,8 @@ class Strategy(ABC):
     strategy_name = "strategy"
     launcher: Any = None  # starts the processes of a run; None when this one is enough
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
+    needs_plain_tensors = False  # can inference tensors not be exchanged?
+    leaving = False  # does an exception end this process's part in the run?
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
@@ -53,7 +59,7 @@ class Strategy(ABC):
         # Between `pre_backward` and `post_backward`; the training loop puts its own in, which fires the hooks there.
         self.run_backward: Callable[..., None] = self._plain_backward
         # What moves a batch; the feed puts the user's transfer hook in.
-        self.transfer: Callable[..., Any] = lambda batch, device, _: move_data_to_device(batch, device)
+        self.transfer: Callable[..., Any] = _moved
 
     lightning_module = alias("_lightning_module", "The user's module, never wrapped.")
 
@@ -80,6 +86,7 @@ class Strategy(ABC):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
+        self.wrap_model(trainer)
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -106,6 +113,13 @@ class Strategy(ABC):
     @abstractmethod
     def model_to_device(self) -> None:
         """Moves the model to the root device."""
+
+    def wrap_model(self, trainer: Any) -> None:
+        """Puts around the model what exchanges it or its gradients with other processes, before optimizers are made."""
+
+    def ends_after(self, batch: int, window: int) -> bool:
+        """SIGTERM came: does the run end after this batch?"""
+        return True
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
@@ -277,3 +291,11 @@ class _SkipInit(TorchFunctionMode):
 
 StrategyRegistry = Registry("strategy", taken=ValueError)
 StrategyRegistry.register("single_device", SingleDeviceStrategy, "one process, one device")
+# A family is imported when it is chosen. Its names say how processes start, and whether parameters may go unused.
+for _start, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+    for _unused in (None, True, False):
+        _given = {} if _unused is None else {"find_unused_parameters": _unused}
+        _name = f"ddp{_start}" + ("" if _unused is None else f"_find_unused_parameters_{_unused}".lower())
+        StrategyRegistry.register(
+            _name, "fulmen.engine.ddp:DDPStrategy", f"DDP, {_method}", start_method=_method, **_given
+        )

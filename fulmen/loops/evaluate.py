@@ -9,6 +9,7 @@ import torch
 
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
+from fulmen.data.loaders import set_epoch
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
@@ -58,7 +59,8 @@ class EvaluationLoop:
     def run(self) -> Any:
         """All loaders. Returns the epoch metrics, one dict per loader."""
         trainer = self.trainer
-        with torch.no_grad() if self.inside_fit or not trainer.inference_mode else torch.inference_mode():
+        plain = self.inside_fit or not trainer.inference_mode or trainer.strategy.needs_plain_tensors
+        with torch.no_grad() if plain else torch.inference_mode():
             self.load_data()
             if self.nothing_to_do():
                 return []
@@ -138,6 +140,8 @@ class EvaluationLoop:
         self.feed = Feed(
             self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
         )
+        for loader in self.loaders.flattened:
+            set_epoch(loader, trainer.current_epoch)
         self.feed.open()
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))

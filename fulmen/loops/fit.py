@@ -74,6 +74,8 @@ class FitLoop:
         self.hooks.on_train_start()
         while not self.finished():
             self.run_epoch()
+        if self.trainer.signals.received_sigterm:
+            raise SIGTERMException(TERMINATED)
         self.hooks.on_train_end()
 
     def run_epoch(self) -> None:
@@ -173,6 +175,8 @@ class FitLoop:
         self.feed = kind(self.loaders, transfer, profile)
         if self.resumed and self.loader_states and self.progress.position != Position.EPOCH_START:
             self.loaders.load_state_dict(self.loader_states)
+        for loader in self.loaders.flattened:
+            loader_tools.set_epoch(loader, self.progress.epochs)
         self.draws.rewind()  # the order of a shuffled epoch is drawn when its iterator is made
         self.feed.open()
         self.draws.note()
@@ -347,7 +351,9 @@ class FitLoop:
                 self.schedulers.watch("step", progress.batch, self.trainer.book)
             progress.log_step += 1
         if self.trainer.signals.received_sigterm:
-            raise SIGTERMException(TERMINATED)
+            window = self.trainer.accumulate_grad_batches
+            if self.trainer.strategy.ends_after(progress.batches, window):
+                raise SIGTERMException(TERMINATED)
 
     def stop_due(self) -> bool:
         """Whether the epoch ends before its last batch."""

@@ -27,13 +27,16 @@ def prepared_loaders(
         limit: `limit_{kind}_batches`.
     """
     adapted = []
+    place = trainer.distributed_sampler_kwargs if trainer.use_distributed_sampler and trainer.world_size > 1 else None
     for loader in combined.flattened:
         loader_tools.check_iterable(loader, label)
         if trainer.overfit_batches and kind in ("train", "val"):
             loader = loader_tools.sequential(loader)
+        loader_tools.warn_about(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
+        if place is not None:
+            loader = loader_tools.sharded(loader, **place, padded=kind == "train")
         if kind == "predict":
             loader = loader_tools.for_prediction(loader)
-        loader_tools.warn_about(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
         loader_tools.seed_workers(loader, trainer.global_rank)
         adapted.append(trainer.strategy.process_dataloader(loader))
     combined.flattened = adapted

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import rank_zero_info, warn_once
 
 # (loss, other outputs, weight): a loss with a weight is a sum over so many samples, tokens, ...
@@ -48,6 +49,37 @@ class Window:
         if isinstance(self.divisor, Tensor):
             return self.divisor.double() / self.total
         return None if self.total in (self.divisor, 0) else self.divisor / self.total
+
+
+class SharedWindow(Window):
+    """A window over several processes, whose gradients are averaged in the backward pass of its last loss.
+
+    With weights, what the window weighs in all processes is known before that pass, after one sum over them: the
+    gradients so far and the last loss are divided by the mean weight of a process, and the average is right.
+
+    Arguments:
+        strategy: sums over the processes.
+        parameters: gives those whose gradients are in the window.
+    """
+
+    __slots__ = ("parameters", "strategy", "weighted")
+
+    def __init__(self, strategy: Any, parameters: Callable[[], Iterable[Any]]) -> None:
+        super().__init__()
+        self.strategy, self.parameters, self.weighted = strategy, parameters, False
+
+    def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
+        self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
+        share = super().share(loss, weight, expected)
+        if not self.weighted or expected > 1:
+            return share
+        total = self.total if isinstance(self.total, Tensor) else torch.tensor(float(self.total), dtype=torch.float64)
+        mean = self.strategy.reduce(total.to(loss.device), reduce_op="mean")
+        mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+        if self.held > 1:
+            scale_gradients(self.parameters(), self.divisor / mean)
+        self.divisor = self.total = 1  # nothing is left to correct
+        return loss / mean.to(loss.dtype)
 
 
 def _divisor(weight: Any, expected: int, loss: Tensor) -> Any:

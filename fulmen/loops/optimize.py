@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from inspect import isgeneratorfunction, unwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +12,11 @@ from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.loops.dispatch import nothing
 from fulmen.loops.loading import bound_step
-from fulmen.loops.losses import Window, read_output
+from fulmen.loops.losses import SharedWindow, Window, read_output
 from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import num_positional, overridden, takes_argument
+from fulmen.utilities.introspection import is_generator, num_positional, overridden, takes_argument
 from fulmen.utilities.modules import scale_gradients
 
 if TYPE_CHECKING:
@@ -99,7 +98,9 @@ class AutomaticOptimization(Optimization):
     def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress, index: int = 0) -> None:
         super().__init__(trainer, hooks, progress)
         self.index, self.optimizer = index, trainer.optimizers[index]
-        self.window = Window()
+        self.several = trainer.world_size > 1
+        gradients_of = lambda: self.precision.main_params(self.optimizer)  # noqa: E731
+        self.window = SharedWindow(self.strategy, gradients_of) if self.several else Window()
         self.window_open = False  # whether there are gradients that wait for a step which later batches belong to
         self.verb = "returned"
         module = self.module
@@ -111,6 +112,8 @@ class AutomaticOptimization(Optimization):
         self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
         self.left_out = False
         self.skipped: Any = False  # kept for a turn: the precision knows of the last step only
+        if (check := getattr(self.strategy, "check_gradients", None)) is not None:
+            self.finish_gradients = self.first_checked(check)  # type: ignore[method-assign]
         self.only: dict[str, Any] = {}  # arguments of backward that keep gradients to this optimizer's parameters
         self.closure_result: Any = None
         self.closure_ran = False
@@ -161,6 +164,8 @@ class AutomaticOptimization(Optimization):
         if opens:
             self.clear_gradients(batch_idx)
         if loss is None:
+            if self.several and not self.only:
+                raise RuntimeError(self.no_loss())
             return {} if extra is None else extra
         if length > 1 or weight is not None:
             loss = self.window.share(loss, weight, self.batches_left(batch_idx))
@@ -205,6 +210,21 @@ class AutomaticOptimization(Optimization):
                 gradient_clip_val=trainer.gradient_clip_val,
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             )
+
+    def first_checked(self, check: Callable[[], None]) -> Callable[[], None]:
+        """`finish_gradients`, the first time after a look at which gradients have come."""
+
+        def run() -> None:
+            del self.finish_gradients
+            check()
+            self.finish_gradients()
+
+        return run
+
+    def no_loss(self) -> str:
+        what = f"{self.name} returned None on rank {self.trainer.global_rank} of {self.trainer.world_size}."
+        why = "The other processes would wait for its gradients."
+        return f"{what} {why} Return a loss of 0 that depends on the weights, `0 * loss`, or (loss, 0): a weight of 0."
 
     def step_with_closure(self, batch: Any, batch_idx: int, opens: bool) -> Any:
         """The inverted form: the optimizer (or the user) decides when forward and backward run."""
@@ -414,11 +434,6 @@ def optimization_for(trainer: Trainer, hooks: HookPlan, progress: Progress) -> O
             "use manual optimization: `self.automatic_optimization = False` in `__init__`, and step them yourself."
         )
     return AutomaticOptimization(trainer, hooks, progress)
-
-
-def is_generator(step: Any) -> bool:
-    """Whether a `training_step` yields its losses."""
-    return isgeneratorfunction(unwrap(step))
 
 
 def steps_directly(optimizer: Any, strategy: Any) -> bool:

@@ -37,6 +37,11 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     return hasattr(parent, method_name) and overridden(instance, method_name, parent)
 
 
+def is_generator(fn: Callable) -> bool:
+    """Does calling ``fn`` give a generator?"""
+    return inspect.isgeneratorfunction(inspect.unwrap(fn))
+
+
 def parameters_of(fn: Callable) -> list[inspect.Parameter]:
     """The parameters a caller may pass (without ``self`` for bound methods), or [] for what cannot be inspected."""
     try:

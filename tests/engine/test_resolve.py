@@ -7,10 +7,18 @@ import torch
 
 from fulmen import Trainer
 from fulmen.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
-from fulmen.engine.cluster import LightningEnvironment
+from fulmen.engine.cluster import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from fulmen.engine.resolve import ABILITIES, NOT_BUILT, announce, check_precision, resolve
-from fulmen.plugins import DoublePrecision, HalfPrecision, LayerSync, MixedPrecision, Precision, TorchCheckpointIO
-from fulmen.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+from fulmen.plugins import (
+    DoublePrecision,
+    HalfPrecision,
+    LayerSync,
+    MixedPrecision,
+    Precision,
+    TorchCheckpointIO,
+    TorchSyncBatchNorm,
+)
+from fulmen.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 
 MCE = MisconfigurationException
@@ -92,16 +100,70 @@ def test_one_gpu_is_chosen_by_its_index(gpus):
     assert resolve(accelerator="gpu", devices="3,").root_device == torch.device("cuda", 3)
 
 
-def test_auto_takes_the_first_of_several_gpus(gpus, caplog):
+def test_auto_takes_all_gpus(gpus):
+    gpus(4)
+    strategy = resolve(accelerator="gpu")
+    assert type(strategy) is DDPStrategy and strategy.process_group_backend == "nccl"
+    assert strategy.parallel_devices == [torch.device("cuda", index) for index in range(4)]
+
+
+def test_one_gpu_is_enough_in_a_notebook(gpus, monkeypatch, caplog):
+    gpus(4)
+    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    with caplog.at_level(logging.INFO, "fulmen"):
+        assert type(resolve(accelerator="gpu")) is SingleDeviceStrategy
+    assert "say `devices=4`" in caplog.text
+
+
+def test_a_strategy_for_one_device_takes_the_first_of_several_gpus(gpus, caplog):
     gpus(4)
     with caplog.at_level(logging.INFO, "fulmen"):
-        assert resolve(accelerator="gpu").root_device == torch.device("cuda", 0)
+        assert resolve(accelerator="gpu", strategy="single_device").root_device == torch.device("cuda", 0)
     assert "4 cuda devices" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["single_device", "SINGLE_device", "auto"])
 def test_names_of_strategies_have_any_case(strategy):
     assert type(resolve(strategy=strategy)) is SingleDeviceStrategy
+
+
+@pytest.mark.parametrize("start", ["", "_spawn", "_fork", "_notebook"])
+@pytest.mark.parametrize("unused", ["", "_find_unused_parameters_true", "_FIND_unused_parameters_false"])
+def test_every_name_of_ddp(start, unused):
+    strategy = resolve(strategy=f"ddp{start}{unused}", devices=2)
+    assert type(strategy) is DDPStrategy and strategy.num_processes == strategy.world_size == 2
+    assert strategy.start_method == {"": "popen", "_spawn": "spawn"}.get(start, "fork")
+    assert strategy.find_unused_parameters is unused.endswith("true")
+    assert strategy.process_group_backend == "gloo"
+
+
+def test_several_devices_are_ddp(monkeypatch):
+    assert resolve(devices=2).start_method == "popen"
+    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    assert resolve(devices=2).start_method == "fork"
+    with pytest.raises(MisconfigurationException, match="strategy='ddp_notebook'"):
+        resolve(devices=2, strategy="ddp")
+
+
+@pytest.mark.parametrize("plugin", [None, TorchSyncBatchNorm(), MySync()])
+def test_layers_to_synchronise_go_to_the_strategy(plugin):
+    strategy = resolve(devices=2, sync_batchnorm=type(plugin) is not MySync, plugins=plugin)
+    assert type(strategy.layer_sync) is (type(plugin) if plugin is not None else TorchSyncBatchNorm)
+
+
+def test_the_environment_recognises_itself(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert type(resolve().cluster_environment) is SLURMEnvironment
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert type(resolve().cluster_environment) is TorchElasticEnvironment
+
+
+def test_the_launcher_and_the_trainer_must_mean_the_same_number_of_processes(monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"`torchrun` started 4 processes, but the Trainer is made for 2"):
+        resolve(devices=2)
 
 
 @pytest.mark.parametrize(
@@ -238,13 +300,18 @@ REFUSED = [
     ({"strategy": None}, ValueError, "strategy=None"),
     ({"strategy": SingleDeviceStrategy}, ValueError, "no `Strategy` object"),
     ({"strategy": "fsdp"}, MCE, "not part of this version"),
-    ({"strategy": "ddp"}, MCE, "not part of this version"),
-    ({"strategy": "DDP", "devices": 2}, MCE, "not part of this version"),
+    ({"strategy": "dpd", "devices": 2}, ValueError, "Did you mean `ddp`"),
     ({"strategy": "deepspeed_stage_2"}, MCE, "not part of this version"),
     ({"strategy": "xla"}, MCE, "not part of this version"),
-    ({"devices": 2}, MCE, "several devices, and this version of fulmen trains on one"),
     ({"devices": 2, "strategy": single()}, MCE, "several devices"),
-    ({"num_nodes": 2}, MCE, "several devices"),
+    ({"devices": 2, "strategy": "single_device"}, MCE, "Use 'ddp'"),
+    ({"num_nodes": 2}, ValueError, "MASTER_ADDR and MASTER_PORT of rank 0 are not set"),
+    ({"strategy": DDPStrategy(accelerator=CPUAccelerator()), "accelerator": "cpu"}, MCE, "own accelerator"),
+    (
+        {"strategy": DDPStrategy(cluster_environment=LightningEnvironment()), "plugins": LightningEnvironment()},
+        MCE,
+        "own",
+    ),
     ({"precision": "32-true", "plugins": DoublePrecision()}, ValueError, "Choose one"),
     ({"precision": 64, "plugins": [TorchCheckpointIO(), MixedPrecision("16-mixed", "cpu")]}, ValueError, "Choose one"),
     ({"precision": "17", "plugins": DoublePrecision()}, ValueError, "precision='17'"),
@@ -320,11 +387,10 @@ def test_layers_cannot_be_synchronised_twice():
         resolve(sync_batchnorm=True, plugins=MySync())
 
 
-def test_several_gpus_are_refused_even_when_they_exist(gpus):
-    gpus(4)
-    for devices in (2, -1, "-1", [0, 1]):
-        with pytest.raises(MisconfigurationException, match=r"`devices=1`"):
-            resolve(accelerator="gpu", devices=devices)
+def test_more_gpus_than_there_are(gpus):
+    gpus(2)
+    with pytest.raises(MisconfigurationException, match=r"\[2, 3\] do not exist. Choose from \[0, 1\]"):
+        resolve(accelerator="gpu", devices=4)
 
 
 def test_mps_is_taken_when_there_is_nothing_better(monkeypatch):
@@ -332,6 +398,8 @@ def test_mps_is_taken_when_there_is_nothing_better(monkeypatch):
     monkeypatch.setattr("platform.processor", lambda: "arm")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve().root_device.type == "mps"
+    with pytest.raises(ValueError, match="MPS has not"):
+        resolve(strategy="ddp")
 
 
 @pytest.mark.parametrize("name", NOT_BUILT)

@@ -1,0 +1,187 @@
+"""The processes of a run as a group, on `torch.distributed`: how they meet, and what travels between them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fulmen.engine.cluster import ClusterEnvironment
+
+# What users write, and what only some backends have under that name.
+_NAMES = {"mean": "AVG", "avg": "AVG", "prod": "PRODUCT"}
+
+
+def initialised() -> bool:
+    """Are we in a group?"""
+    return dist.is_available() and dist.is_initialized()
+
+
+def backend_for(device: torch.device) -> str:
+    """What connects devices of this kind best."""
+    return "nccl" if device.type == "cuda" else dist.get_default_backend_for_device(device)
+
+
+# ---------------------------------------------------------------------- meeting
+
+
+def join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None = None) -> Any:
+    """Joins the group of all processes, once per process. Returns its store.
+
+    Arguments:
+        timeout: for the others to come, and for each collective later.
+        listener: the bound socket behind the cluster's port, if it was kept open so that nobody else could take it.
+
+    Raises:
+        RuntimeError: the port is taken, nobody answers at the address, not all processes came in time, or this process
+            belongs to a group of another size already.
+    """
+    if not dist.is_available():
+        raise RuntimeError("This build of torch has no `torch.distributed`. Install another one, or use `devices=1`.")
+    size, rank = cluster.world_size(), cluster.global_rank()
+    if dist.is_initialized():
+        if dist.get_world_size() != size:
+            what = f"This process is in a group of {dist.get_world_size()} processes already, and the Trainer wants one"
+            fix = "Use the same `devices` and `num_nodes` for all Trainers of a script, or one script for each."
+            raise RuntimeError(f"{what} of {size}. {fix}")
+        return dist.distributed_c10d._get_default_store()
+    store = _store(cluster.main_address, cluster.main_port, size, rank, timeout, listener)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    atexit.register(leave)
+    return store
+
+
+def leave() -> None:
+    """Ends the group; others that still wait for this process get an error."""
+    if initialised():
+        dist.destroy_process_group()
+
+
+def _store(
+    address: str, port: int, size: int, rank: int, timeout: timedelta, listener: socket.socket | None
+) -> dist.Store:
+    place, seconds = f"MASTER_ADDR={address}, MASTER_PORT={port}", timeout.total_seconds()
+    try:
+        socket.getaddrinfo(address, port)
+    except OSError as error:
+        raise RuntimeError(f"Rank {rank} cannot meet the others at {place}: {error}. Set MASTER_ADDR.") from error
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the one `torchrun` met with
+            agent = dist.TCPStore(address, port, size, False, timeout)
+            return dist.PrefixStore(f"fulmen/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", agent)
+        if listener is None:
+            return dist.TCPStore(address, port, size, rank == 0, timeout)
+        return dist.TCPStore(
+            address, port, size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            what = f"Port {port} is taken by another program, so rank 0 cannot be met there ({place})"
+            raise RuntimeError(f"{what}. Unset MASTER_PORT to have a free one chosen, or set another.") from error
+        if rank == 0:
+            what = f"Not all of {size} processes came to {place} within {seconds:g} s: {str(error).splitlines()[0]}"
+            raise RuntimeError(f"{what}. Start them all, or give `DDPStrategy(timeout=...)` more time.") from error
+        what = f"Rank {rank} found nobody at {place} within {seconds:g} s"
+        fix = "Is rank 0 running, is this its address, and does a firewall let the port through?"
+        raise RuntimeError(f"{what}: {str(error).splitlines()[0]}. {fix}") from error
+
+
+# ---------------------------------------------------------------------- travelling
+
+
+def home_of(device: torch.device, group: Any = None) -> torch.device:
+    """Where tensors have to be to travel: gloo and MPI take them from the CPU, others from the device."""
+    return torch.device("cpu") if dist.get_backend(group) in ("gloo", "mpi") else device
+
+
+def reduced(tensor: Tensor, device: torch.device, group: Any = None, op: Any = "mean") -> Tensor:
+    """A new tensor, the same in the whole group, combined element-wise; whole numbers have a float32 mean.
+
+    Raises:
+        ValueError: for an unknown operation.
+    """
+    name = _NAMES.get(op.lower(), op.upper()) if isinstance(op, str) else op
+    kind = getattr(dist.ReduceOp, name, None) if isinstance(name, str) else name
+    if kind is None:
+        raise ValueError(f"`reduce_op={op!r}` is not known. Use 'mean', 'sum', 'max', 'min' or 'product'.")
+    value = tensor.detach().to(home_of(device, group), copy=True)
+    if kind != dist.ReduceOp.AVG:
+        dist.all_reduce(value, op=kind, group=group)
+        return value.to(tensor.device)
+    if not value.is_floating_point() and not value.is_complex():
+        value = value.float()
+    dist.all_reduce(value, group=group)  # gloo cannot average
+    return value.div_(dist.get_world_size(group)).to(tensor.device)
+
+
+def gathered(tensor: Tensor, device: torch.device, group: Any = None, sync_grads: bool = False) -> Tensor:
+    """The tensors of the whole group along a new first dimension; shapes have to be equal."""
+    value = tensor.to(home_of(device, group)).contiguous()
+    if sync_grads and tensor.requires_grad:
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.stack(all_gather(value, group=group or dist.group.WORLD)).to(tensor.device)
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, value.detach(), group=group)
+    return torch.stack(parts).to(tensor.device)
+
+
+def buckets(tensors: Iterable[Tensor], limit: int = 2**26) -> list[list[Tensor]]:
+    """Tensors of one dtype and device together, up to so many numbers: each bucket travels at once."""
+    full: list[list[Tensor]] = []
+    open_ones: dict[Any, tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        kind = tensor.dtype, tensor.device
+        bucket, size = open_ones.get(kind, ([], limit))
+        if size + tensor.numel() > limit:
+            bucket, size = [], 0
+            full.append(bucket)
+        bucket.append(tensor)
+        open_ones[kind] = bucket, size + tensor.numel()
+    return full
+
+
+def share(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Fills the tensors with those of rank 0, in few broadcasts."""
+    for bucket in buckets(tensor.detach() for tensor in tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(home_of(device))
+        dist.broadcast(flat, 0)
+        if dist.get_rank() != 0:
+            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
+                tensor.copy_(part.view_as(tensor))
+
+
+class LastBatch:
+    """Agrees on the batch after which all processes end, once all of them were told to; nobody waits for anybody.
+
+    Gradients keep the processes within one accumulation window of each other. Each notes that it was told, and trains
+    on; when all have, rank 0 names a batch that nobody can have passed. After ``patience`` seconds a process that is
+    the only one to know ends alone.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, patience: float = 8.0) -> None:
+        self.store, self.rank, self.told = store, rank, [f"told/{other}" for other in range(size)]
+        self.last: int | None = None
+        self.deadline = time.monotonic() + patience
+        store.set(self.told[rank], "1")
+
+    def reached(self, batch: int, window: int) -> bool:
+        """Asked after each batch, counted over all epochs."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # sync: the host must not run ahead of the others
+        if self.last is None and self.rank == 0 and self.store.check(self.told):
+            self.last = batch + window
+            self.store.set("last", str(self.last))
+        elif self.last is None and self.rank != 0 and self.store.check(["last"]):
+            self.last = int(self.store.get("last"))
+        over = self.last is not None and batch >= self.last
+        return over or time.monotonic() > self.deadline

@@ -1,0 +1,263 @@
+"""`DDPStrategy`: every process has the whole model, and gradients are averaged in the backward pass."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from fulmen.engine import collectives
+from fulmen.engine.parallel import ParallelStrategy
+from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.introspection import is_generator
+
+# What `DistributedDataParallel` takes, and nobody else decides.
+_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
+
+
+class DDPStrategy(ParallelStrategy):
+    """Torch's `DistributedDataParallel` around the training step of automatic optimization with one optimizer.
+
+    In manual optimization, and with a `training_step` that yields, gradients are averaged at the end of each backward
+    pass, without overlap: for the parameters that it reached, whichever they are. `toggle_model(sync_grad=False)` puts
+    it off. The buffers of batch norm are those of rank 0, taken over before they are read, not at every step.
+
+    Arguments:
+        ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper: for `register_comm_hook`, on any device.
+        model_averaging_period: not supported.
+        kwargs: further arguments of `DistributedDataParallel`; `gradient_as_bucket_view` is on unless they say no.
+    """
+
+    strategy_name = "ddp"
+
+    def __init__(
+        self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None,
+        ddp_comm_state: object | None = None, ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None, model_averaging_period: int | None = None,
+        process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30),
+        start_method: str = "popen", **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
+            timeout, start_method,
+        )  # fmt: skip
+        if model_averaging_period is not None:
+            what = f"`DDPStrategy(model_averaging_period={model_averaging_period})`: models are not averaged here."
+            raise MisconfigurationException(f"{what} Leave it out: gradients are averaged at every step.")
+        for name in kwargs:
+            if name not in _OPTIONS:
+                known = f"Known are those of `DistributedDataParallel`: {', '.join(_OPTIONS)}."
+                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggestion(name, _OPTIONS)} {known}")
+        self._ddp_comm_state, self._ddp_comm_hook = ddp_comm_state, ddp_comm_hook
+        self._ddp_comm_wrapper = ddp_comm_wrapper
+        self._ddp_kwargs = {"gradient_as_bucket_view": True, **kwargs}
+        self.exchange: GradientExchange | None = None
+        self._shares_statistics = False  # are buffers taken over from rank 0 before they are read?
+
+    find_unused_parameters = property(
+        lambda self: bool(self._ddp_kwargs.get("find_unused_parameters")), doc="May a step leave parameters out?"
+    )
+
+    # ------------------------------------------------------------------ the model
+
+    def wrap_model(self, trainer: Any) -> None:
+        """For fit: the wrapper, or what averages gradients without it. For others: the weights of rank 0."""
+        module = self._lightning_module
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(torch.nn.parameter.is_lazy(tensor) for tensor in tensors):
+            what = (
+                f"`{type(module).__name__}` has lazy layers that saw no batch yet: weights of unknown shape cannot be"
+            )
+            raise RuntimeError(f"{what} exchanged. Run a batch through them in `configure_model`.")
+        if trainer.state.fn != "fit":
+            collectives.share(tensors, self.root_device)
+            return
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        whole = module.automatic_optimization and not is_generator(module.training_step) and bool(learning)
+        if whole:
+            self.model = self.configure_ddp()
+        elif self._ddp_comm_hook is not None:
+            what = "`DDPStrategy(ddp_comm_hook=...)` works with automatic optimization and one optimizer only."
+            raise MisconfigurationException(f"{what} Leave it out.")
+        else:
+            collectives.share(tensors, self.root_device)
+        # Those that are frozen now may learn later.
+        other = module.parameters() if not whole else (p for p in module.parameters() if not p.requires_grad)
+        self.exchange = GradientExchange(other, self.root_device, self.find_unused_parameters)
+
+    def configure_ddp(self) -> DistributedDataParallel:
+        """The wrapped model; weights and buffers of rank 0 are in all processes afterwards."""
+        options = dict(self._ddp_kwargs)
+        if options.get("broadcast_buffers") is None:
+            statistics = {id(b) for m in self.model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()}
+            only_statistics = all(id(buffer) in statistics for buffer in self.model.buffers())
+            self._shares_statistics = bool(statistics)
+            options["broadcast_buffers"] = not only_statistics
+        wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
+        hook = self._ddp_comm_hook
+        if hook is not None:
+            hook = hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(hook)
+            wrapped.register_comm_hook(self._ddp_comm_state, hook)
+        return wrapped
+
+    def determine_ddp_device_ids(self) -> list[int] | None:
+        """None: batches are on the device when they come, the wrapper need not look."""
+        return None
+
+    def bind(self, step_name: str) -> Callable[..., Any]:
+        step = super().bind(step_name)
+        wrapped = step_name == "training_step" and isinstance(self.model, DistributedDataParallel)
+        return through_forward(self.model, self._lightning_module, step) if wrapped else step
+
+    def check_gradients(self) -> None:
+        """After the first backward pass whose gradients are exchanged: did it reach all parameters?
+
+        Raises:
+            RuntimeError: names those that it did not reach.
+        """
+        if not self.find_unused_parameters and not self._ddp_kwargs.get("static_graph"):
+            managed = isinstance(self.model, DistributedDataParallel) and self.model._module_parameters
+            missing = [parameter for parameter in managed or () if parameter.requires_grad and parameter.grad is None]
+            if missing:
+                raise RuntimeError(unused_message(names_of(self._lightning_module, missing)))
+
+    @contextmanager
+    def _without_sync(self) -> Generator[None]:
+        assert self.exchange is not None
+        before, self.exchange.on = self.exchange.on, False
+        try:
+            with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext():
+                yield
+        finally:
+            self.exchange.on = before
+
+    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+        return self._without_sync() if enabled and self.exchange is not None else nullcontext()
+
+    def on_validation_start(self) -> None:
+        """Running statistics are about to be read: those of rank 0 count."""
+        if self._shares_statistics and self.together:
+            collectives.share(self._lightning_module.buffers(), self.root_device)
+
+    on_train_end = on_validation_start
+
+    def teardown(self) -> None:
+        if self.exchange is not None:
+            self.exchange.remove()
+        self.exchange, self._shares_statistics = None, False
+        super().teardown()
+
+
+def through_forward(wrapped: Module, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
+
+    The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.
+    """
+    own = vars(module)
+    user_forward = own.get("forward")  # of an instance, such as a compiled one
+
+    def put_back() -> None:
+        own.pop("forward", None)
+        if user_forward is not None:
+            own["forward"] = user_forward
+
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        put_back()
+        return step(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        own["forward"] = redirected
+        try:
+            return wrapped(*args, **kwargs)
+        except RuntimeError as error:
+            indices = re.search(r"did not receive grad for rank \d+: ([\d\s]+)", str(error))
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            managed: Any = wrapped._module_parameters
+            missing = [managed[int(index)] for index in indices[1].split()] if indices else []
+            raise RuntimeError(unused_message(names_of(module, missing))) from error
+        finally:
+            put_back()
+
+    return run
+
+
+def names_of(module: Module, parameters: Iterable[Tensor]) -> list[str]:
+    """What parameters are called in a module."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [name for name, parameter in module.named_parameters() if id(parameter) in wanted]
+
+
+def unused_message(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    what = f"The loss of `training_step` does not depend on the parameters {shown or '(not known which)'}."
+    why = "DDP waits for the gradient of every parameter."
+    fix = "Remove or freeze them (`requires_grad_(False)`), or use `strategy='ddp_find_unused_parameters_true'`."
+    return f"{what} {why} {fix}"
+
+
+class GradientExchange:
+    """Averages over the processes what a backward pass added to gradients, at its end.
+
+    Averaging is linear: of a gradient that was averaged before and grew since, only what came differs. So several
+    backward passes before a step need no bookkeeping but which parameters they reached.
+
+    Arguments:
+        differs: whether processes may reach different parameters; one more collective per pass tells then.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], device: torch.device, differs: bool) -> None:
+        self.parameters, self.device, self.differs, self.on = list(parameters), device, differs, True
+        self.reached: set[int] = set()
+        self.due = False
+        self.hooks = []
+        for index, parameter in enumerate(self.parameters):
+            learns = parameter.requires_grad
+            # Torch takes the hook of a parameter that learns only, but keeps it when that changes.
+            parameter.requires_grad_(True)
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, index=index: self.arrived(index)))
+            parameter.requires_grad_(learns)
+
+    def arrived(self, index: int) -> None:
+        """A gradient is there."""
+        self.reached.add(index)
+        if self.on and not self.due:
+            self.due = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.run)
+
+    def run(self) -> None:
+        """At the end of the backward pass."""
+        self.due, world = False, dist.get_world_size()
+        if self.differs:
+            mine = torch.zeros(len(self.parameters), dtype=torch.int32)
+            mine[list(self.reached)] = 1
+            found = collectives.reduced(mine, self.device, op="max").nonzero().flatten().tolist()
+        else:
+            found = sorted(self.reached)
+        self.reached.clear()
+        for index in found:
+            if self.parameters[index].grad is None:
+                self.parameters[index].grad = torch.zeros_like(self.parameters[index])
+        with torch.no_grad():
+            for bucket in collectives.buckets(self.parameters[index].grad for index in found):
+                flat = torch.cat([grad.reshape(-1) for grad in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
+                travelling = flat.to(collectives.home_of(self.device))
+                dist.all_reduce(travelling)
+                travelling /= world
+                for grad, part in zip(bucket, travelling.split([grad.numel() for grad in bucket])):
+                    grad.copy_(part.view_as(grad))
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()

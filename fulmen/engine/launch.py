@@ -1,0 +1,500 @@
+"""How the processes of a run come to life, and how all of them end: the script again, or a function in new processes."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import io
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fulmen.engine import collectives
+from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only
+from fulmen.utilities.seed import seed_everything
+
+GRACE_SECONDS = 5.0  # between asking a process to end and ending it
+# Set for the processes that are started here: whose they are, and where one says that it has no main guard.
+PARENT, FOLDER = "FULMEN_PARENT", "FULMEN_LAUNCH_FOLDER"
+
+
+class ScriptLauncher:
+    """Runs the command line of this process again, once for each further device of this node.
+
+    This process is the first of the node. The others are ended with it; if one of them fails, so does this one.
+    """
+
+    is_interactive_compatible = False
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+        self.children: list[subprocess.Popen] = []
+        self.started = False
+        self.failed = False  # one of the others did, while this process was well
+        self.over = False  # this process raised
+        self.signalled = False
+
+    def launch(self, function: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
+        """What `function` returns in this process; `owner` is whose results would have to be carried elsewhere."""
+        if not self.started:
+            self.start()
+        elif any(child.poll() is not None for child in self.children):
+            what = "The processes that were started for the other devices have ended, this one cannot go on alone."
+            raise RuntimeError(f"{what} Do not catch what ended them, and run the script again.")
+        try:
+            return function(*args)
+        except BaseException:
+            self.over = True
+            self.end()
+            raise
+
+    def start(self) -> None:
+        """Starts the others and watches them."""
+        strategy, cluster = self.strategy, self.strategy.cluster_environment
+        command, count = command_line(), strategy.num_processes
+        places = meeting_point(strategy)
+        share_processors(count)
+        for local_rank in range(1, count):
+            place = {**places, "LOCAL_RANK": str(local_rank), PARENT: _me()}
+            self.children.append(subprocess.Popen(command, env={**os.environ, **place}))
+        os.environ.update(places, LOCAL_RANK="0")
+        self.started = True
+        rank_zero_info(f"Started {count} processes for {cluster.world_size()} devices: {' '.join(command)[:200]}")
+        if self.children:
+            atexit.register(self.wait)
+            threading.Thread(target=self.watch, daemon=True).start()
+            self.forward()
+
+    def watch(self) -> None:
+        """One of them fails: the others are ended, and this process too if it cannot get out of a collective."""
+        while not any(child.poll() for child in self.children):
+            if all(child.returncode == 0 for child in self.children):
+                return
+            time.sleep(0.2)
+        if self.over:
+            return
+        self.failed = True
+        index, child = next((i, c) for i, c in enumerate(self.children) if c.returncode)
+        rank = self.strategy.global_rank + index + 1
+        if not self.signalled:
+            print(f"Rank {rank} ended with exit code {child.returncode}: all others end too.", file=sys.stderr)
+        self.end()
+        # The main thread usually gets an error from the broken connection, and closes what is open.
+        time.sleep(GRACE_SECONDS)
+        _exit(1)
+
+    def end(self) -> None:
+        """Ends the others: asked first, then forced."""
+        end_all([(child.pid, child.poll) for child in self.children])
+
+    def wait(self) -> None:
+        """At the end of the script: until the others are at theirs, unless something went wrong."""
+        collectives.leave()
+        raised = getattr(sys, "last_value", None) is not None
+        if self.failed or self.over or raised:
+            self.end()
+        codes = [child.wait() for child in self.children]
+        if any(codes) and not self.over and not raised:
+            _exit(next(code for code in codes if code) % 256)
+
+    def forward(self) -> None:
+        """SIGTERM reaches all processes. What else it does is left to who handled it before, or to a handler put above."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def handler(number: int, frame: Any) -> None:
+            self.signalled = True
+            for child in self.children:
+                if child.poll() is None:
+                    child.send_signal(number)
+            if callable(before):
+                before(number, frame)
+            elif signal.getsignal(number) is handler:  # no run is there to end in its own way
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+
+        signal.signal(signal.SIGTERM, handler)
+
+
+class ProcessLauncher:
+    """Runs a function in new processes, one for each device of this node, and carries its results back.
+
+    Arguments:
+        start_method: "spawn", "fork" or "forkserver", as of `multiprocessing`.
+    """
+
+    def __init__(self, strategy: Any, start_method: str) -> None:
+        known = multiprocessing.get_all_start_methods()
+        if start_method not in known:
+            what = f"`start_method={start_method!r}` does not exist on this platform."
+            raise ValueError(f"{what} Use 'popen', or one of {known}.")
+        self.strategy, self.start_method = strategy, start_method
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        return self.start_method == "fork"
+
+    def launch(self, function: Callable[..., Any], *args: Any, owner: Any) -> Any:
+        """What `function` returned on rank 0, after `owner.unpack_results` took what `owner.pack_results` gave there.
+
+        Raises:
+            RuntimeError: CUDA is in use already and processes are forked, the script has no main guard, something
+                cannot be pickled, or a process died. What a process raised is raised here.
+        """
+        self.check()
+        folder = Path(tempfile.mkdtemp(prefix="fulmen-"))
+        context = multiprocessing.get_context(self.start_method)
+        forked = self.start_method == "fork"
+        work: Any = (function, args, owner) if forked else pickled((function, args, owner), folder / "work")
+        places = meeting_point(self.strategy)
+        listener, self.strategy.listener = self.strategy.listener, None
+        children: list[Any] = []
+        try:
+            with environment({**places, FOLDER: str(folder)}):
+                for rank in range(self.strategy.num_processes):
+                    own = listener if rank == 0 or forked else None
+                    arguments = (rank, self.strategy.num_processes, places, folder, work, own, _me(), forked)
+                    children.append(context.Process(target=_child, args=arguments))  # type: ignore[attr-defined]
+                    children[-1].start()
+            if listener is not None:
+                listener.close()
+            self.supervise(children, folder)
+            answer = torch.load(folder / "result", weights_only=False)
+        finally:
+            end_all([(child.pid, _poll(child)) for child in children if child.pid is not None])
+            shutil.rmtree(folder, ignore_errors=True)
+        owner.unpack_results(answer["packed"])
+        return answer["result"]
+
+    def check(self) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            if (folder := os.environ.get(FOLDER)) is not None:
+                Path(folder, "no-main-guard").touch()
+            raise SystemExit(1)
+        if self.start_method == "fork" and torch.cuda.is_initialized():
+            what = "CUDA is in use in this process already, and forked processes cannot use it then."
+            fix = "Do not touch the GPU before `fit` (`.cuda()`, `torch.cuda.current_device()`), or restart the kernel."
+            raise RuntimeError(f"{what} {fix}")
+
+    def supervise(self, children: list[Any], folder: Path) -> None:
+        """Until all have ended. If one fails, the others are ended and its error is raised."""
+        signalled: list[int] = []
+
+        def pass_on(number: int, frame: Any) -> None:
+            signalled.append(number)
+            _signal(children, number)
+
+        with handling(signal.SIGTERM, pass_on):
+            try:
+                while any(child.exitcode is None for child in children):
+                    wait([child.sentinel for child in children if child.exitcode is None], timeout=1)
+                    if any(child.exitcode for child in children):
+                        break
+            except KeyboardInterrupt:
+                _signal(children, signal.SIGINT)
+                wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS)
+                raise
+        if all(child.exitcode == 0 for child in children):
+            return
+        wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else 1.0)
+        raise _failure(children, folder)
+
+
+def _failure(children: list[Any], folder: Path) -> BaseException:
+    """What the first process that failed said; or what is known about it."""
+    if (folder / "no-main-guard").exists():
+        what = "The script starts processes when it is imported, and each process imports it: it has no main guard."
+        return RuntimeError(f"{what} Put what it runs under `if __name__ == '__main__':`, or use `strategy='ddp'`.")
+    reports = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reports:
+        with contextlib.suppress(Exception):
+            told = torch.load(path, weights_only=False)
+            error = told["error"]
+            if error is None:
+                error = RuntimeError(f"Rank {path.name[6:]} raised {told['text']}")
+            error.__cause__ = RemoteTraceback(f"\n\nof rank {path.name[6:]}:\n{told['traceback']}")
+            return error
+    rank, code = next((rank, child.exitcode) for rank, child in enumerate(children) if child.exitcode)
+    how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return RuntimeError(f"The process of local rank {rank} {how} without an exception. The others were ended.")
+
+
+class RemoteTraceback(Exception):
+    """The traceback of another process, shown as the cause of what is raised here."""
+
+
+def _child(
+    rank: int, count: int, places: dict[str, str], folder: Path, work: Any, listener: Any, parent: str, forked: bool
+) -> None:
+    """One process of a `ProcessLauncher`."""
+    os.environ.update(places, LOCAL_RANK=str(rank))
+    os.environ.pop(FOLDER, None)
+    os.environ[PARENT] = parent
+    adopted()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+    if listener is not None and rank != 0:  # inherited
+        listener = listener.close()
+    if forked:
+        # The pool of OpenMP threads does not survive a fork, and whoever uses it afterwards hangs.
+        torch.set_num_threads(1)
+    else:
+        share_processors(count)
+    code = 0
+    try:
+        if not forked:
+            work = _unpickled(work)
+        function, args, owner = work
+        strategy = owner.strategy
+        strategy.launcher, strategy.listener = None, listener
+        if "PL_GLOBAL_SEED" in os.environ:
+            seed_everything(workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)
+        result = function(*args)
+        if rank == 0:
+            torch.save({"packed": owner.pack_results(), "result": result}, folder / "result")
+        collectives.leave()
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        told = {"error": error, "text": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            told["error"] = None
+        torch.save(told, folder / f"writing-{rank}")
+        os.replace(folder / f"writing-{rank}", folder / f"error-{rank}")
+    # Threads of a broken process group would keep the process.
+    _exit(code)
+
+
+# ---------------------------------------------------------------------- pickling
+
+
+def pickled(work: Any, path: Path) -> Path:
+    """Writes it to a file, for processes that inherit nothing. Plain pickling: each gets tensors of its own.
+
+    Raises:
+        MisconfigurationException: names what cannot be pickled.
+    """
+    try:
+        with open(path, "wb") as file:
+            pickle.dump(work, file)
+    except Exception as error:
+        function, args, owner = work
+        parts = {type(owner).__name__: owner, **{f"argument {type(arg).__name__}": arg for arg in args}}
+        name = next((found for name, part in parts.items() if (found := unpicklable(part, name))), str(function))
+        what = f"`{name}` cannot be pickled, which starting new processes needs: {type(error).__name__}: {error}."
+        fix = "Make it a function or class of a module, or use `strategy='ddp'` or 'ddp_fork'."
+        raise MisconfigurationException(f"{what} {fix}") from error
+    return path
+
+
+def unpicklable(value: Any, name: str, depth: int = 8) -> str | None:
+    """Where in an object the innermost part sits that cannot be pickled."""
+    try:
+        pickle.dumps(value)
+        return None
+    except Exception:
+        pass
+    if isinstance(value, dict):
+        children = [(f"{name}[{key!r}]", child) for key, child in value.items()]
+    elif isinstance(value, (list, tuple)):
+        children = [(f"{name}[{index}]", child) for index, child in enumerate(value)]
+    else:
+        state = value.__getstate__() if isinstance(value, torch.nn.Module) else getattr(value, "__dict__", {})
+        children = [(f"{name}.{key}", child) for key, child in (state or {}).items()]
+    found = (unpicklable(child, where, depth - 1) for where, child in children if depth)
+    return next((where for where in found if where), name)
+
+
+def plain_attributes(obj: Any, beside: tuple[Any, ...]) -> dict[str, Any]:
+    """The attributes of an object that can be pickled and lead to none of the objects `beside` it."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: Any) -> None:
+            if any(part is other for other in beside):
+                raise pickle.PicklingError("stays where it is")
+
+    found = {}
+    for name, value in vars(obj).items():
+        with contextlib.suppress(Exception):
+            Pickler(io.BytesIO()).dump(value)
+            found[name] = value
+    return found
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        with open(path, "rb") as file:
+            return pickle.load(file)
+    except AttributeError as error:
+        what = f"A new process does not find what was defined in a notebook or interpreter: {error}."
+        raise RuntimeError(f"{what} Move it into a file that is imported, or use 'ddp_notebook'.") from error
+
+
+# ---------------------------------------------------------------------- places and commands
+
+
+def meeting_point(strategy: Any) -> dict[str, str]:
+    """The variables by which started processes find each other.
+
+    Unless the user chose it, the port is one that this process holds until rank 0 listens there.
+    """
+    cluster = strategy.cluster_environment
+    if cluster.node_rank() == 0 and "MASTER_PORT" not in os.environ:
+        # Processes that are earlier than rank 0 wait in its queue.
+        strategy.listener = socket.create_server(("" if "MASTER_ADDR" in os.environ else cluster.main_address, 0))
+        port = strategy.listener.getsockname()[1]
+    else:
+        port = cluster.main_port
+    return {
+        "MASTER_ADDR": cluster.main_address,
+        "MASTER_PORT": str(port),
+        "NODE_RANK": str(cluster.node_rank()),
+        "WORLD_SIZE": str(strategy.num_nodes * strategy.num_processes),
+    }
+
+
+def command_line() -> list[str]:
+    """How this process was started, with the script's path made absolute: the folder may have changed since."""
+    command = [sys.executable, *sys.orig_argv[1:]]
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if (script is None and "-c" not in command) or hasattr(sys, "ps1"):
+        what = "`strategy='ddp'` runs the script again for each device, and there is no script."
+        raise MisconfigurationException(f"{what} In a notebook or interpreter, use `strategy='ddp_notebook'`.")
+    if script is not None and getattr(main, "__spec__", None) is None:
+        name = os.path.basename(script)
+        at = next((i for i, word in enumerate(command) if i and os.path.basename(word) == name), None)
+        if at is not None:
+            command[at] = os.path.abspath(script)
+    return command
+
+
+def share_processors(count: int) -> None:
+    """Each process of this node gets its part of the processors, unless the user said how many threads to use."""
+    if "OMP_NUM_THREADS" not in os.environ and count > 1:
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, available // count)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Inside, these variables are set."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def handling(number: int, handler: Any) -> Iterator[None]:
+    """Inside, the handler takes the signal; only the main thread can have one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+# ---------------------------------------------------------------------- ending
+
+
+def adopted() -> None:
+    """In a process that was started here: it ends with the one that started it."""
+    if (told := os.environ.pop(PARENT, None)) is None:
+        return
+    parent, of_main_thread = map(int, told.split(":"))
+    os.environ[_KNOWN_PARENT] = str(parent)
+    if sys.platform == "linux" and of_main_thread:
+        # The kernel kills us when the thread that started us ends.
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    else:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+_KNOWN_PARENT = "FULMEN_KNOWN_PARENT"
+
+
+def tell_launcher() -> None:
+    """SIGTERM came to this process: whoever started it passes it on to all."""
+    parent = os.environ.get(_KNOWN_PARENT)
+    if parent is not None and os.getppid() == int(parent):
+        os.kill(int(parent), signal.SIGTERM)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _me() -> str:
+    return f"{os.getpid()}:{int(threading.current_thread() is threading.main_thread())}"
+
+
+def end_all(processes: list[tuple[int, Callable[[], Any]]]) -> None:
+    """Asks each process, given with what tells its exit code, to end; those that do not are forced after a moment."""
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
+        running = [(pid, poll) for pid, poll in processes if poll() is None]
+        if not running:
+            return
+        for pid, _ in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        wait_for([poll for _, poll in running], patience)
+
+
+def wait_for(polls: list[Callable[[], Any]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(poll() is None for poll in polls) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _poll(child: Any) -> Callable[[], Any]:
+    return lambda: child.exitcode
+
+
+def _signal(children: list[Any], number: int) -> None:
+    for child in children:
+        if child.exitcode is None:
+            os.kill(child.pid, number)
+
+
+def _exit(code: int) -> None:
+    """Ends this process now, with what was written flushed."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

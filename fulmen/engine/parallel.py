@@ -1,0 +1,211 @@
+"""`ParallelStrategy`: what strategies over several processes share: who is who, meeting, and the collectives."""
+
+from __future__ import annotations
+
+from abc import ABC
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fulmen.engine import collectives
+from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
+from fulmen.engine.strategy import Strategy
+from fulmen.utilities.introspection import alias
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Generator
+
+    from fulmen.engine.cluster import ClusterEnvironment
+
+
+class ParallelStrategy(Strategy, ABC):
+    """One process per device, each with the whole loop and a part of the data.
+
+    Collectives must be called by all processes. Before the processes have met, and once this one is leaving because of
+    an exception, they do nothing and give back what they got.
+
+    Arguments:
+        process_group_backend: "gloo", "nccl", ...; None takes what suits the device.
+        timeout: how long a process waits for the others, when they meet and in each collective.
+        start_method: "popen" runs the script again for each device; "spawn", "fork" and "forkserver" run only the call.
+    """
+
+    strategy_name = "parallel"
+
+    def __init__(
+        self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None, checkpoint_io: Any = None, precision_plugin: Any = None,
+        process_group_backend: str | None = None, timeout: timedelta | None = None, start_method: str = "popen",
+    ) -> None:  # fmt: skip
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
+        self.parallel_devices, self.cluster_environment = parallel_devices, cluster_environment
+        self._process_group_backend, self._start_method = process_group_backend, start_method
+        self._timeout = timedelta(minutes=30) if timeout is None else timeout
+        self.num_nodes = 1
+        self.layer_sync: Any = None  # a `LayerSync` that is applied while fitting
+        self.listener: socket.socket | None = None  # behind the main port, until the processes have met
+        self.store: Any = None  # the group's, once they have
+        self._runs = 0
+        self._last_batch: collectives.LastBatch | None = None
+
+    # ------------------------------------------------------------------ who is who
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        devices = self.parallel_devices or [torch.device("cpu")]
+        # A scheduler may show each process its own device only.
+        return devices[self.local_rank if len(devices) > 1 else 0]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or [None])
+
+    local_rank = property(lambda self: self._asked("local_rank", 0), doc="Index of this process on its node.")
+    node_rank = property(lambda self: self._asked("node_rank", 0), doc="Index of this node.")
+    global_rank = property(lambda self: self._asked("global_rank", 0), doc="Index of this process over all nodes.")
+    world_size = property(lambda self: self._asked("world_size", 1), doc="Processes over all nodes.")
+    is_distributed = True
+    start_method = alias("_start_method", "How the processes start.")
+    timeout = alias("_timeout", "How long a process waits for the others.")
+
+    def _asked(self, what: str, alone: int) -> int:
+        return alone if self.cluster_environment is None else getattr(self.cluster_environment, what)()
+
+    @property
+    def process_group_backend(self) -> str:
+        """What connects the processes."""
+        return self._process_group_backend or collectives.backend_for(self.root_device)
+
+    @property
+    def needs_plain_tensors(self) -> bool:  # type: ignore[override]
+        """Gloo writes into tensors outside of inference mode."""
+        return self.process_group_backend == "gloo"
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Arguments of a sampler for this process's part of the data."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def set_world_ranks(self) -> None:
+        """Tells the environment what follows from the devices; it may know better."""
+        cluster: Any = self.cluster_environment
+        cluster.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        cluster.set_world_size(self.num_nodes * self.num_processes)
+
+    def configure_launcher(self) -> None:
+        """Chooses who starts the processes; nobody if they exist."""
+        cluster: Any = self.cluster_environment
+        cluster.validate_settings(self.num_processes, self.num_nodes)
+        self.set_world_ranks()
+        adopted()
+        if cluster.creates_processes_externally:
+            self.launcher = None
+        elif self._start_method == "popen":
+            self.launcher = ScriptLauncher(self)
+        else:
+            self.launcher = ProcessLauncher(self, self._start_method)
+
+    # ------------------------------------------------------------------ life
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        """Meets the other processes."""
+        self.set_world_ranks()
+        listener, self.listener = self.listener, None
+        self.store = collectives.join(self.cluster_environment, self.process_group_backend, self._timeout, listener)
+        self.leaving, self._last_batch = False, None
+        self._runs += 1
+
+    def setup(self, trainer: Any) -> None:
+        if self.layer_sync is not None and trainer.state.fn == "fit" and self.world_size > 1:
+            self.model = self.layer_sync.apply(self.model)
+        super().setup(trainer)
+
+    def teardown(self) -> None:
+        self.model = self._lightning_module
+        if self.layer_sync is not None and self.model is not None:
+            self.model = self._lightning_module = self.layer_sync.revert(self.model)
+        super().teardown()
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+
+    def model_to_device(self) -> None:
+        self.model.to(self.root_device)
+
+    def ends_after(self, batch: int, window: int) -> bool:
+        """SIGTERM came: is this the batch, counted over all epochs, after which all processes end together?
+
+        Arguments:
+            window: batches after which gradients are exchanged at the latest.
+        """
+        if self.world_size == 1 or self.store is None:
+            return True
+        if self._last_batch is None:
+            tell_launcher()
+            store = dist.PrefixStore(f"fulmen/end/{self._runs}", self.store)
+            self._last_batch = collectives.LastBatch(store, self.global_rank, self.world_size)
+        return self._last_batch.reached(batch, window)
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Inside, gradients are not exchanged between processes."""
+        with self.no_backward_sync(self.model):
+            yield
+
+    # ------------------------------------------------------------------ collectives
+
+    @property
+    def together(self) -> bool:
+        """Can the others be reached?"""
+        return not self.leaving and collectives.initialised()
+
+    def barrier(self, name: str | None = None) -> None:
+        if self.together:
+            device = self.root_device
+            dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not self.together or self.world_size == 1:
+            return obj
+        carried = [obj]
+        dist.broadcast_object_list(carried, src, device=collectives.home_of(self.root_device))
+        return carried[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not isinstance(tensor, Tensor) or not self.together:
+            return tensor
+        return collectives.reduced(tensor, self.root_device, group, reduce_op or "sum")
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if not self.together:
+            return tensor.unsqueeze(0)
+        return collectives.gathered(tensor, self.root_device, group, sync_grads)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not self.together:
+            return decision
+        votes = int(collectives.reduced(torch.tensor(int(decision)), self.root_device, op="sum"))
+        return votes == self.world_size if all else votes > 0
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint on rank 0; if that fails, all processes raise, so that none waits for the others."""
+        problem: Exception | None = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except Exception as error:
+            problem = error
+        said = self.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
+        if problem is not None:
+            raise problem
+        if said is not None:
+            raise RuntimeError(f"Rank 0 could not write the checkpoint {str(filepath)!r}: {said}")
