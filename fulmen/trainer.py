@@ -305,7 +305,11 @@ class Trainer:
         for logger in self.loggers:
             _ = logger.version  # looked for once: all processes, this one too, mean the same folder
         self.__dict__.pop("hooks", None)
-        return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
+        try:
+            return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
+        except BaseException:
+            self.state.status, self.state.stage = TrainerStatus.INTERRUPTED, None
+            raise
 
     def _run_launched(self, *args: Any) -> Any:
         # A module or datamodule that was pickled arrives without its trainer.
@@ -318,7 +322,9 @@ class Trainer:
         """What a run on another process leaves behind, for `unpack_results` where the call was made."""
         return {
             "weights": move_data_to_device(self.lightning_module.state_dict(), torch.device("cpu")),
-            "callbacks": [(key, plain_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()],
+            "callbacks": [
+                (key, plain_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()
+            ],
             "progress": self.fit_loop.progress,
             "limits": (self.max_epochs, self.min_epochs),
             "state": self.state,
@@ -331,6 +337,9 @@ class Trainer:
         module = self.lightning_module
         if module.state_dict().keys() != packed["weights"].keys():
             module.configure_model()  # so that there are layers to load the weights into
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, torch.Tensor):  # the precision may have made it another type
+                tensor.data = tensor.data.to(packed["weights"][name].dtype)
         module.load_state_dict(packed["weights"])
         changed = dict(packed["callbacks"])
         for key, callback in self._keyed_callbacks():

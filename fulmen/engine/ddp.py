@@ -23,6 +23,8 @@ from fulmen.utilities.introspection import is_generator
 
 # What `DistributedDataParallel` takes, and nobody else decides.
 _OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
+# Whether a step begins with the buffers of rank 0: the name of today, if torch knows it, and the older one.
+_BUFFERS = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _OPTIONS]
 
 
 class DDPStrategy(ParallelStrategy):
@@ -99,11 +101,12 @@ class DDPStrategy(ParallelStrategy):
     def configure_ddp(self) -> DistributedDataParallel:
         """The wrapped model; weights and buffers of rank 0 are in all processes afterwards."""
         options = dict(self._ddp_kwargs)
-        if options.get("broadcast_buffers") is None:
+        if all(options.get(name) is None for name in _BUFFERS):
             statistics = {id(b) for m in self.model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()}
-            only_statistics = all(id(buffer) in statistics for buffer in self.model.buffers())
-            self._shares_statistics = bool(statistics)
-            options["broadcast_buffers"] = not only_statistics
+            if statistics and all(id(buffer) in statistics for buffer in self.model.buffers()):
+                self._shares_statistics = True
+                options[_BUFFERS[0]] = False
+                collectives.share(self.model.buffers(), self.root_device)  # older versions of torch would not
         wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
         if hook is not None:
@@ -131,6 +134,11 @@ class DDPStrategy(ParallelStrategy):
             missing = [parameter for parameter in managed or () if parameter.requires_grad and parameter.grad is None]
             if missing:
                 raise RuntimeError(unused_message(names_of(self._lightning_module, missing)))
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)
+        if self.exchange is not None:
+            self.exchange.know(self.optimizers)
 
     @contextmanager
     def _without_sync(self) -> Generator[None]:
@@ -211,7 +219,8 @@ class GradientExchange:
     """Averages over the processes what a backward pass added to gradients, at its end.
 
     Averaging is linear: of a gradient that was averaged before and grew since, only what came differs. So several
-    backward passes before a step need no bookkeeping but which parameters they reached.
+    backward passes before a step need no bookkeeping but which parameters they reached. A pass takes along those that
+    passes before reached without an exchange, if they belong to an optimizer of a parameter it reached itself.
 
     Arguments:
         differs: whether processes may reach different parameters; one more collective per pass tells then.
@@ -219,7 +228,9 @@ class GradientExchange:
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, differs: bool) -> None:
         self.parameters, self.device, self.differs, self.on = list(parameters), device, differs, True
-        self.reached: set[int] = set()
+        self.owner: dict[int, int] = {}  # of which optimizer; those of none belong together
+        self.reached: set[int] = set()  # since the last exchange
+        self.now: set[int] = set()  # by the backward pass that is running
         self.due = False
         self.hooks = []
         for index, parameter in enumerate(self.parameters):
@@ -229,28 +240,41 @@ class GradientExchange:
             self.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, index=index: self.arrived(index)))
             parameter.requires_grad_(learns)
 
+    def know(self, optimizers: Iterable[Any]) -> None:
+        """Whose parameters are stepped together."""
+        index_of = {id(parameter): index for index, parameter in enumerate(self.parameters)}
+        for number, optimizer in enumerate(optimizers):
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in index_of):
+                self.owner[index_of[id(parameter)]] = number
+
     def arrived(self, index: int) -> None:
         """A gradient is there."""
         self.reached.add(index)
-        if self.on and not self.due:
+        if not self.on:
+            return
+        self.now.add(index)
+        if not self.due:
             self.due = True
             torch.autograd.Variable._execution_engine.queue_callback(self.run)
 
     def run(self) -> None:
         """At the end of the backward pass."""
         self.due, world = False, dist.get_world_size()
+        owners = {self.owner.get(index) for index in self.now}
+        found = sorted(index for index in self.reached if self.owner.get(index) in owners)
         if self.differs:
             mine = torch.zeros(len(self.parameters), dtype=torch.int32)
-            mine[list(self.reached)] = 1
+            mine[found] = 1
             found = collectives.reduced(mine, self.device, op="max").nonzero().flatten().tolist()
-        else:
-            found = sorted(self.reached)
-        self.reached.clear()
-        for index in found:
-            if self.parameters[index].grad is None:
-                self.parameters[index].grad = torch.zeros_like(self.parameters[index])
+        self.now.clear()
+        self.reached.difference_update(found)
+        gradients = []
+        for parameter in (self.parameters[index] for index in found):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         with torch.no_grad():
-            for bucket in collectives.buckets(self.parameters[index].grad for index in found):
+            for bucket in collectives.buckets(gradients):
                 flat = torch.cat([grad.reshape(-1) for grad in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
                 travelling = flat.to(collectives.home_of(self.device))
                 dist.all_reduce(travelling)

@@ -62,6 +62,9 @@ class ScriptLauncher:
             return function(*args)
         except BaseException:
             self.over = True
+            # What is raised here may come from the connection to one that died a moment ago.
+            wait_for([lambda: any(child.poll() for child in self.children) or None], 0.5)
+            self.name_failed()
             self.end()
             raise
 
@@ -91,14 +94,17 @@ class ScriptLauncher:
         if self.over:
             return
         self.failed = True
-        index, child = next((i, c) for i, c in enumerate(self.children) if c.returncode)
-        rank = self.strategy.global_rank + index + 1
-        if not self.signalled:
-            print(f"Rank {rank} ended with exit code {child.returncode}: all others end too.", file=sys.stderr)
+        self.name_failed()
         self.end()
         # The main thread usually gets an error from the broken connection, and closes what is open.
         time.sleep(GRACE_SECONDS)
         _exit(1)
+
+    def name_failed(self) -> None:
+        """Says which of the others failed, unless all were told to end."""
+        for rank, child in enumerate(self.children, self.strategy.global_rank + 1):
+            if child.poll() and not self.signalled:
+                print(f"Rank {rank} {how_it_ended(child.returncode)}: all others end too.", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Ends the others: asked first, then forced."""
@@ -210,8 +216,8 @@ class ProcessLauncher:
                         break
             except KeyboardInterrupt:
                 _signal(children, signal.SIGINT)
-                wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS)
-                raise
+                wait_for([_poll(child) for child in children], GRACE_SECONDS)
+                raise SystemExit(1) from None  # as where the run is in this process
         if all(child.exitcode == 0 for child in children):
             return
         wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else 1.0)
@@ -224,17 +230,25 @@ def _failure(children: list[Any], folder: Path) -> BaseException:
         what = "The script starts processes when it is imported, and each process imports it: it has no main guard."
         return RuntimeError(f"{what} Put what it runs under `if __name__ == '__main__':`, or use `strategy='ddp'`.")
     reports = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    told = {path.name for path in reports}
+    for rank, child in enumerate(children):
+        if child.exitcode and f"error-{rank}" not in told:
+            what = f"The process of local rank {rank} {how_it_ended(child.exitcode)} without an exception."
+            return RuntimeError(f"{what} The others were ended.")
     for path in reports:
         with contextlib.suppress(Exception):
-            told = torch.load(path, weights_only=False)
-            error = told["error"]
+            report = torch.load(path, weights_only=False)
+            error = report["error"]
             if error is None:
-                error = RuntimeError(f"Rank {path.name[6:]} raised {told['text']}")
-            error.__cause__ = RemoteTraceback(f"\n\nof rank {path.name[6:]}:\n{told['traceback']}")
+                error = RuntimeError(f"Rank {path.name[6:]} raised {report['text']}")
+            error.__cause__ = RemoteTraceback(f"\n\nof rank {path.name[6:]}:\n{report['traceback']}")
             return error
-    rank, code = next((rank, child.exitcode) for rank, child in enumerate(children) if child.exitcode)
-    how = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return RuntimeError(f"The process of local rank {rank} {how} without an exception. The others were ended.")
+    return RuntimeError("The processes ended without a result.")
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code of `subprocess` or `multiprocessing` in words."""
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 class RemoteTraceback(Exception):

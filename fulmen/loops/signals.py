@@ -38,7 +38,8 @@ class Signals:
             self._installed = False
 
     def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        rank_zero_info("Received SIGTERM: training stops after the current batch.")
+        if not self.received_sigterm:
+            rank_zero_info("Received SIGTERM: training stops after the current batch.")
         self.received_sigterm = True
         if callable(self._before):
             self._before(number, frame)

@@ -1,0 +1,215 @@
+"""How processes come to life and end: scripts that are run again, and calls in spawned and forked processes."""
+
+import os
+import pickle
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import Regression, make_loader, make_trainer
+
+import fulmen as pl
+from fulmen.strategies import DDPStrategy
+from fulmen.utilities.errors import MisconfigurationException
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
+
+# ---------------------------------------------------------------------- scripts
+
+
+@pytest.mark.parametrize(
+    "before", [("train.py",), ("-m", "train"), ("-c", "import sys; sys.argv[1:1]; exec(open('train.py').read())")]
+)
+def test_the_script_is_run_again_for_each_device(script, ended, before):
+    code, output = ended(script("plain", "ddp", before=before))
+    assert code == 0, output
+    words = "4 2 ['test_loss'] finished"
+    assert sorted(line for line in output.splitlines() if "done" in line) == [f"done 0 {words}", f"done 1 {words}"]
+
+
+def test_torchrun_starts_the_processes(script, ended):
+    before = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py")
+    code, output = ended(script("plain", "ddp", before=before))
+    assert code == 0 and output.count("done") == 2, output
+    code, output = ended(script("plain", "ddp", before=("-m", "torch.distributed.run", "--standalone", "train.py")))
+    assert code != 0 and "started 1 processes, but the Trainer is made for 2" in output
+
+
+def test_a_taken_port_is_named(script, ended):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, output = ended(script("plain", "ddp", MASTER_PORT=str(port)))
+    assert code == 1 and f"Port {port} is taken" in output and "Unset MASTER_PORT" in output
+
+
+@pytest.mark.parametrize(("address", "words"), [("nowhere.invalid", "Set MASTER_ADDR"), ("127.0.0.1", "found nobody")])
+def test_an_address_where_nobody_answers_is_named(run_python, tmp_path, address, words, capfd):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"""
+import os, datetime
+os.environ.update(LOCAL_RANK="1", MASTER_ADDR="{address}", MASTER_PORT="{port}", PYTHONWARNINGS="ignore")
+import fulmen as pl
+from fulmen.strategies import DDPStrategy
+from fulmen.engine.cluster import LightningEnvironment
+strategy = pl.Trainer(devices=2, accelerator="cpu", logger=False, strategy=DDPStrategy(timeout=datetime.timedelta(seconds=3))).strategy
+strategy.setup_environment()
+"""
+    start = time.monotonic()
+    assert run_python(code) == 1
+    said = capfd.readouterr().err
+    assert f"MASTER_ADDR={address}, MASTER_PORT={port}" in said and words in said
+    assert time.monotonic() - start < 40
+
+
+# ---------------------------------------------------------------------- calls in new processes
+
+
+class Remembers(pl.callbacks.Callback):
+    """State that is worth carrying back, and some that cannot be."""
+
+    def __init__(self):
+        self.losses, self.epochs, self.module, self.function = [], 0, None, None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+        self.module, self.function = module, lambda: None
+
+    def on_train_epoch_end(self, *_):
+        self.epochs += 1
+
+
+class BuildsLate(Regression):
+    def configure_model(self):
+        if not hasattr(self, "late"):
+            self.late = torch.nn.Linear(1, 1)
+            torch.nn.init.ones_(self.late.weight)
+            torch.nn.init.ones_(self.late.bias)
+
+    def loss(self, batch):
+        return super().loss(batch) + (self.late(batch[1]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_results_come_back(start, tmp_path):
+    torch.manual_seed(3)
+    alone, model = BuildsLate(), BuildsLate()
+    alone.load_state_dict(model.state_dict())
+    remembers, checkpoint = Remembers(), pl.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+    trainer = make_trainer(
+        devices=2, strategy=f"ddp_{start}", max_epochs=2, callbacks=[remembers, checkpoint], enable_checkpointing=True
+    )
+    trainer.fit(model, make_loader(batch_size=2), make_loader())
+    make_trainer(max_epochs=2).fit(alone, make_loader(batch_size=4))
+    torch.testing.assert_close(model.layer.weight, alone.layer.weight)
+    torch.testing.assert_close(model.late.weight, alone.late.weight)
+    assert model.late.weight.shape == (1, 1)  # built there, and here to take the weights
+    assert len(remembers.losses) == 6 and remembers.epochs == 2 and remembers.module is None
+    assert os.path.exists(checkpoint.best_model_path) and checkpoint.best_model_score > 0
+    assert trainer.checkpoint_callback is checkpoint
+    assert (trainer.current_epoch, trainer.global_step) == (2, 6)
+    assert trainer.state.finished and trainer.state.fn == "fit"
+    assert set(trainer.callback_metrics) == {"train_loss", "val_loss"}
+    assert trainer.callback_metrics["train_loss"] == pytest.approx(remembers.losses[-1])
+    # and the next call starts processes again
+    trainer.max_epochs = 3
+    trainer.fit(model, make_loader(batch_size=2))
+    assert (trainer.current_epoch, trainer.global_step) == (3, 9)
+    results = trainer.validate(model, make_loader(), verbose=False)
+    assert results[0]["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+
+
+class Unhappy(Regression):
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            raise KeyError("no such column")
+        return super().training_step(batch, batch_idx)
+
+
+class OwnError(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class UnhappyInItsWay(Regression):
+    def training_step(self, batch, batch_idx):
+        raise OwnError("a", "b")  # cannot be unpickled
+
+
+def test_what_a_process_raised_is_raised_here():
+    trainer = make_trainer(devices=2, strategy="ddp_fork")
+    with pytest.raises(KeyError, match="no such column") as raised:
+        trainer.fit(Unhappy(), make_loader())
+    assert "of rank 1" in str(raised.value.__cause__) and "in training_step" in str(raised.value.__cause__)
+    assert trainer.interrupted
+    with pytest.raises(RuntimeError, match="OwnError: a"):
+        make_trainer(devices=2, strategy="ddp_fork").fit(UnhappyInItsWay(), make_loader())
+
+
+def test_a_process_that_dies_is_named():
+    class Dies(Regression):
+        def training_step(self, batch, batch_idx):
+            if self.global_rank == 1:
+                os._exit(3)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="local rank 1 ended with exit code 3"):
+        make_trainer(devices=2, strategy="ddp_fork").fit(Dies(), make_loader())
+
+
+class HasLambda(Regression):
+    def __init__(self):
+        super().__init__()
+        self.activation = {"name": [lambda x: x]}
+
+
+def test_what_cannot_be_pickled_is_named():
+    trainer = make_trainer(devices=2, strategy="ddp_spawn")
+    with pytest.raises(MisconfigurationException, match=r"\.activation\['name'\]\[0\]` cannot be pickled.*'ddp'"):
+        trainer.fit(HasLambda(), make_loader())
+    loader = make_loader()
+    loader.collate_fn = lambda batch: batch
+    with pytest.raises(MisconfigurationException, match=r"collate_fn` cannot be pickled"):
+        make_trainer(devices=2, strategy="ddp_spawn").fit(Regression(), loader)
+
+
+def test_a_script_without_main_guard_is_told_so(script, ended):
+    code, output = ended(script("unguarded", "ddp_spawn"))
+    assert code == 1 and "no main guard" in output and "if __name__ == '__main__':" in output
+
+
+def test_cuda_that_is_in_use_cannot_be_forked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="CUDA is in use"):
+        make_trainer(devices=2, strategy="ddp_fork").fit(Regression(), make_loader())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
+def test_a_trainer_that_has_not_run_can_be_pickled(strategy):
+    trainer = pickle.loads(pickle.dumps(make_trainer(devices=2, strategy=strategy)))
+    assert type(trainer.strategy) is DDPStrategy and trainer.strategy.num_processes == 2
+
+
+def test_one_device_is_a_group_of_one():
+    model, alone = Regression(), Regression()
+    alone.load_state_dict(model.state_dict())
+    make_trainer(devices=1, strategy="ddp_fork").fit(model, make_loader())
+    make_trainer().fit(alone, make_loader())
+    assert torch.equal(model.layer.weight, alone.layer.weight)
+
+
+def test_threads_are_shared_out(run_python, tmp_path):
+    code = """
+import os, torch
+os.environ.pop("OMP_NUM_THREADS", None)
+from fulmen.engine.launch import share_processors
+share_processors(2)
+available = len(os.sched_getaffinity(0))
+assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) == max(1, available // 2), torch.get_num_threads()
+"""
+    assert run_python(code) == 0
