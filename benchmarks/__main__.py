@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("calls", "imports", "overhead", "autoencoder", "precision", "memory")
+NAMES = ("calls", "imports", "overhead", "autoencoder", "precision", "memory", "ddp")
 
 if __name__ == "__main__":
     failed = []

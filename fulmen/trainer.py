@@ -133,6 +133,7 @@ class Trainer:
         self.datamodule: LightningDataModule | None = None
         self.should_stop = False
         self.val_check_batch: float = inf
+        self._log_dir: str | None = None  # of rank 0
         self._ckpt_path: Any = None
         self._ckpt_path_by_user = False
         machine = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "sync_batchnorm")
@@ -365,6 +366,7 @@ class Trainer:
             self._connect_callbacks()
             verify.configuration(self)
             self.strategy.setup_environment()
+            self._share_log_dir()
             self._prepare_data()
             self._call_setup_hooks()
             self._configure_model()
@@ -469,6 +471,7 @@ class Trainer:
         self.sources.prepare_data(
             self.lightning_module, self.datamodule, local_rank=self.local_rank, global_rank=self.global_rank
         )
+        self.strategy.patient_barrier("prepare_data")
 
     def _call_setup_hooks(self) -> None:
         module, stage = self.lightning_module, cast("str", self.state.fn)
@@ -478,6 +481,7 @@ class Trainer:
         module.__dict__["_device"] = self.strategy.root_device
         for logger in self.loggers:
             _ = getattr(logger, "experiment", None)
+        self._share_log_dir()
         self.strategy.barrier("pre_setup")
         if self.datamodule is not None:
             self.datamodule.setup(stage)
@@ -652,8 +656,15 @@ class Trainer:
 
     @property
     def log_dir(self) -> str | None:
-        """The directory of the first logger, or the root directory."""
-        return self.strategy.broadcast(run_dir(self.loggers[0]) if self.loggers else self.default_root_dir)
+        """The directory of the first logger, or the root directory; in other processes what it is on rank 0."""
+        if not self.is_global_zero and self._log_dir is not None:
+            return self._log_dir
+        return run_dir(self.loggers[0]) if self.loggers else self.default_root_dir
+
+    def _share_log_dir(self) -> None:
+        if self.world_size > 1:
+            self._log_dir = None
+            self._log_dir = self.strategy.broadcast(self.log_dir)
 
     @property
     def logger(self) -> Logger | None:

@@ -28,7 +28,8 @@ def initialised() -> bool:
 
 def backend_for(device: torch.device) -> str:
     """What connects devices of this kind best."""
-    return "nccl" if device.type == "cuda" else dist.get_default_backend_for_device(device)
+    known = {"cpu": "gloo", "cuda": "nccl"}.get(device.type)
+    return known or dist.get_default_backend_for_device(device)
 
 
 # ---------------------------------------------------------------------- meeting

@@ -20,7 +20,9 @@ from fulmen.engine import collectives
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
+from fulmen.utilities.rank_zero import warn_once
 
+SMALL_BATCH = 8  # of one device, for batch norm
 # What `DistributedDataParallel` takes, and nobody else decides.
 _OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
 # Whether a step begins with the buffers of rank 0: the name of today, if torch knows it, and the older one.
@@ -65,6 +67,7 @@ class DDPStrategy(ParallelStrategy):
         self._ddp_comm_wrapper = ddp_comm_wrapper
         self._ddp_kwargs = {"gradient_as_bucket_view": True, **kwargs}
         self.exchange: GradientExchange | None = None
+        self._managed: list[Tensor] = []  # the parameters DDP waits for, in its order
         self._shares_statistics = False  # are buffers taken over from rank 0 before they are read?
 
     find_unused_parameters = property(
@@ -107,6 +110,7 @@ class DDPStrategy(ParallelStrategy):
                 self._shares_statistics = True
                 options[_BUFFERS[0]] = False
                 collectives.share(self.model.buffers(), self.root_device)  # older versions of torch would not
+        self._managed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
         if hook is not None:
@@ -121,7 +125,7 @@ class DDPStrategy(ParallelStrategy):
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
         wrapped = step_name == "training_step" and isinstance(self.model, DistributedDataParallel)
-        return through_forward(self.model, self._lightning_module, step) if wrapped else step
+        return through_forward(self.model, self._lightning_module, step, self._managed) if wrapped else step
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?
@@ -130,8 +134,7 @@ class DDPStrategy(ParallelStrategy):
             RuntimeError: names those that it did not reach.
         """
         if not self.find_unused_parameters and not self._ddp_kwargs.get("static_graph"):
-            managed = isinstance(self.model, DistributedDataParallel) and self.model._module_parameters
-            missing = [parameter for parameter in managed or () if parameter.requires_grad and parameter.grad is None]
+            missing = [parameter for parameter in self._managed if parameter.grad is None]
             if missing:
                 raise RuntimeError(unused_message(names_of(self._lightning_module, missing)))
 
@@ -160,14 +163,24 @@ class DDPStrategy(ParallelStrategy):
 
     on_train_end = on_validation_start
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        size, world = getattr(dataloader, "batch_size", None), self.world_size
+        fits_alone = self.exchange is not None and self.layer_sync is None and world > 1
+        if fits_alone and isinstance(size, int) and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
+            what = f"Batch norm sees {size} samples on each of {world} devices, which is few for statistics."
+            warn_once(f"{what} `Trainer(sync_batchnorm=True)` takes those of all devices together.")
+        return dataloader
+
     def teardown(self) -> None:
         if self.exchange is not None:
             self.exchange.remove()
-        self.exchange, self._shares_statistics = None, False
+        self.exchange, self._shares_statistics, self._managed = None, False, []
         super().teardown()
 
 
-def through_forward(wrapped: Module, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+def through_forward(
+    wrapped: Module, module: Module, step: Callable[..., Any], managed: list[Tensor]
+) -> Callable[..., Any]:
     """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
 
     The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.
@@ -192,13 +205,17 @@ def through_forward(wrapped: Module, module: Module, step: Callable[..., Any]) -
             indices = re.search(r"did not receive grad for rank \d+: ([\d\s]+)", str(error))
             if "Expected to have finished reduction" not in str(error):
                 raise
-            managed: Any = wrapped._module_parameters
             missing = [managed[int(index)] for index in indices[1].split()] if indices else []
             raise RuntimeError(unused_message(names_of(module, missing))) from error
         finally:
             put_back()
 
     return run
+
+
+def has_batch_norm(module: Module) -> bool:
+    """Does it have layers whose statistics are those of a batch?"""
+    return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
 def names_of(module: Module, parameters: Iterable[Tensor]) -> list[str]:

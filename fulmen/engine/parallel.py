@@ -174,6 +174,13 @@ class ParallelStrategy(Strategy, ABC):
             device = self.root_device
             dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
 
+    def patient_barrier(self, name: str) -> None:
+        if self.together:
+            key = f"fulmen/{self._runs}/{name}"
+            if self.store.add(key, 1) == self.world_size:
+                self.store.set(f"{key}/all", "here")
+            self.store.wait([f"{key}/all"], timedelta(days=30))
+
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not self.together or self.world_size == 1:
             return obj

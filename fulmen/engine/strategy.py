@@ -183,6 +183,9 @@ class Strategy(ABC):
     def barrier(self, name: str | None = None) -> None:
         """Waits until every process is here."""
 
+    def patient_barrier(self, name: str) -> None:
+        """`barrier` for where others may take hours."""
+
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object of process `src`, everywhere."""
         return obj

@@ -5,6 +5,9 @@ Processes are forked: what a test prepared is there, and nothing has to be impor
 
 import copy
 import os
+import time
+import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -544,3 +547,46 @@ def test_validate_test_and_predict_start_from_the_weights_of_rank_0(tmp_path):
     trainer = make_trainer(devices=2, strategy="ddp_fork")
     results = trainer.validate(Asked(), make_loader(), verbose=False)
     assert list(results[0]) == ["val_loss"] and [weight.tolist() for weight in per_rank(tmp_path)] == [[[0] * 4]] * 2
+
+
+def test_preparing_data_may_take_longer_than_a_collective_may(tmp_path):
+    class Prepares(Net):
+        def prepare_data(self):
+            time.sleep(3)
+            (tmp_path / f"prepared-{self.global_rank}").touch()
+
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=2))
+    fitted(Prepares(), 2, strategy=strategy)
+    assert os.listdir(tmp_path) == ["prepared-0"]
+
+
+def test_the_log_dir_can_be_asked_for_by_one_process_alone(tmp_path):
+    class Asks(Net):
+        def on_train_start(self):
+            if self.global_rank == 1:
+                torch.save(self.trainer.log_dir, tmp_path / "rank-1")
+
+    trainer = make_trainer(devices=2, strategy="ddp_fork", logger=pl.loggers.CSVLogger(tmp_path))
+    trainer.fit(Asks().double(), loader(6))
+    assert torch.load(tmp_path / "rank-1") == trainer.log_dir == str(tmp_path / "lightning_logs" / "version_0")
+
+
+def test_small_batches_of_batch_norm_are_mentioned():
+    fit = lambda **arguments: fitted(Net(nn.BatchNorm1d(6)), 2, batch_size=4, max_epochs=1, **arguments)  # noqa: E731
+    warned = []
+
+    class Listens(pl.callbacks.Callback):
+        def setup(self, *_, **__):
+            self.context = warnings.catch_warnings(record=True)
+            self.found = self.context.__enter__()
+            warnings.simplefilter("always")
+
+        def on_train_start(self, *_):
+            self.said = [str(warning.message) for warning in self.found]
+            del self.context, self.found
+
+    for arguments in ({}, {"sync_batchnorm": True}):
+        listens = Listens()
+        fit(callbacks=[listens], **arguments)
+        warned.append(any("2 samples on each of 2 devices" in said for said in listens.said))
+    assert warned == [True, False]

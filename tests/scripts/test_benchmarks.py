@@ -17,6 +17,7 @@ ROWS = {
     "memory": ("bare loop", "fit, nothing on", "fit, defaults on, TQDM bar"),
     "autoencoder": (),
     "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+    "ddp": ("784-64-3-64-784, batch 128: elapsed", "8-2, batch 4: at work"),
 }
 
 
