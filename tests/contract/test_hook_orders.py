@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+
 @pytest.fixture(scope="module")
 def answer(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the recorder says about all scenarios, run in one process of their own."""
