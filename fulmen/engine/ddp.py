@@ -244,7 +244,9 @@ class GradientExchange:
     """
 
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, differs: bool) -> None:
-        self.parameters, self.device, self.differs, self.on = list(parameters), device, differs, True
+        # Quantised ones never learn.
+        self.parameters = [p for p in parameters if p.is_floating_point() or p.is_complex()]
+        self.device, self.differs, self.on = device, differs, True
         self.owner: dict[int, int] = {}  # of which optimizer; those of none belong together
         self.reached: set[int] = set()  # since the last exchange
         self.now: set[int] = set()  # by the backward pass that is running

@@ -590,3 +590,11 @@ def test_small_batches_of_batch_norm_are_mentioned():
         fit(callbacks=[listens], **arguments)
         warned.append(any("2 samples on each of 2 devices" in said for said in listens.said))
     assert warned == [True, False]
+
+
+def test_a_compiled_module_learns_the_same():
+    model = Net()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    trainer = make_trainer(devices=2, strategy="ddp_fork", precision="64-true", max_epochs=2)
+    trainer.fit(compiled, loader(6))
+    assert_same(trainer.lightning_module, by_hand(model))

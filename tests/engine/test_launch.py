@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -213,3 +215,76 @@ available = len(os.sched_getaffinity(0))
 assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) == max(1, available // 2), torch.get_num_threads()
 """
     assert run_python(code) == 0
+
+
+# ---------------------------------------------------------------------- several nodes
+
+NODE = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from support import Regression, make_loader, make_trainer
+
+trainer = make_trainer(devices=1, num_nodes=2, strategy="ddp")
+trainer.fit(Regression(), make_loader())
+place = trainer.node_rank, trainer.local_rank, trainer.global_rank, trainer.world_size, trainer.num_nodes
+sys.stdout.write(f"place {place} {trainer.global_step}\\n")
+"""
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def both(outputs):
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    return sorted(line for _, output in outputs for line in output.splitlines() if line.startswith("place"))
+
+
+@pytest.mark.parametrize("starter", ["torchrun", "by hand"])
+def test_two_nodes(script, ended, tmp_path, starter):
+    (tmp_path / "node.py").write_text(NODE)
+    port, nodes = free_port(), []
+    for rank in ("0", "1"):
+        if starter == "torchrun":
+            place = ("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}")
+            nodes.append(script(before=("-m", "torch.distributed.run", *place, "--nproc-per-node=1", "node.py")))
+        else:
+            nodes.append(script(before=("node.py",), NODE_RANK=rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+    assert both([ended(node) for node in nodes]) == [f"place {(rank, 0, rank, 2, 2)} 2" for rank in (0, 1)]
+
+
+def two_hosts():
+    """Network namespaces that are joined by a cable, as `ip netns` makes them; or why there are none."""
+    if shutil.which("ip") is None:
+        return None, "there is no `ip`"
+    name = f"fulmen{os.getpid()}"
+    steps = [f"netns add {name}-{i}" for i in (0, 1)]
+    steps += [f"link add v0 netns {name}-0 type veth peer name v1 netns {name}-1"]
+    for i in (0, 1):
+        steps += [f"-n {name}-{i} addr add 10.77.0.{i + 1}/24 dev v{i}"]
+        steps += [f"-n {name}-{i} link set {device} up" for device in (f"v{i}", "lo")]
+    for step in steps:
+        done = subprocess.run(["ip", *step.split()], capture_output=True, text=True)
+        if done.returncode:
+            return name, f"`ip {step}`: {done.stderr.strip()}"
+    return name, None
+
+
+def test_two_hosts_with_a_network_between_them(script, ended, tmp_path):
+    (tmp_path / "node.py").write_text(NODE)
+    name, problem = two_hosts()
+    try:
+        if problem:
+            pytest.skip(f"two hosts cannot be made here: {problem}")
+        nodes = []
+        for rank in (0, 1):
+            inside = ("import os, sys; os.execvp('ip', ['ip', 'netns', 'exec', *sys.argv[1:]])", f"{name}-{rank}")
+            place = {"NODE_RANK": str(rank), "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+            command = ("-c", *inside, sys.executable, "node.py")
+            nodes.append(script(before=command, **place, GLOO_SOCKET_IFNAME=f"v{rank}"))
+        assert both([ended(node) for node in nodes]) == [f"place {(rank, 0, rank, 2, 2)} 2" for rank in (0, 1)]
+    finally:
+        for rank in (0, 1) if name else ():
+            subprocess.run(["ip", "netns", "delete", f"{name}-{rank}"], capture_output=True)
