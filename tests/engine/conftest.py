@@ -68,11 +68,11 @@ def script(tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
-    def start(*arguments, before=("train.py",), **variables):
+    def start(*arguments, before=("train.py",), stdin=None, **variables):
         command = [sys.executable, *before, *arguments]
         return subprocess.Popen(
             command, cwd=tmp_path, env={**environment, **variables}, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     return start

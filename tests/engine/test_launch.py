@@ -288,3 +288,76 @@ def test_two_hosts_with_a_network_between_them(script, ended, tmp_path):
     finally:
         for rank in (0, 1) if name else ():
             subprocess.run(["ip", "netns", "delete", f"{name}-{rank}"], capture_output=True)
+
+
+# ---------------------------------------------------------------------- notebooks, and files of a run
+
+TYPED = """
+import os, time, warnings
+warnings.simplefilter("ignore")
+from support import Regression, make_loader, make_trainer
+
+class Model(Regression):
+    interrupts = False
+    def training_step(self, batch, batch_idx):
+        if self.interrupts and batch_idx == 1:
+            os.kill(os.getppid(), 2)
+            time.sleep(3)
+        return super().training_step(batch, batch_idx)
+
+model = Model()
+steps = []
+for _ in range(3):
+    trainer = make_trainer(devices=2)
+    trainer.fit(model, make_loader())
+    steps.append(trainer.global_step)
+
+model.interrupts = True
+try:
+    make_trainer(devices=2).fit(model, make_loader())
+except BaseException as error:
+    steps.append(type(error).__name__)
+
+model.interrupts = False
+trainer.fit_loop.max_epochs = 2
+trainer.fit(model, make_loader())
+print("steps", *steps, trainer.global_step)
+exit()
+"""
+
+
+def test_an_interpreter_forks_again_and_again_and_can_be_interrupted(script, ended, tmp_path):
+    (tmp_path / "typed").write_text(TYPED)
+    with open(tmp_path / "typed") as typed:
+        code, output = ended(script(before=("-i", "-q"), stdin=typed))
+    assert code == 0 and "steps 2 2 2 SystemExit 4" in output, output
+
+
+def test_all_processes_mean_the_same_files_and_write_them_once(tmp_path):
+    class Says(Regression):
+        def on_train_end(self):
+            (tmp_path / f"rank-{self.global_rank}").write_text(self.trainer.log_dir)
+
+    options = {"logger": pl.loggers.CSVLogger(tmp_path), "enable_checkpointing": True, "log_every_n_steps": 1}
+    trainer = make_trainer(devices=2, strategy="ddp_fork", max_epochs=2, **options)
+    trainer.fit(Says(), make_loader(), make_loader())
+    folder = tmp_path / "lightning_logs" / "version_0"
+    assert trainer.log_dir == str(folder) and os.listdir(tmp_path / "lightning_logs") == ["version_0"]
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == [str(folder)] * 2
+    assert (folder / "metrics.csv").read_text().count("\n") == 1 + 4 + 2  # a header, four steps, two validations
+    assert trainer.checkpoint_callback.best_model_path == str(folder / "checkpoints" / "epoch=1-step=4.ckpt")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_of_a_run_that_breaks_is_written_by_rank_0(rank, tmp_path):
+    class Breaks(Regression):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1 and self.global_rank == rank:
+                raise ValueError("broken")
+            return super().training_step(batch, batch_idx)
+
+    callback = pl.callbacks.OnExceptionCheckpoint(tmp_path)
+    trainer = make_trainer(devices=2, strategy="ddp_fork", callbacks=callback, enable_checkpointing=True)
+    with pytest.raises(ValueError, match="broken"):
+        trainer.fit(Breaks(), make_loader())
+    assert torch.load(tmp_path / "on_exception.ckpt")["global_step"] == 1
