@@ -164,7 +164,8 @@ class AutomaticOptimization(Optimization):
         if opens:
             self.clear_gradients(batch_idx)
         if loss is None:
-            if self.several and not self.only:
+            # An optimizer may sit out a batch in all processes, but not the one whose backward exchanges gradients.
+            if self.several and (not self.only or self.window.held):
                 raise RuntimeError(self.no_loss())
             return {} if extra is None else extra
         if length > 1 or weight is not None:
@@ -222,8 +223,9 @@ class AutomaticOptimization(Optimization):
         return run
 
     def no_loss(self) -> str:
-        what = f"{self.name} returned None on rank {self.trainer.global_rank} of {self.trainer.world_size}."
-        why = "The other processes would wait for its gradients."
+        where = f"on rank {self.trainer.global_rank} of {self.trainer.world_size}"
+        what = f"{self.name} {self.verb} None {where}, for a batch after which gradients are exchanged."
+        why = "The other processes would wait for them, or step without."
         return f"{what} {why} Return a loss of 0 that depends on the weights, `0 * loss`, or (loss, 0): a weight of 0."
 
     def step_with_closure(self, batch: Any, batch_idx: int, opens: bool) -> Any:

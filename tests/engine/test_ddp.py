@@ -397,6 +397,17 @@ def test_a_step_without_loss_cannot_be_skipped_by_one_process():
         fitted(Skips(), 2)
 
 
+def test_an_optimizer_cannot_sit_out_the_batch_that_ends_its_window():
+    class SitsOut(TakesTurns):
+        def training_step(self, batch, batch_idx):
+            yield self.loss(batch)
+            loss = (self.other(self.net(batch[0])) - batch[1]).square().mean()
+            yield None if batch_idx == 1 else loss
+
+    with pytest.raises(RuntimeError, match="yielded None on rank"):
+        fitted(SitsOut(), 2, accumulate_grad_batches=2)
+
+
 def test_lazy_layers_must_have_seen_a_batch():
     model = Net()
     model.net[0] = nn.LazyLinear(6)
