@@ -28,6 +28,8 @@ class Entry:
     MPS, which has no float64), weights are Python numbers.
     """
 
+    syncs = False  # is the value of a step reduced over processes?
+
     def __init__(self, name: str, options: Options, on_step: bool, on_epoch: bool, dataloader_idx: int | None) -> None:
         self.options = options
         self.bar, self.logger, self.graph = bool(options[0]), options[1] is not False, bool(options[5])
@@ -58,6 +60,9 @@ class Entry:
         """The epoch of this entry is over: its value is computed once and kept until `reset`."""
         if self.on_epoch and self.final is None:
             self.final = self.epoch_value()
+
+    def park(self) -> None:
+        """The loader of this entry is done, and its value waits for what other processes have."""
 
     def add(self, value: Any, book: LogBook, batch_size: int | None) -> None:
         """Keeps the value. Waits for no device: nothing here asks what the value is."""
@@ -159,6 +164,11 @@ class MetricEntry(Entry):
             metric.reset()
         super().reset()
         self.metric: Any = metric
+        self.parked: Any = None
+
+    def park(self) -> None:
+        self.parked = metric_states(self.metric)
+        self.metric.reset()
 
     def add(self, value: Any, book: LogBook, batch_size: int | None) -> None:
         if value is not self.metric:
@@ -257,6 +267,10 @@ class LogBook:
         self.jotted = NOTHING
         self.logging_due = False
         self.has_loggers = False
+        self.shared = False  # do several processes log?
+        self.muted = False  # is what is logged not to count?
+        self.due: list[Entry] = []  # to be reduced over processes when the step is over
+        self.synced: dict[str, list[Entry]] = {}  # what was reduced last, by place
         self.size_required = False  # a step that pulls its own batches: their size cannot be looked up
         self.module: Any = None
         self._callback: dict[str, Tensor] = {}
@@ -294,10 +308,14 @@ class LogBook:
         """Keeps one value. The first write of a name checks everything; later ones compare one tuple and add."""
         if self.jotted is not NOTHING:
             self.copy_jottings()
+        if self.muted:
+            return
         entry = self.entries.get((self.hook, name, self._dataloader_idx))
         if entry is None or entry.options != options or type(value) not in _PLAIN:
             entry = self._checked_entry(name, value, options, batch_size)
         entry.add(value, self, batch_size)
+        if entry.syncs:
+            self.due.append(entry)
 
     def jot(self, name: str, value: Any, options: Options, batch_size: int | None) -> None:
         """`write` for code that is being compiled: touches nothing whose change would make the compiler start again."""
@@ -373,6 +391,7 @@ class LogBook:
         if is_metric:
             _check_attribute(name, value, options[9], self.module)
         entry = self.entries[key] = kind(name, options, on_step, on_epoch, self._dataloader_idx)
+        entry.syncs = self.shared and on_step and bool(options[6]) and not options[10] and not is_metric
         if self.page is not None:
             self.page.has_steps = self.page.has_steps or on_step
         return entry
@@ -448,7 +467,7 @@ class LogBook:
         """The epoch of one loader is over, those of others are not."""
         for entry in self.entries.values():
             if not entry.empty and entry.dataloader_idx == dataloader_idx:
-                entry.freeze()
+                (entry.park if self.shared else entry.freeze)()
 
     def finish_epoch(self) -> dict[str, Any]:
         """Reduces the epoch of the open page and remembers it in all views. Returns what goes to the loggers."""
@@ -468,6 +487,8 @@ class LogBook:
             page.reset()
         self._pages.clear()
         self.jotted = NOTHING
+        self.due.clear()
+        self.synced.clear()
         self.hook = self._dataloader_idx = None
         self.close_batch()
         self._callback, self._logged, self._bar = {}, {}, {}
@@ -520,6 +541,23 @@ def to_host(values: dict[str, Any]) -> dict[str, float]:
 def _is_metric(value: Any) -> bool:
     torchmetrics = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
+
+
+def metrics_in(metric: Any) -> list[Any]:
+    """A metric and those inside of it, in an order that all processes have."""
+    return [child for child in metric.modules() if _is_metric(child)]
+
+
+def metric_states(metric: Any) -> list[dict[str, Any]]:
+    """What a metric and those inside of it have seen, on the host (sync)."""
+
+    def host(value: Any) -> Any:
+        return [item.detach().cpu() for item in value] if isinstance(value, list) else value.detach().cpu()
+
+    return [
+        {"values": {name: host(getattr(m, name)) for name in m._defaults}, "updates": m._update_count}
+        for m in metrics_in(metric)
+    ]
 
 
 def _check_value(name: str, value: Any) -> None:

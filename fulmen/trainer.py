@@ -460,6 +460,7 @@ class Trainer:
         for callback in self.callbacks:
             callback.log, callback.log_dict = module.log, module.log_dict  # type: ignore[attr-defined]
         self.book.module, self.book.has_loggers = module, bool(self.loggers)
+        self.book.shared = self.world_size > 1
         self.compile_hooks()
 
     def _prepare_data(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import math
 import multiprocessing
 import os
@@ -12,15 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
@@ -83,7 +74,7 @@ def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
     if not isinstance(loader, DataLoader):
         return
     name = f"{stage}_dataloader"
-    if name != "train_dataloader" and isinstance(_order(loader), RandomSampler):
+    if name != "train_dataloader" and isinstance(order_of(loader), RandomSampler):
         _maybe(f"The `{name}` shuffles its samples. Evaluation is best read in order: use `shuffle=False`.")
     possible = suggested_max_num_workers(local_world_size=1)
     # Workers would only slow down data that is indexed in memory.
@@ -205,60 +196,24 @@ def _arguments(obj: Any) -> dict[str, Any]:
     return {name: getattr(obj, name) for name in names}
 
 
-def _reads_indices(loader: Any) -> bool:
+def reads_indices(loader: Any) -> bool:
+    """Is it a loader whose samplers choose what is read?"""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
-def _order(loader: DataLoader) -> Any:
+def order_of(loader: DataLoader) -> Any:
     """The sampler that decides the order of samples."""
     return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
 
 
 def sequential(loader: Any) -> Any:
     """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not."""
-    if not _reads_indices(loader) or isinstance(_order(loader), (SequentialSampler, list, tuple, range)):
+    if not reads_indices(loader) or isinstance(order_of(loader), (SequentialSampler, list, tuple, range)):
         return loader
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):  # a batch sampler of the user knows best
         return loader
     rank_zero_warn("`overfit_batches` needs the same batches in every epoch: shuffling is off.")
     return rebuilt(loader, sampler=SequentialSampler(loader.dataset))
-
-
-class Shard(DistributedSampler):
-    """Every so-many-th sample in the order of a sampler, which all processes draw alike; so a batch of each, together,
-    is the large batch that one process would see.
-
-    Arguments:
-        order: the sampler; the random numbers it draws follow from the seed and the epoch.
-        padded: begin again at the end, so that all processes get the same number of samples.
-    """
-
-    def __init__(self, order: Any, num_replicas: int, rank: int, padded: bool) -> None:
-        super().__init__(order, num_replicas, rank, shuffle=False, seed=int(os.environ.get("PL_GLOBAL_SEED") or 0))
-        self.order, self.padded = order, padded
-
-    def __iter__(self) -> Iterator[Any]:
-        if callable(announce := getattr(self.order, "set_epoch", None)):
-            announce(self.epoch)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
-            indices = list(self.order)
-        if self.padded and indices:
-            missing = -len(indices) % self.num_replicas
-            indices += list(itertools.islice(itertools.cycle(indices), missing))
-        return iter(indices[self.rank :: self.num_replicas])
-
-    def __len__(self) -> int:
-        size = len(self.order)
-        return math.ceil(size / self.num_replicas) if self.padded else len(range(self.rank, size, self.num_replicas))
-
-
-def sharded(loader: Any, *, num_replicas: int, rank: int, padded: bool) -> Any:
-    """The loader with this process's part of the samples; unchanged if its sampler takes care of that, or has no indices."""
-    order = _order(loader) if _reads_indices(loader) else None
-    if order is None or isinstance(order, DistributedSampler):
-        return loader
-    return rebuilt(loader, sampler=Shard(order, num_replicas, rank, padded))
 
 
 class IndexRecorder:
@@ -283,19 +238,31 @@ class IndexRecorder:
         return getattr(self.batch_sampler, name)
 
 
-def for_prediction(loader: Any) -> Any:
-    """The loader without ``drop_last``, its ``batch_sampler`` an `IndexRecorder`; unchanged where there is none."""
-    if not _reads_indices(loader) or loader.batch_sampler is None:
+def undropped(loader: Any) -> Any:
+    """The loader without ``drop_last``, if its batch sampler can be made again that way."""
+    if not reads_indices(loader) or loader.batch_sampler is None:
         return loader
     batch_sampler, name = loader.batch_sampler, type(loader.batch_sampler).__name__
     if not hasattr(batch_sampler, "drop_last"):
         _maybe(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
     elif batch_sampler.drop_last:
         try:
-            batch_sampler = _made_again(batch_sampler, drop_last=False)
+            return rebuilt(loader, batch_sampler=_made_again(batch_sampler, drop_last=False))
         except TypeError as problem:
             rank_zero_warn(f"Predictions will miss the last, incomplete batch, which `{name}` drops. {problem}")
-    return rebuilt(loader, batch_sampler=IndexRecorder(batch_sampler))
+    return loader
+
+
+def recorded(loader: Any) -> Any:
+    """The loader with an `IndexRecorder` as its ``batch_sampler``; unchanged where there is none."""
+    if not reads_indices(loader) or loader.batch_sampler is None:
+        return loader
+    return rebuilt(loader, batch_sampler=IndexRecorder(loader.batch_sampler))
+
+
+def for_prediction(loader: Any) -> Any:
+    """The loader `undropped` and `recorded`."""
+    return recorded(undropped(loader))
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

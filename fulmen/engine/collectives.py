@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import pickle
 import socket
 import time
 from collections.abc import Iterable
@@ -134,6 +136,48 @@ def gathered(tensor: Tensor, device: torch.device, group: Any = None, sync_grads
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, value.detach(), group=group)
     return torch.stack(parts).to(tensor.device)
+
+
+_ROOM = 8192  # bytes
+
+
+def exchanged(obj: Any, device: torch.device, group: Any = None) -> list[Any]:
+    """The objects of the whole group, by rank. One collective if each is pickled into 8 KiB, else two."""
+    data = pickle.dumps(obj)
+    size = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
+    content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    packed = torch.zeros(8 + _ROOM, dtype=torch.uint8)
+    packed[:8], packed[8 : 8 + len(data)] = size, content[:_ROOM]
+    home = home_of(device, group)
+    # sync: what arrives is read here
+    parts = [_bytes_of(part, 8 + _ROOM) for part in gathered(packed.to(home), device, group).cpu()]
+    sizes = [int.from_bytes(part[:8], "little") for part in parts]
+    if max(sizes) <= _ROOM:
+        return [pickle.loads(part[8:]) for part in parts]
+    whole = torch.zeros(max(sizes), dtype=torch.uint8)
+    whole[: len(data)] = content
+    rows = gathered(whole.to(home), device, group).cpu()
+    return [pickle.loads(_bytes_of(row, size)) for row, size in zip(rows, sizes)]
+
+
+def collected(obj: Any, device: torch.device) -> tuple[list[Any], int]:
+    """On rank 0 the objects of all processes that have one (not None), by rank; everywhere, how many have."""
+    data = b"" if obj is None else pickle.dumps(obj)
+    home = home_of(device)
+    sizes = gathered(torch.tensor(len(data), device=home), device).tolist()  # sync: what arrives is read here
+    senders = sum(size > 0 for size in sizes)
+    if not senders:
+        return [], 0
+    packed = torch.zeros(max(sizes), dtype=torch.uint8)
+    packed[: len(data)] = torch.frombuffer(bytearray(data or b"0"), dtype=torch.uint8)[: len(data)]
+    packed = packed.to(home)
+    rows = [torch.empty_like(packed) for _ in sizes] if dist.get_rank() == 0 else None
+    dist.gather(packed, rows, 0)
+    return [pickle.loads(_bytes_of(row.cpu(), size)) for row, size in zip(rows or [], sizes) if size], senders
+
+
+def _bytes_of(row: Tensor, size: int) -> bytes:
+    return ctypes.string_at(row.data_ptr(), size)
 
 
 def buckets(tensors: Iterable[Tensor], limit: int = 2**26) -> list[list[Tensor]]:

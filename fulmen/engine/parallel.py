@@ -166,7 +166,9 @@ class ParallelStrategy(Strategy, ABC):
 
     @property
     def together(self) -> bool:
-        """Can the others be reached?"""
+        """Can the others be reached? A RuntimeError if not all of them would answer."""
+        if self.absent is not None and not self.leaving:
+            raise RuntimeError(self.absent)
         return not self.leaving and collectives.initialised()
 
     def barrier(self, name: str | None = None) -> None:
@@ -187,6 +189,12 @@ class ParallelStrategy(Strategy, ABC):
         carried = [obj]
         dist.broadcast_object_list(carried, src, device=collectives.home_of(self.root_device))
         return carried[0]
+
+    def exchange_objects(self, obj: Any) -> list[Any]:
+        return collectives.exchanged(obj, self.root_device) if self.together else [obj]
+
+    def collect(self, obj: Any) -> tuple[list[Any], int]:
+        return collectives.collected(obj, self.root_device) if self.together else super().collect(obj)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if not isinstance(tensor, Tensor) or not self.together:

@@ -46,6 +46,7 @@ class Strategy(ABC):
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     needs_plain_tensors = False  # can inference tensors not be exchanged?
     leaving = False  # does an exception end this process's part in the run?
+    absent: str | None = None  # says which process has no batch now and would not take part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
@@ -189,6 +190,14 @@ class Strategy(ABC):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object of process `src`, everywhere."""
         return obj
+
+    def exchange_objects(self, obj: Any) -> list[Any]:
+        """The objects of all processes, by rank; they are pickled."""
+        return [obj]
+
+    def collect(self, obj: Any) -> tuple[list[Any], int]:
+        """On rank 0 the objects of all processes that have one (not None), by rank; everywhere, how many have."""
+        return ([], 0) if obj is None else ([obj], 1)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The same value on every process, combined element-wise; non-tensors come back unchanged."""

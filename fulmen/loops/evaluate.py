@@ -10,6 +10,7 @@ import torch
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
 from fulmen.data.loaders import set_epoch
+from fulmen.loops.exact import end_epoch, sync_steps
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
@@ -17,6 +18,7 @@ from fulmen.loops.signals import TERMINATED
 from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
+from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ class EvaluationLoop:
         self.given_loaders: Any = None
         self.feed: Feed | None = None
         self.max_batches: list[float] = []
+        self.everywhere: list[list[float]] = []  # `max_batches` of all processes, by rank
+        self.full: list[float] | None = None  # so many batches of each loader all processes have; None for one process
         self.loaded_at_epoch: int | None = None
         self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
@@ -69,6 +73,8 @@ class EvaluationLoop:
             for batch, batch_idx, dataloader_idx in self.feed:
                 if dataloader_idx != self.dataloader_idx:
                     self.next_loader(dataloader_idx)
+                if self.full is not None and batch_idx >= self.full[dataloader_idx]:
+                    self.go_on_without(batch_idx, dataloader_idx)
                 self.run_batch(batch, batch_idx, dataloader_idx)
                 if trainer.signals.received_sigterm:
                     raise SIGTERMException(TERMINATED)
@@ -86,7 +92,11 @@ class EvaluationLoop:
         else:
             with self.context():
                 outputs = self.step(*place[: self.num_arguments])
+        if book.shared:
+            self.sync_steps("step", batch_idx, dataloader_idx)
         self.on_batch_end(outputs, *place)
+        if book.shared:
+            self.sync_steps("end", batch_idx, dataloader_idx)
         book.close_batch()
         self.keep(outputs, dataloader_idx)
 
@@ -108,7 +118,11 @@ class EvaluationLoop:
         self.check_mode(combined.mode)
         self.loaders = prepared_loaders(trainer, combined, source.label, self.kind, self.limit)
         self.loaded_at_epoch = epoch
+        in_turn = self.loaders.mode == "sequential"
         self.max_batches = list(self.loaders.lengths())
+        self.everywhere = trainer.strategy.exchange_objects(
+            self.max_batches if in_turn else [self.loaders.num_batches()]
+        )
         self.apply_limits()
 
     def check_mode(self, mode: str) -> None:
@@ -130,12 +144,13 @@ class EvaluationLoop:
         return [min(most, n) for n in self.max_batches]
 
     def nothing_to_do(self) -> bool:
-        return self.loaders is None or sum(self.num_batches) == 0
+        return self.loaders is None or sum(self.num_batches) == 0 == sum(map(sum, self.everywhere))
 
     def start(self) -> None:
         """Iterators, signatures, eval mode and the first hooks."""
         trainer = self.trainer
         assert self.loaders is not None
+        self.everywhere_now = self.everywhere
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
         self.feed = Feed(
             self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
@@ -143,6 +158,11 @@ class EvaluationLoop:
         for loader in self.loaders.flattened:
             set_epoch(loader, trainer.current_epoch)
         self.feed.open()
+        if len(self.everywhere) > 1:
+            most = trainer.num_sanity_val_steps if trainer.sanity_checking else inf
+            self.everywhere_now = [[min(most, count) for count in counts] for counts in self.everywhere]
+            # Nothing is known about a loader without length: its batches are exchanged by nobody.
+            self.full = [0 if max(counts) == inf else min(counts) for counts in zip(*self.everywhere_now)]
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
         self.step = bound_step(trainer, self.step_name)
@@ -172,8 +192,48 @@ class EvaluationLoop:
         book = self.trainer.book
         while self.dataloader_idx < dataloader_idx:
             book.freeze(self.dataloader_idx)
+            self.sit_out(self.dataloader_idx)
             self.dataloader_idx += 1
         book.dataloader_idx = dataloader_idx
+
+    # ------------------------------------------------------------------ several processes
+
+    def present(self, batch_idx: int, dataloader_idx: int) -> int:
+        """How many processes have this batch of the loader; 0 if that is not known."""
+        counts = [counts[dataloader_idx] for counts in self.everywhere_now]
+        return 0 if inf in counts else sum(batch_idx < count for count in counts)
+
+    def go_on_without(self, batch_idx: int, dataloader_idx: int) -> None:
+        """Not all processes have this batch: whoever wants to hear all of them now is told so, and does not wait."""
+        if self.full is None or self.present(batch_idx, dataloader_idx) == 0:
+            return
+        without = [rank for rank, counts in enumerate(self.everywhere_now) if batch_idx >= counts[dataloader_idx]]
+        what = f"`{self.step_name}` wants to exchange something between all processes in batch {batch_idx}, but rank"
+        why = f"{without[0]} has none: {self.kind} data is not padded. Do it in `on_{self.infix}_epoch_end`"
+        self.trainer.strategy.absent = f"{what} {why}, or let the loader give all processes as many batches."
+
+    def sync_steps(self, place: str, batch_idx: int, dataloader_idx: int) -> None:
+        """Values of a step with `sync_dist`, over those processes that have the batch."""
+        present = self.present(batch_idx, dataloader_idx)
+        assert self.full is not None
+        if self.full[dataloader_idx] > 0:
+            sync_steps(self.trainer, place, present)
+        elif self.trainer.book.due:
+            self.trainer.book.due.clear()
+            what = (
+                f"A step value is logged with `sync_dist`, but not all processes have a batch of the {self.kind} data,"
+            )
+            warn_once(f"{what} or it has no length: it stays the one of its process. Values of the epoch are exact.")
+
+    def sit_out(self, dataloader_idx: int) -> None:
+        """The loader is done here: what is left of it in other processes is gone through with nothing to add."""
+        self.trainer.strategy.absent = None
+        if self.full is None or not 0 < self.full[dataloader_idx] < inf:
+            return
+        counts = [counts[dataloader_idx] for counts in self.everywhere_now]
+        for batch_idx in range(int(counts[self.trainer.global_rank]), int(max(counts))):
+            for place in ("step", "end"):
+                sync_steps(self.trainer, place, self.present(batch_idx, dataloader_idx), idle=True)
 
     def keep(self, outputs: Any, dataloader_idx: int) -> None:
         """Step metrics go out at every batch, against their own counter."""
@@ -191,11 +251,11 @@ class EvaluationLoop:
         trainer, hooks = self.trainer, self.hooks
         book = trainer.book
         assert self.loaders is not None and book.page is not None
+        self.sit_out(self.dataloader_idx)
         book.dataloader_idx = None
         if book.page.has_steps:
             book.remember()
-        book.page.epoch_over = True
-        getattr(hooks, f"on_{self.infix}_epoch_end")()
+        end_epoch(trainer, getattr(hooks, f"on_{self.infix}_epoch_end"))
         values = book.finish_epoch()
         numbers = {} if trainer.sanity_checking else trainer.report(values, with_epoch=True)
         if self.inside_fit:

@@ -12,6 +12,7 @@ from fulmen.data.feed import Feed, IteratorFeed
 from fulmen.engine.precision import MixedPrecision
 from fulmen.loops import cadence
 from fulmen.loops.evaluate import EvaluationLoop
+from fulmen.loops.exact import end_epoch, sync_steps
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Draws, Position, Progress
@@ -105,6 +106,8 @@ class FitLoop:
         if hooks.on_train_batch_start(batch, batch_idx) == SKIP_EPOCH:
             return self.skip_epoch()
         outputs = self.optimization.run(batch, batch_idx)
+        if book.shared:
+            sync_steps(self.trainer, "step")
         if self.iterator_feed:
             batch_idx = self.feed.batch_idx  # type: ignore[union-attr]
             progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
@@ -115,6 +118,8 @@ class FitLoop:
             self.schedulers.after_batch(batch_idx + 1, progress.epochs + 1, stepped, progress.is_last_batch, idle)
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
+        if book.shared:
+            sync_steps(self.trainer, "end")
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
@@ -316,8 +321,7 @@ class FitLoop:
             book.remember()
         progress.position = Position.EPOCH_END
         assert book.page is not None
-        book.page.epoch_over = True
-        self.hooks.on_train_epoch_end()
+        end_epoch(trainer, self.hooks.on_train_epoch_end)
         if progress.is_last_batch and self.schedulers.any:
             self.schedulers.watch("epoch", progress.epochs + 1, book)
         # The x axis is the last step of the epoch, which has been counted already.

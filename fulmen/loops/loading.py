@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from fulmen.data import loaders as loader_tools
+from fulmen.data import shards
 from fulmen.data.batches import transfer_to
-from fulmen.data.combined import CombinedLoader
+from fulmen.data.combined import CombinedLoader, sized
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
 
@@ -26,24 +28,34 @@ def prepared_loaders(
         kind: "train", "val", "test" or "predict".
         limit: `limit_{kind}_batches`.
     """
-    adapted = []
-    place = trainer.distributed_sampler_kwargs if trainer.use_distributed_sampler and trainer.world_size > 1 else None
-    for loader in combined.flattened:
+    adapted, limits = [], []
+    strategy, world = trainer.strategy, trainer.world_size
+    place = trainer.distributed_sampler_kwargs if trainer.use_distributed_sampler and world > 1 else None
+    seeds = strategy.broadcast([shards.seed_of(loader) for loader in combined.flattened]) if place else []
+    for index, loader in enumerate(combined.flattened):
         loader_tools.check_iterable(loader, label)
         if trainer.overfit_batches and kind in ("train", "val"):
             loader = loader_tools.sequential(loader)
         loader_tools.warn_about(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
-        if place is not None:
-            loader = loader_tools.sharded(loader, **place, padded=kind == "train")
-        if kind == "predict":
-            loader = loader_tools.for_prediction(loader)
         loader_tools.seed_workers(loader, trainer.global_rank)
-        adapted.append(trainer.strategy.process_dataloader(loader))
-    combined.flattened = adapted
-    name = f"limit_{kind}_batches"
-    combined.limits = [
-        loader_tools.limit_batches(loader_tools.length_of(loader), limit, name=name) for loader in adapted
-    ]
+        whole = loader = loader_tools.undropped(loader) if kind == "predict" else loader
+        if place:
+            loader_tools.set_epoch(loader, trainer.current_epoch)
+            loader = shards.sharded(loader, **place, padded=kind == "train", seed=seeds[index])
+            loader = shards.striped(loader, **place, exchange=strategy.exchange_objects)
+        total = sized(whole) if loader is not whole and kind != "train" else inf
+        if kind == "predict":
+            loader = loader_tools.recorded(loader)
+        adapted.append(strategy.process_dataloader(loader))
+        name = f"limit_{kind}_batches"
+        length = loader_tools.length_of(adapted[-1])
+        if isinstance(limit, float) and 0 < limit < 1 and total < inf:
+            # A fraction is one of all batches, however they were dealt out.
+            wanted = int(loader_tools.limit_batches(total, limit, name=name))
+            limits.append(min(length, len(range(trainer.global_rank, wanted, world))))
+        else:
+            limits.append(loader_tools.limit_batches(length, limit, name=name))
+    combined.flattened, combined.limits = adapted, limits
     return combined
 
 

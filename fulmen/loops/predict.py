@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class PredictionLoop(EvaluationLoop):
     """One pass over the loaders of `trainer.predict`.
 
-    `run` returns one list of outputs per batch; one such list per loader, if there are several.
+    `run` returns one list of outputs per batch; one such list per loader, if there are several. Of several processes
+    each predicts a part: rank 0 gets the outputs of all as they come and returns them in the order of the data, the
+    others return their own. Without `return_predictions`, nothing is sent.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -50,9 +52,13 @@ class PredictionLoop(EvaluationLoop):
         writers = self.trainer.prediction_writers
         self.indices_wanted = bool(writers)
         self.results_wanted = self.return_predictions or any(writer.interval.on_epoch for writer in writers)
+        shared = self.return_predictions and self.trainer.world_size > 1
+        self.collected: list[Any] | None = [] if shared else None  # (loader, batch, rank, outputs) of all, on rank 0
+        self.own_wanted = not self.trainer.is_global_zero or any(writer.interval.on_epoch for writer in writers)
         super().start()
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self.batch_idx = batch_idx
         if self.indices_wanted:
             self.record_indices(batch_idx, dataloader_idx)
         super().run_batch(batch, batch_idx, dataloader_idx)
@@ -62,7 +68,27 @@ class PredictionLoop(EvaluationLoop):
             self.warnings.warn("`predict_step` returned `None`; return the predictions to get them back.")
         if self.results_wanted:
             # sync: results leave the device, or they would fill its memory
-            self.outputs[dataloader_idx].append(apply_to_collection(outputs, torch.Tensor, torch.Tensor.cpu))
+            outputs = apply_to_collection(outputs, torch.Tensor, torch.Tensor.cpu)
+            if self.collected is None or self.own_wanted:
+                self.outputs[dataloader_idx].append(outputs)
+            if self.collected is not None:
+                self.collect((dataloader_idx, self.batch_idx, self.trainer.global_rank, outputs))
+
+    def collect(self, own: Any) -> int:
+        """Sends an output, or None, to rank 0. How many processes have sent one?"""
+        assert self.collected is not None
+        strategy = self.trainer.strategy
+        strategy.absent = None  # all take part, until nobody has anything left
+        arrived, senders = strategy.collect(own)
+        self.collected += arrived
+        return senders
+
+    def in_order(self) -> list[Any]:
+        """What rank 0 got from all, as the loaders would have given it to one process."""
+        kept: list[list[Any]] = [[] for _ in self.outputs]
+        for dataloader_idx, _, _, outputs in sorted(self.collected or [], key=lambda sent: sent[:3]):
+            kept[dataloader_idx].append(outputs)
+        return kept if self.several else kept[0]
 
     def record_indices(self, batch_idx: int, dataloader_idx: int) -> None:
         """Which samples this batch is made of, for prediction writers."""
@@ -76,8 +102,14 @@ class PredictionLoop(EvaluationLoop):
             self.warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
 
     def finish(self) -> list[Any] | None:
+        self.trainer.strategy.absent = None
+        while self.collected is not None and self.collect(None):
+            pass
         self.hooks.on_predict_epoch_end()
         self.hooks.on_predict_end()
         self.trainer.mode_hook("on_predict_model_train", self.restore_modes)
         self.trainer.book.turn_back(self.page)
-        return self.predictions if self.return_predictions else None
+        if not self.return_predictions:
+            return None
+        whole = self.collected is not None and self.trainer.is_global_zero
+        return self.in_order() if whole else self.predictions

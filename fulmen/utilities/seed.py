@@ -54,6 +54,14 @@ def _seed_generators(for_python: int, for_numpy: int, for_torch: int) -> None:
     torch.manual_seed(for_torch)
 
 
+def seed_cpu(seed: int) -> None:
+    """Seeds python, numpy and torch, but no other device."""
+    random.seed(seed)
+    if numpy := _numpy():
+        numpy.random.seed(seed % (MAX_SEED + 1))
+    torch.default_generator.manual_seed(seed)
+
+
 def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     """A ``worker_init_fn`` that gives python, numpy and torch different streams in every worker of every rank."""
     rank = getattr(rank_zero_only, "rank", 0) if rank is None else rank
