@@ -63,7 +63,7 @@ class Feed:
         for batch in iterator:
             self.is_last = idx >= last
             yield transfer(batch, 0), idx, 0
-            if self.is_last:
+            if idx >= last:
                 return
             idx += 1
 
@@ -96,6 +96,51 @@ class Feed:
         self._iterator = None
         for loader in self.loaders.flattened:
             shutdown_workers(loader)
+
+
+class SharedFeed(Feed):
+    """The batches of one of several processes that have not as many each, and end the epoch together.
+
+    One that has none left is `idle`, and gives its last one again until all are done; `present` says how many have the
+    batch that is out. Where all lengths are known, nothing is exchanged to know it.
+
+    Arguments:
+        counts: batches of each process.
+        ask: how many processes say yes, asked by all of them at every batch if a length is not known.
+    """
+
+    def __init__(
+        self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None, counts: list[int | float],
+        ask: Callable[[bool], int],
+    ) -> None:  # fmt: skip
+        super().__init__(loaders, transfer, profile)
+        self.counts, self.ask = counts, ask
+        self.idle, self.present = False, len(counts)
+
+    def __iter__(self) -> Generator[tuple[Any, int, int]]:
+        source, idx = super().__iter__(), self.first_batch_idx
+        item, kept = next(source, None), None
+        self.present = self._having(idx, item is not None)
+        while self.present:
+            more = item is not None and not self.is_last
+            following = self._having(idx + 1, more)
+            self.idle, self.is_last = item is None, following == 0
+            if item is not None:
+                kept = item[0]
+            elif kept is None:
+                kept = self._any_batch()
+            yield kept, idx, 0
+            item, idx, self.present = next(source, None) if more else None, idx + 1, following
+
+    def _having(self, idx: int, here: bool) -> int:
+        """How many processes have a batch of this index."""
+        return self.ask(here) if inf in self.counts else sum(idx < count for count in self.counts)
+
+    def _any_batch(self) -> Any:
+        for batch, _, _ in self.loaders:
+            return self.transfer(batch, 0)
+        what = "This process has no batch at all, and others have."
+        raise RuntimeError(f"{what} Give each process data: use a smaller batch size, or fewer devices.")
 
 
 class IteratorFeed(Feed):

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fulmen.engine import collectives
 from fulmen.engine.parallel import ParallelStrategy
+from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.rank_zero import warn_once
@@ -126,6 +127,16 @@ class DDPStrategy(ParallelStrategy):
         step = super().bind(step_name)
         wrapped = step_name == "training_step" and isinstance(self.model, DistributedDataParallel)
         return through_forward(self.model, self._lightning_module, step, self._managed) if wrapped else step
+
+    def zero_loss(self) -> Tensor | None:
+        wrapped, static = isinstance(self.model, DistributedDataParallel), self._ddp_kwargs.get("static_graph")
+        kinds = (SyncBatchNorm, torch.nn.SyncBatchNorm)
+        exchanging = any(isinstance(layer, kinds) for layer in self._lightning_module.modules())
+        if not wrapped or static or exchanging:
+            return None
+        learning = [p for p in self._lightning_module.parameters() if p.requires_grad]
+        nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in learning)  # noqa: E731
+        return through_forward(self.model, self._lightning_module, nothing_of_each)()
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?

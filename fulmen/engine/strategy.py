@@ -177,6 +177,10 @@ class Strategy(ABC):
         """Inside, gradients are not exchanged between processes."""
         return nullcontext()
 
+    def zero_loss(self) -> Tensor | None:
+        """A loss of 0 whose backward pass takes part in those of other processes; None if only a whole step does."""
+        return None
+
     def process_dataloader(self, dataloader: Any) -> Any:
         """A last change to a loader."""
         return dataloader

@@ -49,6 +49,8 @@ class SyncBatchNorm(_BatchNorm):
 
     _original: type[_BatchNorm] | None = None  # the class before `convert`
 
+    idle = False  # does this process only go along, with a batch that does not count?
+
     def __init__(
         self,
         num_features: int,
@@ -108,8 +110,9 @@ class SyncBatchNorm(_BatchNorm):
         if num_ranks < 2:
             return super().forward(input)
         self._check_input_dim(input)
+        own = input[:0] if SyncBatchNorm.idle else input
         with torch.no_grad():
-            mean, m2, total = merged_statistics(input, self.process_group, num_ranks)
+            mean, m2, total = merged_statistics(own, self.process_group, num_ranks)
             # sync: a rank with several values knows without asking that there is more than one
             if input.numel() <= input.size(1) and total.item() == 1:
                 what = f"got one from all {num_ranks} ranks together (here the input is {list(input.shape)})"
@@ -118,7 +121,10 @@ class SyncBatchNorm(_BatchNorm):
                 self._track(mean, m2, total)
             dtype = _statistics_dtype(input)
             mean, var = mean.to(dtype), (m2 / total.clamp(min=1)).to(dtype)
-        return _Normalise.apply(input, self.weight, self.bias, mean, var, total, self.eps, self.process_group)
+        result = _Normalise.apply(own, self.weight, self.bias, mean, var, total, self.eps, self.process_group)
+        if own is not input:  # normalised beside those that count; nothing of it is used
+            result = F.batch_norm(input, mean, var, eps=self.eps) + result.sum()
+        return result
 
     def _track(self, mean: Tensor, m2: Tensor, total: Tensor) -> None:
         """Move the running statistics; a batch that is empty on all ranks counts, but moves nothing."""

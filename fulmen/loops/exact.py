@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.hooks import LOG_RULES
 from fulmen.logbook import KINDS, Entry, Maximum, Mean, MetricEntry, Minimum, metric_states, metrics_in, to_host
 from fulmen.loops.dispatch import nothing
@@ -194,3 +196,31 @@ def sync_steps(trainer: Trainer, place: str, present: int | None = None, idle: b
             floating = isinstance(entry.newest, Tensor) and entry.newest.is_floating_point()
             dtype = entry.newest.dtype if floating else torch.get_default_dtype()
             entry.newest = (total / size if isinstance(entry, Mean) else total).to(dtype)
+
+
+# ---------------------------------------------------------------------- processes without a batch
+
+
+def votes(trainer: Trainer, yes: bool) -> int:
+    """How many processes say yes (sync)."""
+    return int(trainer.strategy.reduce(torch.tensor(float(yes)), reduce_op="sum"))
+
+
+@contextmanager
+def standing_in(module: Any) -> Generator[None]:
+    """Inside, a step runs only because others run theirs: metrics forget it, and batch norm does not count it."""
+    metrics = metrics_in(module)
+    names = [[*metric._defaults, "_update_count", "_computed", "_forward_cache"] for metric in metrics]
+    kept = [{name: _copied(getattr(m, name)) for name in of_metric} for m, of_metric in zip(metrics, names)]
+    SyncBatchNorm.idle = True
+    try:
+        yield
+    finally:
+        SyncBatchNorm.idle = False
+        for metric, states in zip(metrics, kept):
+            for name, value in states.items():
+                setattr(metric, name, value)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
-from fulmen.data.feed import Feed, IteratorFeed
+from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
 from fulmen.engine.precision import MixedPrecision
 from fulmen.loops import cadence
 from fulmen.loops.evaluate import EvaluationLoop
-from fulmen.loops.exact import end_epoch, sync_steps
+from fulmen.loops.exact import end_epoch, sync_steps, votes
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Draws, Position, Progress
@@ -49,6 +49,7 @@ class FitLoop:
         self.loaders: CombinedLoader | None = None
         self.given_loaders: Any = None
         self.num_batches: float = inf
+        self.uneven = False  # may a process run out of batches before others do?
         self.hooks: HookPlan
         self.optimization: Optimization
         self.schedulers: Schedulers
@@ -103,11 +104,13 @@ class FitLoop:
         interval = self.trainer.log_every_n_steps
         book.logging_due = interval > 0 and (progress.log_step + 1) % interval == 0
         progress.position = Position.IN_BATCH
+        if self.uneven:
+            self.meet()
         if hooks.on_train_batch_start(batch, batch_idx) == SKIP_EPOCH:
             return self.skip_epoch()
         outputs = self.optimization.run(batch, batch_idx)
         if book.shared:
-            sync_steps(self.trainer, "step")
+            self.sync_steps("step")
         if self.iterator_feed:
             batch_idx = self.feed.batch_idx  # type: ignore[union-attr]
             progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
@@ -119,7 +122,7 @@ class FitLoop:
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
         if book.shared:
-            sync_steps(self.trainer, "end")
+            self.sync_steps("end")
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
@@ -176,8 +179,14 @@ class FitLoop:
         trainer.book.size_required = self.iterator_feed
         transfer = batch_transfer(trainer)
         profile = profiled_fetch(trainer, "[_TrainingEpochLoop].train_dataloader_next")
-        kind = IteratorFeed if self.iterator_feed else Feed
-        self.feed = kind(self.loaders, transfer, profile)
+        counts = trainer.strategy.exchange_objects(self.num_batches)
+        self.uneven = len(counts) > 1 and (len(set(counts)) > 1 or inf in counts)
+        if self.uneven:
+            self.check_counts(counts)
+            self.num_batches = max(counts)
+            self.feed = SharedFeed(self.loaders, transfer, profile, counts, lambda yes: votes(trainer, yes))
+        else:
+            self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, transfer, profile)
         if self.resumed and self.loader_states and self.progress.position != Position.EPOCH_START:
             self.loaders.load_state_dict(self.loader_states)
         for loader in self.loaders.flattened:
@@ -316,6 +325,7 @@ class FitLoop:
     def close_epoch(self) -> None:
         """`on_train_epoch_end`, schedulers that watch a metric, and the metrics of the epoch."""
         trainer, progress, book = self.trainer, self.progress, self.trainer.book
+        book.muted = False
         book.close_batch()
         if progress.position != Position.VALIDATED:  # else what validation logged is newer
             book.remember()
@@ -364,6 +374,34 @@ class FitLoop:
         if self.max_steps != -1 and self.progress.steps >= self.max_steps:
             return True
         return self.trainer.should_stop and self.may_stop()
+
+    # ------------------------------------------------------------------ several processes
+
+    def check_counts(self, counts: list[float]) -> None:
+        """Numbers of batches that differ between processes, or are not known: can all of them train to the end?"""
+        shown = ", ".join(f"{count} on rank {rank}" for rank, count in enumerate(counts))
+        if 0 in counts:
+            what = f"Not all processes have training batches ({shown}), and each has to run its own `training_step`."
+            raise RuntimeError(f"{what} Give each process data: use a smaller batch size, or fewer devices.")
+        if self.iterator_feed:
+            what = f"`training_step(dataloader_iter)` needs as many batches in each process, and there are {shown}."
+            raise RuntimeError(f"{what} Limit them with `limit_train_batches`, or take `batch` instead.")
+
+    def meet(self) -> None:
+        """A batch that may not be there in all processes. Here it may be the last one again, which does not count."""
+        feed: Any = self.feed
+        self.trainer.book.muted = feed.idle
+        self.optimization.meet(feed.idle, feed.present)
+
+    def sync_steps(self, place: str) -> None:
+        """Values of a step with `sync_dist`."""
+        if not self.uneven:
+            sync_steps(self.trainer, place)
+            return
+        feed: Any = self.feed
+        sync_steps(self.trainer, place, feed.present, feed.idle)
+        if place == "end":
+            self.trainer.book.muted = False
 
     # ------------------------------------------------------------------ validation
 

@@ -55,31 +55,45 @@ class SharedWindow(Window):
     """A window over several processes, whose gradients are averaged in the backward pass of its last loss.
 
     With weights, what the window weighs in all processes is known before that pass, after one sum over them: the
-    gradients so far and the last loss are divided by the mean weight of a process, and the average is right.
+    gradients so far and the last loss are divided by the mean weight of a process, and the average is right. The same
+    is done where not all processes have all batches; without weights, each batch weighs 1, and nothing is asked.
 
     Arguments:
         strategy: sums over the processes.
         parameters: gives those whose gradients are in the window.
     """
 
-    __slots__ = ("parameters", "strategy", "weighted")
+    __slots__ = ("batches", "idle", "parameters", "partial", "strategy", "weighted")
 
     def __init__(self, strategy: Any, parameters: Callable[[], Iterable[Any]]) -> None:
         super().__init__()
         self.strategy, self.parameters, self.weighted = strategy, parameters, False
+        self.batches = 0  # of all processes, while they are counted
+        self.idle = self.partial = False
+
+    def meet(self, opens: bool, idle: bool, present: int) -> None:
+        """Not all processes may have the next batch: is this one idle, and how many are not?"""
+        if opens:
+            self.batches, self.partial = 0, False
+        self.idle = idle
+        self.batches += present
+        self.partial = self.partial or present < self.strategy.world_size
 
     def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
-        self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
-        share = super().share(loss, weight, expected)
-        if not self.weighted or expected > 1:
+        if not self.idle:  # else the windows before tell
+            self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
+        share = super().share(loss, 0 if self.idle else weight, expected)
+        if expected > 1 or not (self.weighted or self.partial):
             return share
-        total = self.total if isinstance(self.total, Tensor) else torch.tensor(float(self.total), dtype=torch.float64)
-        mean = self.strategy.reduce(total.to(loss.device), reduce_op="mean")
-        mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+        mean: Any = self.batches / self.strategy.world_size
+        if self.weighted:
+            total = torch.as_tensor(self.total, dtype=torch.float64, device=loss.device)
+            mean = self.strategy.reduce(total, reduce_op="mean")
+            mean = torch.where(mean > 0, mean, torch.ones_like(mean)).to(loss.dtype)
         if self.held > 1:
             scale_gradients(self.parameters(), self.divisor / mean)
         self.divisor = self.total = 1  # nothing is left to correct
-        return loss / mean.to(loss.dtype)
+        return loss / mean
 
 
 def _divisor(weight: Any, expected: int, loss: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.loops.dispatch import nothing
+from fulmen.loops.exact import standing_in
 from fulmen.loops.loading import bound_step
 from fulmen.loops.losses import SharedWindow, Window, read_output
 from fulmen.module import LightningModule
@@ -56,6 +58,14 @@ class Optimization:
             optimizer._module = self.module
             optimizer._sync_context = lambda: self.strategy.no_backward_sync(self.strategy.model)
 
+    batchless = False  # does this process only take part in the batches of others?
+    present: int | None = None  # how many processes have a batch; None if all have
+    factor = 1.0  # of losses in manual optimization
+
+    def meet(self, idle: bool, present: int) -> None:
+        """The next batch is not in all processes. Without one of its own, a process adds nothing to the gradients."""
+        self.batchless, self.present = idle, present
+
     def set_hooks(self, hooks: HookPlan) -> None:
         """A fresh plan, because callbacks may have changed."""
         self.hooks = hooks
@@ -63,6 +73,8 @@ class Optimization:
     def backward_with_hooks(self, loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
         """What stands between the strategy's `pre_backward` and `post_backward`."""
         book = self.book
+        if self.factor != 1.0:
+            loss = loss * self.factor
         self.hooks.on_before_backward(loss)
         previous, book.hook = book.hook, "backward"
         self.precision.backward(loss, self.module, optimizer, *args, **kwargs)
@@ -123,6 +135,8 @@ class AutomaticOptimization(Optimization):
         opens = not self.window_open or batch_idx == 0
         self.stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.progress.is_last_batch
         self.window_open = not self.stepped
+        if self.present is not None:
+            self.window.meet(opens, self.batchless, self.present)  # type: ignore[attr-defined]
         if not self.stepped and not self.strategy.handles_gradient_accumulation:
             with self.strategy.no_backward_sync(self.strategy.model):
                 return self.forward_backward(batch, batch_idx, opens)
@@ -144,6 +158,8 @@ class AutomaticOptimization(Optimization):
         return int(min(length - batch_idx % length, max(self.trainer.num_training_batches - batch_idx, 1)))
 
     def forward_backward(self, batch: Any, batch_idx: int, opens: bool) -> Any:
+        if self.batchless:
+            return self.stand_in(batch, batch_idx, opens)
         hooks, book, length = self.hooks, self.book, self.trainer.accumulate_grad_batches
         book.hook = "training_step"
         # waits for nothing: the loss stays on the device, only its type is looked at
@@ -168,7 +184,7 @@ class AutomaticOptimization(Optimization):
             if self.several and (not self.only or self.window.held):
                 raise RuntimeError(self.no_loss())
             return {} if extra is None else extra
-        if length > 1 or weight is not None:
+        if length > 1 or weight is not None or (self.present is not None and self.present < self.trainer.world_size):
             loss = self.window.share(loss, weight, self.batches_left(batch_idx))
         if not self.plain_backward:
             self.strategy.backward(loss, self.optimizer, **self.only)
@@ -184,6 +200,23 @@ class AutomaticOptimization(Optimization):
             return _NO_OUTPUTS  # nobody will look at it
         self.closure_result = loss.detach()
         return {"loss": self.closure_result} if extra is None else {**extra, "loss": self.closure_result}
+
+    def stand_in(self, batch: Any, batch_idx: int, opens: bool) -> Any:
+        """This process has no batch. Its gradients of 0 go where others send theirs, with those of its window so far."""
+        if opens:
+            self.clear_gradients(batch_idx)
+        loss = None if self.only else self.strategy.zero_loss()
+        if loss is None:
+            # The step of others exchanges more than gradients, so this one runs as well, on a batch it had.
+            with standing_in(self.module), self.context() if self.context is not None else nullcontext():
+                output = self.training_step(batch, batch_idx)
+            given, _, _ = read_output(output, self.name, False, self.verb)
+            if given is None:
+                raise RuntimeError(self.no_loss())
+            loss = given * 0
+        self.window.share(loss, 0, self.batches_left(batch_idx)).backward(**self.only)
+        self.closure_result = loss.detach()
+        return {}
 
     def clear_gradients(self, batch_idx: int) -> None:
         """A window begins."""
@@ -302,6 +335,11 @@ class AlternatingOptimization(Optimization):
         for turn in self.turns:
             turn.set_hooks(hooks)
 
+    def meet(self, idle: bool, present: int) -> None:
+        super().meet(idle, present)
+        for turn in self.turns:
+            turn.meet(idle, present)
+
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch, one turn of each optimizer. Returns what `on_train_batch_end` gets as `outputs`."""
         if self.shares and self.trainer.accumulate_grad_batches > 1:
@@ -379,10 +417,18 @@ class ManualOptimization(Optimization):
                 f"{what} Call `self.manual_backward` instead of `yield`, or leave `automatic_optimization` on."
             )
 
+    def meet(self, idle: bool, present: int) -> None:
+        super().meet(idle, present)
+        self.factor = 0.0 if idle else self.trainer.world_size / present
+
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
         self.book.hook = "training_step"
-        if self.context is None:
+        if self.batchless:
+            with standing_in(self.module), self.context() if self.context is not None else nullcontext():
+                self.training_step(batch, batch_idx)
+            output = None
+        elif self.context is None:
             output = self.training_step(batch, batch_idx)
         else:
             with self.context():
