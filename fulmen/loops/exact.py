@@ -48,7 +48,7 @@ def combine(trainer: Trainer, listening: bool = False) -> bool:
     due = {
         key: entry
         for key, entry in book.entries.items()
-        if not entry.empty and entry.on_epoch and entry.final is None and _is_shared(key, entry)
+        if not entry.empty and entry.on_epoch and entry.final is None and _is_shared(key, entry, rank)
     }
     totals = to_host({str(key): e.total for key, e in due.items() if not isinstance(e, MetricEntry)})
     mine = {key: _part(trainer, entry, totals.get(str(key))) for key, entry in due.items()}
@@ -66,20 +66,25 @@ def combine(trainer: Trainer, listening: bool = False) -> bool:
     return any(told for told, _ in every)
 
 
-def _is_shared(key: Key, entry: Entry) -> bool:
-    """What a step logs is a part of the whole. What an epoch hook logs may be the whole already: `sync_dist` says so."""
-    if entry.options[10]:
+def _is_shared(key: Key, entry: Entry, rank: int) -> bool:
+    """What a step logs is a part of the whole. What an epoch hook logs may be the whole, unless `sync_dist` says no."""
+    members = _members(entry)
+    if entry.options[10] or (members is not None and rank not in members):
         return False
     rule = LOG_RULES.get(key[0] or "")
     return isinstance(entry, MetricEntry) or bool(entry.options[6]) or (rule is not None and rule.step_allowed)
 
 
+def _members(entry: Entry) -> list[int] | None:
+    sync, group = entry.options[6:8]
+    return dist.get_process_group_ranks(group) if sync and group is not None else None
+
+
 def _part(trainer: Trainer, entry: Entry, total: Any) -> dict[str, Any]:
     """What this process adds to an entry, and how another makes one like it."""
-    bar, logger, _, _, _, graph, sync, group, suffix, _, _ = entry.options
-    members = dist.get_process_group_ranks(group) if sync and group is not None else None
+    bar, logger, _, _, _, graph, sync, _, suffix, _, _ = entry.options
     options = (bar, logger, entry.on_step, entry.on_epoch, "mean", graph, sync, None, suffix, None, False)
-    part = {"members": members, "options": options}
+    part = {"members": _members(entry), "options": options}
     if isinstance(entry, MetricEntry):
         states = metric_states(entry.metric) if entry.parked is None else entry.parked
         path = next((name for name, child in trainer.lightning_module.named_modules() if child is entry.metric), None)
