@@ -4,6 +4,7 @@
 #   make test    the test suite             make test ARGS="-k resume"
 #   make check   lint, format, types, layers
 #   make bench   every row of benchmarks/README.md
+#   make bench-exact  evaluation on 1..4 processes, every size and batch size
 #   make docs    this documentation as pages in site/
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench docs clean
+.PHONY: help demo test check format bench bench-exact docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,6 +46,9 @@ format: $(STAMPS)/check
 
 bench: $(STAMPS)/test
 	@$(PY) -m benchmarks $(ARGS)
+
+bench-exact: $(STAMPS)/test
+	@$(PY) -m benchmarks.exact $(ARGS)
 
 docs: $(STAMPS)/docs
 	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"

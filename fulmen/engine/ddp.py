@@ -136,7 +136,7 @@ class DDPStrategy(ParallelStrategy):
             return None
         learning = [p for p in self._lightning_module.parameters() if p.requires_grad]
         nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in learning)  # noqa: E731
-        return through_forward(self.model, self._lightning_module, nothing_of_each)()
+        return through_forward(self.model, self._lightning_module, nothing_of_each, self._managed)()
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?

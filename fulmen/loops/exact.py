@@ -67,7 +67,7 @@ def combine(trainer: Trainer, listening: bool = False) -> bool:
 
 
 def _is_shared(key: Key, entry: Entry, rank: int) -> bool:
-    """What a step logs is a part of the whole. What an epoch hook logs may be the whole, unless `sync_dist` says no."""
+    """What a step logs is a part of the whole. What an epoch hook logs may be the whole: `sync_dist` says if not."""
     members = _members(entry)
     if entry.options[10] or (members is not None and rank not in members):
         return False

@@ -157,6 +157,8 @@ def odd_loaders(size):
 
 
 NAMES = list(odd_loaders(4))
+AS_THEY_ARE = {"plain", "drop_last", "batches of the user's own", "one sample at a time", "a sampler with a length",
+               "a sampler with indices", "a list", "epochs"}  # fmt: skip
 
 
 def read(loader):
@@ -187,6 +189,8 @@ def test_evaluation_deals_out_the_batches_of_one_process(name):
         parts = parts_of(name, size, ranks, padded=False)
         alone = read(sharded(odd_loaders(size)[name], num_replicas=1, rank=0, padded=False, seed=3))
         assert together(batches for _, batches in parts) == alone, (size, ranks)
+        if name in AS_THEY_ARE:
+            assert alone == read(odd_loaders(size)[name]), size
         if name != "no length":
             assert [len(loader) for loader, _ in parts] == [len(batches) for _, batches in parts]
 
@@ -287,9 +291,7 @@ def test_workers_read_the_part_of_their_process():
 
 def test_predictions_know_their_samples_and_drop_none():
     loader = DataLoader(Numbers(7), 2, drop_last=True)
-    parts = [
-        recorded(sharded(undropped(loader), num_replicas=2, rank=rank, padded=False, seed=0)) for rank in range(2)
-    ]
+    parts = [recorded(sharded(undropped(loader), num_replicas=2, rank=rank, padded=False, seed=0)) for rank in range(2)]
     assert together(map(read, parts)) == [[0, 1], [2, 3], [4, 5], [6]]
     assert [part.batch_sampler.seen_indices for part in parts] == [[[0, 1], [4, 5]], [[2, 3], [6]]]
 
@@ -393,9 +395,9 @@ def test_a_stream_that_splits_itself_is_left_alone(seen):
 
 
 def test_each_of_several_loaders_is_split(seen):
-    a, b = ([sorted(sum((each[key] for each in rank["several"]), [])) for rank in seen] for key in "ab")
-    assert sorted(a[0] + a[1]) == list(range(8))
-    assert sorted(b[0] + b[1]) == list(range(4))
+    for key, size in (("a", 8), ("b", 4)):
+        samples = [number for rank in seen for batches in rank["several"] for number in batches[key]]
+        assert sorted(samples) == list(range(size))
     for rank in seen:
         assert len(rank["combined"]) == 2
 
