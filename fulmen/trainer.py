@@ -323,7 +323,9 @@ class Trainer:
         """What a run on another process leaves behind, for `unpack_results` where the call was made."""
         return {
             "weights": move_data_to_device(self.lightning_module.state_dict(), torch.device("cpu")),
-            "callbacks": [(key, plain_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()],
+            "callbacks": [
+                (key, plain_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()
+            ],
             "progress": self.fit_loop.progress,
             "limits": (self.max_epochs, self.min_epochs),
             "state": self.state,
