@@ -213,6 +213,7 @@ class Page:
         self.training = training
         self.epoch_over = False
         self.has_steps = False  # whether any entry shows a value per step
+        self.synced: dict[str, list[Entry]] = {}  # what was reduced over processes last, by place in the batch
 
     def reset(self) -> None:
         """Forgets the values, keeps the checked entries."""
@@ -270,7 +271,6 @@ class LogBook:
         self.shared = False  # do several processes log?
         self.muted = False  # is what is logged not to count?
         self.due: list[Entry] = []  # to be reduced over processes when the step is over
-        self.synced: dict[str, list[Entry]] = {}  # what was reduced last, by place
         self.size_required = False  # a step that pulls its own batches: their size cannot be looked up
         self.module: Any = None
         self._callback: dict[str, Tensor] = {}
@@ -488,7 +488,6 @@ class LogBook:
         self._pages.clear()
         self.jotted = NOTHING
         self.due.clear()
-        self.synced.clear()
         self.hook = self._dataloader_idx = None
         self.close_batch()
         self._callback, self._logged, self._bar = {}, {}, {}

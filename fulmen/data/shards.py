@@ -78,6 +78,7 @@ class Shard(DistributedSampler):
         self.dataset = self.order = order
         self.num_replicas, self.rank, self.padded, self.block = num_replicas, rank, padded, block
         self.seed, self.ahead, self.epoch, self.shuffle = seed, ahead, 0, False
+        self.drop_last = getattr(order, "drop_last", False)
 
     def __iter__(self) -> Iterator[Any]:
         if callable(announce := getattr(self.order, "set_epoch", None)):

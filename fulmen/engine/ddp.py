@@ -134,8 +134,7 @@ class DDPStrategy(ParallelStrategy):
         exchanging = any(isinstance(layer, kinds) for layer in self._lightning_module.modules())
         if not wrapped or static or exchanging:
             return None
-        learning = [p for p in self._lightning_module.parameters() if p.requires_grad]
-        nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in learning)  # noqa: E731
+        nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._managed)  # noqa: E731
         return through_forward(self.model, self._lightning_module, nothing_of_each, self._managed)()
 
     def check_gradients(self) -> None:

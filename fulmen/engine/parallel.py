@@ -193,9 +193,6 @@ class ParallelStrategy(Strategy, ABC):
     def exchange_objects(self, obj: Any) -> list[Any]:
         return collectives.exchanged(obj, self.root_device) if self.together else [obj]
 
-    def collect(self, obj: Any) -> tuple[list[Any], int]:
-        return collectives.collected(obj, self.root_device) if self.together else super().collect(obj)
-
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if not isinstance(tensor, Tensor) or not self.together:
             return tensor

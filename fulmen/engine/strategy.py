@@ -46,6 +46,7 @@ class Strategy(ABC):
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     needs_plain_tensors = False  # can inference tensors not be exchanged?
     leaving = False  # does an exception end this process's part in the run?
+    steps_together = False  # does even a forward pass exchange something between processes?
     absent: str | None = None  # says which process has no batch now and would not take part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
@@ -198,10 +199,6 @@ class Strategy(ABC):
     def exchange_objects(self, obj: Any) -> list[Any]:
         """The objects of all processes, by rank; they are pickled."""
         return [obj]
-
-    def collect(self, obj: Any) -> tuple[list[Any], int]:
-        """On rank 0 the objects of all processes that have one (not None), by rank; everywhere, how many have."""
-        return ([], 0) if obj is None else ([obj], 1)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The same value on every process, combined element-wise; non-tensors come back unchanged."""

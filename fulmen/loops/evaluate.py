@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
 from fulmen.data.loaders import set_epoch
-from fulmen.loops.exact import end_epoch, sync_steps
+from fulmen.loops.exact import end_epoch, standing_in, sync_steps
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
@@ -84,7 +85,7 @@ class EvaluationLoop:
         """One batch."""
         book = self.trainer.book
         book.open_batch(batch)
-        place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
+        self.place = place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
         self.on_batch_start(*place)
         book.hook = self.step_name
         if self.context is None:
@@ -163,6 +164,13 @@ class EvaluationLoop:
             self.everywhere_now = [[min(most, count) for count in counts] for counts in self.everywhere]
             # Nothing is known about a loader without length: its batches are exchanged by nobody.
             self.full = [0 if max(counts) == inf else min(counts) for counts in zip(*self.everywhere_now)]
+            if trainer.strategy.steps_together and 0 in self.full:
+                name = type(trainer.strategy).__name__
+                what = f"`{name}` needs all processes in each step, and the {self.kind} data gives them"
+                shown = " and ".join(
+                    f"{sum(counts)} batches on rank {r}" for r, counts in enumerate(self.everywhere_now)
+                )
+                raise RuntimeError(f"{what} {shown}. Use a smaller batch size, and loaders that have a length.")
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
         self.step = bound_step(trainer, self.step_name)
@@ -232,8 +240,18 @@ class EvaluationLoop:
             return
         counts = [counts[dataloader_idx] for counts in self.everywhere_now]
         for batch_idx in range(int(counts[self.trainer.global_rank]), int(max(counts))):
+            if self.trainer.strategy.steps_together:
+                self.go_along()
             for place in ("step", "end"):
                 sync_steps(self.trainer, place, self.present(batch_idx, dataloader_idx), idle=True)
+
+    def go_along(self) -> None:
+        """Runs the step once more, on the batch it had last, because others could not run theirs otherwise."""
+        book = self.trainer.book
+        book.muted, book.hook = True, self.step_name
+        with standing_in(self.trainer.lightning_module), nullcontext() if self.context is None else self.context():
+            self.step(*self.place[: self.num_arguments])
+        book.muted, book.hook = False, None
 
     def keep(self, outputs: Any, dataloader_idx: int) -> None:
         """Step metrics go out at every batch, against their own counter."""

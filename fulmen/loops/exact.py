@@ -180,10 +180,11 @@ def sync_steps(trainer: Trainer, place: str, present: int | None = None, idle: b
     """
     book, strategy = trainer.book, trainer.strategy
     book.copy_jottings()
+    assert book.page is not None
     if idle:
-        entries = book.synced.get(place, [])
+        entries = book.page.synced.get(place, [])
     else:
-        entries = book.synced[place] = list(dict.fromkeys(book.due))
+        entries = book.page.synced[place] = list(dict.fromkeys(book.due))
     book.due.clear()
     together: dict[tuple[Any, str], list[Entry]] = {}
     for entry in entries:

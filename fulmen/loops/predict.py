@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fulmen.data.loaders import IndexRecorder
+from fulmen.engine.collectives import collected
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.rank_zero import WarningCache
@@ -79,7 +80,7 @@ class PredictionLoop(EvaluationLoop):
         assert self.collected is not None
         strategy = self.trainer.strategy
         strategy.absent = None  # all take part, until nobody has anything left
-        arrived, senders = strategy.collect(own)
+        arrived, senders = collected(own, strategy.root_device)
         self.collected += arrived
         return senders
 

@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 import fulmen as pl
 from fulmen.data.loaders import recorded, set_epoch, undropped
-from fulmen.data.shards import sharded
+from fulmen.data.shards import seed_of, sharded
 
 SIZES = (1, 2, 7, 23)
 
@@ -252,6 +252,28 @@ def test_drawing_the_order_changes_no_other_random_numbers():
                  padded=True, seed=3).sampler)  # fmt: skip
     after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist(), generator.get_state()
     assert torch.equal(before[0], after[0]) and before[1:3] == after[1:3] and torch.equal(before[3], after[3])
+
+
+def test_the_order_follows_from_the_seed_of_the_generator_or_of_the_run(monkeypatch):
+    own = torch.Generator().manual_seed(5)
+    assert seed_of(DataLoader(Numbers(), shuffle=True, generator=own)) == 5
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert seed_of(DataLoader(Numbers(), shuffle=True)) == 7
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    torch.manual_seed(9)
+    assert seed_of(DataLoader(Numbers(), shuffle=True)) == seed_of([1, 2]) == 9
+
+
+def test_weighted_sampling_keeps_its_weights():
+    loader = DataLoader(Numbers(6), 2, sampler=WeightedRandomSampler([0.0, 1.0, 1.0, 0.0, 1.0, 0.0], 40))
+    parts = [read(sharded(loader, num_replicas=2, rank=rank, padded=True)) for rank in range(2)]
+    assert {number for part in parts for batch in part for number in batch} == {1, 2, 4}
+
+
+def test_a_shard_is_a_distributed_sampler():
+    shard = sharded(DataLoader(Numbers(4)), num_replicas=2, rank=1, padded=True).sampler
+    assert isinstance(shard, DistributedSampler)
+    assert (shard.num_replicas, shard.rank, shard.drop_last) == (2, 1, False)
 
 
 class Lookalike(Plain):

@@ -337,6 +337,38 @@ def test_an_exchange_that_not_all_ranks_would_join_is_an_error():
     assert "`validation_step` wants to exchange something between all processes in batch 2, but rank 1 has none" in said
 
 
+class Together(pl.strategies.DDPStrategy):
+    """Stands for strategies that gather weights in each forward pass."""
+
+    steps_together = True
+
+
+class Exchanging(Judge):
+    def evaluation_step(self, batch, batch_idx, dataloader_idx=0):
+        dist.all_reduce(torch.ones(()))
+        super().evaluation_step(batch, batch_idx, dataloader_idx)
+
+    validation_step = evaluation_step
+
+
+def together():
+    found = []
+    for size in (5, 1):
+        module, trainer = Exchanging(), make_trainer(strategy=Together(), devices=2)
+        try:
+            found += trainer.validate(module, DataLoader(data(size), 1), verbose=False)
+        except RuntimeError as error:
+            found.append(str(error))
+    return found
+
+
+def test_steps_that_need_all_processes_get_them_and_numbers_stay_exact():
+    (expected,) = make_trainer().validate(Judge(), DataLoader(data(5), 1), verbose=False)
+    for numbers, refused in run_ranks(2, together):
+        torch.testing.assert_close(numbers, expected, **DOUBLE)
+        assert "1 batches on rank 0 and 0 batches on rank 1" in refused
+
+
 # ---------------------------------------------------------------------- prediction
 
 

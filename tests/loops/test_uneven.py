@@ -214,6 +214,31 @@ def test_optimizers_that_take_turns_see_all_batches():
         torch.testing.assert_close(rank[0][0], expected, rtol=0, atol=1e-12)
 
 
+class Watched(Model):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.squares(batch).mean())
+
+
+def everything(folder):
+    """Checkpoints, validation and a scheduler while one process has no batch any more."""
+    own = batches_of((2, 5))[int(os.environ["RANK"])]
+    every = pl.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    best = pl.callbacks.ModelCheckpoint(folder, "best", monitor="val_loss")
+    trainer = make_trainer(
+        strategy="ddp", devices=2, max_epochs=2, use_distributed_sampler=False, val_check_interval=2,
+        enable_checkpointing=True, callbacks=[every, best, pl.callbacks.EarlyStopping("val_loss", mode="max")],
+    )  # fmt: skip
+    trainer.fit(Watched(), Sized(own), Sized(batches_of((3, 3))[0]))
+    return trainer.global_step, float(trainer.callback_metrics["val_loss"])
+
+
+def test_callbacks_that_meet_go_on_meeting(tmp_path):
+    first, second = run_ranks(2, everything, str(tmp_path))
+    assert first == second
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"step={step}.ckpt" for step in range(1, first[0] + 1)} | {"best.ckpt"} <= names
+
+
 def nothing_on_rank_one():
     try:
         train([("plain", (2, 0), 1, 4, True)])
