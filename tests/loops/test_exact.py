@@ -113,7 +113,7 @@ def all_three():
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return run_ranks(2, all_three)
+    return run_ranks(2, all_three, timeout_seconds=120)
 
 
 # ---------------------------------------------------------------------- all that may differ between ranks
@@ -164,7 +164,7 @@ def particular():
 
 @pytest.fixture(scope="module")
 def particulars():
-    return run_ranks(3, particular)
+    return run_ranks(3, particular, timeout_seconds=120)
 
 
 def test_a_name_of_one_rank_is_known_to_all_and_nobody_waits(particulars):
