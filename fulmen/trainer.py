@@ -366,6 +366,7 @@ class Trainer:
             self._connect_callbacks()
             verify.configuration(self)
             self.strategy.setup_environment()
+            self.strategy.watch(self)
             self._share_log_dir()
             self._prepare_data()
             self._call_setup_hooks()
@@ -397,6 +398,7 @@ class Trainer:
         try:
             yield
             self._finish(loop)
+            self.strategy.unwatch()
         except KeyboardInterrupt as interrupt:
             rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
             # A second Ctrl-C would tear what is being closed now.
@@ -406,7 +408,9 @@ class Trainer:
                 signal.signal(signal.SIGINT, previous)
             sys.exit(1)
         except BaseException as error:
-            self._abort(loop, error)
+            reason = self._abort(loop, error)
+            if reason is not error:
+                raise reason from error
             raise
 
     def _finish(self, loop: Any) -> None:
@@ -425,10 +429,22 @@ class Trainer:
         self.state.status, self.state.stage = TrainerStatus.FINISHED, None
         self.book.turn_to(None)
 
-    def _abort(self, loop: Any, error: BaseException) -> None:
+    def _abort(self, loop: Any, error: BaseException) -> BaseException:
         """The end of a run that failed: everybody is told, logs are closed, workers end."""
         self.state.status = TrainerStatus.INTERRUPTED
-        self.strategy.leaving = True  # nobody waits for other processes now: they may never come
+        error = self.strategy.leave(error)
+        try:
+            self._tell(error)
+        finally:
+            self._close(loop)
+            self.profiler.teardown(self.state.fn)
+            self.strategy.unwatch()
+            self.state.stage = None
+            self.book.turn_to(None)
+        return error
+
+    def _tell(self, error: BaseException) -> None:
+        """Of an exception, everybody who wants to know. The watchdog does it too."""
         self.book.hook = "on_exception"
         try:
             for callback in self.callbacks:
@@ -439,10 +455,6 @@ class Trainer:
         finally:  # also if one of them fails, what was logged is written
             for logger in self.loggers:
                 logger.finalize("failed")
-            self._close(loop)
-            self.profiler.teardown(self.state.fn)
-            self.state.stage = None
-            self.book.turn_to(None)
 
     def _close(self, loop: Any) -> None:
         self.strategy.teardown()

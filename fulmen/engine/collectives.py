@@ -213,7 +213,7 @@ class LastBatch:
     the only one to know ends alone.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, patience: float = 8.0) -> None:
+    def __init__(self, store: Any, rank: int, size: int, patience: float = 5.0) -> None:
         self.store, self.rank, self.told = store, rank, [f"told/{other}" for other in range(size)]
         self.last: int | None = None
         self.deadline = time.monotonic() + patience

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import io
 import multiprocessing
 import os
@@ -19,13 +18,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fulmen.engine import collectives
+from fulmen.engine import collectives, watchdog
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only
 from fulmen.utilities.seed import seed_everything
@@ -60,12 +60,15 @@ class ScriptLauncher:
             raise RuntimeError(f"{what} Do not catch what ended them, and run the script again.")
         try:
             return function(*args)
-        except BaseException:
+        except BaseException as error:
             self.over = True
             # What is raised here may come from the connection to one that died a moment ago.
             wait_for([lambda: any(child.poll() for child in self.children) or None], 0.5)
-            self.name_failed()
-            self.end()
+            if not watchdog.reported(error):
+                self.name_failed()
+                self.end()
+            told = isinstance(error, (SystemExit, KeyboardInterrupt))
+            self.end(patience=1.0 if told else 2 * GRACE_SECONDS)
             raise
 
     def start(self) -> None:
@@ -75,7 +78,7 @@ class ScriptLauncher:
         places = meeting_point(strategy)
         share_processors(count)
         for local_rank in range(1, count):
-            place = {**places, "LOCAL_RANK": str(local_rank), PARENT: _me()}
+            place = {**places, "LOCAL_RANK": str(local_rank), PARENT: str(os.getpid())}
             self.children.append(subprocess.Popen(command, env={**os.environ, **place}))
         os.environ.update(places, LOCAL_RANK="0")
         self.started = True
@@ -94,7 +97,10 @@ class ScriptLauncher:
         if self.over:
             return
         self.failed = True
-        self.name_failed()
+        if self.strategy.watchdog is None:
+            self.name_failed()
+        else:  # it names whoever was first, and ends all
+            self.end(patience=2 * GRACE_SECONDS)
         self.end()
         # The main thread usually gets an error from the broken connection, and closes what is open.
         time.sleep(GRACE_SECONDS)
@@ -106,8 +112,15 @@ class ScriptLauncher:
             if child.poll() and not self.signalled:
                 print(f"Rank {rank} {how_it_ended(child.returncode)}: all others end too.", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        """Ends the others: asked first, then forced."""
+    def ending(self, rank: int) -> str:
+        """How the process of another rank ended, if it did."""
+        local_rank = rank - self.strategy.global_rank
+        code = self.children[local_rank - 1].poll() if 0 < local_rank <= len(self.children) else None
+        return "" if code is None else how_it_ended(code)
+
+    def end(self, patience: float = 0.0) -> None:
+        """Ends the others: asked first, then forced; those that were told why get some seconds to end by themselves."""
+        wait_for([child.poll for child in self.children], patience)
         end_all([(child.pid, child.poll) for child in self.children])
 
     def wait(self) -> None:
@@ -177,7 +190,7 @@ class ProcessLauncher:
             with environment({**places, FOLDER: str(folder)}):
                 for rank in range(self.strategy.num_processes):
                     own = listener if rank == 0 or forked else None
-                    arguments = (rank, self.strategy.num_processes, places, folder, work, own, _me(), forked)
+                    arguments = (rank, self.strategy.num_processes, places, folder, work, own, str(os.getpid()), forked)
                     children.append(context.Process(target=_child, args=arguments))  # type: ignore[attr-defined]
                     children[-1].start()
             if listener is not None:
@@ -220,7 +233,7 @@ class ProcessLauncher:
                 raise SystemExit(1) from None  # as where the run is in this process
         if all(child.exitcode == 0 for child in children):
             return
-        wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else 1.0)
+        wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else GRACE_SECONDS)
         raise _failure(children, folder)
 
 
@@ -229,21 +242,22 @@ def _failure(children: list[Any], folder: Path) -> BaseException:
     if (folder / "no-main-guard").exists():
         what = "The script starts processes when it is imported, and each process imports it: it has no main guard."
         return RuntimeError(f"{what} Put what it runs under `if __name__ == '__main__':`, or use `strategy='ddp'`.")
-    reports = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-    told = {path.name for path in reports}
-    for rank, child in enumerate(children):
-        if child.exitcode and f"error-{rank}" not in told:
-            what = f"The process of local rank {rank} {how_it_ended(child.exitcode)} without an exception."
-            return RuntimeError(f"{what} The others were ended.")
-    for path in reports:
-        with contextlib.suppress(Exception):
-            report = torch.load(path, weights_only=False)
-            error = report["error"]
-            if error is None:
-                error = RuntimeError(f"Rank {path.name[6:]} raised {report['text']}")
-            error.__cause__ = RemoteTraceback(f"\n\nof rank {path.name[6:]}:\n{report['traceback']}")
-            return error
-    return RuntimeError("The processes ended without a result.")
+    paths = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
+    reports = {path.name[6:]: torch.load(path, weights_only=False) for path in paths}
+    error: BaseException = RuntimeError("The processes ended without a result.")
+    silent = [rank for rank, child in enumerate(children) if child.exitcode and str(rank) not in reports]
+    if silent:
+        what = (
+            f"The process of local rank {silent[0]} {how_it_ended(children[silent[0]].exitcode)} without an exception."
+        )
+        error = RuntimeError(f"{what} The others were ended.")
+    elif reports:
+        origin, told = min(reports.items(), key=lambda report: report[1]["echo"])
+        error = told["error"] or RuntimeError(f"Rank {origin} raised {told['text']}")
+        error.__cause__ = RemoteTraceback(f"\n\nof rank {origin}:\n{told['traceback']}")
+    if any(told["reported"] for told in reports.values()):
+        watchdog.quiet(error)
+    return error
 
 
 def how_it_ended(code: int) -> str:
@@ -279,6 +293,7 @@ def _child(
         function, args, owner = work
         strategy = owner.strategy
         strategy.launcher, strategy.listener = None, listener
+        strategy.tell_parent = partial(_tell, folder, rank)
         if "PL_GLOBAL_SEED" in os.environ:
             seed_everything(workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)
         result = function(*args)
@@ -287,16 +302,22 @@ def _child(
         collectives.leave()
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        told = {"error": error, "text": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        error.__traceback__ = error.__context__ = error.__cause__ = None
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            told["error"] = None
-        torch.save(told, folder / f"writing-{rank}")
-        os.replace(folder / f"writing-{rank}", folder / f"error-{rank}")
+        _tell(folder, rank, error, watchdog.readable(traceback.format_exc()), getattr(error, "_fulmen_echo", False))
     # Threads of a broken process group would keep the process.
     _exit(code)
+
+
+def _tell(folder: Path, rank: int, error: BaseException, trace: str, echo: bool) -> None:
+    """Why a process ends; an echo if that is what another did."""
+    told = {"error": error, "text": f"{type(error).__name__}: {error}", "traceback": trace, "echo": echo}
+    told["reported"] = watchdog.reported(error)
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        told["error"] = None
+    torch.save(told, folder / f"writing-{rank}")
+    os.replace(folder / f"writing-{rank}", folder / f"error-{rank}")
 
 
 # ---------------------------------------------------------------------- pickling
@@ -447,13 +468,9 @@ def adopted() -> None:
     """In a process that was started here: it ends with the one that started it."""
     if (told := os.environ.pop(PARENT, None)) is None:
         return
-    parent, of_main_thread = map(int, told.split(":"))
+    parent = int(told)
     os.environ[_KNOWN_PARENT] = str(parent)
-    if sys.platform == "linux" and of_main_thread:
-        # The kernel kills us when the thread that started us ends.
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    else:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if os.getppid() != parent:
         os._exit(1)
 
@@ -471,11 +488,8 @@ def tell_launcher() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
+    watchdog.orphaned()  # says so, and closes what is open
     os._exit(1)
-
-
-def _me() -> str:
-    return f"{os.getpid()}:{int(threading.current_thread() is threading.main_thread())}"
 
 
 def end_all(processes: list[tuple[int, Callable[[], Any]]]) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.engine import collectives
+from fulmen.engine import collectives, watchdog
 from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
 from fulmen.engine.strategy import Strategy
 from fulmen.utilities.introspection import alias
@@ -36,6 +36,7 @@ class ParallelStrategy(Strategy, ABC):
     """
 
     strategy_name = "parallel"
+    watchdog_timeout_s: float | None = None  # seconds; None asks FULMEN_WATCHDOG_TIMEOUT_S, and 0 means no watchdog
 
     def __init__(
         self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
@@ -50,6 +51,7 @@ class ParallelStrategy(Strategy, ABC):
         self.layer_sync: Any = None  # a `LayerSync` that is applied while fitting
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
         self.store: Any = None  # the group's, once they have
+        self.tell_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
         self._runs = 0
         self._last_batch: collectives.LastBatch | None = None
 
@@ -138,6 +140,9 @@ class ParallelStrategy(Strategy, ABC):
         super().teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
+
+    def watch(self, trainer: Any) -> None:
+        self.watchdog = watchdog.watch(self, trainer, watchdog.limit_seconds(self.watchdog_timeout_s))
 
     def model_to_device(self) -> None:
         self.model.to(self.root_device)

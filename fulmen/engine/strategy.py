@@ -45,6 +45,7 @@ class Strategy(ABC):
     launcher: Any = None  # starts the processes of a run; None when this one is enough
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     needs_plain_tensors = False  # can inference tensors not be exchanged?
+    watchdog: Any = None  # of a run on several processes
     leaving = False  # does an exception end this process's part in the run?
     steps_together = False  # does even a forward pass exchange something between processes?
     absent: str | None = None  # says which process has no batch now and would not take part
@@ -250,6 +251,20 @@ class Strategy(ABC):
         """Deletes a checkpoint, on one process."""
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
+
+    def leave(self, error: BaseException) -> BaseException:
+        """An exception ends this process's part in the run: nobody waits for others now. Returns the real reason."""
+        self.leaving = True
+        return error if self.watchdog is None else self.watchdog.failed(error)
+
+    def watch(self, trainer: Any) -> None:
+        """The processes have met: from now on, one that fails is found out."""
+
+    def unwatch(self) -> None:
+        """The run is over, however it ended."""
+        watching, self.watchdog = self.watchdog, None
+        if watching is not None:
+            watching.stop()
 
     # Called at their moments; `on_exception` after the callbacks heard of it, before teardown.
     def pre_backward(self, closure_loss: Tensor) -> None: ...

@@ -1,0 +1,205 @@
+"""What a thread is doing, where an error came from, and tracebacks without the frames of libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import re
+import sys
+import sysconfig
+import threading
+import time
+import traceback
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_TORCH, _FULMEN = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
+_STANDARD = os.path.dirname(os.__file__)
+_LIBRARIES = (_TORCH, _FULMEN, *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_COLLECTIVES = tuple(
+    os.path.join(_TORCH, *path) for path in (("distributed", ""), ("nn", "parallel", "distributed.py"))
+)
+_BACKWARD = os.path.join(_TORCH, "autograd", "graph.py")
+_LOOPS = os.path.join(_FULMEN, "loops", "")
+_PLUMBING = tuple(
+    os.path.join(_STANDARD, *path)
+    for path in (
+        ("contextlib.py",),
+        ("threading.py",),
+        ("multiprocessing", "process.py"),
+        ("multiprocessing", "spawn.py"),
+    )
+)
+_FRAME = re.compile(r'  File "(.*?)", line (\d+), in (\S+)')
+_BROKEN = re.compile(r"(?i)connection|peer|broken pipe|timed? ?out|socket|gloo|nccl|abort")
+_DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py", "debugger.py")
+IN_BACKWARD = "the backward pass, where gradients are exchanged"
+
+
+class Sample:
+    """What the main thread does, and since when it does just that."""
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.seq, self.frozen_at = -1, time.monotonic()
+        self.moved_at, self.used = self.frozen_at, 0.0
+        self.frozen = 0.0
+        self.last: dict[str, Any] = {
+            "kind": "busy",
+            "what": "",
+            "where": "",
+            "seq": 0,
+            "frozen": 0.0,
+            "since": 0.0,
+            "in_loop": False,
+        }
+
+    def take(self, thread: threading.Thread, patience: float) -> dict[str, Any]:
+        """Looks at it now.
+
+        Returns:
+            kind: "waiting" in a collective, "asleep" in the user's code, idle "outside" of it, or "busy".
+            what, where: the collective; the place in the source.
+            seq: how many collectives this process has begun.
+            frozen, since: seconds in this very place; seconds since the last collective.
+        """
+        frames, frame = [], sys._current_frames().get(thread.ident or 0)
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        now, seq = time.monotonic(), collectives_begun()
+        key = [(id(frame.f_code), frame.f_lasti) for frame in frames]
+        if seq != self.seq:
+            self.moved_at = now
+        if key != self.key or seq != self.seq:
+            self.key, self.seq, self.frozen_at, self.used = key, seq, now, cpu_seconds()
+        self.frozen = now - self.frozen_at
+        idle = cpu_seconds() - self.used < 0.02 * self.frozen + 0.05
+        what, where = doing(frames)
+        own = bool(frames) and not in_library(frames[0].f_code.co_filename)
+        in_loop = any(frame.f_code.co_filename.startswith(os.path.join(_FULMEN, "loops")) for frame in frames)
+        debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in frames)
+        kind = "busy" if not idle or not in_loop or debugged else "asleep" if own else "outside"
+        if what and (idle or what != IN_BACKWARD):  # a backward pass may also compute
+            kind = "waiting"
+        stack = ""
+        if now - self.moved_at > patience / 2:
+            found = traceback.StackSummary.extract(((f, f.f_lineno) for f in reversed(frames)), lookup_lines=True)
+            stack = readable("Stack (most recent call last):\n" + "".join(found.format()))
+        self.last = {
+            "kind": kind, "what": what, "where": where, "seq": seq, "frozen": self.frozen,
+            "since": now - self.moved_at, "stack": stack, "in_loop": in_loop,
+        }  # fmt: skip
+        return dict(self.last)
+
+
+def doing(frames: list[Any]) -> tuple[str, str]:
+    """Which collective the innermost frames belong to, if any; and the place."""
+    what = ""
+    outside = next((i for i, frame in enumerate(frames) if not frame.f_code.co_filename.startswith(_TORCH)), 0)
+    for frame in frames[:outside]:
+        file = frame.f_code.co_filename
+        if file.startswith(_COLLECTIVES) and not file.endswith("c10d_logger.py"):
+            what = frame.f_code.co_name  # the outermost of them, which was called
+        elif file == _BACKWARD:
+            what = IN_BACKWARD
+    own = next((frame for frame in frames if not in_library(frame.f_code.co_filename)), None)
+    if what:
+        return what, f"{what}, called at {place(own or frames[outside])}"
+    nearest = own if own is not None else frames[0] if frames else None
+    if nearest is None:
+        return "", "no Python code"
+    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno).strip()
+    inside = f", inside of {place(frames[0])}" if nearest is not frames[0] else ""
+    return "", f"{place(nearest)}{f': `{line}`' if line else ''}{inside}"
+
+
+def place(frame: Any, line: int | None = None) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{line or frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def frames_of(error: BaseException) -> list[Any]:
+    """The frames that an error went through, and those around where it is handled; innermost first."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    frame = frames[-1].f_back if frames else sys._getframe(1)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def origin(error: BaseException) -> str:
+    """The last place in the user's code that an error came through."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        if not in_library(frame.f_code.co_filename):
+            return place(frame, line)
+    for file, line, name in reversed(_FRAME.findall(str(error))):  # of a loader's worker
+        if not in_library(file):
+            return f"{os.path.basename(file)}:{line} in {name}"
+    return doing(frames_of(error))[1]
+
+
+def in_library(file: str) -> bool:
+    return file.startswith((*_LIBRARIES, "<frozen", "<string>"))
+
+
+def collectives_begun() -> int:
+    """By this process, in the group of all; also those that the device has still to do."""
+    try:
+        return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):
+        return 0
+
+
+def cpu_seconds() -> float:
+    """Of this process and, where that is told, of those that it started."""
+    total, todo = time.process_time(), _children(os.getpid())
+    while todo:
+        pid = todo.pop()
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            with open(f"/proc/{pid}/stat") as file:
+                numbers = file.read().rpartition(")")[2].split()
+            total += (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+            todo += _children(pid)
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
+                found += map(int, file.read().split())
+    return found
+
+
+def because_of_others(error: BaseException) -> bool:
+    """Did a collective fail, because another process is not there?"""
+    if not isinstance(error, RuntimeError):
+        return False
+    frames = frames_of(error)
+    in_torch = error.__traceback__ is not None and frames[0].f_code.co_filename.startswith(_TORCH)
+    return bool((isinstance(error, dist.DistError) or in_torch) and _BROKEN.search(str(error)))
+
+
+def readable(text: str) -> str:
+    """A traceback without the frames of torch and fulmen."""
+    if os.environ.get("FULMEN_FULL_TRACEBACK") == "1":
+        return text
+    kept: list[str] = []
+    cut, skipping = 0, False
+    for line in text.splitlines():
+        if match := _FRAME.match(line):
+            file = match[1]
+            skipping = file.startswith((_TORCH, _FULMEN, "<frozen", "<string>")) or file.endswith(_PLUMBING)
+            cut += skipping
+        elif not line.startswith("    "):
+            skipping = False
+        if not skipping:
+            kept.append(line)
+    if cut:
+        kept.append(f"({cut} frames of libraries are left out; FULMEN_FULL_TRACEBACK=1 shows them)")
+    return "\n".join(kept)
