@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import pickle
 import socket
@@ -67,6 +68,7 @@ def leave() -> None:
     """Ends the group; others that still wait for this process get an error."""
     if initialised():
         dist.destroy_process_group()
+        gc.collect()  # whoever still refers to the group keeps its threads, and ending with them aborts the process
 
 
 def _store(
@@ -223,10 +225,18 @@ class LastBatch:
         """Asked after each batch, counted over all epochs."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()  # sync: the host must not run ahead of the others
-        if self.last is None and self.rank == 0 and self.store.check(self.told):
-            self.last = batch + window
-            self.store.set("last", str(self.last))
-        elif self.last is None and self.rank != 0 and self.store.check(["last"]):
-            self.last = int(self.store.get("last"))
-        over = self.last is not None and batch >= self.last
-        return over or time.monotonic() > self.deadline
+        try:
+            if self.last is None and self.rank == 0 and self.store.check(self.told):
+                self.last = batch + window
+                self.store.set("last", str(self.last))
+            elif self.last is None and self.rank != 0 and self.store.check(["last"]):
+                self.last = int(self.store.get("last"))
+                self.store.set(f"knows/{self.rank}", "1")
+            if self.last is None or batch < self.last:
+                return time.monotonic() > self.deadline
+            if self.rank == 0:  # the store may be in this process: it has to outlive the questions of the others
+                others = [f"knows/{other}" for other in range(1, len(self.told))]
+                self.store.wait(others, timedelta(seconds=5))
+        except RuntimeError:
+            pass  # somebody has ended already
+        return True

@@ -126,7 +126,7 @@ class DDPStrategy(ParallelStrategy):
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
         wrapped = step_name == "training_step" and isinstance(self.model, DistributedDataParallel)
-        return through_forward(self.model, self._lightning_module, step, self._managed) if wrapped else step
+        return through_forward(self, self._lightning_module, step) if wrapped else step
 
     def zero_loss(self) -> Tensor | None:
         wrapped, static = isinstance(self.model, DistributedDataParallel), self._ddp_kwargs.get("static_graph")
@@ -188,12 +188,11 @@ class DDPStrategy(ParallelStrategy):
         super().teardown()
 
 
-def through_forward(
-    wrapped: Module, module: Module, step: Callable[..., Any], managed: list[Tensor]
-) -> Callable[..., Any]:
+def through_forward(strategy: DDPStrategy, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
 
     The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.
+    The wrapper itself is not kept: it holds the process group, whose threads have to end before the process does.
     """
     own = vars(module)
     user_forward = own.get("forward")  # of an instance, such as a compiled one
@@ -210,12 +209,12 @@ def through_forward(
     def run(*args: Any, **kwargs: Any) -> Any:
         own["forward"] = redirected
         try:
-            return wrapped(*args, **kwargs)
+            return strategy.model(*args, **kwargs)
         except RuntimeError as error:
             indices = re.search(r"did not receive grad for rank \d+: ([\d\s]+)", str(error))
             if "Expected to have finished reduction" not in str(error):
                 raise
-            missing = [managed[int(index)] for index in indices[1].split()] if indices else []
+            missing = [strategy._managed[int(index)] for index in indices[1].split()] if indices else []
             raise RuntimeError(unused_message(names_of(module, missing))) from error
         finally:
             put_back()

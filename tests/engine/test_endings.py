@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pro
 
 def pids(folder):
     """Those of both ranks, once they train."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     files = [folder / f"pid-{rank}" for rank in range(2)]
     while not all(file.exists() and file.read_text() for file in files):
         assert time.monotonic() < deadline
