@@ -135,7 +135,7 @@ class DDPStrategy(ParallelStrategy):
         if not wrapped or static or exchanging:
             return None
         nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._managed)  # noqa: E731
-        return through_forward(self.model, self._lightning_module, nothing_of_each, self._managed)()
+        return through_forward(self, self._lightning_module, nothing_of_each)()
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?
