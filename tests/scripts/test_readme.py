@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def python_blocks(page: str = "README.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_the_four_steps_run_as_printed(tmp_path: Path) -> None:
@@ -27,6 +27,20 @@ def test_the_four_steps_run_as_printed(tmp_path: Path) -> None:
     loss, batches, rows = done.stdout.split("RESULTS ")[1].split()
     assert float(loss) < 0.05
     assert (int(batches), int(rows)) == (1, 100)
+
+
+def test_the_script_for_two_devices_runs_as_printed(tmp_path: Path) -> None:
+    """The number of two processes is that of one, and predictions are complete."""
+    (block,) = python_blocks("docs/devices.md")
+    script = tmp_path / "two_devices.py"
+    one = "pl.Trainer(accelerator='cpu', devices=1, logger=False).validate(model, val, verbose=False)"
+    script.write_text(block + f"        print('ONE', {one})\n")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = [float(number) for number in re.findall(r"'val_loss': ([\d.e-]+)", done.stdout)]
+    assert "297 codes" in done.stdout and len(numbers) == 3  # of both processes, and of one alone
+    assert max(numbers) - min(numbers) < 1e-6
 
 
 def test_the_four_steps_fit_on_a_screen() -> None:
