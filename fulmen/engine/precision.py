@@ -302,11 +302,9 @@ class HalfPrecision(Precision):
         step_in_float32(optimizer, seed=self._steps << 16, **kwargs)
         return outcome
 
-    @contextmanager
-    def state_context(self, optimizer: Optimizer) -> Generator[None]:
+    def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """States that are loaded keep their 32 bits with float16 weights."""
-        with widened(self.main_params(optimizer) if self.dtype == torch.float16 else (), {}, seed=0):
-            yield
+        return widened(optimizer) if self.dtype == torch.float16 else nullcontext()
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
         # A norm in float16 is infinite beyond 65,504, and clipping to it would erase the gradients.

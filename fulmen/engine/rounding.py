@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+HALF = (torch.float16, torch.bfloat16)
 # Elements that are widened together: bounds the memory that a step needs on top, to a few times 64 MB.
 PART = 1 << 24
 
@@ -39,8 +41,7 @@ def step_in_float32(optimizer: Any, seed: int, **kwargs: Any) -> Any:
         for number, part in enumerate(_parts(members, PART if alone else 1 << 62)):
             for group, parameters in zip(groups, part):
                 group["params"] = parameters
-            flat = [p for parameters in part for p in parameters]
-            with widened(flat, optimizer.state, seed + 2 * number):
+            with widened(optimizer, seed + 2 * number):
                 outcome = optimizer.step(**kwargs)
     finally:
         for group, parameters in zip(groups, members):
@@ -65,34 +66,45 @@ def _parts(members: list[list[Any]], limit: int) -> Iterator[list[list[Any]]]:
 
 
 @contextmanager
-def widened(parameters: Sequence[Any], states: Any, seed: int) -> Generator[None]:
-    """Inside, parameters of 16 bits, their gradients and their states have 32."""
-    narrow = [p for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
-    weights, grads = [p.data for p in narrow], [p.grad for p in narrow]
-    slots = [(states[p], name, value) for p in narrow if p in states for name, value in states[p].items()]
-    slots = [slot for slot in slots if isinstance(slot[2], Tensor) and slot[2].dtype in (torch.float16, torch.bfloat16)]
-    for parameter, data in zip(narrow, _wide(weights)):
-        parameter.grad = None  # torch refuses to have the two in different dtypes, also for a moment
-        parameter.data = data
-    there = [(p, grad) for p, grad in zip(narrow, grads) if grad is not None]
-    for (parameter, _), grad in zip(there, _wide([grad for _, grad in there])):
-        parameter.grad = grad
+def widened(optimizer: Any, seed: int | None = None) -> Generator[None]:
+    """Inside, the optimizer has stand-ins of 32 bits for its parameters of 16, with their gradients and states.
+
+    The parameters themselves stay as they are: autograd forgets who listens to a gradient, such as DDP, when the dtype of
+    its parameter changes. Without a seed only states are of interest, which are being loaded.
+    """
+    own = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF]
+    wide = [Parameter(data) for data in _wide([p.data for p in own])]
+    there = [(stand_in, p.grad) for stand_in, p in zip(wide, own) if p.grad is not None]
+    for (stand_in, _), grad in zip(there, _wide([grad for _, grad in there])):
+        stand_in.grad = grad
+    _replace(optimizer, own, wide)
+    states = [optimizer.state[p] for p in wide if p in optimizer.state]
+    slots = [(state, name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
+    slots = [slot for slot in slots if slot[2].dtype in HALF]
     for (state, name, _), value in zip(slots, _wide([value for _, _, value in slots])):
         state[name] = value
     try:
         yield
     finally:
-        wide = [p.data for p in narrow]
-        for parameter, data, grad in zip(narrow, weights, grads):
-            parameter.grad = None
-            parameter.data, parameter.grad = data, grad
-        brain = [(p, data) for p, data in zip(narrow, wide) if p.dtype == torch.bfloat16]
-        _store([data for _, data in brain], [p.data for p, _ in brain], seed)
-        half = [(p.data, data) for p, data in zip(narrow, wide) if p.dtype == torch.float16]
-        if half:
-            torch._foreach_copy_([data for data, _ in half], [data for _, data in half])
-        before = {(id(state), name): value for state, name, value in slots}
-        _narrow_states([p for p, _ in brain], states, before, seed + 1)
+        _replace(optimizer, wide, own)
+        if seed is not None:
+            half = [(p.data, w.data) for p, w in zip(own, wide) if p.dtype == torch.float16]
+            if half:
+                torch._foreach_copy_([data for data, _ in half], [data for _, data in half])
+            brain = [(p, w.data) for p, w in zip(own, wide) if p.dtype == torch.bfloat16]
+            _store([data for _, data in brain], [p.data for p, _ in brain], seed)
+            before = {(id(state), name): value for state, name, value in slots}
+            _narrow_states([p for p, _ in brain], optimizer.state, before, seed + 1)
+
+
+def _replace(optimizer: Any, old: list[Any], new: list[Any]) -> None:
+    """Other parameters in the optimizer's groups, which inherit the states."""
+    successor = {id(before): after for before, after in zip(old, new)}
+    for group in optimizer.param_groups:
+        group["params"] = [successor.get(id(p), p) for p in group["params"]]
+    for before, after in zip(old, new):
+        if before in optimizer.state:
+            optimizer.state[after] = optimizer.state.pop(before)
 
 
 def _narrow_states(parameters: Sequence[Any], states: Any, before: dict[Any, Tensor], seed: int) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen as pl
-from fulmen.plugins import TorchCheckpointIO, TorchSyncBatchNorm
+from fulmen.plugins import MixedPrecision, TorchCheckpointIO, TorchSyncBatchNorm
 from fulmen.strategies import DDPStrategy
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -609,3 +609,24 @@ def test_a_compiled_module_learns_the_same():
     trainer = make_trainer(devices=2, strategy="ddp_fork", precision="64-true", max_epochs=2)
     trainer.fit(compiled, loader(6))
     assert_same(trainer.lightning_module, by_hand(model))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("16-true", 5e-3), ("bf16-true", 5e-2), ("16-mixed", 5e-3)])
+def test_weights_of_short_numbers_are_those_of_one_process_too(precision, tolerance):
+    """Also after the first update, which must not make autograd forget that DDP listens to the gradients."""
+    found = []
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        model = Regression(lr=0.02)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        numbers = (
+            {"plugins": MixedPrecision("16-mixed", "cpu", scaler)}
+            if precision == "16-mixed"
+            else {"precision": precision}
+        )
+        strategy = "ddp_fork" if devices == 2 else "auto"
+        make_trainer(devices=devices, strategy=strategy, max_epochs=4, **numbers).fit(
+            model, make_loader(32, batch_size=8 // devices)
+        )
+        found.append(torch.cat([p.detach().float().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=tolerance)

@@ -73,7 +73,17 @@ def test_a_group_of_one_over_nccl_gives_the_numbers_of_one_device(strategy, prec
     (tmp_path / "train.py").write_text(SCRIPT)
     command = [sys.executable, "train.py", strategy, precision]
     if strategy == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "train.py", "ddp", precision]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "1",
+            "train.py",
+            "ddp",
+            precision,
+        ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "AS ONE 6" in done.stdout, done.stderr[-3000:]
