@@ -66,6 +66,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
+    device_mesh = None  # put here by `ModelParallelStrategy`
 
     if TYPE_CHECKING:  # at run time TorchScript would try to read these
         _trainer: Any

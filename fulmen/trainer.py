@@ -589,6 +589,10 @@ class Trainer:
                 "There is nothing to save: no model is attached to this Trainer yet. "
                 "Call `trainer.fit`, `validate`, `test` or `predict` first."
             )
+        if self.strategy.leaving and self.strategy.saves_together:
+            what = f"No checkpoint is written to {os.fspath(filepath)!r}: the weights are spread over processes,"
+            rank_zero_warn(f"{what} and this one ends because of an exception. Resume from the last one before.")
+            return
         with self.profiler.profile("save_checkpoint"):
             checkpoint = collect(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)

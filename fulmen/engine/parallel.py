@@ -18,7 +18,7 @@ from fulmen.utilities.introspection import alias
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from fulmen.engine.cluster import ClusterEnvironment
 
@@ -216,13 +216,21 @@ class ParallelStrategy(Strategy, ABC):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Writes a checkpoint on rank 0; if that fails, all processes raise, so that none waits for the others."""
+        write = super().save_checkpoint
+        self.on_rank_zero(
+            lambda: write(checkpoint, filepath, storage_options), f"write the checkpoint {str(filepath)!r}"
+        )
+
+    def on_rank_zero(self, act: Callable[[], Any], what: str) -> None:
+        """Does something on rank 0; an error there is one of all processes."""
         problem: Exception | None = None
         try:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            if self.is_global_zero:
+                act()
         except Exception as error:
             problem = error
         said = self.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
         if problem is not None:
             raise problem
         if said is not None:
-            raise RuntimeError(f"Rank 0 could not write the checkpoint {str(filepath)!r}: {said}")
+            raise RuntimeError(f"Rank 0 could not {what}: {said}")

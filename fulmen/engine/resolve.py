@@ -76,7 +76,7 @@ NEEDS = {
     "transformer-engine": ("FP8", "'bf16-mixed'"),
 }
 NOT_BUILT = (
-    *("fsdp", "fsdp_cpu_offload", "single_xla", "single_tpu", "xla", "xla_debug"),
+    *("single_xla", "single_tpu", "xla", "xla_debug"),
     *(f"deepspeed{stage}" for stage in ("", "_stage_1", "_stage_2", "_stage_2_offload", "_stage_3")),
     *("deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"),
 )
@@ -207,7 +207,7 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
         what = f"`devices={wishes.devices!r}` with `num_nodes={wishes.num_nodes}` are several devices"
         raise MCE(f"{what}, and `strategy={wishes.strategy!r}` trains on one. Use 'ddp', or `devices=1`.")
     wish = wishes.strategy
-    if accelerator.name() == "mps" and (isinstance(wish, ParallelStrategy) or str(wish).startswith("ddp")):
+    if accelerator.name() == "mps" and (isinstance(wish, ParallelStrategy) or str(wish).startswith(("ddp", "fsdp"))):
         raise ValueError(f"`strategy={wish!r}` needs collectives, which MPS has not. Use 'auto', or the CPU.")
     return found
 
@@ -242,7 +242,7 @@ def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.devic
         rank_zero_warn(f"{what}, and all write the same files. Start one process.", category=PossibleUserWarning)
     if strategy.precision_plugin is None:
         name = str(wishes.precision or "32-true")
-        strategy.precision_plugin = PRECISIONS[name](device)
+        strategy.precision_plugin = getattr(strategy, "precision_for", lambda name: PRECISIONS[name](device))(name)
         if name.endswith("-mixed"):
             rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
     check_precision(strategy.precision_plugin, device)
@@ -258,7 +258,7 @@ def check_precision(precision: Precision, device: torch.device, abilities: Any =
     if isinstance(precision, BitsandbytesPrecision) and kind not in (served := precision.device_types):
         what = f"`BitsandbytesPrecision({precision.mode!r})` with the installed bitsandbytes does not run on `{device}`"
         raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
-    if isinstance(precision, MixedPrecision) and precision.device != kind:
+    if isinstance(precision, MixedPrecision) and precision.device not in (kind, ""):
         what = f"The precision plugin autocasts on {precision.device!r}, but the device is `{device}`."
         raise MCE(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
     need, instead = NEEDS.get(str(precision.precision), ("", ""))

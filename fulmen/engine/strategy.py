@@ -46,6 +46,8 @@ class Strategy(ABC):
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     needs_plain_tensors = False  # can inference tensors not be exchanged?
     watchdog: Any = None  # of a run on several processes
+    gradients_arrive_late = False  # are those of an open accumulation window out of reach?
+    saves_together = False  # can a checkpoint only be written with all other processes?
     leaving = False  # does an exception end this process's part in the run?
     steps_together = False  # does even a forward pass exchange something between processes?
     absent: str | None = None  # says which process has no batch now and would not take part
@@ -106,12 +108,16 @@ class Strategy(ABC):
     def teardown(self) -> None:
         """Back to the CPU, so that a finished run holds no device memory."""
         if self.root_device.type != "cpu":
-            for optimizer in self.optimizers:
-                move_optimizer_state(optimizer, torch.device("cpu"))
-            if self._lightning_module is not None:
-                self._lightning_module.cpu()
+            self.move_to_cpu()
         for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
             part.teardown()
+
+    def move_to_cpu(self) -> None:
+        """Moves the module and the states of optimizers off the device."""
+        for optimizer in self.optimizers:
+            move_optimizer_state(optimizer, torch.device("cpu"))
+        if self._lightning_module is not None:
+            self._lightning_module.cpu()
 
     @abstractmethod
     def model_to_device(self) -> None:
@@ -327,3 +333,7 @@ for _start, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), (
         StrategyRegistry.register(
             _name, "fulmen.engine.ddp:DDPStrategy", f"DDP, {_method}", start_method=_method, **_given
         )
+_sharded = {"start_method": "popen"}
+StrategyRegistry.register("fsdp", "fulmen.engine.fsdp:FSDPStrategy", "weights spread over processes", **_sharded)
+_sharded["cpu_offload"] = True  # type: ignore[assignment]
+StrategyRegistry.register("fsdp_cpu_offload", "fulmen.engine.fsdp:FSDPStrategy", "FSDP, weights on the CPU", **_sharded)

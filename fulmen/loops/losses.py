@@ -36,10 +36,14 @@ class Window:
         if isinstance(weight, Tensor):
             weight = weight.detach().reshape(()).to(torch.float32 if weight.device.type == "mps" else torch.float64)
         if self.held == 0:
-            self.divisor, self.total = _divisor(weight, expected, loss), 0
+            self.divisor, self.total = self.first_divisor(weight, expected, loss), 0
         self.held += 1
         self.total = self.total + (1 if weight is None else weight)
         return loss / self.divisor
+
+    def first_divisor(self, weight: Any, expected: int, loss: Tensor) -> Any:
+        """What the losses of a window are divided by at once."""
+        return _divisor(weight, expected, loss)
 
     def correction(self) -> Any:
         """The factor that the gradients still need; None for none. Waits for nothing: a tensor is not looked at."""
@@ -87,13 +91,46 @@ class SharedWindow(Window):
             return share
         mean: Any = self.batches / self.strategy.world_size
         if self.weighted:
-            total = torch.as_tensor(self.total, dtype=torch.float64, device=loss.device)
-            mean = self.strategy.reduce(total, reduce_op="mean")
-            mean = torch.where(mean > 0, mean, torch.ones_like(mean)).to(loss.dtype)
+            mean = self.mean_of(self.total, loss).to(loss.dtype)
         if self.held > 1:
             scale_gradients(self.parameters(), self.divisor / mean)
         self.divisor = self.total = 1  # nothing is left to correct
         return loss / mean
+
+    def mean_of(self, weight: Any, loss: Tensor) -> Tensor:
+        """The mean weight of a process; 1 if none weighs anything."""
+        own = weight if isinstance(weight, Tensor) else torch.tensor(float(weight), dtype=torch.float64)
+        mean = self.strategy.reduce(own.to(loss.device), reduce_op="mean")
+        return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+class CommonWindow(SharedWindow):
+    """A `SharedWindow` whose gradients are out of reach until they were averaged.
+
+    So all processes divide by the same, the mean weight of their first losses, and correct the average.
+    """
+
+    __slots__ = ("accumulates",)
+
+    def first_divisor(self, weight: Any, expected: int, loss: Tensor) -> Any:
+        self.accumulates = expected > 1
+        if not self.weighted:
+            return _divisor(None, expected, loss)
+        if self.accumulates:
+            return (self.mean_of(1 if weight is None else weight, loss) * expected).to(loss.dtype)
+        return _divisor(weight, expected, loss)
+
+    def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
+        if expected == 1 and (self.held == 0 or not self.accumulates):
+            return super().share(loss, weight, expected)
+        if not self.idle:
+            self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
+        share = Window.share(self, loss, 0 if self.idle else weight, expected)
+        if self.weighted and expected == 1:
+            self.total = self.mean_of(self.total, loss)
+        elif self.partial and expected == 1:
+            self.total = self.batches / self.strategy.world_size
+        return share
 
 
 def _divisor(weight: Any, expected: int, loss: Tensor) -> Any:

@@ -14,7 +14,7 @@ from fulmen.engine.strategy import Strategy
 from fulmen.loops.dispatch import nothing
 from fulmen.loops.exact import standing_in
 from fulmen.loops.loading import bound_step
-from fulmen.loops.losses import SharedWindow, Window, read_output
+from fulmen.loops.losses import CommonWindow, SharedWindow, Window, read_output
 from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
@@ -112,7 +112,8 @@ class AutomaticOptimization(Optimization):
         self.index, self.optimizer = index, trainer.optimizers[index]
         self.several = trainer.world_size > 1
         gradients_of = lambda: self.precision.main_params(self.optimizer)  # noqa: E731
-        self.window = SharedWindow(self.strategy, gradients_of) if self.several else Window()
+        shared = CommonWindow if self.strategy.gradients_arrive_late else SharedWindow
+        self.window = shared(self.strategy, gradients_of) if self.several else Window()
         self.window_open = False  # whether there are gradients that wait for a step which later batches belong to
         self.verb = "returned"
         module = self.module

@@ -41,9 +41,14 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def local_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that is spread over several (`DTensor`); others come back as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def scale_gradients(parameters: Iterable[Tensor], factor: Any) -> None:
     """Multiplies all gradients by a number, or by a tensor with one, in place."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     if len({(gradient.device, gradient.layout) for gradient in gradients}) == 1 and not gradients[0].is_sparse:
         torch._foreach_mul_(gradients, factor)
         return

@@ -1,0 +1,386 @@
+"""`ShardedStrategy`: what strategies share that spread parameters over processes: states, files and the way back."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import LBFGS
+
+from fulmen.engine import collectives
+from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.engine.dtensors import FSDPPrecision, is_spread, part_like, whole
+from fulmen.engine.parallel import ParallelStrategy
+from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
+from fulmen.engine.sharded_checkpoint import (
+    META,
+    MODEL,
+    OPTIMIZER,
+    Stored,
+    is_sharded,
+    put_in_place,
+    read_outline,
+    read_shards,
+    write_shards,
+)
+from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.filesystem import ensure_dir, is_remote, local_path
+
+
+class ShardedStrategy(ParallelStrategy):
+    """Parameters, gradients and optimizer states are `DTensor`s from `setup` to `teardown`.
+
+    Afterwards rank 0 has the weights as plain tensors on the CPU. In other processes they are on the meta device:
+    the next run takes them from rank 0, and nothing holds memory.
+    """
+
+    needs_plain_tensors = True
+    restore_checkpoint_after_setup = True
+    gradients_arrive_late = True  # are those of an open accumulation window out of reach?
+    saves_together = True  # can a checkpoint only be written with all other processes?
+    sharded_checkpoints = False  # a folder with the shards of all processes, instead of a file?
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.original: Original | None = None  # how to undo what was done to the module, while it is spread
+        self.sharded_modules: list[Any] = []  # those with communication of their own
+        self._states_kept = True
+        super().__init__(**kwargs)
+
+    @property
+    def precision_plugin(self) -> Any:  # type: ignore[override]
+        """In which numbers the model computes."""
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision: Any) -> None:
+        if type(precision) in (Precision, HalfPrecision, MixedPrecision):
+            precision = FSDPPrecision(precision.precision, getattr(precision, "scaler", None))
+        if precision is not None and not isinstance(precision, FSDPPrecision):
+            what = f"`{type(self).__name__}` works with an `FSDPPrecision`, not with `{type(precision).__name__}`."
+            raise TypeError(f"{what} Use `precision='bf16-mixed'`, or build your class on `FSDPPrecision`.")
+        self._precision_plugin = precision
+
+    def precision_for(self, name: str) -> FSDPPrecision:
+        """The precision of that name."""
+        return FSDPPrecision(name)
+
+    # ------------------------------------------------------------------ life
+
+    def setup(self, trainer: Any) -> None:
+        if self.sharded_checkpoints and type(self.checkpoint_io) is not TorchCheckpointIO:
+            what = f"`{type(self.checkpoint_io).__name__}` stores files, and sharded checkpoints are folders."
+            raise MisconfigurationException(f"{what} Leave it out, or write full checkpoints.")
+        lazy = [name for name, p in self._lightning_module.named_parameters() if torch.nn.parameter.is_lazy(p)]
+        if lazy:
+            what = f"Lazy parameters that saw no batch yet cannot be spread over processes: {', '.join(lazy[:5])}."
+            raise RuntimeError(f"{what} Run a batch through them in `configure_model`.")
+        self.precision_plugin.place(self.root_device)
+        self.original = Original(self._lightning_module)
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        super().setup_optimizers(trainer)
+        if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+            what = "LBFGS joins all parameters to one vector, and they are spread over processes."
+            raise MisconfigurationException(f"{what} Use another optimizer, or `strategy='ddp'`.")
+
+    def model_to_device(self) -> None:
+        """Each part comes to the device when it is spread; never the whole model."""
+
+    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """With ``empty_init``, modules are made on the meta device: layers get values when they are spread."""
+        if not empty_init:
+            return self.precision_plugin.module_init_context()
+        return _entered(torch.device("meta"), self.precision_plugin.module_init_context())
+
+    @contextmanager
+    def model_sharded_context(self) -> Generator[None]:
+        """Inside, all processes draw the random numbers of rank 0."""
+        own = torch.get_rng_state()
+        torch.set_rng_state(self.broadcast(own))
+        try:
+            yield
+        finally:
+            if self.global_rank != 0:
+                torch.set_rng_state(own)
+
+    def note_sharded(self) -> None:
+        """Everything is spread: finds the modules that communicate, and what has to be undone."""
+        from torch.distributed.fsdp import FSDPModule
+
+        assert self.original is not None
+        self.original.note_changes()
+        self.sharded_modules = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
+        if self.sharded_modules and self.process_group_backend != "nccl":
+            sum_and_divide(self.sharded_modules)
+
+    def teardown(self) -> None:
+        if self.original is not None and not self.leaving:
+            self.make_whole(self.original)
+        self.original, self.sharded_modules = None, []
+        self.model = self._lightning_module
+        super().teardown()
+
+    def make_whole(self, original: Original) -> None:
+        """The module with plain parameters, values on rank 0; of the optimizers' states those that a file would have."""
+        keep, module = self.global_rank == 0, self._lightning_module
+        self._reshard()
+        new: dict[int, Any] = {}
+        for part in module.modules():
+            for name, old in [*part._parameters.items()]:
+                if old is not None and (is_spread(old) or not keep):
+                    if id(old) not in new:
+                        new[id(old)] = Parameter(_here_or_meta(old, keep), old.requires_grad)
+                    part._parameters[name] = new[id(old)]
+        original.restore()
+        self._states_kept = not self.sharded_checkpoints
+        for optimizer in self.optimizers:
+            states = dict(optimizer.state)
+            optimizer.state.clear()
+            for group in optimizer.param_groups:
+                for index, old in enumerate(group["params"]):
+                    group["params"][index] = new.get(id(old), old)
+                    if self._states_kept and old in states:
+                        state = {key: whole(value, keep) for key, value in states[old].items()}
+                        optimizer.state.update({group["params"][index]: state} if keep else {})
+
+    def move_to_cpu(self) -> None:
+        """Parameters and states are there already, or nowhere."""
+        if (module := self._lightning_module) is not None:
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
+            module.__dict__["_device"] = torch.device("cpu")
+
+    # ------------------------------------------------------------------ steps
+
+    @contextmanager
+    def _without_sync(self) -> Generator[None]:
+        for part in self.sharded_modules:
+            part.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for part in self.sharded_modules:
+                part.set_requires_gradient_sync(True, recurse=False)
+
+    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+        return self._without_sync() if enabled and self.sharded_modules else nullcontext()
+
+    def _reshard(self) -> None:
+        for part in self.sharded_modules:
+            part.reshard()
+
+    def on_validation_start(self) -> None:
+        """Weights that were put together for an earlier pass are let go: they may have been changed since."""
+        self._reshard()
+
+    on_validation_end = on_test_start = on_predict_start = on_validation_start
+
+    # ------------------------------------------------------------------ states
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Weights and buffers: all on rank 0 and nothing elsewhere, or for a sharded checkpoint everybody's own part."""
+        keep, state = self.global_rank == 0, self._lightning_module.state_dict()
+        if self.sharded_checkpoints and self.original is not None:
+            return state
+        full = {name: whole(value, keep) for name, value in state.items()}
+        return full if keep else {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        if self.original is None and not self._states_kept:
+            what = "The run is over, and the states of its optimizers, which were spread over processes, are gone."
+            fix = "Save inside the run (`ModelCheckpoint`, `on_train_end`), or with `weights_only=True`."
+            raise RuntimeError(f"{what} {fix}")
+        state, keep = super().optimizer_state(optimizer), self.global_rank == 0
+        if not self.sharded_checkpoints or self.original is None:
+            full = {i: {k: whole(v, keep) for k, v in values.items()} for i, values in state["state"].items()}
+            return {**state, "state": full} if keep else {}
+        names = self._names(optimizer)
+        groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+        return {**state, "state": {names[i]: dict(v) for i, v in state["state"].items()}, "param_groups": groups}
+
+    def _names(self, optimizer: Any) -> list[str]:
+        """What the optimizer's parameters are called, in their order."""
+        names = {id(parameter): name for name, parameter in self._lightning_module.named_parameters()}
+        return [names.get(id(p), f"#{i}") for i, p in enumerate(self.precision_plugin.main_params(optimizer))]
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        module, saved = self._lightning_module, checkpoint["state_dict"]
+        own, loaded = module.state_dict(), dict(saved)
+        if isinstance(saved, Stored):
+            # Straight into the parameters; what does not fit is complained about below.
+            fitting = {key: own[key] for key, value in saved.items() if key in own and _fits(own[key], value)}
+            wanted = {f"{MODEL}{key}": value for key, value in fitting.items()}
+            read_shards(wanted, saved.path)
+            loaded.update({key: wanted[f"{MODEL}{key}"] for key in fitting})
+        for key, value in loaded.items():
+            if is_spread(own.get(key)) and not is_spread(value) and value.shape == own[key].shape and not value.is_meta:
+                loaded[key] = part_like(value, own[key])
+        module.load_state_dict(loaded, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        saved, fitted = checkpoint["optimizer_states"], []
+        stored = checkpoint["state_dict"].path if isinstance(checkpoint["state_dict"], Stored) else ""
+        for index, (optimizer, state) in enumerate(zip(self.optimizers, saved)):
+            parameters, names = self.precision_plugin.main_params(optimizer), self._names(optimizer)
+            keys = [key for group in state["param_groups"] for key in group["params"]]
+            if set(keys) == set(names):
+                position = {name: place for place, name in enumerate(names)}
+            else:
+                position = {key: place for place, key in enumerate(keys)}
+            values = {position[key]: dict(value) for key, value in state["state"].items() if position[key] < len(names)}
+            wanted: dict[str, Any] = {}
+            for key, value in state["state"].items() if stored else ():
+                own = parameters[position[key]]
+                wanted |= {
+                    f"{OPTIMIZER.format(index)}{key}.{n}": _room(v, own) for n, v in value.items() if _missing(v)
+                }
+            if wanted:
+                read_shards(wanted, stored)
+            for key, value in state["state"].items():
+                own, target = parameters[position[key]], values[position[key]]
+                for name, v in value.items():
+                    v = wanted.get(f"{OPTIMIZER.format(index)}{key}.{name}", v)
+                    fits = isinstance(v, Tensor) and is_spread(own) and not is_spread(v) and v.shape == own.shape
+                    target[name] = part_like(v, own) if fits else v
+            groups = [{**g, "params": [position[key] for key in g["params"]]} for g in state["param_groups"]]
+            fitted.append({**state, "state": values, "param_groups": groups})
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": fitted + saved[len(fitted) :]})
+
+    # ------------------------------------------------------------------ files
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if not self.sharded_checkpoints or self.original is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError(f"`{storage_options=}`: sharded checkpoints have no options. Leave them out.")
+        if is_remote(filepath):
+            what = f"{os.fspath(filepath)!r} is no local path, and sharded checkpoints are folders on a file system."
+            raise ValueError(f"{what} Use a path that all processes see, or write full checkpoints.")
+        path = os.path.abspath(local_path(filepath))
+        folder, name = os.path.split(path)
+        beside = os.path.join(folder, f".{name}.{self.broadcast(uuid.uuid4().hex[:12])}.tmp")
+        ensure_dir(folder)
+        write_shards(checkpoint, beside)  # an error of one process is raised in all of them
+
+        def finish() -> None:
+            self.checkpoint_io.save_checkpoint(checkpoint, os.path.join(beside, META))
+            put_in_place(beside, path)
+
+        self.on_rank_zero(finish, f"write the checkpoint {path!r}")
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if is_sharded(checkpoint_path):
+            return read_outline(checkpoint_path, weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+class Original:
+    """How a module was before layers were given other classes, hooks and attributes; and that again."""
+
+    def __init__(self, module: Module) -> None:
+        self.before = [(part, type(part), set(vars(part)), _hooks(part)) for part in module.modules()]
+        self.changes: list[tuple[Module, type, set[str], dict[str, set[Any]]]] = []
+
+    def note_changes(self) -> None:
+        """Only what was changed until now is undone."""
+        for part, kind, names, hooks in self.before:
+            more = {name: set(now) - set(hooks.get(name, ())) for name, now in _hooks(part).items()}
+            self.changes.append((part, kind, set(vars(part)) - names, more))
+
+    def restore(self) -> None:
+        for part, kind, names, hooks in self.changes:
+            part.__class__ = kind
+            for name, keys in hooks.items():
+                for key in keys:
+                    vars(part)[name].pop(key, None)
+            for name in names:
+                vars(part).pop(name, None)
+
+
+def _hooks(part: Module) -> dict[str, dict]:
+    return {name: dict(value) for name, value in vars(part).items() if isinstance(value, dict) and "hooks" in name}
+
+
+def materialise(parts: Iterable[Module], device: torch.device, first: bool, init: Callable[[Any], Any] | None) -> None:
+    """Layers get the values of rank 0; those on the meta device are initialised there, as if they were made now.
+
+    Arguments:
+        parts: layers, each with the parameters and buffers that it holds itself; not what is spread already.
+        first: is this rank 0?
+        init: called with a layer; its `reset_parameters` by default.
+
+    Raises:
+        TypeError: a layer on the meta device has no `reset_parameters`.
+    """
+    shared: list[Tensor] = []
+    for part in parts:
+        held = [(place, name, tensor) for place in (part._parameters, part._buffers) for name, tensor in place.items()]
+        plain = [(place, name, tensor) for place, name, tensor in held if tensor is not None and not is_spread(tensor)]
+        missing = [(place, name, tensor) for place, name, tensor in plain if tensor.is_meta]
+        for place, name, tensor in missing:
+            empty = torch.empty_like(tensor, device=device)
+            place[name] = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+        if missing and first:
+            initialise(part, init, [name for _, name, _ in missing])
+        shared += [place[name] for place, name, _ in plain]
+    collectives.share(shared, device)
+
+
+def initialise(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -> None:
+    """Gives the tensors of a layer their first values."""
+    reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+    if init is None and reset is None:
+        what = f"`{type(part).__name__}` was made on the meta device, and it has no method `reset_parameters`:"
+        raise TypeError(
+            f"{what} nobody knows the first values of {', '.join(names)}. Define it, or make it on the CPU."
+        )
+    with torch.no_grad():
+        _ = init(part) if init is not None else reset()
+
+
+def sum_and_divide(modules: Iterable[Any]) -> None:
+    """Gradients are averaged by a sum and a division: gloo of some versions of torch takes an average for a sum.
+
+    Raises:
+        RuntimeError: torch is too old to be told.
+    """
+    for module in modules:
+        if not hasattr(module, "set_force_sum_reduction_for_comms"):
+            what = f"`fully_shard` of torch {torch.__version__} cannot average gradients over gloo."
+            raise RuntimeError(f"{what} Install a newer one, or use `strategy='ddp'` on the CPU.")
+        module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def _entered(*contexts: Any) -> Iterator[None]:
+    outer, inner = contexts
+    with outer, inner:
+        yield
+
+
+def _here_or_meta(tensor: Tensor, keep: bool) -> Tensor:
+    full = whole(tensor, keep)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if full is None else full
+
+
+def _missing(value: Any) -> bool:
+    """Is it still in the folder?"""
+    return value is None or (isinstance(value, Tensor) and value.is_meta)
+
+
+def _fits(own: Any, saved: Any) -> bool:
+    return _missing(saved) and getattr(own, "shape", None) == getattr(saved, "shape", None)
+
+
+def _room(value: Any, parameter: Any) -> Any:
+    """Where a stored tensor can be read to: spread like its parameter, if it has its shape."""
+    if value is None or value.shape != parameter.shape:
+        return None if value is None else torch.empty_like(value, device="cpu")
+    return torch.empty_like(parameter.detach(), dtype=value.dtype)
