@@ -338,10 +338,11 @@ class Trainer:
         module = self.lightning_module
         if module.state_dict().keys() != packed["weights"].keys():
             module.configure_model()  # so that there are layers to load the weights into
-        for name, tensor in module.state_dict(keep_vars=True).items():
+        nowhere = any(parameter.is_meta for parameter in module.parameters())
+        for name, tensor in module.state_dict(keep_vars=True).items() if not nowhere else ():
             if isinstance(tensor, torch.Tensor):  # the precision may have made it another type
                 tensor.data = tensor.data.to(packed["weights"][name].dtype)
-        module.load_state_dict(packed["weights"])
+        module.load_state_dict(packed["weights"], assign=nowhere)
         changed = dict(packed["callbacks"])
         for key, callback in self._keyed_callbacks():
             vars(callback).update(changed.get(key, {}))
