@@ -5,6 +5,8 @@ from __future__ import annotations
 from fulmen.engine.bitsandbytes import BitsandbytesPrecision
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import ClusterEnvironment
+from fulmen.engine.deepspeed import DeepSpeedPrecision
+from fulmen.engine.dtensors import FSDPPrecision
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
 from fulmen.engine.transformer_engine import TransformerEnginePrecision

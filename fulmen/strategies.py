@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from fulmen.engine.ddp import DDPStrategy
+from fulmen.engine.deepspeed import DeepSpeedStrategy
+from fulmen.engine.fsdp import FSDPStrategy
+from fulmen.engine.model_parallel import ModelParallelStrategy
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from fulmen.utilities.lazy import has_module
@@ -38,6 +38,7 @@ loops.evaluate: loops.evaluation_loop  loops.predict: loops.prediction_loop
 profilers.profiler: profilers.advanced profilers.base profilers.simple
 
 data.combined: utilities.combined_loader  data.loaders: utilities.data
+checkpoint.consolidate: utilities.consolidate_checkpoint
 checkpoint.migrate: utilities.migration utilities.migration.utils utilities.upgrade_checkpoint
 utilities.collections: utilities.data utilities.memory utilities.parsing
 utilities.errors: utilities.exceptions utilities.warnings
@@ -56,6 +57,8 @@ engine.bitsandbytes: plugins.precision.bitsandbytes
 engine.transformer_engine: plugins.precision.transformer_engine
 engine.sync_batchnorm: plugins.layer_sync  plugins: plugins.precision
 engine.strategy: strategies.registry strategies.strategy strategies.single_device
+engine.fsdp: strategies.fsdp  engine.model_parallel: strategies.model_parallel  engine.deepspeed: strategies.deepspeed
+engine.dtensors: plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed
 engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers
 """
 
@@ -107,10 +110,16 @@ class DeepPaths(MetaPathFinder, Loader):
     """Serves `fulmen.` paths that are no files here. It is asked last, so a file always wins."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        homes = [home for home in PATHS.get(fullname.removeprefix("fulmen."), ()) if has_module(home)]
+        served = fullname.removeprefix("fulmen.").removesuffix(".__main__")
+        homes = [home for home in PATHS.get(served, ()) if has_module(home)]
         if not fullname.startswith("fulmen.") or not homes:
             return None
-        return ModuleSpec(fullname, self, is_package=True)
+        return ModuleSpec(fullname, self, is_package=not fullname.endswith(".__main__"))
+
+    def get_code(self, fullname: str) -> CodeType:
+        """For ``python -m``: the first of the homes is run."""
+        home = PATHS[fullname.removeprefix("fulmen.").removesuffix(".__main__")][0]
+        return compile(f"import runpy; runpy.run_module({home!r}, run_name='__main__')", fullname, "exec")
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         homes = PATHS[spec.name.removeprefix("fulmen.")]

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import torch
 
+from fulmen.engine.sharded_checkpoint import META, is_sharded, read_all
 from fulmen.utilities.errors import suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote
 
@@ -66,8 +67,11 @@ class TorchCheckpointIO(CheckpointIO):
         files = get_filesystem(path)
         if not files.exists(path):
             raise FileNotFoundError(_what_is_there_instead(files, path))
+        if is_sharded(path):
+            return read_all(path, weights_only)
         if files.isdir(path):
-            raise IsADirectoryError(f"The checkpoint {path!r} is a folder. Only files are read here.")
+            what = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards."
+            raise IsADirectoryError(f"{what} Pass a file in it, or such a folder.")
         with files.open(path, "rb") as file:
             _verify(file, path)
             file.seek(0)

@@ -39,7 +39,7 @@ def part_like(full: Tensor, like: Any) -> Any:
 
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     with torch.no_grad():
-        part = torch.empty_like(like.detach(), dtype=full.dtype)
+        part: Any = torch.empty_like(like.detach(), dtype=full.dtype)
         part.to_local().copy_(full[tuple(slice(start, start + size) for start, size in zip(offset, shape))])
     return part
 

@@ -184,7 +184,23 @@ class FSDPStrategy(ShardedStrategy):
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
-        return partial(self.model, step) if isinstance(self.model, StepShell) else step
+        return explained(partial(self.model, step) if isinstance(self.model, StepShell) else step)
+
+
+def explained(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, whose error says what to do when it uses parameters that are not together."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(*args, **kwargs)
+        except RuntimeError as error:
+            if "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            what = "A parameter was used while only a part of it is here: that of a layer which was not called."
+            fix = "Call the layer, or leave it out of `auto_wrap_policy`; with manual optimization, use `strategy='ddp'`."
+            raise RuntimeError(f"{what} {fix} ({error})") from error
+
+    return run
 
 
 class StepShell(Module):

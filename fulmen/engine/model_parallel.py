@@ -97,12 +97,8 @@ def check_exchanged(module: Module, rows: int) -> None:
     Raises:
         RuntimeError: names parameters that nobody spread over the axis of the data.
     """
-    lonely = [
-        name
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-        and (not is_spread(parameter) or parameter.device_mesh.mesh_dim_names == ("tensor_parallel",))
-    ]
+    meshes = {name: getattr(p, "device_mesh", None) for name, p in module.named_parameters() if p.requires_grad}
+    lonely = [name for name, mesh in meshes.items() if mesh is None or mesh.mesh_dim_names == ("tensor_parallel",)]
     if rows > 1 and lonely:
         shown = ", ".join(map(repr, lonely[:5])) + (f" and {len(lonely) - 5} more" if len(lonely) > 5 else "")
         what = f"Nothing averages the gradients of {shown} over the {rows} processes that see different data."

@@ -75,11 +75,7 @@ NEEDS = {
     "16-mixed": ("a loss scaler", "'bf16-mixed' or '32-true'"),
     "transformer-engine": ("FP8", "'bf16-mixed'"),
 }
-NOT_BUILT = (
-    *("single_xla", "single_tpu", "xla", "xla_debug"),
-    *(f"deepspeed{stage}" for stage in ("", "_stage_1", "_stage_2", "_stage_2_offload", "_stage_3")),
-    *("deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"),
-)
+NOT_BUILT = ("single_xla", "single_tpu", "xla", "xla_debug")
 
 
 @dataclass

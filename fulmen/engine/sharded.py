@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class ShardedStrategy(ParallelStrategy):
         super().__init__(**kwargs)
 
     @property
-    def precision_plugin(self) -> Any:  # type: ignore[override]
+    def precision_plugin(self) -> Any:
         """In which numbers the model computes."""
         return self._precision_plugin
 
@@ -93,11 +94,11 @@ class ShardedStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         """Each part comes to the device when it is spread; never the whole model."""
 
-    def tensor_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
         """With ``empty_init``, modules are made on the meta device: layers get values when they are spread."""
-        if not empty_init:
-            return self.precision_plugin.module_init_context()
-        return _entered(torch.device("meta"), self.precision_plugin.module_init_context())
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.module_init_context():
+            yield
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None]:
@@ -319,9 +320,11 @@ def materialise(parts: Iterable[Module], device: torch.device, first: bool, init
     Raises:
         TypeError: a layer on the meta device has no `reset_parameters`.
     """
-    shared: list[Tensor] = []
+    shared: list[Any] = []
     for part in parts:
-        held = [(place, name, tensor) for place in (part._parameters, part._buffers) for name, tensor in place.items()]
+        held: list[Any] = [
+            (place, name, tensor) for place in (part._parameters, part._buffers) for name, tensor in place.items()
+        ]
         plain = [(place, name, tensor) for place, name, tensor in held if tensor is not None and not is_spread(tensor)]
         missing = [(place, name, tensor) for place, name, tensor in plain if tensor.is_meta]
         for place, name, tensor in missing:
@@ -342,7 +345,7 @@ def initialise(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -
             f"{what} nobody knows the first values of {', '.join(names)}. Define it, or make it on the CPU."
         )
     with torch.no_grad():
-        _ = init(part) if init is not None else reset()
+        (reset if init is None else partial(init, part))()  # type: ignore[misc]
 
 
 def sum_and_divide(modules: Iterable[Any]) -> None:
@@ -356,13 +359,6 @@ def sum_and_divide(modules: Iterable[Any]) -> None:
             what = f"`fully_shard` of torch {torch.__version__} cannot average gradients over gloo."
             raise RuntimeError(f"{what} Install a newer one, or use `strategy='ddp'` on the CPU.")
         module.set_force_sum_reduction_for_comms(True)
-
-
-@contextmanager
-def _entered(*contexts: Any) -> Iterator[None]:
-    outer, inner = contexts
-    with outer, inner:
-        yield
 
 
 def _here_or_meta(tensor: Tensor, keep: bool) -> Tensor:

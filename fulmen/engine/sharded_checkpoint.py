@@ -65,6 +65,7 @@ def put_in_place(folder: str, path: str) -> None:
 def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     folder = local_path(path)
     checkpoint = torch.load(os.path.join(folder, META), map_location="cpu", weights_only=weights_only)
@@ -72,8 +73,9 @@ def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     weights.path = folder
     states = checkpoint.get("optimizer_states", [])
     for name, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
-        size = getattr(entry, "size", None)  # without, it is some other object
-        value = None if size is None else torch.empty(size, dtype=entry.properties.dtype, device="meta")
+        value: Any = None  # some other object
+        if isinstance(entry, TensorStorageMetadata):
+            value = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         if name.startswith(MODEL):
             weights[name[len(MODEL) :]] = value
         for index, state in enumerate(states):

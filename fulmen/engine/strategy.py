@@ -333,7 +333,19 @@ for _start, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), (
         StrategyRegistry.register(
             _name, "fulmen.engine.ddp:DDPStrategy", f"DDP, {_method}", start_method=_method, **_given
         )
-_sharded = {"start_method": "popen"}
-StrategyRegistry.register("fsdp", "fulmen.engine.fsdp:FSDPStrategy", "weights spread over processes", **_sharded)
-_sharded["cpu_offload"] = True  # type: ignore[assignment]
-StrategyRegistry.register("fsdp_cpu_offload", "fulmen.engine.fsdp:FSDPStrategy", "FSDP, weights on the CPU", **_sharded)
+_FSDP, _DEEPSPEED = "fulmen.engine.fsdp:FSDPStrategy", "fulmen.engine.deepspeed:DeepSpeedStrategy"
+_OFFLOAD: dict[str, Any] = {"offload_optimizer": True}
+_NVME: dict[str, Any] = {"offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
+_SPREAD: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("fsdp", _FSDP, {"start_method": "popen"}),
+    ("fsdp_cpu_offload", _FSDP, {"start_method": "popen", "cpu_offload": True}),
+    ("deepspeed", _DEEPSPEED, {}),
+    ("deepspeed_stage_1", _DEEPSPEED, {"stage": 1}),
+    ("deepspeed_stage_2", _DEEPSPEED, {"stage": 2}),
+    ("deepspeed_stage_2_offload", _DEEPSPEED, {"stage": 2, **_OFFLOAD}),
+    ("deepspeed_stage_3", _DEEPSPEED, {"stage": 3}),
+    ("deepspeed_stage_3_offload", _DEEPSPEED, {"stage": 3, "offload_parameters": True, **_OFFLOAD}),
+    ("deepspeed_stage_3_offload_nvme", _DEEPSPEED, {"stage": 3, "offload_parameters": True, **_OFFLOAD, **_NVME}),
+)
+for _name, _path, _given in _SPREAD:
+    StrategyRegistry.register(_name, _path, "parameters spread over processes", **_given)

@@ -1,0 +1,43 @@
+"""One file from a sharded checkpoint: ``python -m fulmen.checkpoint.consolidate FOLDER [--output_file FILE]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.engine.sharded_checkpoint import META, is_sharded, read_all
+
+
+def consolidate(folder: str | os.PathLike, output_file: str | os.PathLike | None = None) -> str:
+    """Writes a checkpoint that is a folder as one file, which every strategy loads. Returns its path.
+
+    Arguments:
+        output_file: by default the folder's name with ``.consolidated`` behind it.
+
+    Raises:
+        FileNotFoundError: the folder is no such checkpoint.
+        FileExistsError: the file is there already.
+    """
+    source = os.fspath(folder).rstrip("/\\")
+    if not is_sharded(source):
+        what = f"{source!r} is no sharded checkpoint: it has no `{META}`."
+        raise FileNotFoundError(f"{what} Pass the folder that a run with `state_dict_type='sharded'` wrote.")
+    target = f"{source}.consolidated" if output_file is None else os.fspath(output_file)
+    if os.path.exists(target):
+        raise FileExistsError(f"{target!r} exists already. Remove it, or give another `--output_file`.")
+    TorchCheckpointIO().save_checkpoint(read_all(source, weights_only=False), target)
+    return target
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Turns a sharded checkpoint, which is a folder, into one file.")
+    parser.add_argument("folder")
+    parser.add_argument("--output_file", help="by default, the folder's name with .consolidated behind it")
+    arguments = parser.parse_args()
+    print(consolidate(arguments.folder, arguments.output_file))
+
+
+if __name__ == "__main__":
+    main()
