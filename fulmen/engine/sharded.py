@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS
 
 from fulmen.engine import collectives
@@ -50,7 +51,7 @@ class ShardedStrategy(ParallelStrategy):
     def __init__(self, **kwargs: Any) -> None:
         self.original: Original | None = None  # how to undo what was done to the module, while it is spread
         self.sharded_modules: list[Any] = []  # those with communication of their own
-        self._states_kept = True
+        self._states_kept, self._shares_statistics = True, False
         super().__init__(**kwargs)
 
     @property
@@ -118,6 +119,7 @@ class ShardedStrategy(ParallelStrategy):
         assert self.original is not None
         self.original.note_changes()
         self.sharded_modules = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
+        self._shares_statistics = any(isinstance(part, _BatchNorm) for part in self.model.modules())
         if self.sharded_modules and self.process_group_backend != "nccl":
             sum_and_divide(self.sharded_modules)
 
@@ -177,10 +179,20 @@ class ShardedStrategy(ParallelStrategy):
             part.reshard()
 
     def on_validation_start(self) -> None:
-        """Weights that were put together for an earlier pass are let go: they may have been changed since."""
-        self._reshard()
+        """Weights that are still together from an earlier pass are let go: they may have been changed since.
 
-    on_validation_end = on_test_start = on_predict_start = on_validation_start
+        Running statistics are about to be read: those of rank 0 count.
+        """
+        self._reshard()
+        if self._shares_statistics and self.together:
+            buffers = (buffer for buffer in self._lightning_module.buffers() if not is_spread(buffer))
+            collectives.share(buffers, self.root_device)
+
+    on_train_end = on_validation_start
+
+    def on_validation_end(self) -> None:
+        """The same about weights."""
+        self._reshard()
 
     # ------------------------------------------------------------------ states
 
@@ -296,8 +308,12 @@ class Original:
             self.changes.append((part, kind, set(vars(part)) - names, more))
 
     def restore(self) -> None:
+        from torch.distributed import _composable_state
+
+        known = getattr(_composable_state, "_module_state_mapping", {})  # of torch, beside the modules
         for part, kind, names, hooks in self.changes:
             part.__class__ = kind
+            known.pop(part, None)
             for name, keys in hooks.items():
                 for key in keys:
                     vars(part)[name].pop(key, None)

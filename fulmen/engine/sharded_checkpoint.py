@@ -47,7 +47,9 @@ def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
 
     tensors = {f"{MODEL}{key}": value for key, value in checkpoint.pop("state_dict").items()}
     tensors |= flat_states(checkpoint.get("optimizer_states", []))
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
+    # What all have, such as buffers, is that of rank 0.
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
 
 
 def put_in_place(folder: str, path: str) -> None:
