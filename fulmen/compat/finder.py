@@ -58,7 +58,7 @@ engine.transformer_engine: plugins.precision.transformer_engine
 engine.sync_batchnorm: plugins.layer_sync  plugins: plugins.precision
 engine.strategy: strategies.registry strategies.strategy strategies.single_device
 engine.fsdp: strategies.fsdp  engine.model_parallel: strategies.model_parallel  engine.deepspeed: strategies.deepspeed
-engine.dtensors: plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed
+engine.dtensors: plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed utilities.deepspeed
 engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers
 """
 

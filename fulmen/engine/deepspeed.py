@@ -19,11 +19,12 @@ from fulmen.engine.ddp import through_forward
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_info
 
 SUPPORTED = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
-TAG = "checkpoint"  # the folder with the engine's files in a checkpoint
+# The folder with the engine's files in a checkpoint, and the one with what the Trainer saves.
+TAG, STATES = "checkpoint", "mp_rank_00_model_states.pt"
 
 
 class DeepSpeedPrecision(Precision):
@@ -248,7 +249,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         """What the Trainer needs; the engine loads its own part when it exists."""
         if self.load_full_weights or not os.path.isdir(os.path.join(checkpoint_path, TAG)):
             return super().load_checkpoint(checkpoint_path, weights_only)
-        file = os.path.join(checkpoint_path, TAG, "mp_rank_00_model_states.pt")
+        file = os.path.join(checkpoint_path, TAG, STATES)
         content = torch.load(file, map_location="cpu", weights_only=False)
         rank_zero_info(f"The weights are loaded by DeepSpeed from {checkpoint_path}")
         return {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], **content, "path": checkpoint_path}
@@ -294,3 +295,30 @@ def read_configuration(config: Any) -> dict[str, Any]:
         raise MisconfigurationException(f"There is no DeepSpeed configuration at {config!r}. Pass its path, or a dict.")
     with open(config) as file:
         return json.load(file)
+
+
+def ds_checkpoint_dir(checkpoint_dir: str | os.PathLike, tag: str | None = None) -> str:
+    """The folder with DeepSpeed's own files in a checkpoint; by default the newest one."""
+    if tag is None:
+        with open(os.path.join(checkpoint_dir, "latest")) as file:
+            tag = file.read().strip()
+    folder = os.path.join(checkpoint_dir, tag)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"There is no folder {folder!r}. Pass the path that `save_checkpoint` was given.")
+    return folder
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | os.PathLike, output_file: str | os.PathLike, tag: str | None = None
+) -> dict[str, Any]:
+    """Writes a folder of DeepSpeed as one file, which every strategy loads. Returns its content."""
+    folder = ds_checkpoint_dir(checkpoint_dir, tag)
+    require("deepspeed", "to read its checkpoints")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    client = torch.load(os.path.join(folder, STATES), map_location="cpu", weights_only=False)
+    own = ("module", "optimizer", "lr_scheduler", "param_shapes", "buffer_names", "frozen_param_fragments")
+    content = {key: value for key, value in client.items() if key not in own}
+    content["state_dict"] = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    torch.save(content, output_file)
+    return content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -96,7 +97,9 @@ def read_shards(wanted: dict[str, Any], path: str, alone: bool = False) -> None:
     import torch.distributed.checkpoint as dcp
 
     options = {"no_dist": True} if alone and "no_dist" in inspect.signature(dcp.load).parameters else {}
-    dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), **options)
+    with warnings.catch_warnings():  # that no group exists is known
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), **options)
 
 
 def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -81,3 +81,16 @@ def test_precisions_that_it_has_not_are_refused():
         DeepSpeedPrecision("64-true")
     assert DeepSpeedPrecision("bf16-mixed").settings == {"bf16": {"enabled": True}}
     assert DeepSpeedPrecision("32-true").settings == {}
+
+
+def test_the_folder_of_a_checkpoint_is_found_or_named(tmp_path):
+    from fulmen.utilities.deepspeed import convert_zero_checkpoint_to_fp32_state_dict, ds_checkpoint_dir
+
+    (tmp_path / "latest").write_text("checkpoint")
+    with pytest.raises(FileNotFoundError, match="checkpoint"):
+        ds_checkpoint_dir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    assert ds_checkpoint_dir(tmp_path) == str(tmp_path / "checkpoint")
+    if importlib.util.find_spec("deepspeed") is None:
+        with pytest.raises(ModuleNotFoundError, match="pip install"):
+            convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "out.ckpt")
