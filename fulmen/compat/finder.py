@@ -119,7 +119,9 @@ class DeepPaths(MetaPathFinder, Loader):
     def get_code(self, fullname: str) -> CodeType:
         """For ``python -m``: the first of the homes is run."""
         home = PATHS[fullname.removeprefix("fulmen.").removesuffix(".__main__")][0]
-        return compile(f"import runpy; runpy.run_module({home!r}, run_name='__main__', alter_sys=True)", fullname, "exec")
+        return compile(
+            f"import runpy; runpy.run_module({home!r}, run_name='__main__', alter_sys=True)", fullname, "exec"
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         homes = PATHS[spec.name.removeprefix("fulmen.")]

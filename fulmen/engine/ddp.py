@@ -188,7 +188,7 @@ class DDPStrategy(ParallelStrategy):
         super().teardown()
 
 
-def through_forward(strategy: DDPStrategy, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+def through_forward(strategy: Any, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
 
     The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.

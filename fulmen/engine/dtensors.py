@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fulmen.engine import collectives
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
+from fulmen.engine.rounding import rounded_by_chance
 from fulmen.utilities.modules import local_part, total_norm
 
 SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -119,7 +120,7 @@ class FSDPPrecision(MixedPrecision):
         if precision.startswith("16"):
             self.dtype = torch.float16
         # What is done where weights themselves have 16 bits.
-        self.half = HalfPrecision(precision) if precision.endswith("16-true") else Precision()
+        self.half: Any = HalfPrecision(precision) if precision.endswith("16-true") else Precision()
 
     def place(self, device: torch.device) -> None:
         """The device is known."""
@@ -161,12 +162,22 @@ class FSDPPrecision(MixedPrecision):
         if self.half.plain_step:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         outcome = closure()
-        with self.state_context(optimizer):
+        self.half._steps += 1
+        with stand_ins(optimizer, seed=self.half._steps << 16):
             optimizer.step(**kwargs)
         return outcome
 
     def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         return nullcontext() if self.half.plain_step else stand_ins(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | self.half.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "steps" in state_dict:
+            self.half.load_state_dict(state_dict)
+        else:
+            super().load_state_dict(state_dict)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor:
         gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
@@ -183,8 +194,11 @@ class FSDPPrecision(MixedPrecision):
 
 
 @contextmanager
-def stand_ins(optimizer: Optimizer) -> Generator[None]:
-    """Inside, the optimizer has parameters, gradients and states of 32 bits; afterwards its own, with rounded values."""
+def stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generator[None]:
+    """Inside, the optimizer has parameters, gradients and states of 32 bits; afterwards its own, with rounded values.
+
+    With a seed, bfloat16 is rounded by chance (`engine.rounding`), on replicas alike.
+    """
     narrow = []
     for group in optimizer.param_groups:
         for index, own in enumerate(group["params"]):
@@ -198,9 +212,13 @@ def stand_ins(optimizer: Optimizer) -> Generator[None]:
     finally:
         # Loading a state replaces the groups, but keeps their parameters in order.
         places = [(group["params"], i) for group in optimizer.param_groups for i in range(len(group["params"]))]
-        for own, (place, index) in zip(narrow, places):
+        for number, (own, (place, index)) in enumerate(zip(narrow, places)):
             wide, place[index] = place[index], own
+            part = local_part(wide).detach()
+            if seed is not None and own.dtype == torch.bfloat16 and part.numel():
+                generator = torch.Generator(part.device).manual_seed(seed + number)
+                part = rounded_by_chance(part.reshape(-1).clone(), generator).view(part.shape)
             with torch.no_grad():
-                own.copy_(wide)
+                local_part(own).copy_(part)
             if wide in optimizer.state:
                 optimizer.state[own] = optimizer.state.pop(wide)

@@ -197,7 +197,9 @@ def explained(step: Callable[..., Any]) -> Callable[..., Any]:
             if "mixed torch.Tensor and DTensor" not in str(error):
                 raise
             what = "A parameter was used while only a part of it is here: that of a layer which was not called."
-            fix = "Call the layer, or leave it out of `auto_wrap_policy`; with manual optimization, use `strategy='ddp'`."
+            fix = (
+                "Call the layer, or leave it out of `auto_wrap_policy`; with manual optimization, use `strategy='ddp'`."
+            )
             raise RuntimeError(f"{what} {fix} ({error})") from error
 
     return run
