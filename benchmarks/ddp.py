@@ -133,6 +133,10 @@ def main() -> None:
         ]
         for process in ranks:
             process.start()
+        while answers.empty():
+            time.sleep(0.1)
+            if ended := [rank for rank, process in enumerate(ranks) if process.exitcode]:
+                raise SystemExit(f"Rank {ended[0]} ended without an answer: see above.")
         version, results = answers.get()
         for process in ranks:
             process.join()

@@ -88,7 +88,6 @@ def _reports(folder: Path, codes: list[int | None]) -> str:
 def _rank(rank: int, task: Task) -> None:
     os.environ.clear()
     os.environ.update(task.environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(task.num_ranks))
-    os.environ["FULMEN_WATCHDOG_TIMEOUT_S"] = "0"  # whoever started the ranks watches them
     os.chdir(task.directory)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch

@@ -97,6 +97,12 @@ class Board:
                 self.read(source)
         return also in ready
 
+    def drain(self, rank: int) -> None:
+        """Takes all that a process which has ended had sent."""
+        for connection in [peer for peer, whose in self.ranks.items() if whose == rank]:
+            while connection in self.peers and select.select([connection], [], [], 0)[0]:
+                self.read(connection)
+
     def read(self, connection: socket.socket) -> None:
         data = b""
         with contextlib.suppress(OSError):

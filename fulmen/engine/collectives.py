@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import itertools
 import os
 import pickle
 import socket
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # What users write, and what only some backends have under that name.
 _NAMES = {"mean": "AVG", "avg": "AVG", "prod": "PRODUCT"}
+_runs = itertools.count(1)  # of this process in its group
 
 
 def initialised() -> bool:
@@ -39,7 +41,7 @@ def backend_for(device: torch.device) -> str:
 
 
 def join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None = None) -> Any:
-    """Joins the group of all processes, once per process. Returns its store.
+    """Joins the group of all processes, if this one has not yet. Returns a store for the run that begins.
 
     Arguments:
         timeout: for the others to come, and for each collective later.
@@ -51,17 +53,25 @@ def join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener
     """
     if not dist.is_available():
         raise RuntimeError("This build of torch has no `torch.distributed`. Install another one, or use `devices=1`.")
-    size, rank = cluster.world_size(), cluster.global_rank()
+    size = cluster.world_size()
     if dist.is_initialized():
         if dist.get_world_size() != size:
             what = f"This process is in a group of {dist.get_world_size()} processes already, and the Trainer wants one"
             fix = "Use the same `devices` and `num_nodes` for all Trainers of a script, or one script for each."
             raise RuntimeError(f"{what} of {size}. {fix}")
-        return dist.distributed_c10d._get_default_store()
+    else:
+        _join(cluster, backend, timeout, listener)
+    # What another Trainer of this process left in the store, such as the port of its watchdog, is not for this run.
+    return dist.PrefixStore(f"fulmen/{next(_runs)}", dist.distributed_c10d._get_default_store())
+
+
+def _join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None) -> None:
+    global _runs
+    size, rank = cluster.world_size(), cluster.global_rank()
     store = _store(cluster.main_address, cluster.main_port, size, rank, timeout, listener)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     atexit.register(leave)
-    return store
+    _runs = itertools.count(1)  # those of all processes have the same numbers
 
 
 def leave() -> None:

@@ -115,8 +115,11 @@ class ScriptLauncher:
     def ending(self, rank: int) -> str:
         """How the process of another rank ended, if it did."""
         local_rank = rank - self.strategy.global_rank
-        code = self.children[local_rank - 1].poll() if 0 < local_rank <= len(self.children) else None
-        return "" if code is None else how_it_ended(code)
+        if not 0 < local_rank <= len(self.children):
+            return ""
+        child = self.children[local_rank - 1]
+        wait_for([child.poll], 1.0)  # its connections end a moment before it does
+        return "" if child.returncode is None else how_it_ended(child.returncode)
 
     def end(self, patience: float = 0.0) -> None:
         """Ends the others: asked first, then forced; those that were told why get some seconds to end by themselves."""

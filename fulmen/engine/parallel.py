@@ -52,7 +52,6 @@ class ParallelStrategy(Strategy, ABC):
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
         self.store: Any = None  # the group's, once they have
         self.tell_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
-        self._runs = 0
         self._last_batch: collectives.LastBatch | None = None
 
     # ------------------------------------------------------------------ who is who
@@ -126,7 +125,6 @@ class ParallelStrategy(Strategy, ABC):
         listener, self.listener = self.listener, None
         self.store = collectives.join(self.cluster_environment, self.process_group_backend, self._timeout, listener)
         self.leaving, self._last_batch = False, None
-        self._runs += 1
 
     def setup(self, trainer: Any) -> None:
         if self.layer_sync is not None and trainer.state.fn == "fit" and self.world_size > 1:
@@ -157,7 +155,7 @@ class ParallelStrategy(Strategy, ABC):
             return True
         if self._last_batch is None:
             tell_launcher()
-            store = dist.PrefixStore(f"fulmen/end/{self._runs}", self.store)
+            store = dist.PrefixStore("end", self.store)
             self._last_batch = collectives.LastBatch(store, self.global_rank, self.world_size)
         return self._last_batch.reached(batch, window)
 
@@ -183,10 +181,9 @@ class ParallelStrategy(Strategy, ABC):
 
     def patient_barrier(self, name: str) -> None:
         if self.together:
-            key = f"fulmen/{self._runs}/{name}"
-            if self.store.add(key, 1) == self.world_size:
-                self.store.set(f"{key}/all", "here")
-            self.store.wait([f"{key}/all"], timedelta(days=30))
+            if self.store.add(name, 1) == self.world_size:
+                self.store.set(f"{name}/all", "here")
+            self.store.wait([f"{name}/all"], timedelta(days=30))
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not self.together or self.world_size == 1:

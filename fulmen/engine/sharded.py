@@ -48,8 +48,6 @@ class ShardedStrategy(ParallelStrategy):
     saves_together = True  # can a checkpoint only be written with all other processes?
     sharded_checkpoints = False  # a folder with the shards of all processes, instead of a file?
     steps_together = True  # a forward pass gathers parameters
-    # Off: weights are gathered after a run has said that it is done, which the watchdog takes for a process that died.
-    watchdog_timeout_s = 0.0
 
     def __init__(self, **kwargs: Any) -> None:
         self.original: Original | None = None  # how to undo what was done to the module, while it is spread

@@ -49,7 +49,7 @@ def watch(strategy: Any, trainer: Any, limit: float) -> Watchdog | None:
     """A watchdog that runs, if there are others."""
     if strategy.world_size == 1 or strategy.store is None or limit <= 0:
         return None
-    store = dist.PrefixStore(f"fulmen/watch/{strategy._runs}", strategy.store)
+    store = dist.PrefixStore("watch", strategy.store)
     try:
         board = Board(strategy.global_rank, store, strategy.cluster_environment.main_address)
     except OSError as error:
@@ -183,6 +183,10 @@ class Watchdog:
         silent = time.monotonic() - self.heard[rank]
         state = process_state(beat["pid"]) if beat["host"] == _host() else None
         last = f"Last seen in {beat['moment']}."
+        if rank not in self.board.gone and state in GONE:  # what it said last may still be on its way
+            self.board.drain(rank)
+            if self.board.values[f"beat/{rank}"]["done"]:
+                return None
         if rank in self.board.gone or state in GONE:
             how = self.strategy.launcher.ending(rank) if self.strategy.launcher is not None else ""
             text = f"is gone: its process {beat['pid']} {how or 'was killed'} (by want of memory?). {last}"

@@ -15,7 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ranks import run_ranks
+from support import Regression, make_loader, make_trainer
 
+import fulmen as pl
 from fulmen.engine.board import Board
 from fulmen.engine.stacks import Sample, readable
 from fulmen.engine.watchdog import limit_seconds
@@ -255,6 +258,33 @@ def test_a_signal_ends_processes_that_hang(run) -> None:
     assert result.code == 143
     assert result.seconds < 10
     assert (result.folder / "told-0").exists()
+
+
+def two_trainers() -> list[int]:
+    ports = []
+    for _ in range(2):
+        trainer = make_trainer(devices=2, strategy="ddp", max_steps=1, callbacks=BoardSeen(ports))
+        if trainer.global_rank == 0:
+            time.sleep(0.5)  # the other is first at the second run
+        trainer.fit(Regression(), make_loader())
+    return ports
+
+
+class BoardSeen(pl.Callback):
+    """Notes where this process looks for the watchdog of rank 0."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self.ports = ports
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        board = trainer.strategy.watchdog.board
+        socket = board.listener or next(iter(board.peers))
+        self.ports.append((socket.getsockname() if board.listener else socket.getpeername())[1])
+
+
+def test_a_second_trainer_of_a_script_has_a_watchdog_of_its_own() -> None:
+    rank_0, rank_1 = run_ranks(2, two_trainers)
+    assert rank_0 == rank_1 and len(set(rank_0)) == 2
 
 
 def test_the_limit_must_be_a_number(monkeypatch) -> None:
