@@ -32,7 +32,7 @@ demo: $(STAMPS)/examples,tensorboard
 	@$(PY) examples/mnist_autoencoder.py $(ARGS)
 
 test: $(STAMPS)/test
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMPS)/check
 	@$(PY) -m ruff check .

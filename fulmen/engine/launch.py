@@ -201,7 +201,8 @@ class ProcessLauncher:
             self.supervise(children, folder)
             answer = torch.load(folder / "result", weights_only=False)
         finally:
-            end_all([(child.pid, _poll(child)) for child in children if child.pid is not None])
+            with handling(signal.SIGTERM, lambda *_: None):  # a process that is told to end tells this one
+                end_all([(child.pid, _poll(child)) for child in children if child.pid is not None])
             shutil.rmtree(folder, ignore_errors=True)
         owner.unpack_results(answer["packed"])
         return answer["result"]

@@ -75,6 +75,7 @@ class Watchdog:
         self.patience, self.interval = limit * 0.7, min(1.0, limit / 12)
         self.main, self.lock = threading.main_thread(), threading.RLock()
         self.closing = self.forced = self.told = self.done = self.stopped = self.reacted = False
+        self.printed = threading.Event()  # what was to be told is out
         self.alone: dict[str, Any] | None = None  # a verdict that could not be shared
         self.beats: dict[int, dict[str, Any]] = {}
         self.heard: dict[int, float] = {}  # when a rank last said something new
@@ -257,6 +258,7 @@ class Watchdog:
         """Says who failed and how, where the others wait, and the stack."""
         self.told = True
         if verdict["kind"] == "exit":
+            self.printed.set()
             return
         waits: dict[str, list[int]] = {}
         deadline = time.monotonic() + 3
@@ -270,6 +272,7 @@ class Watchdog:
         if stack := verdict.get("stack"):
             lines.append(stack.rstrip())
         say("\n".join(lines))
+        self.printed.set()
         self.board.set("reported", True)
         if verdict.get("pid") is not None:  # a stopped process does not hear of it
             with contextlib.suppress(OSError):
@@ -332,6 +335,7 @@ class Watchdog:
         self.told = True
         self.until("reported", time.monotonic() + 3)
         say(f"Rank {self.rank} ends because of rank {verdict['rank']}.{more}")
+        self.printed.set()
 
     def all_know(self) -> None:
         deadline = time.monotonic() + 3
@@ -400,7 +404,9 @@ class Watchdog:
             self.alone = self.alone or {"rank": 0, "kind": "gone", "text": text, "by": self.rank}
             with self.lock:
                 told, self.told = self.told, True
-            if not told:
+            if told:
+                self.printed.wait(4.0)
+            else:
                 say(f"{reason(self.alone)}\nRank {self.rank}: {self.place()}")
         else:
             text = "ends: the process that started it is gone."
