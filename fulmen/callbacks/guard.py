@@ -17,6 +17,7 @@ from fulmen.engine.precision import MixedPrecision
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir
+from fulmen.utilities.modules import local_part
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerStatus
 
@@ -131,7 +132,9 @@ class NonFiniteGuard(Callback):
         parameters = [p for p in parameters if p.grad is not None and p.grad.numel() > 0]
         if parameters:
             # The largest element is finite only if all are; a sum of squares may overflow without a fault.
-            each = ~torch.stack(_largest([p.grad for p in parameters])).isfinite()
+            each = ~torch.stack(_largest([local_part(p.grad) for p in parameters])).isfinite()
+            if any(hasattr(p, "to_local") for p in parameters):  # the fault may be in the part of another process
+                each = trainer.strategy.reduce(each.float(), reduce_op="max").bool()
             names = [self._names.get(id(p), "a parameter outside of the module") for p in parameters]
             self._looks.append(_Look(*self._at, trainer.global_step, each.any(), names, each))
         if self.policy == "skip" and (fault := self._read(trainer)) is not None:
@@ -290,4 +293,5 @@ def _largest(tensors: list[Any]) -> list[Tensor]:
     """The largest absolute element of each, NaN if there is one."""
     if any(tensor.is_sparse for tensor in tensors):
         tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
+    tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]  # a process may hold no part
     return list(torch._foreach_norm(tensors, inf))

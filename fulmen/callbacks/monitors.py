@@ -19,7 +19,6 @@ from fulmen.module import LightningModule
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.introspection import overridden
-from fulmen.utilities.modules import total_norm
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.throughput import Throughput, get_available_flops
@@ -121,8 +120,7 @@ class GradientNorm(Callback):
         own = overridden(pl_module, "configure_gradient_clipping", LightningModule)
         norm = pl_module._clipped_norms.pop(id(optimizer), None)  # manual optimization has clipped already
         if norm is None and not (trainer.gradient_clip_val and by_norm and not own):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = trainer.precision_plugin.gradient_norm(optimizer)
         self._norms[id(optimizer)] = norm
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

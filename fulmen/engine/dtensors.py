@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from fulmen.engine import collectives
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.rounding import rounded_by_chance
-from fulmen.utilities.modules import local_part, total_norm
+from fulmen.utilities.modules import local_part, scale_gradients, total_norm
 
 SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
@@ -179,12 +179,12 @@ class FSDPPrecision(MixedPrecision):
         else:
             super().load_state_dict(state_dict)
 
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        return norm_over_processes(p.grad for p in self.main_params(optimizer) if p.grad is not None)
+
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor:
-        gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
-        norm = norm_over_processes(gradients)
-        factor = (clip_val / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in map(local_part, gradients):
-            gradient.mul_(factor.to(gradient.device))
+        norm = self.gradient_norm(optimizer)
+        scale_gradients(self.main_params(optimizer), (clip_val / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:

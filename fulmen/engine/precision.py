@@ -114,6 +114,10 @@ class Precision:
         """The parameters the optimizer updates."""
         return [p for group in optimizer.param_groups for p in group["params"]]
 
+    def gradient_norm(self, optimizer: Any) -> Tensor:
+        """The L2 norm of all gradients of an optimizer together, on their device."""
+        return total_norm([p.grad for p in self.main_params(optimizer) if p.grad is not None])
+
     def connect(self, model: Module, optimizers: list, lr_schedulers: list) -> tuple[Module, list, list]:
         """Last word on the model and its optimizers before training."""
         return model, optimizers, lr_schedulers
@@ -309,7 +313,7 @@ class HalfPrecision(Precision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
         # A norm in float16 is infinite beyond 65,504, and clipping to it would erase the gradients.
         parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
-        norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self.gradient_norm(optimizer)
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
         return norm
 

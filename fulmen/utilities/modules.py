@@ -22,11 +22,16 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
         raise ValueError(f"`norm_type={norm_type}` is no norm. Use a positive number or 'inf' (the largest element).")
     key = f"grad_{order}_norm"
     gradients = ((name, parameter.grad) for name, parameter in module.named_parameters())
-    norms = {f"{key}{group_separator}{name}": g.detach().norm(order) for name, g in gradients if g is not None}
+    norms = {f"{key}{group_separator}{name}": _norm(g.detach(), order) for name, g in gradients if g is not None}
     if norms:
         device = next(iter(norms.values())).device
         norms[f"{key}_total"] = torch.stack([norm.to(device) for norm in norms.values()]).norm(order)
     return norms
+
+
+def _norm(gradient: Tensor, order: float) -> Any:
+    norm: Any = gradient.norm(order)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # every process asks
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

@@ -438,7 +438,7 @@ def test_clipping_by_norm_and_logging_the_norm_is_one_pass_over_the_gradients(mo
     passes = []
     total = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: passes.append("clip") or total(*args))
-    monkeypatch.setattr("fulmen.callbacks.monitors.total_norm", lambda *args: passes.append("norm"))
+    monkeypatch.setattr("fulmen.engine.precision.total_norm", lambda *args: passes.append("norm"))
     make_trainer(callbacks=[GradientNorm()], gradient_clip_val=0.1).fit(Regression(), make_loader())
     assert passes == ["clip"] * 3
 

@@ -532,3 +532,52 @@ def test_policies_choose_layers(policy, expected):
     net = Layers()
     found = chosen(net, policy)
     assert [name for name, part in net.named_modules() if part in found] == expected
+
+
+# ---------------------------------------------------------------------- what looks at gradients
+
+
+class Faulty(Net):
+    """One gradient of the second batch is no number, in a parameter that one process holds alone."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.spoil = batch_idx == 1
+
+    def on_before_optimizer_step(self, optimizer):
+        norms = pl.utilities.grad_norm(self, 2)
+        self.norms.append([value.item() for value in norms.values()])
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + torch.nan * self.head.bias.sum() if self.spoil else loss
+
+
+def watched(kind, options):
+    found = {}
+    for policy in ("skip", "rollback", "stop"):
+        guard = pl.callbacks.NonFiniteGuard(policy, every_n_steps=1)
+        model = Faulty()
+        try:
+            model = fit(kind(**options), model, callbacks=[guard, pl.callbacks.GradientNorm()], max_epochs=1)
+        except pl.callbacks.guard.NonFiniteError as error:
+            found[policy] = str(error)
+            continue
+        faults = [(fault.step, fault.batch_idx, fault.parameter) for fault in guard.quarantine]
+        found[policy] = (
+            faults,
+            model.trainer.global_step,
+            [norm for norms in model.norms for norm in norms if sum(norms) == sum(norms)],
+        )
+        if model.global_rank == 0:
+            found[policy] += ({name: value.clone() for name, value in model.state_dict().items()},)
+    return found
+
+
+def test_a_fault_in_the_part_of_one_process_is_seen_by_all():
+    ddp, _ = run_ranks(2, watched, DDPStrategy, {})
+    fsdp, other = run_ranks(2, watched, FSDPStrategy, DEEP)
+    assert fsdp["stop"] == other["stop"] == ddp["stop"] and "head.bias" in ddp["stop"]
+    for policy in ("skip", "rollback"):
+        assert fsdp[policy][:2] == other[policy][:2] == ddp[policy][:2] and len(ddp[policy][0]) == 1
+        assert fsdp[policy][2] == other[policy][2] == pytest.approx(ddp[policy][2], rel=1e-5)
+        assert largest_difference(fsdp[policy][3], ddp[policy][3]) < 1e-6
