@@ -296,6 +296,7 @@ class Trainer:
             model_given=model_given,
             fast_dev_run=bool(self.fast_dev_run),
             folder_of=lambda _: folder_of_run(self),
+            verify=self.strategy.verify_checkpoint,
         )
         return self._ckpt_path
 

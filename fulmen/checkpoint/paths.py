@@ -7,8 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
+from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.engine.sealed import DamagedCheckpointError
+from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path, modified
 from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.temporaries import clean
+
+Verify = Callable[[Any], Any]  # raises `DamagedCheckpointError`
 
 
 def find(
@@ -20,27 +25,30 @@ def find(
     model_given: bool,
     fast_dev_run: bool = False,
     folder_of: Callable[[Any], str] | None = None,
+    verify: Verify | None = None,
 ) -> str | os.PathLike | None:
     """The file to load, or None to go on with the weights there are; a `ValueError` if the name leads to nothing.
 
-    `folder_of` tells where a `ModelCheckpoint` without `dirpath` is going to write.
+    `folder_of` tells where a `ModelCheckpoint` without `dirpath` is going to write. What `verify` finds damaged is
+    replaced, with a warning, by the newest good checkpoint in the folders of the callbacks.
     """
     if ckpt_path is None and verb == "fit":
         # A broken run goes on; no warning if there is none.
-        return last_checkpoint(callbacks, folder_of) if any(map(_saves_on_exception, callbacks)) else None
+        found = last_checkpoint(callbacks, folder_of) if any(map(_saves_on_exception, callbacks)) else None
+        return found and _or_newest_good(found, callbacks, folder_of, verify)
     if ckpt_path is None and model_given:
         return None
     if ckpt_path is None:
         what = f"`trainer.{verb}()` was called without a model: the best checkpoint of the previous fit is used."
         rank_zero_warn(f'{what} Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.')
     if ckpt_path is None or ckpt_path == "best":
-        return best_checkpoint(callbacks, verb, fast_dev_run)
+        return _or_newest_good(best_checkpoint(callbacks, verb, fast_dev_run), callbacks, folder_of, verify)
     if ckpt_path == "last":
         found = last_checkpoint(callbacks, folder_of)
         if found is None:
             what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no such checkpoint.'
             rank_zero_warn(f"{what} `ModelCheckpoint(save_last=True)` writes one.")
-        return found
+        return found and _or_newest_good(found, callbacks, folder_of, verify)
     path = os.fspath(ckpt_path)
     if path == "hpc":  # the one with the highest number of those that interrupted jobs wrote
         saved = _files(os.fspath(root_dir), r"hpc_ckpt_\d+\.ckpt")
@@ -69,6 +77,52 @@ def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = Fa
     return judges[0].best_model_path
 
 
+def newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str | None:
+    """The newest of these checkpoints that is whole; a warning names each newer one that is not.
+
+    None without candidates.
+
+    Raises:
+        DamagedCheckpointError: there are some, and none is good.
+    """
+    verify, damaged = verify or TorchCheckpointIO().verify_checkpoint, []
+    for path in sorted(candidates, key=_age, reverse=True):
+        try:
+            verify(path)
+        except (DamagedCheckpointError, FileNotFoundError) as error:
+            damaged.append(str(error))
+            continue
+        for problem in damaged:
+            rank_zero_warn(f"{problem} The newest good one is used instead: {path!r}.")
+        return path
+    if damaged:
+        raise DamagedCheckpointError("\n".join(["No checkpoint is good, so none can be loaded:", *damaged]))
+    return None
+
+
+def _or_newest_good(
+    path: str, callbacks: Iterable[Any], folder_of: Callable[[Any], str] | None, verify: Verify | None
+) -> str:
+    """The path, if it is whole; else the newest good checkpoint beside it or in the folders of the callbacks."""
+    if verify is None:
+        return path
+    try:
+        verify(path)
+        return path
+    except (DamagedCheckpointError, FileNotFoundError) as error:
+        folders = {os.path.dirname(path), *(_folder(c, folder_of) for c in callbacks if hasattr(c, "dirpath"))}
+        extension = re.escape(os.path.splitext(path)[1])
+        others = {file for folder in folders for file in _files(folder, rf"[^.].*{extension}")} - {path}
+        if (found := newest_good(others, verify)) is None:
+            raise
+        rank_zero_warn(f"{error} The newest good one is used instead: {found!r}.")
+        return found
+
+
+def _folder(callback: Any, folder_of: Callable[[Any], str] | None) -> str:
+    return os.fspath(callback.dirpath or (folder_of(callback) if folder_of is not None else ""))
+
+
 def _saves_on_exception(callback: Any) -> bool:
     """`OnExceptionCheckpoint` writes one file only, and knows its name."""
     return hasattr(callback, "ckpt_path") and hasattr(callback, "FILE_EXTENSION")
@@ -79,28 +133,34 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
     found = []
     for callback in callbacks:
         if hasattr(callback, "CHECKPOINT_NAME_LAST"):
-            folder = callback.dirpath or (folder_of(callback) if folder_of is not None else "")
+            folder = _folder(callback, folder_of)
             # Logged values in the name may be anything, also nothing that Python's format would give back.
             name = re.sub(r"\\\{.*?\\\}", ".*", re.escape(callback.CHECKPOINT_NAME_LAST))
             found += _files(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
         elif _saves_on_exception(callback):
             path = os.fspath(callback.ckpt_path)
             found += [path] if get_filesystem(path).exists(path) else []
-    return max(found, key=_modified, default=None)
+    return max(found, key=_age, default=None)
 
 
 def _files(folder: str, pattern: str) -> list[str]:
-    """The files in a folder whose whole name matches the regular expression."""
+    """The files in a folder whose whole name matches the regular expression; what dead writers left goes first."""
     files = get_filesystem(folder)
     if not folder or not files.isdir(folder):
         return []
+    if not is_remote(folder):
+        clean(local_path(folder))
     # Remote file systems list paths without their scheme, so only names are taken over.
     names = (os.path.basename(str(path).rstrip("/")) for path in files.ls(folder, detail=False))
     return [os.path.join(folder, name) for name in names if re.fullmatch(pattern, name)]
 
 
-def _modified(path: str) -> Any:
-    return get_filesystem(path).modified(path) if is_remote(path) else os.stat(local_path(path)).st_mtime_ns
+def _age(path: str) -> tuple[Any, str]:
+    """Sorts by the time of writing; a link that leads nowhere counts itself."""
+    try:
+        return modified(path), path
+    except FileNotFoundError:
+        return (os.lstat(path).st_mtime_ns if os.path.islink(path) else 0), path
 
 
 def _nothing(verb: str, given: Any, why: str) -> ValueError:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import re
-import zipfile
+import shutil
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Generator
 from typing import IO, Any
 
 import torch
 
-from fulmen.engine.sharded_checkpoint import META, is_sharded, read_all
+from fulmen.engine.sealed import DamagedCheckpointError, damaged, read, save, verify
+from fulmen.engine.sharded_checkpoint import META, check_shards, is_sharded, read_all
 from fulmen.utilities.errors import suggestion
-from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote
-
-
-class DamagedCheckpointError(RuntimeError):
-    """The file is no checkpoint, or not a whole one. Nothing of it was loaded."""
+from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, local_path, modified
+from fulmen.utilities.temporaries import clean_beside
 
 
 class CheckpointIO(ABC):
@@ -36,6 +35,9 @@ class CheckpointIO(ABC):
     def remove_checkpoint(self, path: Any) -> None:
         """Called on one process; a path that is already gone is no error."""
 
+    def verify_checkpoint(self, path: Any) -> None:
+        """Raises `DamagedCheckpointError` if this cannot be loaded. By default nothing is looked at."""
+
     def teardown(self) -> None:
         """Called at the end of a run; whatever is still being written must be finished here."""
 
@@ -50,78 +52,89 @@ class TorchCheckpointIO(CheckpointIO):
             raise TypeError(f"`{storage_options=}`: `TorchCheckpointIO` has no options. {fix}")
         path = os.fspath(path)
         ensure_dir(os.path.dirname(path) or os.curdir)
+        size = 0
+
+        def write(file: IO[bytes]) -> None:
+            nonlocal size
+            size = save(checkpoint, file)
+
         try:
-            atomic_write(path, lambda file: torch.save(checkpoint, file))
+            atomic_write(path, write)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             what = f"`{_first_unpicklable(checkpoint)}` cannot be pickled into the checkpoint {path!r}: {error}."
             raise type(error)(f"{what} Keep it out of hyper-parameters and states.") from error
+        if is_remote(path) and (found := get_filesystem(path).size(path)) != size:
+            raise OSError(f"The checkpoint {path!r} has {found:,} of the {size:,} bytes that were written. Save again.")
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file or an http(s) URL; without ``map_location`` onto the CPU, whatever device it was written on.
 
-        Raises `DamagedCheckpointError` if the file is cut off, changed (checksums are verified) or no checkpoint at all.
+        Raises `DamagedCheckpointError` if the file is cut off, changed (hashes are verified) or no checkpoint at all.
         """
         path, where = os.fspath(path), "cpu" if map_location is None else map_location
         if path.startswith(("http://", "https://")):
-            return torch.hub.load_state_dict_from_url(path, map_location=where, weights_only=bool(weights_only))
-        files = get_filesystem(path)
-        if not files.exists(path):
-            raise FileNotFoundError(_what_is_there_instead(files, path))
-        if is_sharded(path):
-            return read_all(path, weights_only)
-        if files.isdir(path):
-            what = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards."
-            raise IsADirectoryError(f"{what} Pass a file in it, or such a folder.")
-        with files.open(path, "rb") as file:
-            _verify(file, path)
-            file.seek(0)
-            try:
-                return torch.load(file, map_location=where, weights_only=weights_only)
-            except Exception as error:
-                if isinstance(error, pickle.UnpicklingError) and (classes := _refused_classes(file, str(error))):
-                    what = f"The checkpoint {path!r} holds objects of {classes}, and loading classes can run any code."
-                    fix = f"`weights_only=False`, or call `torch.serialization.add_safe_globals([{classes}])`"
-                    raise pickle.UnpicklingError(f"{what} If you trust the file, pass {fix}.") from error
-                # A verified archive is not damaged; nor is a file for which a class, a device or memory is missing.
-                missing = isinstance(error, (ImportError, AttributeError, MemoryError)) or "deserialize" in str(error)
-                if missing or (zipfile.is_zipfile(file) and "PytorchStreamReader" not in str(error)):
-                    raise
-                raise _damaged(path, "it begins like a file of `torch.save`, but does not go on like one") from error
+            safe = weights_only is not False
+            return torch.hub.load_state_dict_from_url(path, map_location=where, weights_only=safe)
+        try:
+            if is_sharded(path := _existing(path)):
+                check_shards(path)
+                return read_all(path, weights_only)
+            with _opened(path) as file:
+                return read(file, path, where, weights_only)
+        except DamagedCheckpointError as error:
+            beside = self._good_neighbour(path)
+            found = f" The newest good one beside it is {beside!r}." if beside else ""
+            raise DamagedCheckpointError(f"{error}{found}") from error
+
+    def verify_checkpoint(self, path: Any) -> None:
+        """Reads a file or folder, without loading it; `DamagedCheckpointError` if it is not whole and unchanged."""
+        path = os.fspath(path)
+        if os.path.islink(local_path(path)) and not os.path.exists(local_path(path)):
+            raise damaged(path, "it is a link to a file that is gone")
+        if is_sharded(path := _existing(path)):
+            check_shards(path)
+            return
+        with _opened(path) as file:
+            verify(file, path)
+
+    def _good_neighbour(self, path: str) -> str | None:
+        folder, name = os.path.split(path)
+        names = [os.path.basename(str(file).rstrip("/")) for file in get_filesystem(path).ls(folder or os.curdir)]
+        alike = [other for other in names if other != name and os.path.splitext(other)[1] == os.path.splitext(name)[1]]
+        for other in sorted((os.path.join(folder, other) for other in alike), key=modified, reverse=True):
+            with contextlib.suppress(DamagedCheckpointError, OSError):
+                self.verify_checkpoint(other)
+                return other
+        return None
 
     def remove_checkpoint(self, path: Any) -> None:
         with contextlib.suppress(FileNotFoundError):
             get_filesystem(path).rm(os.fspath(path), recursive=True)
 
 
-def _verify(file: IO[bytes], path: str) -> None:
-    """Whether this is a whole file of `torch.save`.
-
-    `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a wrong weight.
-    """
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    head = file.read(64)
-    if not size:
-        raise _damaged(path, "it is empty")
-    if head.startswith(b"PK"):
-        try:
-            archive = zipfile.ZipFile(file)
-            # Checksums can be switched off when saving; over a network it would mean to fetch everything twice.
-            checkable = any(entry.CRC for entry in archive.infolist()) and not is_remote(path)
-            broken = archive.testzip() if checkable else None
-        except Exception as error:  # what a wrong byte in the archive's directory leads to is hard to foresee
-            raise _damaged(path, f"it is cut off after {size:,} bytes, or changed ({error})") from error
-        if broken is not None:
-            raise _damaged(path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written")
-        if not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise _damaged(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
-    elif not head.startswith(b"\x80"):  # every pickle, which older versions of torch wrote, begins like this
-        raise _damaged(path, f"its {size:,} bytes begin with {head[:30]!r}, which `torch.save` does not write")
+def _existing(path: str) -> str:
+    """The path, if something that can be opened is there; a renaming that a kill has interrupted is finished first."""
+    files = get_filesystem(path)
+    if not is_remote(path):
+        clean_beside(local_path(path))
+    if not files.exists(path):
+        raise FileNotFoundError(_what_is_there_instead(files, path))
+    if files.isdir(path) and not is_sharded(path):
+        what = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards."
+        raise IsADirectoryError(f"{what} Pass a file in it, or such a folder.")
+    return path
 
 
-def _damaged(path: str, found: str) -> DamagedCheckpointError:
-    fix = "Load another checkpoint, or copy or download this one again."
-    return DamagedCheckpointError(f"The checkpoint {path!r} cannot be read: {found}. {fix}")
+@contextlib.contextmanager
+def _opened(path: str) -> Generator[IO[bytes]]:
+    """The file, for reading; what is stored elsewhere is fetched once, since it is read twice."""
+    with get_filesystem(path).open(path, "rb") as file:
+        if not is_remote(path):
+            yield file
+            return
+        with tempfile.TemporaryFile() as fetched:
+            shutil.copyfileobj(file, fetched, 1 << 20)
+            yield fetched
 
 
 def _what_is_there_instead(files: Any, path: str) -> str:
@@ -134,18 +147,10 @@ def _what_is_there_instead(files: Any, path: str) -> str:
     return f"The checkpoint {path!r} does not exist.{suggestion(name, names) or found}"
 
 
-def _refused_classes(file: IO[bytes], message: str) -> str:
-    """The classes because of which `torch.load` refused the file."""
-    file.seek(0)
-    try:
-        return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # torch lists them for its newer format only; its message names the first one
-        return ", ".join(re.findall(r"GLOBAL (\S+)", message))
-
-
 def _first_unpicklable(value: Any, name: str = "checkpoint") -> str:
-    """Where in nested dictionaries the first value sits that cannot be pickled."""
-    for key, child in value.items() if isinstance(value, dict) else ():
+    """Where in nested dictionaries and lists the first value sits that cannot be pickled."""
+    children: Any = value.items() if isinstance(value, dict) else ()
+    for key, child in enumerate(value) if isinstance(value, (list, tuple)) else children:
         try:
             with open(os.devnull, "wb") as nowhere:
                 torch.save(child, nowhere)

@@ -248,9 +248,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         if self.load_full_weights or not os.path.isdir(os.path.join(checkpoint_path, TAG)):
             return super().load_checkpoint(checkpoint_path, weights_only)
         file = os.path.join(checkpoint_path, TAG, STATES)
-        content = torch.load(file, map_location="cpu", weights_only=False)
+        content = torch.load(file, map_location="cpu", weights_only=weights_only)
         rank_zero_info(f"The weights are loaded by DeepSpeed from {checkpoint_path}")
         return {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], **content, "path": checkpoint_path}
+
+    def verify_checkpoint(self, checkpoint_path: Any) -> None:
+        if not os.path.isdir(os.path.join(checkpoint_path, TAG)):  # a folder of the engine has no hashes
+            super().verify_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         if "path" not in checkpoint or self.model is self._lightning_module:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-import uuid
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,19 +20,23 @@ from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.dtensors import FSDPPrecision, is_spread, part_like, whole
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
+from fulmen.engine.sealed import DamagedCheckpointError
 from fulmen.engine.sharded_checkpoint import (
+    CHECKSUMS,
     META,
     MODEL,
     OPTIMIZER,
     Stored,
+    check_shards,
+    checksums,
     is_sharded,
-    put_in_place,
     read_outline,
     read_shards,
     write_shards,
 )
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.filesystem import ensure_dir, is_remote, local_path
+from fulmen.utilities.filesystem import atomic_write, is_remote, local_path
+from fulmen.utilities.temporaries import claimed_folder, clean_beside, put_in_place, temporary_name
 
 
 class ShardedStrategy(ParallelStrategy):
@@ -230,7 +234,7 @@ class ShardedStrategy(ParallelStrategy):
             # Straight into the parameters; what does not fit is complained about below.
             fitting = {key: own[key] for key, value in saved.items() if key in own and _fits(own[key], value)}
             wanted = {f"{MODEL}{key}": value for key, value in fitting.items()}
-            read_shards(wanted, saved.path)
+            read_shards(wanted, saved)
             loaded.update({key: wanted[f"{MODEL}{key}"] for key in fitting})
         for key, value in loaded.items():
             if is_spread(own.get(key)) and not is_spread(value) and value.shape == own[key].shape and not value.is_meta:
@@ -239,7 +243,7 @@ class ShardedStrategy(ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         saved, fitted = checkpoint["optimizer_states"], []
-        stored = checkpoint["state_dict"].path if isinstance(checkpoint["state_dict"], Stored) else ""
+        stored = checkpoint["state_dict"] if isinstance(checkpoint["state_dict"], Stored) else None
         for index, (optimizer, state) in enumerate(zip(self.optimizers, saved)):
             parameters, names = self.precision_plugin.main_params(optimizer), self._names(optimizer)
             keys = [key for group in state["param_groups"] for key in group["params"]]
@@ -249,12 +253,12 @@ class ShardedStrategy(ParallelStrategy):
                 position = {key: place for place, key in enumerate(keys)}
             values = {position[key]: dict(value) for key, value in state["state"].items() if position[key] < len(names)}
             wanted: dict[str, Any] = {}
-            for key, value in state["state"].items() if stored else ():
+            for key, value in state["state"].items() if stored is not None else ():
                 own = parameters[position[key]]
                 wanted |= {
                     f"{OPTIMIZER.format(index)}{key}.{n}": _room(v, own) for n, v in value.items() if _missing(v)
                 }
-            if wanted:
+            if stored is not None and wanted:
                 read_shards(wanted, stored)
             for key, value in state["state"].items():
                 own, target = parameters[position[key]], values[position[key]]
@@ -278,21 +282,32 @@ class ShardedStrategy(ParallelStrategy):
             what = f"{os.fspath(filepath)!r} is no local path, and sharded checkpoints are folders on a file system."
             raise ValueError(f"{what} Use a path that all processes see, or write full checkpoints.")
         path = os.path.abspath(local_path(filepath))
-        folder, name = os.path.split(path)
-        beside = os.path.join(folder, f".{name}.{self.broadcast(uuid.uuid4().hex[:12])}.tmp")
-        ensure_dir(folder)
-        write_shards(checkpoint, beside)  # an error of one process is raised in all of them
+        beside = self.broadcast(temporary_name(path))
+        with ExitStack() as stack:
+            self.on_rank_zero(lambda: stack.enter_context(claimed_folder(beside)), f"make the folder {beside!r}")
+            write_shards(checkpoint, beside)  # an error of one process is raised in all of them
+            written = self.exchange_objects(checksums(beside, self.global_rank))
 
-        def finish() -> None:
-            self.checkpoint_io.save_checkpoint(checkpoint, os.path.join(beside, META))
-            put_in_place(beside, path)
+            def finish() -> None:
+                sums = {name: measured for own in written for name, measured in own.items()}
+                atomic_write(os.path.join(beside, CHECKSUMS), json.dumps(sums).encode())
+                self.checkpoint_io.save_checkpoint(checkpoint, os.path.join(beside, META))
+                put_in_place(beside, path)
 
-        self.on_rank_zero(finish, f"write the checkpoint {path!r}")
+            self.on_rank_zero(finish, f"write the checkpoint {path!r}")
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        if is_sharded(checkpoint_path):
-            return read_outline(checkpoint_path, weights_only)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        clean_beside(local_path(checkpoint_path))
+        if not is_sharded(checkpoint_path):
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        problem = None
+        try:
+            check_shards(os.fspath(checkpoint_path), self.global_rank, self.world_size)
+        except DamagedCheckpointError as error:
+            problem = str(error)
+        if problems := [found for found in self.exchange_objects(problem) if found]:
+            raise DamagedCheckpointError(problems[0])
+        return read_outline(checkpoint_path, weights_only)
 
 
 class Original:

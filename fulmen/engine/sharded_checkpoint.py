@@ -7,17 +7,23 @@ state>``. In what is read first, tensors that are still in the shards are on the
 from __future__ import annotations
 
 import inspect
+import json
 import os
-import shutil
+import pathlib
+import pickle
+import re
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fulmen.engine.sealed import damaged, read, sha256, verify
 from fulmen.utilities.filesystem import is_remote, local_path
 
-META = "meta.pt"
+META, CHECKSUMS = "meta.pt", "checksums.json"
 MODEL, OPTIMIZER = "model.", "optimizer_{}.state."
 
 
@@ -25,6 +31,7 @@ class Stored(dict):
     """A state dict whose tensors are on the meta device as long as they are in the folder ``path``."""
 
     path = ""
+    weights_only: bool | None = None
 
 
 def is_sharded(path: Any) -> bool:
@@ -50,32 +57,56 @@ def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
     tensors |= flat_states(checkpoint.get("optimizer_states", []))
     # What all have, such as buffers, is that of rank 0.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
+    with _plain_errors(f"write the checkpoint {folder!r}", dcp):
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
 
 
-def put_in_place(folder: str, path: str) -> None:
-    """Renames a finished folder; what was at its new place is removed afterwards."""
-    old = f"{folder}.old"
-    if os.path.lexists(path):
-        os.rename(path, old)
-    os.rename(folder, path)
-    if os.path.isdir(old) and not os.path.islink(old):
-        shutil.rmtree(old)
-    elif os.path.lexists(old):
-        os.remove(old)
+def checksums(folder: str, rank: int) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of the files that this process wrote; rank 0 also has those that belong to nobody."""
+    names = {name: re.match(r"__(\d+)_", name) for name in os.listdir(folder)}
+    own = [name for name, writer in names.items() if int(writer[1] if writer else 0) == rank]
+    return {name: _measured(os.path.join(folder, name)) for name in own}
+
+
+def check_shards(path: str, rank: int = 0, num_ranks: int = 1) -> None:
+    """Raises `DamagedCheckpointError` if the files of a checkpoint are not as written.
+
+    Sizes are compared always, contents of every ``num_ranks``-th file; a folder of others has nothing to compare.
+    """
+    folder = local_path(path)
+    with open(os.path.join(folder, META), "rb") as meta:
+        verify(meta, os.path.join(path, META))
+    try:
+        with open(os.path.join(folder, CHECKSUMS), "rb") as file:
+            expected = sorted(json.load(file).items())
+        for number, (name, (size, hashed)) in enumerate(expected):
+            found = _measured(os.path.join(folder, name), full=number % num_ranks == rank)
+            if found[0] != size or found[1] not in ("", hashed):
+                what = f"has {found[0]:,} bytes instead of {size:,}" if found[0] != size else "has another SHA-256"
+                raise damaged(path, f"its part {name!r} {what}: it was changed after it was written")
+    except (ValueError, TypeError, OSError) as error:
+        if not os.path.exists(os.path.join(folder, CHECKSUMS)):
+            return
+        raise damaged(path, f"its parts do not agree with {CHECKSUMS} ({error})") from error
+
+
+def _measured(path: str, full: bool = True) -> tuple[int, str]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        return size, sha256(file, size) if full else ""
 
 
 def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     folder = local_path(path)
-    checkpoint = torch.load(os.path.join(folder, META), map_location="cpu", weights_only=weights_only)
+    with open(os.path.join(folder, META), "rb") as file:
+        checkpoint = read(file, os.path.join(path, META), "cpu", weights_only)
     weights = checkpoint["state_dict"] = Stored()
-    weights.path = folder
+    weights.path, weights.weights_only = folder, weights_only
     states = checkpoint.get("optimizer_states", [])
-    for name, entry in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.items():
+    for name, entry in _reader(weights)[0].read_metadata().state_dict_metadata.items():
         value: Any = None  # some other object
         if isinstance(entry, TensorStorageMetadata):
             value = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -88,7 +119,7 @@ def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     return checkpoint
 
 
-def read_shards(wanted: dict[str, Any], path: str, alone: bool = False) -> None:
+def read_shards(wanted: dict[str, Any], source: Stored, alone: bool = False) -> None:
     """Fills tensors, each under the name of its shard; other values are replaced. All processes call it.
 
     Arguments:
@@ -96,10 +127,64 @@ def read_shards(wanted: dict[str, Any], path: str, alone: bool = False) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
+    reader, planner = _reader(source)
     options = {"no_dist": True} if alone and "no_dist" in inspect.signature(dcp.load).parameters else {}
-    with warnings.catch_warnings():  # that no group exists is known
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(wanted, storage_reader=dcp.FileSystemReader(path), **options)
+    with warnings.catch_warnings(), _plain_errors(f"read the checkpoint {source.path!r}", dcp):
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that no group exists is known
+        dcp.load(wanted, storage_reader=reader, planner=planner, **options)
+
+
+def _reader(source: Stored) -> tuple[Any, Any]:
+    """Reader and planner of `torch.distributed.checkpoint`, which by themselves would run any code in a folder."""
+    import torch.distributed.checkpoint as dcp
+
+    if source.weights_only is False:
+        return dcp.FileSystemReader(source.path), dcp.DefaultLoadPlanner()
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            rank = kwargs.get("rank")
+            with open(os.path.join(source.path, ".metadata" if rank is None else f"__{rank}.metadata"), "rb") as file:
+                _OnlyMetadata(file).load()
+            return super().read_metadata(*args, **kwargs)
+
+    class Planner(dcp.DefaultLoadPlanner):
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            read(value, source.path, "cpu", weights_only=True)
+            value.seek(0)
+            super().load_bytes(read_item, value)
+
+    return Reader(source.path), Planner()
+
+
+class _OnlyMetadata(pickle.Unpickler):
+    """Refuses every name but those that describe tensors and where they are."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        home = "torch.distributed.checkpoint"
+        plain = module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "PurePosixPath")
+        known = (f"{home}.filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout")
+        if f"{module}.{name}" in known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        if plain:
+            return getattr(pathlib, name)
+        if module == f"{home}.metadata" and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        what = f"The file `.metadata` of a sharded checkpoint names `{module}.{name}`, and that can run any code."
+        raise pickle.UnpicklingError(f"{what} If you trust the folder, pass `weights_only=False`.")
+
+
+@contextmanager
+def _plain_errors(what: str, dcp: Any) -> Generator[None]:
+    """What went wrong on any process, as an `Exception`; on all of them the same one."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        kind = next((kind for kind in (OSError, pickle.UnpicklingError) if isinstance(first, kind)), RuntimeError)
+        raise kind(f"Rank {rank} could not {what}: {type(first).__name__}: {first}") from error
 
 
 def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -108,7 +193,7 @@ def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     weights, states = checkpoint["state_dict"], checkpoint.get("optimizer_states", [])
     wanted = {f"{MODEL}{key}": value for key, value in weights.items()} | flat_states(states, take=False)
     wanted = {name: value if value is None else torch.empty_like(value, device="cpu") for name, value in wanted.items()}
-    read_shards(wanted, weights.path, alone=True)
+    read_shards(wanted, weights, alone=True)
     checkpoint["state_dict"] = {key: wanted[f"{MODEL}{key}"] for key in weights}
     for index, state in enumerate(states):
         for parameter, values in state["state"].items():

@@ -207,6 +207,11 @@ class Strategy(ABC):
         """The objects of all processes, by rank; they are pickled."""
         return [obj]
 
+    def on_rank_zero(self, act: Callable[[], Any], what: str) -> None:
+        """Does something on the first process; an error there is one of all processes."""
+        if self.is_global_zero:
+            act()
+
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The same value on every process, combined element-wise; non-tensors come back unchanged."""
         return tensor
@@ -252,6 +257,10 @@ class Strategy(ABC):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint onto the CPU."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
+
+    def verify_checkpoint(self, checkpoint_path: Any) -> None:
+        """Raises `DamagedCheckpointError` if a checkpoint is not whole; nothing is loaded."""
+        self.checkpoint_io.verify_checkpoint(checkpoint_path)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Deletes a checkpoint, on one process."""

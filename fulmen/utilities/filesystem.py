@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from operator import methodcaller
 from typing import IO, Any
 
 from fulmen.utilities.optional import require
+from fulmen.utilities.temporaries import claim, flush_folder, flush_to_disk, temporary_name
 
 _LOCAL_SCHEMES = ("file://", "local://")
 
@@ -80,29 +79,20 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
             write(file)
         return
     target = local_path(path)
-    folder, name = os.path.split(os.path.abspath(target))
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as file:
+            claim(file.fileno())
             write(file)
             file.flush()
-            _flush_to_disk(file.fileno())
+            flush_to_disk(file.fileno())
         os.replace(temporary, target)
     finally:
         with suppress(OSError):  # it is gone if all went well
             os.remove(temporary)
-    if os.name == "posix":  # makes the renaming permanent; other systems cannot open a folder for that
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            _flush_to_disk(descriptor)
-        finally:
-            os.close(descriptor)
+    flush_folder(os.path.dirname(temporary))
 
 
-def _flush_to_disk(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and user-space file systems cannot; a disk that fails still raises.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
-            raise
+def modified(path: str | os.PathLike) -> Any:
+    """When a file or folder was written last: greater is later, within one file system."""
+    return get_filesystem(path).modified(os.fspath(path)) if is_remote(path) else os.stat(local_path(path)).st_mtime_ns

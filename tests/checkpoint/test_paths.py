@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 
 import pytest
+from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from fulmen.checkpoint import paths
+from fulmen.engine.checkpoint_io import DamagedCheckpointError
+from fulmen.plugins import CheckpointIO, TorchCheckpointIO
+from fulmen.utilities.filesystem import atomic_write
 
 
 def find(ckpt_path, callbacks=(), verb="fit", root_dir=".", model_given=True, **kwargs):
@@ -109,3 +114,106 @@ def test_the_model_registry_is_not_reached(name):
     with pytest.raises(ValueError, match="hosted service"):
         find(name)
     assert find("registry_of_mine/file.ckpt") == "registry_of_mine/file.ckpt"
+
+
+# ---------------------------------------------------------------------- damaged files
+
+
+def save(folder, *names):
+    """Checkpoints of increasing age, the last one being the newest; each holds its name."""
+    for age, name in enumerate(names):
+        TorchCheckpointIO().save_checkpoint({"name": name}, folder / name)
+        os.utime(folder / name, (1000 + age, 1000 + age))
+
+
+def damage(path):
+    times = (path.stat().st_mtime,) * 2
+    os.truncate(path, path.stat().st_size // 2)
+    os.utime(path, times)
+
+
+def test_the_newest_good_one_is_found_and_each_damaged_one_named(tmp_path):
+    save(tmp_path, "a.ckpt", "b.ckpt", "c.ckpt", "d.ckpt")
+    every = [str(path) for path in tmp_path.glob("*.ckpt")]
+    assert paths.newest_good(every) == str(tmp_path / "d.ckpt")
+    damage(tmp_path / "d.ckpt")
+    damage(tmp_path / "c.ckpt")
+    with pytest.warns() as told:
+        assert paths.newest_good(every) == str(tmp_path / "b.ckpt")
+    assert len(told) == 2
+    for warning, damaged in zip(told, ("d.ckpt", "c.ckpt"), strict=True):
+        assert damaged in str(warning.message) and "b.ckpt" in str(warning.message)
+
+
+def test_none_is_good_or_none_is_there(tmp_path):
+    save(tmp_path, "a.ckpt", "b.ckpt")
+    damage(tmp_path / "a.ckpt")
+    damage(tmp_path / "b.ckpt")
+    with pytest.raises(DamagedCheckpointError, match=r"(?s)b\.ckpt.*a\.ckpt"):
+        paths.newest_good(str(path) for path in tmp_path.glob("*.ckpt"))
+    assert paths.newest_good([]) is None
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_last_and_best_are_replaced_with_a_warning_naming_both(tmp_path, name):
+    save(tmp_path, "epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt", ".hidden.ckpt")
+    callback = ModelCheckpoint(tmp_path)
+    callback.best_model_path = str(tmp_path / "last.ckpt")
+    look = {"verify": TorchCheckpointIO().verify_checkpoint}
+    assert find(name, [callback], **look) == str(tmp_path / "last.ckpt")
+    damage(tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last\.ckpt.*cut off.*instead: .*epoch=1\.ckpt"):
+        assert find(name, [callback], **look) == str(tmp_path / "epoch=1.ckpt")
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    with pytest.warns(UserWarning, match=r"last\.ckpt.*link to a file that is gone.*instead: .*epoch=1\.ckpt"):
+        assert find(name, [callback], **look) == str(tmp_path / "epoch=1.ckpt")
+    damage(tmp_path / "epoch=0.ckpt")
+    damage(tmp_path / "epoch=1.ckpt")
+    with pytest.raises(DamagedCheckpointError, match=r"(?s)epoch=1\.ckpt.*epoch=0\.ckpt"):
+        find(name, [callback], **look)
+
+
+def test_a_run_goes_on_from_the_newest_good_checkpoint(tmp_path):
+    callback = ModelCheckpoint(tmp_path, save_last=True, save_top_k=-1)
+    trainer = make_trainer(max_epochs=2, callbacks=callback, enable_checkpointing=True)
+    trainer.fit(Regression(), make_loader(), make_loader())
+    damage(tmp_path / "last.ckpt")
+    second = ModelCheckpoint(tmp_path, save_last=True, save_top_k=-1)
+    again = make_trainer(max_epochs=3, callbacks=second, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        again.fit(Regression(), make_loader(), make_loader(), ckpt_path="last")
+    assert any("last.ckpt" in str(w.message) and "epoch=1-step=6.ckpt" in str(w.message) for w in told)
+    assert again.global_step == 9 and again.ckpt_path == str(tmp_path / "epoch=1-step=6.ckpt")
+
+
+def test_files_of_a_storage_of_ones_own_are_not_judged(tmp_path):
+    class Text(CheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            with open(path, "w") as file:
+                file.write(str(checkpoint["epoch"]))
+
+        def load_checkpoint(self, path, map_location=None, weights_only=None):
+            raise LookupError(path)
+
+        def remove_checkpoint(self, path):
+            os.remove(path)
+
+    callback = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = make_trainer(callbacks=callback, enable_checkpointing=True, plugins=Text())
+    trainer.fit(Regression(), make_loader(), make_loader())
+    with pytest.raises(LookupError, match=r"last\.ckpt"):
+        trainer.validate(Regression(), make_loader(), ckpt_path="last")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_looking_for_a_checkpoint_removes_what_a_killed_save_left(tmp_path):
+    save(tmp_path, "last.ckpt")
+    child = os.fork()
+    if child == 0:
+        atomic_write(tmp_path / "last.ckpt", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+    os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    assert find("last", [ModelCheckpoint(tmp_path)]) == str(tmp_path / "last.ckpt")
+    assert os.listdir(tmp_path) == ["last.ckpt"]
