@@ -8,9 +8,9 @@ import os
 import re
 import shutil
 import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.introspection import alias
 from fulmen.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
+from fulmen.utilities.temporaries import clean, flush_folder, temporary_name
 from fulmen.utilities.types import TrainerFn
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _TRIGGERS = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # `{name}` or `{name:format}` in a file name
 _STATE_OF_FOLDER = ("best_model_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path")
+_NOTED = ("current_score", "best_model_path", *_STATE_OF_FOLDER, "_last_checkpoint_saved", "_last_global_step_saved")
 _STATE = ("monitor", "best_model_path", "current_score", "dirpath", *_STATE_OF_FOLDER)
 
 
@@ -57,6 +59,8 @@ class ModelCheckpoint(Checkpoint):
         save_on_exception: write one more file when the run breaks.
         mode: whether the smallest ("min") or the largest ("max") value of ``monitor`` is best.
         enable_version_counter: add ``-v1``, ``-v2``, … instead of overwriting a file of the same name.
+        on_save_error: whether the run ends ("raise") or goes on ("warn") when a file cannot be written: the disk is
+            full, the folder read-only or gone. Nothing is removed then, and no attribute names that file.
     """
 
     CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "-", "=", "last"
@@ -69,6 +73,7 @@ class ModelCheckpoint(Checkpoint):
         auto_insert_metric_name: bool = True, every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None, every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None, enable_version_counter: bool = True,
+        on_save_error: Literal["raise", "warn"] = "raise",
     ) -> None:  # fmt: skip
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             every_n_epochs = 1
@@ -83,10 +88,12 @@ class ModelCheckpoint(Checkpoint):
         self.save_last, self.save_top_k, self.save_on_exception = save_last, save_top_k, save_on_exception
         self.save_weights_only, self.auto_insert_metric_name = save_weights_only, auto_insert_metric_name
         self._save_on_train_epoch_end, self._enable_version_counter = save_on_train_epoch_end, enable_version_counter
+        self.on_save_error = on_save_error
         chosen = {name: value for name, value in self._triggers.items() if value}
         negative = self._every_n_train_steps < 0 or self._every_n_epochs < 0
         problems = {
             f"`{mode=}` is not known. Use 'min' or 'max'.": mode not in ("min", "max"),
+            f"`{on_save_error=}` is not known. Use 'raise' or 'warn'.": on_save_error not in ("raise", "warn"),
             f"`{save_top_k=}` must be -1 (keep all), 0 (none) or the number of files to keep.": save_top_k < -1,
             f"`{save_top_k=}` needs a `monitor`, the name of a logged value.": monitor is None and save_top_k > 1,
             f"{chosen}: intervals must be 0 (never) or more.": negative,
@@ -117,6 +124,8 @@ class ModelCheckpoint(Checkpoint):
         if self.save_last == "link" and is_remote(self.dirpath):
             what = f"`ModelCheckpoint(save_last='link')`: there are no links in `dirpath={self.dirpath}`."
             raise ValueError(f"{what} Use `save_last=True`, which writes a full copy.")
+        if stage == "fit" and trainer.is_global_zero and (left := clean(self.dirpath)):
+            rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
         if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0:
             files = get_filesystem(self.dirpath)
             if files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
@@ -163,7 +172,8 @@ class ModelCheckpoint(Checkpoint):
         if self.save_on_exception and not self._idle(trainer):
             metrics = _metrics_of(trainer)
             filepath = self._free_path(trainer, metrics)
-            self._save_checkpoint(trainer, filepath)
+            if not self._written(trainer, filepath, self._noted()):
+                return
             if self.save_last:
                 self._write_last(trainer, metrics)
             rank_zero_info(f"{type(exception).__name__} was raised: {exception}. Saved a checkpoint to {filepath}")
@@ -179,9 +189,10 @@ class ModelCheckpoint(Checkpoint):
             return
         metrics = _metrics_of(trainer)
         if self.monitor is None:
-            previous = self.best_model_path
+            previous, before = self.best_model_path, self._noted()
             self.best_model_path = self._free_path(trainer, metrics, replaces=previous)
-            self._save_checkpoint(trainer, self.best_model_path)
+            if not self._written(trainer, self.best_model_path, before):
+                return
             if self.save_top_k == 1:
                 self._make_room(trainer, previous, self.best_model_path)
         elif not self._keep_if_best(trainer, metrics):
@@ -203,7 +214,7 @@ class ModelCheckpoint(Checkpoint):
             if self.verbose:
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return False
-        scores = self.best_k_models
+        scores, before = self.best_k_models, self._noted()
         k = self.save_top_k if self.save_top_k > 0 else len(scores) + 1
         best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
@@ -219,7 +230,8 @@ class ModelCheckpoint(Checkpoint):
         if self.verbose:
             reached = f"{where} reached {current:.5f} (best {self.best_model_score:.5f})"
             rank_zero_info(f"{reached}, saving model to {filepath!r} as top {k}")
-        self._save_checkpoint(trainer, filepath)
+        if not self._written(trainer, filepath, before):
+            return False
         self._make_room(trainer, displaced, filepath)  # … and from the disk after it
         return True
 
@@ -234,14 +246,37 @@ class ModelCheckpoint(Checkpoint):
 
     def _write_last(self, trainer: Trainer, metrics: dict) -> None:
         filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
-        previous, self.last_model_path = self.last_model_path, filepath
+        before, previous, self.last_model_path = self._noted(), self.last_model_path, filepath
+        write = None
         if self.save_last == "link" and self._last_checkpoint_saved not in ("", filepath):
-            if trainer.is_global_zero:
-                _link(self._last_checkpoint_saved, filepath)
-            trainer.strategy.barrier("ModelCheckpoint.link")
-        else:
-            self._save_checkpoint(trainer, filepath)
-        self._make_room(trainer, previous, filepath)
+            link = partial(_link, self._last_checkpoint_saved, filepath)
+            write = partial(trainer.strategy.on_rank_zero, link, f"make the link {filepath!r}")
+        if self._written(trainer, filepath, before, write):
+            self._make_room(trainer, previous, filepath)
+
+    def _noted(self) -> dict[str, Any]:
+        """What this callback says about its files."""
+        return {**{name: getattr(self, name) for name in _NOTED}, "best_k_models": dict(self.best_k_models)}
+
+    def _written(
+        self, trainer: Trainer, filepath: str, before: dict[str, Any], write: Callable[[], Any] | None = None
+    ) -> bool:
+        """Writes one file. If that fails, all is noted as `before`, and `on_save_error` decides whether False comes."""
+        self._last_global_step_saved = -1
+        try:
+            write() if write is not None else self._save_checkpoint(trainer, filepath)
+        except Exception as error:
+            if self._last_global_step_saved != -1:  # the file is there: a logger failed
+                raise
+            vars(self).update(before)
+            if self.on_save_error == "raise" or not isinstance(error, OSError):
+                raise
+            what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
+            newest = before["_last_checkpoint_saved"] or "none, so far"
+            rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
+            return False
+        self._last_global_step_saved = trainer.global_step
+        return True
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
@@ -260,7 +295,15 @@ class ModelCheckpoint(Checkpoint):
         paths = (previous, trainer.ckpt_path, self.dirpath)
         old, resumed, folder = (os.path.abspath(local_path(path or "")) for path in paths)
         if previous and previous != current and old != resumed and old.startswith(os.path.join(folder, "")):
-            self._remove_checkpoint(trainer, previous)
+            follows = self.save_last == "link" and os.path.islink(self.last_model_path) and os.path.exists(current)
+            if follows and trainer.is_global_zero:
+                _link(current, self.last_model_path)  # at no moment to a file that is gone
+            try:
+                self._remove_checkpoint(trainer, previous)
+            except OSError as error:
+                if self.on_save_error == "raise":
+                    raise
+                rank_zero_warn(f"The checkpoint {previous!r} could not be removed: {error}. Remove it by hand.")
 
     def _free_path(self, trainer: Trainer, metrics: dict, replaces: str = "", template: str | None = None) -> str:
         """The next file, named after the metrics of the first rank; ``replaces`` is free: it is about to be removed."""
@@ -369,9 +412,10 @@ def _link(target: str, link: str) -> None:
     """Makes ``link`` a relative symbolic link, or a copy where links are not possible; what was there is replaced."""
     if os.path.isdir(link) and not os.path.islink(link):
         shutil.rmtree(link)
-    temporary = f"{link}.{uuid.uuid4().hex[:12]}.tmp"
+    temporary = temporary_name(link)
     try:
         os.symlink(os.path.relpath(target, os.path.dirname(link)), temporary)
     except OSError:
         shutil.copytree(target, temporary) if os.path.isdir(target) else shutil.copy(target, temporary)
     os.replace(temporary, link)
+    flush_folder(os.path.dirname(temporary))

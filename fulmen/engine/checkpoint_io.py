@@ -63,6 +63,11 @@ class TorchCheckpointIO(CheckpointIO):
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             what = f"`{_first_unpicklable(checkpoint)}` cannot be pickled into the checkpoint {path!r}: {error}."
             raise type(error)(f"{what} Keep it out of hyper-parameters and states.") from error
+        except Exception as error:
+            if isinstance(error, OSError) or not is_remote(path):
+                raise
+            # Stores have errors of their own; whoever saves handles one kind.
+            raise OSError(f"The checkpoint {path!r} was not stored: {type(error).__name__}: {error}") from error
         if is_remote(path) and (found := get_filesystem(path).size(path)) != size:
             raise OSError(f"The checkpoint {path!r} has {found:,} of the {size:,} bytes that were written. Save again.")
 

@@ -226,8 +226,9 @@ class ParallelStrategy(Strategy, ABC):
                 act()
         except Exception as error:
             problem = error
-        said = self.broadcast(None if problem is None else f"{type(problem).__name__}: {problem}")
+        said = f"{type(problem).__name__}: {problem}"
+        said = self.broadcast(None if problem is None else (isinstance(problem, OSError), said))
         if problem is not None:
             raise problem
         if said is not None:
-            raise RuntimeError(f"Rank 0 could not {what}: {said}")
+            raise (OSError if said[0] else RuntimeError)(f"Rank 0 could not {what}: {said[1]}")

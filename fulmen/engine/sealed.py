@@ -29,7 +29,7 @@ class SealingFile:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.size, self._hash, self._kept = file, 0, hashlib.sha256(), b""
-        self.flush = file.flush
+        self.flush, self.error = file.flush, None  # type: Any, OSError | None
 
     def write(self, data: Any) -> int:
         # The last two bytes are held back: they are the length of a comment, still 0 when the archive is finished.
@@ -46,15 +46,22 @@ class SealingFile:
 
     def _pass_on(self, data: Any) -> None:
         self._hash.update(data)
-        self.file.write(data)
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += len(data)
 
 
 def save(content: Any, file: IO[bytes]) -> int:
     """`torch.save`, and the hash behind it; returns how many bytes that were."""
     sealing = SealingFile(file)
-    torch.save(content, sealing)  # type: ignore[arg-type]
-    sealing.seal()
+    try:
+        torch.save(content, sealing)  # type: ignore[arg-type]
+        sealing.seal()
+    except RuntimeError as error:
+        raise (sealing.error or error) from None  # torch complains about the position it finds after a full disk
     return sealing.size
 
 

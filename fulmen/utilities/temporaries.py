@@ -68,10 +68,10 @@ def clean(folder: str) -> list[str]:
     Returns the names of what is gone. Where this process may not do so, everything stays as it is.
     """
     done: list[str] = []
-    with suppress(OSError):
-        for name in sorted(os.listdir(folder)):  # "x.tmp" comes before "x.tmp.old"
-            if match := _NAME.fullmatch(name):
-                done += [name] if _settle(os.path.join(folder, name), match) else []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():  # "x.tmp" comes before "x.tmp.old"
+        if writer := _NAME.fullmatch(name):
+            with suppress(OSError):
+                done += [name] if _settle(os.path.join(folder, name), writer) else []
     return done
 
 
@@ -85,13 +85,12 @@ def _settle(path: str, writer: re.Match[str]) -> bool:
     new, target = path.removesuffix(".old"), os.path.join(os.path.dirname(path), writer["target"])
     if (path != new and os.path.lexists(new)) or _is_alive(path, writer):
         return False
-    with suppress(OSError):
-        # The old one was moved away already: the new one is complete, or `put_in_place` would not have been reached.
-        if os.path.lexists(f"{new}.old") and not os.path.lexists(target):
-            os.rename(path, target)
-            flush_folder(os.path.dirname(path))
-        else:
-            _remove(path)
+    # The old one was moved away already: the new one is complete, or `put_in_place` would not have been reached.
+    if os.path.lexists(f"{new}.old") and not os.path.lexists(target):
+        os.rename(path, target)
+        flush_folder(os.path.dirname(path))
+    else:
+        _remove(path)
     return not os.path.lexists(path)
 
 

@@ -91,6 +91,17 @@ def test_a_store_that_kept_only_a_part_is_an_error(monkeypatch):
         TorchCheckpointIO().save_checkpoint({"weight": torch.ones(100)}, "memory://sealed/y.ckpt")
 
 
+def test_an_error_of_a_store_is_one_of_writing(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+
+    def refuse(*_, **__):
+        raise RuntimeError("403 Forbidden")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "open", refuse)
+    with pytest.raises(OSError, match="z.ckpt.*403 Forbidden"):
+        TorchCheckpointIO().save_checkpoint({}, "memory://sealed/z.ckpt")
+
+
 def test_a_damaged_file_names_the_newest_good_one_beside_it(saved, tmp_path):
     io = TorchCheckpointIO()
     for age, name in enumerate(["older.ckpt", "newer.ckpt", "newest but cut.ckpt", "newest.txt"]):
