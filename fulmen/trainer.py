@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +22,8 @@ from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
-from fulmen.engine.launch import plain_attributes
+from fulmen.engine.cluster import SLURMEnvironment
+from fulmen.engine.launch import INTERRUPTED, is_interactive, plain_attributes
 from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
@@ -297,6 +297,7 @@ class Trainer:
             fast_dev_run=bool(self.fast_dev_run),
             folder_of=lambda _: folder_of_run(self),
             verify=self.strategy.verify_checkpoint,
+            requeued=isinstance(self.strategy.cluster_environment, SLURMEnvironment),
         )
         return self._ckpt_path
 
@@ -369,6 +370,7 @@ class Trainer:
             verify.configuration(self)
             self.strategy.setup_environment()
             self.strategy.watch(self)
+            self.signals.install(self.strategy.cluster_environment if fit else None)
             self._share_log_dir()
             self._prepare_data()
             self._call_setup_hooks()
@@ -386,8 +388,8 @@ class Trainer:
                 snapshot.restore_model()
             snapshot.restore_training()
             self.strategy.barrier("_CheckpointConnector.resume_end")
-            self.signals.install()
             self.strategy.barrier("run-stage")
+            self.signals.defer()
             module.zero_grad()
             if fit and self.detect_anomaly:
                 with torch.autograd.set_detect_anomaly(True):
@@ -403,17 +405,17 @@ class Trainer:
             self.strategy.unwatch()
         except KeyboardInterrupt as interrupt:
             rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
-            # A second Ctrl-C would tear what is being closed now.
-            previous = _ignore_interrupts()
+            self.signals.ignore_interrupts()
             self._abort(loop, interrupt)
-            if previous is not None:
-                signal.signal(signal.SIGINT, previous)
-            sys.exit(1)
+            if is_interactive():
+                raise
+            sys.exit(INTERRUPTED)
         except BaseException as error:
             reason = self._abort(loop, error)
             if reason is not error:
                 raise reason from error
             raise
+        self.signals.obey()
 
     def _finish(self, loop: Any) -> None:
         """The end of a run that went well."""
@@ -443,6 +445,8 @@ class Trainer:
             self.strategy.unwatch()
             self.state.stage = None
             self.book.turn_to(None)
+            if self.is_global_zero:
+                self.signals.requeue()
         return error
 
     def _tell(self, error: BaseException) -> None:
@@ -456,7 +460,7 @@ class Trainer:
             self.strategy.on_exception(error)
         finally:  # also if one of them fails, what was logged is written
             for logger in self.loggers:
-                logger.finalize("failed")
+                logger.finalize("finished" if self.signals.requeueing else "failed")
 
     def _close(self, loop: Any) -> None:
         self.strategy.teardown()
@@ -781,10 +785,3 @@ _DEFAULTS = {
     if parameter.kind is parameter.KEYWORD_ONLY
 }
 _PLAIN_SETTINGS = tuple(name for name in Trainer.__annotations__ if not name.startswith("_"))
-
-
-def _ignore_interrupts() -> Any:
-    try:
-        return signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread
-        return None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from fulmen.callbacks.callback import Callback, missing_monitor
+from fulmen.checkpoint.paths import PREEMPTED
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.introspection import alias
@@ -111,6 +112,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved, self._last_time_checked = "", 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
+        self._outdated = ""  # what a run that was told to end left here, until there is a newer file
         self._warnings = WarningCache()
 
     every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
@@ -126,10 +128,12 @@ class ModelCheckpoint(Checkpoint):
             raise ValueError(f"{what} Use `save_last=True`, which writes a full copy.")
         if stage == "fit" and trainer.is_global_zero and (left := clean(self.dirpath)):
             rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
-        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0:
-            files = get_filesystem(self.dirpath)
-            if files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
-                rank_zero_warn(f"The checkpoint directory {self.dirpath} exists and is not empty.")
+        files = get_filesystem(self.dirpath)
+        preempted = os.path.join(self.dirpath, PREEMPTED)
+        self._outdated = preempted if stage == "fit" and files.exists(preempted) else ""
+        writes = stage == "fit" and trainer.is_global_zero and self.save_top_k != 0
+        if writes and files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
+            rank_zero_warn(f"The checkpoint directory {self.dirpath} exists and is not empty.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_time_checked = time.monotonic()
@@ -180,8 +184,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _idle(self, trainer: Trainer) -> bool:
         """Is this no moment to write files: not training for real, or already saved at this step?"""
-        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
-        return not training or self._last_global_step_saved == trainer.global_step
+        return not _trains(trainer) or self._last_global_step_saved == trainer.global_step
 
     def _save(self, trainer: Trainer) -> None:
         """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
@@ -281,6 +284,9 @@ class ModelCheckpoint(Checkpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
         trainer.save_checkpoint(filepath, self.save_weights_only)
+        if self._outdated and not self.save_weights_only:
+            trainer.strategy.remove_checkpoint(self._outdated)
+            self._outdated = ""
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -375,7 +381,9 @@ class OnExceptionCheckpoint(Checkpoint):
         return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
 
     def on_exception(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        trainer.save_checkpoint(self.ckpt_path)
+        # Before the first step, or without training, there is nothing that a file of an earlier break should make way for.
+        if _trains(trainer) and trainer.global_step and trainer.signals.saved != self.ckpt_path:
+            trainer.save_checkpoint(self.ckpt_path)
 
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         trainer.strategy.remove_checkpoint(self.ckpt_path)
@@ -389,6 +397,11 @@ def folder_of_run(trainer: Trainer) -> str:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
     return os.path.join(root, str(logger.name), version, "checkpoints")
+
+
+def _trains(trainer: Trainer) -> bool:
+    """Is it training, and for real?"""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
 
 
 def _epoch_due(callback: ModelCheckpoint, trainer: Trainer, after_training: bool) -> bool:

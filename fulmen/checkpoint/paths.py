@@ -15,6 +15,9 @@ from fulmen.utilities.temporaries import clean
 
 Verify = Callable[[Any], Any]  # raises `DamagedCheckpointError`
 
+PREEMPTED = "preempted.ckpt"  # beside the files of `ModelCheckpoint`, until one of them is newer
+_HPC = r"hpc_ckpt_\d+\.ckpt"
+
 
 def find(
     ckpt_path: str | os.PathLike | None,
@@ -26,12 +29,16 @@ def find(
     fast_dev_run: bool = False,
     folder_of: Callable[[Any], str] | None = None,
     verify: Verify | None = None,
+    requeued: bool = False,
 ) -> str | os.PathLike | None:
     """The file to load, or None to go on with the weights there are; a `ValueError` if the name leads to nothing.
 
     `folder_of` tells where a `ModelCheckpoint` without `dirpath` is going to write. What `verify` finds damaged is
-    replaced, with a warning, by the newest good checkpoint in the folders of the callbacks.
+    replaced, with a warning, by the newest good checkpoint in the folders of the callbacks. `requeued`: the job may be
+    one that was interrupted, and goes on.
     """
+    if ckpt_path is None and verb == "fit" and requeued and _files(os.fspath(root_dir), _HPC):
+        ckpt_path = "hpc"
     if ckpt_path is None and verb == "fit":
         # A broken run goes on; no warning if there is none.
         found = last_checkpoint(callbacks, folder_of) if any(map(_saves_on_exception, callbacks)) else None
@@ -51,10 +58,10 @@ def find(
         return found and _or_newest_good(found, callbacks, folder_of, verify)
     path = os.fspath(ckpt_path)
     if path == "hpc":  # the one with the highest number of those that interrupted jobs wrote
-        saved = _files(os.fspath(root_dir), r"hpc_ckpt_\d+\.ckpt")
+        saved = _files(os.fspath(root_dir), _HPC)
         if not saved:
             raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
-        return max(saved, key=lambda file: int(re.findall(r"\d+", os.path.basename(file))[-1]))
+        return max(saved, key=_number)
     if not path:
         raise _nothing(verb, path, "an empty path names no file")
     if re.match(r"registry(:|$)", path) and not os.path.exists(path):
@@ -121,6 +128,24 @@ def _or_newest_good(
 
 def _folder(callback: Any, folder_of: Callable[[Any], str] | None) -> str:
     return os.fspath(callback.dirpath or (folder_of(callback) if folder_of is not None else ""))
+
+
+def stop_file(callbacks: Iterable[Any], requeue_folder: str | None) -> str | None:
+    """Where the checkpoint goes with which a run ends that was told to end; None if the run writes none.
+
+    `requeue_folder` is given if the job will start again, and find the next `hpc_ckpt_N.ckpt` there.
+    """
+    if requeue_folder is not None:
+        numbers = map(_number, _files(requeue_folder, _HPC))
+        return os.path.join(requeue_folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
+    savers = [callback for callback in callbacks if hasattr(callback, "FILE_EXTENSION")]
+    first = next((os.fspath(saver.ckpt_path) for saver in savers if _saves_on_exception(saver)), None)
+    folders = (saver.dirpath for saver in savers if hasattr(saver, "CHECKPOINT_NAME_LAST") and saver.dirpath)
+    return first or next((os.path.join(folder, PREEMPTED) for folder in folders), None)
+
+
+def _number(path: str) -> int:
+    return int(re.findall(r"\d+", os.path.basename(path))[-1])
 
 
 def _saves_on_exception(callback: Any) -> bool:

@@ -52,7 +52,9 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             checkpoint[type(strategy.precision_plugin).__qualname__] = state
         strategy.precision_plugin.on_save_checkpoint(checkpoint)
         validating = trainer.fit_loop.val_loop.frozen  # all modules are in eval mode just now, these stay so
-        chapter = {"progress": progress, "generators": generator_states()}
+        validates = progress["position"] == "VALIDATING"  # it is begun again
+        generators = trainer.fit_loop.draws_before_validation if validates else generator_states()
+        chapter = {"progress": progress, "generators": generators}
         in_eval = modules_in_eval(module) if validating is None else validating
         checkpoint["fulmen"] = {"version": 1, **chapter, "in_eval": in_eval}
     for owner in (module, datamodule):

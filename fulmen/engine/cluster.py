@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 
 from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.optional import available, require
-from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 12910
 # Set by the launchers of Open MPI, MPICH and Intel MPI, MVAPICH, and PMIx.
@@ -187,6 +188,17 @@ class SLURMEnvironment(_StartedElsewhere):
         """The job's number; None outside of jobs and in interactive sessions."""
         job = os.environ.get("SLURM_JOB_ID", "")
         return int(job) if job.isdigit() and not _interactive_slurm() else None
+
+    def requeue(self) -> None:
+        """Puts the job back into the queue; of an array only this task. Failing is said, and no more: the run is over."""
+        array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+        command = ["scontrol", "requeue", f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else job]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            rank_zero_info(f"Requeued the SLURM job {command[-1]}.")
+        except (OSError, subprocess.SubprocessError) as error:
+            said = str(getattr(error, "stderr", "") or error).strip()
+            rank_zero_warn(f"The SLURM job was not requeued, `{' '.join(command)}` failed: {said} Start it again.")
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         if "SLURM_NTASKS_PER_NODE" not in os.environ and "SLURM_NTASKS" in os.environ and self.world_size() > 1:

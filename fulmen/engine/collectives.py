@@ -217,36 +217,39 @@ def share(tensors: Iterable[Tensor], device: torch.device) -> None:
                 tensor.copy_(part.view_as(tensor))
 
 
-class LastBatch:
-    """Agrees on the batch after which all processes end, once all of them were told to; nobody waits for anybody.
+class Ending:
+    """Agrees on the place at which all processes end, once they were told to; there is no collective, and no long wait.
 
-    Gradients keep the processes within one accumulation window of each other. Each notes that it was told, and trains
-    on; when all have, rank 0 names a batch that nobody can have passed. After ``patience`` seconds a process that is
-    the only one to know ends alone.
+    Places are pairs of numbers that all processes come to in the same, rising order. Whoever was told to end says where
+    it is, and waits a moment. One that sees all of them at its place decides to end there; one that waited in vain, or
+    sees that another is ahead, decides to go on. The first decision on a place counts. After ``patience`` seconds a
+    process that is the only one to know ends alone.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, patience: float = 5.0) -> None:
-        self.store, self.rank, self.told = store, rank, [f"told/{other}" for other in range(size)]
-        self.last: int | None = None
+    def __init__(self, store: Any, rank: int, size: int, patience: float = 5.0, pause: float = 0.5) -> None:
+        self.store, self.rank, self.pause = store, rank, pause
+        self.told = [f"at/{other}" for other in range(size)]
         self.deadline = time.monotonic() + patience
-        store.set(self.told[rank], "1")
 
-    def reached(self, batch: int, window: int) -> bool:
-        """Asked after each batch, counted over all epochs."""
+    def here(self, place: tuple[int, int]) -> bool | None:
+        """Do all end at this place? None: this process ends alone."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # sync: the host must not run ahead of the others
+            torch.cuda.synchronize()  # sync: what lies before this place is done, and needs no other process any more
         try:
-            if self.last is None and self.rank == 0 and self.store.check(self.told):
-                self.last = batch + window
-                self.store.set("last", str(self.last))
-            elif self.last is None and self.rank != 0 and self.store.check(["last"]):
-                self.last = int(self.store.get("last"))
-                self.store.set(f"knows/{self.rank}", "1")
-            if self.last is None or batch < self.last:
-                return time.monotonic() > self.deadline
-            if self.rank == 0:  # the store may be in this process: it has to outlive the questions of the others
-                others = [f"knows/{other}" for other in range(1, len(self.told))]
-                self.store.wait(others, timedelta(seconds=5))
-        except RuntimeError:
-            pass  # somebody has ended already
-        return True
+            return self.decide(place) or (None if time.monotonic() > self.deadline else False)
+        except RuntimeError:  # the store is gone, and with it whoever had it
+            return None
+
+    def decide(self, place: tuple[int, int]) -> bool:
+        name = f"{place[0]},{place[1]}"
+        self.store.set(self.told[self.rank], name)
+        until, vote = time.monotonic() + self.pause, ""
+        while not vote:
+            if self.store.check(self.told):
+                others = [tuple(map(int, bytes(at).split(b","))) for at in self.store.multi_get(self.told)]
+                vote = "end" if all(at == place for at in others) else "go" if max(others) > place else ""
+            if not vote and time.monotonic() > until:
+                vote = "go"
+            elif not vote:
+                time.sleep(min(0.002 * len(self.told), 0.1))
+        return bool(self.store.compare_set(f"end/{name}", "", vote) in (b"end", "end"))

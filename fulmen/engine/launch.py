@@ -31,6 +31,7 @@ from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only
 from fulmen.utilities.seed import seed_everything
 
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, by convention
 # Set for the processes that are started here: whose they are, and where one says that it has no main guard.
 PARENT, FOLDER = "FULMEN_PARENT", "FULMEN_LAUNCH_FOLDER"
 
@@ -136,6 +137,13 @@ class ScriptLauncher:
         if any(codes) and not self.over and not raised:
             _exit(next(code for code in codes if code) % 256)
 
+    def tell_others(self) -> None:
+        """They shall end, as this process was told to."""
+        self.signalled = True
+        for child in self.children:
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
+
     def forward(self) -> None:
         """SIGTERM reaches all processes. What else it does is left to who handled it before, or to a handler put above."""
         if threading.current_thread() is not threading.main_thread():
@@ -143,10 +151,7 @@ class ScriptLauncher:
         before = signal.getsignal(signal.SIGTERM)
 
         def handler(number: int, frame: Any) -> None:
-            self.signalled = True
-            for child in self.children:
-                if child.poll() is None:
-                    child.send_signal(number)
+            self.tell_others()
             if callable(before):
                 before(number, frame)
             elif signal.getsignal(number) is handler:  # no run is there to end in its own way
@@ -232,9 +237,11 @@ class ProcessLauncher:
                     if any(child.exitcode for child in children):
                         break
             except KeyboardInterrupt:
-                _signal(children, signal.SIGINT)
-                wait_for([_poll(child) for child in children], GRACE_SECONDS)
-                raise SystemExit(1) from None  # as where the run is in this process
+                _signal(children, signal.SIGTERM)  # a terminal has sent them the other already
+                wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS)
+                if is_interactive():
+                    raise
+                raise SystemExit(INTERRUPTED) from None  # as where the run is in this process
         if all(child.exitcode == 0 for child in children):
             return
         wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else GRACE_SECONDS)
@@ -426,6 +433,11 @@ def command_line() -> list[str]:
         if at is not None:
             command[at] = os.path.abspath(script)
     return command
+
+
+def is_interactive() -> bool:
+    """Does a person type into this interpreter, who wants to go on after an interrupt?"""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def share_processors(count: int) -> None:

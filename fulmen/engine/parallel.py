@@ -52,7 +52,7 @@ class ParallelStrategy(Strategy, ABC):
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
         self.store: Any = None  # the group's, once they have
         self.tell_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
-        self._last_batch: collectives.LastBatch | None = None
+        self._ending: collectives.Ending | None = None
 
     # ------------------------------------------------------------------ who is who
 
@@ -124,7 +124,7 @@ class ParallelStrategy(Strategy, ABC):
         self.set_world_ranks()
         listener, self.listener = self.listener, None
         self.store = collectives.join(self.cluster_environment, self.process_group_backend, self._timeout, listener)
-        self.leaving, self._last_batch = False, None
+        self.leaving, self._ending = False, None
 
     def setup(self, trainer: Any) -> None:
         if self.layer_sync is not None and trainer.state.fn == "fit" and self.world_size > 1:
@@ -145,19 +145,24 @@ class ParallelStrategy(Strategy, ABC):
     def model_to_device(self) -> None:
         self.model.to(self.root_device)
 
-    def ends_after(self, batch: int, window: int) -> bool:
-        """SIGTERM came: is this the batch, counted over all epochs, after which all processes end together?
-
-        Arguments:
-            window: batches after which gradients are exchanged at the latest.
-        """
+    def ends_at(self, place: tuple[int, int]) -> bool:
+        """A signal came: does the run end here? In all processes together; else this one is `leaving` alone."""
         if self.world_size == 1 or self.store is None:
             return True
-        if self._last_batch is None:
+        if self._ending is None:
             tell_launcher()
+            if isinstance(self.launcher, ScriptLauncher):
+                self.launcher.tell_others()
             store = dist.PrefixStore("end", self.store)
-            self._last_batch = collectives.LastBatch(store, self.global_rank, self.world_size)
-        return self._last_batch.reached(batch, window)
+            self._ending = collectives.Ending(store, self.global_rank, self.world_size)
+        together = self._ending.here(place)
+        try:
+            if together:
+                self.barrier("end")  # all have heard of it before the store may go away
+        except RuntimeError:
+            together = None
+        self.leaving = together is None
+        return together is not False
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:

@@ -126,8 +126,8 @@ class Strategy(ABC):
     def wrap_model(self, trainer: Any) -> None:
         """Puts around the model what exchanges it or its gradients with other processes, before optimizers are made."""
 
-    def ends_after(self, batch: int, window: int) -> bool:
-        """SIGTERM came: does the run end after this batch?"""
+    def ends_at(self, place: tuple[int, int]) -> bool:
+        """A signal came: does the run end here? `place` rises, and all processes come to it."""
         return True
 
     @contextmanager

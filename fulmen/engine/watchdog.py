@@ -314,15 +314,15 @@ class Watchdog:
 
     def own(self, error: BaseException) -> dict[str, Any]:
         """A verdict on this rank."""
-        signalled = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
-        quiet = signalled or isinstance(error, KeyboardInterrupt)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        signalled = interrupted or (isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM)
         first = (str(error).splitlines() or [""])[0][:300]
         return {
             "rank": self.rank,
-            "kind": "exit" if quiet else "raised",
+            "kind": "exit" if signalled else "raised",
             "text": f"failed at {origin(error)} ({moment(self.trainer)}): {type(error).__name__}: {first}",
             "stack": readable("".join(traceback.format_exception(type(error), error, error.__traceback__))),
-            "code": 128 + signal.SIGTERM if signalled else 1,
+            "code": 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if signalled else 1,
             "process": [_host(), os.getpid()],
         }
 
@@ -419,22 +419,24 @@ class Watchdog:
     def hear(self, heard: bytes) -> None:
         """SIGTERM or SIGINT has come to this process, whatever its main thread is doing."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            ours = number == signal.SIGTERM or signal.getsignal(number) is signal.default_int_handler
+            ours = number == signal.SIGTERM or self.trainer.signals.ours(number)
             if number in heard and ours and self.signalled is None:
                 self.signalled = (number, time.monotonic())
 
     def obey(self) -> None:
-        """Does the main thread end as it was told to? An interrupt stops Python at once, SIGTERM after a batch."""
+        """Does the main thread end as it was told to, after a step?"""
         if self.signalled is None or self.done or self.forced:
             return
         number, since = self.signalled[0], time.monotonic() - self.signalled[1]
         text = f"was told to end by {signal.Signals(number).name}"
-        if self.closing and since > SIGNAL_SECONDS + self.limit:
+        ends = self.closing or self.trainer.signals.saving
+        if ends and since > SIGNAL_SECONDS + self.limit:
             say(f"Rank {self.rank} {text}, and is not done with that: it {self.place()}")
             self.leave(128 + number)
-        elif not self.closing and since > SIGNAL_SECONDS - 2 * (number == signal.SIGINT):
+        elif not ends and since > SIGNAL_SECONDS:
             self.sample.take(self.main, self.patience)
-            say(f"Rank {self.rank} {text}, and hangs: it {self.place()}")
+            what = f"and its step did not end within {SIGNAL_SECONDS:g} s, so that no checkpoint is saved now"
+            say(f"Rank {self.rank} {text}, {what}: it {self.place()}")
             verdict = {"rank": self.rank, "kind": "exit", "text": text, "code": 128 + number, "by": self.rank}
             self.board.set("verdict", verdict)
             self.force(SystemExit(128 + number), 2.0, 128 + number)

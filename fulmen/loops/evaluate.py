@@ -11,12 +11,11 @@ import torch
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
 from fulmen.data.loaders import set_epoch
+from fulmen.loops import preemption
 from fulmen.loops.exact import end_epoch, standing_in, sync_steps
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
-from fulmen.loops.signals import TERMINATED
-from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
 from fulmen.utilities.rank_zero import warn_once
@@ -77,8 +76,8 @@ class EvaluationLoop:
                 if self.full is not None and batch_idx >= self.full[dataloader_idx]:
                     self.go_on_without(batch_idx, dataloader_idx)
                 self.run_batch(batch, batch_idx, dataloader_idx)
-                if trainer.signals.received_sigterm:
-                    raise SIGTERMException(TERMINATED)
+                if trainer.signals.pending is not None:
+                    preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
             return self.finish()
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:

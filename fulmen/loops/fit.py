@@ -10,19 +10,18 @@ from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
 from fulmen.engine.precision import MixedPrecision
-from fulmen.loops import cadence
+from fulmen.loops import cadence, preemption
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.exact import end_epoch, sync_steps, votes
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Draws, Position, Progress
-from fulmen.loops.signals import TERMINATED
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, SIGTERMException
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import isolate_rng
+from fulmen.utilities.seed import generator_states, isolate_rng
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -55,6 +54,7 @@ class FitLoop:
         self.schedulers: Schedulers
         self.resumed = False  # the first epoch continues where a checkpoint was taken
         self.draws = Draws(None)  # the random generators of that checkpoint
+        self.draws_before_validation: dict[str, Any] = {}  # where a run that ends inside of it goes on
         self.loader_states: Any = None  # of loaders that can be resumed
         self.loaded_at_epoch: int | None = None
         self._validated_at_s = 0.0
@@ -76,8 +76,6 @@ class FitLoop:
         self.hooks.on_train_start()
         while not self.finished():
             self.run_epoch()
-        if self.trainer.signals.received_sigterm:
-            raise SIGTERMException(TERMINATED)
         self.hooks.on_train_end()
 
     def run_epoch(self) -> None:
@@ -360,14 +358,12 @@ class FitLoop:
     def finish_batch(self) -> None:
         """The end of a batch, after validation if there was one."""
         progress = self.progress
+        if self.trainer.signals.pending is not None:
+            preemption.after_step(self)
         if self.optimization.stepped:
             if self.schedulers.any:
                 self.schedulers.watch("step", progress.batch, self.trainer.book)
             progress.log_step += 1
-        if self.trainer.signals.received_sigterm:
-            window = self.trainer.accumulate_grad_batches
-            if self.trainer.strategy.ends_after(progress.batches, window):
-                raise SIGTERMException(TERMINATED)
 
     def stop_due(self) -> bool:
         """Whether the epoch ends before its last batch."""
@@ -433,6 +429,7 @@ class FitLoop:
     def validate(self) -> None:
         """A validation run in the middle of training; the position says so, for whoever resumes from here."""
         trainer, progress = self.trainer, self.progress
+        self.draws_before_validation = generator_states()
         progress.position = Position.VALIDATING
         trainer.stage = RunningStage.VALIDATING
         trainer.book.remember()

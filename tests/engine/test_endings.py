@@ -45,11 +45,11 @@ def test_a_failure_of_one_process_ends_all(script, ended, tmp_path, mode):
     [
         ("ddp", "main", signal.SIGTERM, (143,)),
         ("ddp", "rank 1", signal.SIGTERM, (143,)),
-        ("ddp", "main", signal.SIGINT, (1,)),
+        ("ddp", "main", signal.SIGINT, (130,)),
         ("ddp", "main", signal.SIGKILL, (-9,)),
         ("ddp_fork", "main", signal.SIGTERM, (143,)),
         ("ddp_fork", "rank 0", signal.SIGTERM, (143,)),
-        ("ddp_fork", "all", signal.SIGINT, (1,)),
+        ("ddp_fork", "all", signal.SIGINT, (130,)),
         ("ddp_fork", "main", signal.SIGKILL, (-9,)),
         ("ddp_fork", "rank 1", signal.SIGKILL, (1,)),
     ],

@@ -331,7 +331,7 @@ def test_an_interpreter_forks_again_and_again_and_can_be_interrupted(script, end
     (tmp_path / "typed").write_text(TYPED)
     with open(tmp_path / "typed") as typed:
         code, output = ended(script(before=("-i", "-q"), stdin=typed))
-    assert code == 0 and "steps 2 2 2 SystemExit 4" in output, output
+    assert code == 0 and "steps 2 2 2 KeyboardInterrupt 4" in output, output
 
 
 def test_all_processes_mean_the_same_files_and_write_them_once(tmp_path):

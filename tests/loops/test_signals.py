@@ -88,7 +88,10 @@ def run(signal_name: str, place: str, folder: Path) -> tuple[int, list[str], lis
 
 
 ENDS = [
-    pytest.param("SIGINT", "train", 1, ["trained 0", "exception KeyboardInterrupt interrupted False"], 1, id="Ctrl-C"),
+    pytest.param(
+        "SIGINT", "train", 130, ["trained 0", "trained 1", "exception KeyboardInterrupt interrupted False"], 2,
+        id="Ctrl-C",
+    ),
     pytest.param(
         "SIGTERM", "train", 143, ["trained 0", "trained 1", "exception SIGTERMException interrupted True"], 2,
         id="SIGTERM finishes the batch",
@@ -123,7 +126,7 @@ def test_ctrl_c_saves_a_checkpoint_if_that_was_asked_for(tmp_path):
     trainer = make_trainer(callbacks=[OnExceptionCheckpoint(tmp_path)], enable_checkpointing=True)
     with pytest.raises(SystemExit) as ended:
         trainer.fit(model, make_loader())
-    assert ended.value.code == 1
+    assert ended.value.code == 130
     assert trainer.interrupted and trainer.state.status == "interrupted"
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["global_step"] == 2
