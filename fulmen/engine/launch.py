@@ -194,6 +194,7 @@ class ProcessLauncher:
         places = meeting_point(self.strategy)
         listener, self.strategy.listener = self.strategy.listener, None
         children: list[Any] = []
+        told = contextlib.ExitStack()
         try:
             with environment({**places, FOLDER: str(folder)}):
                 for rank in range(self.strategy.num_processes):
@@ -203,11 +204,12 @@ class ProcessLauncher:
                     children[-1].start()
             if listener is not None:
                 listener.close()
-            self.supervise(children, folder)
+            # Until all have ended: those that hear of a signal tell it here.
+            self.supervise(children, folder, told.enter_context(passing_on(signal.SIGTERM, children)))
             answer = torch.load(folder / "result", weights_only=False)
         finally:
-            with handling(signal.SIGTERM, lambda *_: None):  # a process that is told to end tells this one
-                end_all([(child.pid, _poll(child)) for child in children if child.pid is not None])
+            end_all([(child.pid, _poll(child)) for child in children if child.pid is not None])
+            told.close()
             shutil.rmtree(folder, ignore_errors=True)
         owner.unpack_results(answer["packed"])
         return answer["result"]
@@ -222,26 +224,19 @@ class ProcessLauncher:
             fix = "Do not touch the GPU before `fit` (`.cuda()`, `torch.cuda.current_device()`), or restart the kernel."
             raise RuntimeError(f"{what} {fix}")
 
-    def supervise(self, children: list[Any], folder: Path) -> None:
+    def supervise(self, children: list[Any], folder: Path, signalled: list[int]) -> None:
         """Until all have ended. If one fails, the others are ended and its error is raised."""
-        signalled: list[int] = []
-
-        def pass_on(number: int, frame: Any) -> None:
-            signalled.append(number)
-            _signal(children, number)
-
-        with handling(signal.SIGTERM, pass_on):
-            try:
-                while any(child.exitcode is None for child in children):
-                    wait([child.sentinel for child in children if child.exitcode is None], timeout=1)
-                    if any(child.exitcode for child in children):
-                        break
-            except KeyboardInterrupt:
-                _signal(children, signal.SIGTERM)  # a terminal has sent them the other already
-                wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS)
-                if is_interactive():
-                    raise
-                raise SystemExit(INTERRUPTED) from None  # as where the run is in this process
+        try:
+            while any(child.exitcode is None for child in children):
+                wait([child.sentinel for child in children if child.exitcode is None], timeout=1)
+                if any(child.exitcode for child in children):
+                    break
+        except KeyboardInterrupt:
+            _signal(children, signal.SIGTERM)  # a terminal has sent them the other already
+            wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS)
+            if is_interactive():
+                raise
+            raise SystemExit(INTERRUPTED) from None  # as where the run is in this process
         if all(child.exitcode == 0 for child in children):
             return
         wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else GRACE_SECONDS)
@@ -465,14 +460,20 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def handling(number: int, handler: Any) -> Iterator[None]:
-    """Inside, the handler takes the signal; only the main thread can have one."""
+def passing_on(number: int, children: list[Any]) -> Iterator[list[int]]:
+    """Inside, the signal goes to the children, and into the list that is given; only the main thread can do that."""
+    signalled: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signalled
         return
+
+    def handler(number: int, frame: Any) -> None:
+        signalled.append(number)
+        _signal(children, number)
+
     before = signal.signal(number, handler)
     try:
-        yield
+        yield signalled
     finally:
         signal.signal(number, before)
 
