@@ -28,7 +28,7 @@ from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
 from fulmen.logbook import LogBook, to_host
-from fulmen.loops import cadence, verify
+from fulmen.loops import cadence, preemption, verify
 from fulmen.loops.dispatch import HookPlan
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
@@ -195,7 +195,8 @@ class Trainer:
 
         Arguments:
             train_dataloaders, val_dataloaders: iterables of batches; or a datamodule in the first place.
-            ckpt_path: continue from this file, or from "best" or "last".
+            ckpt_path: continue from this file, or from "best" or "last"; "auto": from the newest one of this run if there
+                is one, so that a scheduler can start the same command again.
             weights_only: handed to `torch.load`.
         """
         if isinstance(train_dataloaders, LightningDataModule):
@@ -203,6 +204,8 @@ class Trainer:
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
         self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
         self.should_stop = False
+        if ckpt_path == paths.AUTO:
+            preemption.keep_version(self)
         run = self._run if self.strategy.launcher is None else self._launch
         run(self.fit_loop, self._chosen_path(ckpt_path, True), weights_only)
 
@@ -371,6 +374,7 @@ class Trainer:
             self.strategy.setup_environment()
             self.strategy.watch(self)
             self.signals.install(self.strategy.cluster_environment if fit else None)
+            ckpt_path = preemption.choose(self, ckpt_path, weights_only)
             self._share_log_dir()
             self._prepare_data()
             self._call_setup_hooks()

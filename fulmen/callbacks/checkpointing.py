@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from fulmen.callbacks.callback import Callback, missing_monitor
-from fulmen.checkpoint.paths import PREEMPTED
+from fulmen.checkpoint.paths import FINISHED, PREEMPTED
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.introspection import alias
@@ -112,7 +112,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved, self._last_time_checked = "", 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
-        self._outdated = ""  # what a run that was told to end left here, until there is a newer file
+        self._outdated: list[str] = []  # what a run left here when it ended, until there is a newer file
         self._warnings = WarningCache()
 
     every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
@@ -129,8 +129,8 @@ class ModelCheckpoint(Checkpoint):
         if stage == "fit" and trainer.is_global_zero and (left := clean(self.dirpath)):
             rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
         files = get_filesystem(self.dirpath)
-        preempted = os.path.join(self.dirpath, PREEMPTED)
-        self._outdated = preempted if stage == "fit" and files.exists(preempted) else ""
+        left = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
+        self._outdated = list(filter(files.exists, left))
         writes = stage == "fit" and trainer.is_global_zero and self.save_top_k != 0
         if writes and files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
             rank_zero_warn(f"The checkpoint directory {self.dirpath} exists and is not empty.")
@@ -284,9 +284,8 @@ class ModelCheckpoint(Checkpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
         trainer.save_checkpoint(filepath, self.save_weights_only)
-        if self._outdated and not self.save_weights_only:
-            trainer.strategy.remove_checkpoint(self._outdated)
-            self._outdated = ""
+        while self._outdated and not self.save_weights_only:
+            trainer.strategy.remove_checkpoint(self._outdated.pop())
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():

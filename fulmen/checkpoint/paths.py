@@ -15,8 +15,10 @@ from fulmen.utilities.temporaries import clean
 
 Verify = Callable[[Any], Any]  # raises `DamagedCheckpointError`
 
-PREEMPTED = "preempted.ckpt"  # beside the files of `ModelCheckpoint`, until one of them is newer
-_HPC = r"hpc_ckpt_\d+\.ckpt"
+AUTO = "auto"
+# Beside the files of `ModelCheckpoint`, until one of them is newer: of a run that was told to end, and of one that is over.
+PREEMPTED, FINISHED = "preempted.ckpt", "finished.ckpt"
+HPC = r"hpc_ckpt_\d+\.ckpt"
 
 
 def find(
@@ -37,7 +39,7 @@ def find(
     replaced, with a warning, by the newest good checkpoint in the folders of the callbacks. `requeued`: the job may be
     one that was interrupted, and goes on.
     """
-    if ckpt_path is None and verb == "fit" and requeued and _files(os.fspath(root_dir), _HPC):
+    if ckpt_path is None and verb == "fit" and requeued and files_in(os.fspath(root_dir), HPC):
         ckpt_path = "hpc"
     if ckpt_path is None and verb == "fit":
         # A broken run goes on; no warning if there is none.
@@ -58,10 +60,14 @@ def find(
         return found and _or_newest_good(found, callbacks, folder_of, verify)
     path = os.fspath(ckpt_path)
     if path == "hpc":  # the one with the highest number of those that interrupted jobs wrote
-        saved = _files(os.fspath(root_dir), _HPC)
+        saved = files_in(os.fspath(root_dir), HPC)
         if not saved:
             raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
         return max(saved, key=_number)
+    if path == AUTO:  # looked for when the processes have met
+        if verb != "fit":
+            raise _nothing(verb, path, "only `fit` resumes a run")
+        return AUTO
     if not path:
         raise _nothing(verb, path, "an empty path names no file")
     if re.match(r"registry(:|$)", path) and not os.path.exists(path):
@@ -119,7 +125,7 @@ def _or_newest_good(
     except (DamagedCheckpointError, FileNotFoundError) as error:
         folders = {os.path.dirname(path), *(_folder(c, folder_of) for c in callbacks if hasattr(c, "dirpath"))}
         extension = re.escape(os.path.splitext(path)[1])
-        others = {file for folder in folders for file in _files(folder, rf"[^.].*{extension}")} - {path}
+        others = {file for folder in folders for file in files_in(folder, rf"[^.].*{extension}")} - {path}
         if (found := newest_good(others, verify)) is None:
             raise
         rank_zero_warn(f"{error} The newest good one is used instead: {found!r}.")
@@ -136,7 +142,7 @@ def stop_file(callbacks: Iterable[Any], requeue_folder: str | None) -> str | Non
     `requeue_folder` is given if the job will start again, and find the next `hpc_ckpt_N.ckpt` there.
     """
     if requeue_folder is not None:
-        numbers = map(_number, _files(requeue_folder, _HPC))
+        numbers = map(_number, files_in(requeue_folder, HPC))
         return os.path.join(requeue_folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
     savers = [callback for callback in callbacks if hasattr(callback, "FILE_EXTENSION")]
     first = next((os.fspath(saver.ckpt_path) for saver in savers if _saves_on_exception(saver)), None)
@@ -161,14 +167,14 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
             folder = _folder(callback, folder_of)
             # Logged values in the name may be anything, also nothing that Python's format would give back.
             name = re.sub(r"\\\{.*?\\\}", ".*", re.escape(callback.CHECKPOINT_NAME_LAST))
-            found += _files(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
+            found += files_in(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
         elif _saves_on_exception(callback):
             path = os.fspath(callback.ckpt_path)
             found += [path] if get_filesystem(path).exists(path) else []
     return max(found, key=_age, default=None)
 
 
-def _files(folder: str, pattern: str) -> list[str]:
+def files_in(folder: str, pattern: str) -> list[str]:
     """The files in a folder whose whole name matches the regular expression; what dead writers left goes first."""
     files = get_filesystem(folder)
     if not folder or not files.isdir(folder):

@@ -52,6 +52,7 @@ class FitLoop:
         self.hooks: HookPlan
         self.optimization: Optimization
         self.schedulers: Schedulers
+        self.automatic = False  # does the next run go on by itself?
         self.resumed = False  # the first epoch continues where a checkpoint was taken
         self.draws = Draws(None)  # the random generators of that checkpoint
         self.draws_before_validation: dict[str, Any] = {}  # where a run that ends inside of it goes on
@@ -77,6 +78,7 @@ class FitLoop:
         while not self.finished():
             self.run_epoch()
         self.hooks.on_train_end()
+        preemption.conclude(self.trainer)
 
     def run_epoch(self) -> None:
         """One pass over the training batches."""

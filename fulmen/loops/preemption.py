@@ -1,10 +1,14 @@
-"""The end of a run that was told to end: at which boundary, and with which file."""
+"""The end of a run that was told to end: at which boundary, with which file; and how the next one goes on from it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+import os
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fulmen.checkpoint import paths
+from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, folder_of_run
+from fulmen.checkpoint import auto, paths
+from fulmen.engine.cluster import SLURMEnvironment
+from fulmen.loggers.logger import FolderLogger
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -52,3 +56,60 @@ def end(trainer: Trainer) -> NoReturn:
         finally:
             signals.saving = False
     raise signals.exception()
+
+
+def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
+    """The checkpoint to go on from: for "auto" the newest good one of the run, as rank 0 sees it, or None."""
+    trainer.fit_loop.automatic = ckpt_path == paths.AUTO
+    if ckpt_path != paths.AUTO:
+        return ckpt_path
+    strategy, root, found = trainer.strategy, trainer.default_root_dir, None
+    folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in _folders(trainer, c)}
+    if strategy.is_global_zero and not trainer.fast_dev_run:
+        candidates = auto.checkpoints_in(folders)
+        if isinstance(strategy.cluster_environment, SLURMEnvironment):
+            candidates += paths.files_in(root, paths.HPC)
+        storage: Any = strategy.checkpoint_io
+
+        def load(path: str) -> Any:
+            return storage.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+        found = auto.newest_good(candidates, load, getattr(storage, "verify_checkpoint", None))
+    found = trainer._ckpt_path = strategy.broadcast(found)
+    shown = ", ".join(folders) or "any folder: the run writes none"
+    said = f"goes on from {found}" if found else f"starts anew: there is no checkpoint in {shown}"
+    rank_zero_info(f"`Trainer.fit(ckpt_path='auto')` {said}.")
+    return found
+
+
+def keep_version(trainer: Trainer) -> None:
+    """Before "auto": if checkpoints go where the first logger does, it goes on in its newest version that has some.
+
+    Others that count their versions in the same folder go along, now and when the run starts anew.
+    """
+    loggers = [one for one in trainer.loggers if isinstance(one, FolderLogger) and one._version is None]
+    placed = all(getattr(c, "dirpath", True) is not None for c in trainer.callbacks if isinstance(c, Checkpoint))
+    if placed or not loggers or trainer.loggers[0] is not loggers[0]:
+        return
+    found = auto.newest_version(loggers[0].root_dir, "checkpoints")
+    version = loggers[0].version if found is None else found
+    for logger in loggers:
+        if logger.root_dir == loggers[0].root_dir:
+            logger._version = version
+
+
+def conclude(trainer: Trainer) -> None:
+    """Training is over: with "auto" there is a file that says so, so that the same command ends at once."""
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
+    if not savers or not trainer.fit_loop.automatic or trainer.fast_dev_run:
+        return
+    steps, folder = trainer.global_step, str(savers[0].dirpath)
+    if not any(saver._last_global_step_saved == steps and not saver.save_weights_only for saver in savers):
+        trainer.save_checkpoint(os.path.join(folder, paths.FINISHED))
+    trainer.strategy.remove_checkpoint(os.path.join(folder, paths.PREEMPTED))
+
+
+def _folders(trainer: Trainer, callback: Any) -> list[str]:
+    """Where a callback puts checkpoints."""
+    folder = getattr(callback, "dirpath", None)
+    return [os.fspath(folder or folder_of_run(trainer))]
