@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.bitsandbytes import BitsandbytesPrecision
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import ClusterEnvironment

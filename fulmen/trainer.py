@@ -423,6 +423,7 @@ class Trainer:
 
     def _finish(self, loop: Any) -> None:
         """The end of a run that went well."""
+        self.strategy.finish_saving()
         self._close(loop)
         if self.state.fn == TrainerFn.FITTING:
             self.hooks.on_fit_end()
@@ -606,6 +607,8 @@ class Trainer:
         with self.profiler.profile("save_checkpoint"):
             checkpoint = collect(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            if self.state.status != TrainerStatus.RUNNING:
+                self.strategy.finish_saving()  # nobody else would wait for it
             self.strategy.barrier("Trainer.save_checkpoint")
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -17,6 +18,7 @@ import torch
 
 from fulmen.callbacks.callback import Callback, missing_monitor
 from fulmen.checkpoint.paths import FINISHED, PREEMPTED
+from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.introspection import alias
@@ -62,6 +64,7 @@ class ModelCheckpoint(Checkpoint):
         enable_version_counter: add ``-v1``, ``-v2``, … instead of overwriting a file of the same name.
         on_save_error: whether the run ends ("raise") or goes on ("warn") when a file cannot be written: the disk is
             full, the folder read-only or gone. Nothing is removed then, and no attribute names that file.
+        async_save: go on training while a file is written, as of the moment it was due; see `AsyncCheckpointIO`.
     """
 
     CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "-", "=", "last"
@@ -74,7 +77,7 @@ class ModelCheckpoint(Checkpoint):
         auto_insert_metric_name: bool = True, every_n_train_steps: int | None = None,
         train_time_interval: timedelta | None = None, every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None, enable_version_counter: bool = True,
-        on_save_error: Literal["raise", "warn"] = "raise",
+        on_save_error: Literal["raise", "warn"] = "raise", async_save: bool = False,
     ) -> None:  # fmt: skip
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             every_n_epochs = 1
@@ -114,6 +117,8 @@ class ModelCheckpoint(Checkpoint):
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
         self._outdated: list[str] = []  # what a run left here when it ended, until there is a newer file
         self._warnings = WarningCache()
+        self.async_save, self._untold = async_save, 0  # of how many files that are being written loggers do not know
+        self._unsure: tuple[str, dict[str, Any]] | None = None  # the first of them, and what was noted before it
 
     every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
 
@@ -123,14 +128,16 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
+        if self.async_save and _background(trainer) is None:
+            trainer.strategy.checkpoint_io = AsyncCheckpointIO(trainer.strategy.checkpoint_io, always=False)
         if self.save_last == "link" and is_remote(self.dirpath):
             what = f"`ModelCheckpoint(save_last='link')`: there are no links in `dirpath={self.dirpath}`."
             raise ValueError(f"{what} Use `save_last=True`, which writes a full copy.")
         if stage == "fit" and trainer.is_global_zero and (left := clean(self.dirpath)):
             rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
         files = get_filesystem(self.dirpath)
-        left = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
-        self._outdated = list(filter(files.exists, left))
+        ends = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
+        self._outdated = list(filter(files.exists, ends))
         writes = stage == "fit" and trainer.is_global_zero and self.save_top_k != 0
         if writes and files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
             rank_zero_warn(f"The checkpoint directory {self.dirpath} exists and is not empty.")
@@ -140,6 +147,8 @@ class ModelCheckpoint(Checkpoint):
         self._deferred = self._validated = False
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if self._untold:
+            self._tell_loggers(trainer)
         due, interval = False, self._train_time_interval
         if self._every_n_train_steps:
             due = trainer.global_step % self._every_n_train_steps == 0
@@ -171,8 +180,11 @@ class ModelCheckpoint(Checkpoint):
         nothing_kept = not self._last_checkpoint_saved or self.save_top_k == 0
         if self.save_last and nothing_kept and not self._idle(trainer):
             self._write_last(trainer, _metrics_of(trainer))
+        self._settle(trainer)
+        self._tell_loggers(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._tell_loggers(trainer)
         if self.save_on_exception and not self._idle(trainer):
             metrics = _metrics_of(trainer)
             filepath = self._free_path(trainer, metrics)
@@ -190,6 +202,7 @@ class ModelCheckpoint(Checkpoint):
         """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
         if self.save_top_k == 0:
             return
+        self._settle(trainer)
         metrics = _metrics_of(trainer)
         if self.monitor is None:
             previous, before = self.best_model_path, self._noted()
@@ -250,10 +263,17 @@ class ModelCheckpoint(Checkpoint):
     def _write_last(self, trainer: Trainer, metrics: dict) -> None:
         filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
         before, previous, self.last_model_path = self._noted(), self.last_model_path, filepath
-        write = None
-        if self.save_last == "link" and self._last_checkpoint_saved not in ("", filepath):
-            link = partial(_link, self._last_checkpoint_saved, filepath)
+        newest, io, write = self._last_checkpoint_saved, _background(trainer), None
+        if self.save_last == "link" and newest not in ("", filepath):
+            link: Callable[[], Any] = partial(_link, newest, filepath)
+            if io is not None:
+                link = partial(io.after_writing, link, filepath, exists=True)
             write = partial(trainer.strategy.on_rank_zero, link, f"make the link {filepath!r}")
+        elif io is not None and (self.async_save or io.always) and newest != filepath:
+            if self._last_global_step_saved == trainer.global_step:
+                # What is being written anyway, instead of a copy that would have to wait for it.
+                write = partial(io.write_again, filepath)
+                self._untold += 1
         if self._written(trainer, filepath, before, write):
             self._make_room(trainer, previous, filepath)
 
@@ -271,24 +291,50 @@ class ModelCheckpoint(Checkpoint):
         except Exception as error:
             if self._last_global_step_saved != -1:  # the file is there: a logger failed
                 raise
-            vars(self).update(before)
-            if self.on_save_error == "raise" or not isinstance(error, OSError):
-                raise
-            what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
-            newest = before["_last_checkpoint_saved"] or "none, so far"
-            rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
+            self._take_back(trainer, filepath, before, error)
             return False
         self._last_global_step_saved = trainer.global_step
+        if _background(trainer) is not None and self._unsure is None:
+            self._unsure = filepath, before
         return True
+
+    def _take_back(self, trainer: Trainer, filepath: str, before: dict[str, Any], error: Exception) -> None:
+        vars(self).update(before)
+        if self.on_save_error == "raise" or not isinstance(error, OSError):
+            raise error
+        what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
+        newest = before["_last_checkpoint_saved"] or "none, so far"
+        rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Waits for what is written in the background; that it failed is found out here."""
+        if self._unsure is None:
+            return
+        (filepath, before), self._unsure = self._unsure, None
+        try:
+            trainer.strategy.finish_saving()
+        except Exception as error:
+            self._take_back(trainer, filepath, before, error)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
-        trainer.save_checkpoint(filepath, self.save_weights_only)
+        io = _background(trainer)
+        with io.in_background() if io is not None and self.async_save else nullcontext():
+            trainer.save_checkpoint(filepath, self.save_weights_only)
         while self._outdated and not self.save_weights_only:
             trainer.strategy.remove_checkpoint(self._outdated.pop())
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
-        for logger in trainer.loggers if trainer.is_global_zero else ():
+        self._untold += 1
+        self._tell_loggers(trainer)
+
+    def _tell_loggers(self, trainer: Trainer) -> None:
+        """Of the files that are there by now."""
+        io = _background(trainer)
+        if io is not None and io.writing:
+            return
+        files, self._untold = self._untold if io is None or not io.failed else 0, 0
+        for logger in [*trainer.loggers] * files if trainer.is_global_zero else ():
             logger.after_save_checkpoint(self)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -300,9 +346,12 @@ class ModelCheckpoint(Checkpoint):
         paths = (previous, trainer.ckpt_path, self.dirpath)
         old, resumed, folder = (os.path.abspath(local_path(path or "")) for path in paths)
         if previous and previous != current and old != resumed and old.startswith(os.path.join(folder, "")):
-            follows = self.save_last == "link" and os.path.islink(self.last_model_path) and os.path.exists(current)
-            if follows and trainer.is_global_zero:
-                _link(current, self.last_model_path)  # at no moment to a file that is gone
+            if self.save_last == "link" and trainer.is_global_zero and os.path.islink(self.last_model_path):
+                link, io = partial(_link, current, self.last_model_path), _background(trainer)
+                if io is not None and io.writing:  # at no moment to a file that is gone
+                    io.after_writing(link, self.last_model_path, exists=True)
+                elif os.path.exists(current):
+                    link()
             try:
                 self._remove_checkpoint(trainer, previous)
             except OSError as error:
@@ -321,7 +370,10 @@ class ModelCheckpoint(Checkpoint):
 
     def file_exists(self, filepath: str | os.PathLike, trainer: Trainer) -> bool:
         """Does the first rank see this file? All ranks must ask."""
-        return trainer.strategy.broadcast(get_filesystem(filepath).exists(os.fspath(filepath)))
+        io = _background(trainer)
+        soon = None if io is None else io.will_exist(filepath)
+        exists = get_filesystem(filepath).exists(os.fspath(filepath)) if soon is None else soon
+        return trainer.strategy.broadcast(exists)
 
     def format_checkpoint_name(self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None,
                                prefix: str | None = None) -> str:  # fmt: skip
@@ -401,6 +453,12 @@ def folder_of_run(trainer: Trainer) -> str:
 def _trains(trainer: Trainer) -> bool:
     """Is it training, and for real?"""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+
+
+def _background(trainer: Trainer) -> AsyncCheckpointIO | None:
+    """Who writes while training goes on, if anybody does."""
+    io = trainer.strategy.checkpoint_io
+    return io if isinstance(io, AsyncCheckpointIO) else None
 
 
 def _epoch_due(callback: ModelCheckpoint, trainer: Trainer, after_training: bool) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from fulmen.engine.async_checkpoint_io import written_at_once
 from fulmen.engine.ddp import through_forward
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
@@ -141,6 +142,7 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def setup(self, trainer: Any) -> None:
         self.prepare(trainer)
+        self.checkpoint_io = written_at_once(self.checkpoint_io, "DeepSpeed writes its own files")
         super().setup(trainer)
         if trainer.state.fn == "fit":
             self.init_deepspeed()

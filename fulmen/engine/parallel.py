@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fulmen.engine import collectives, watchdog
+from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
 from fulmen.engine.strategy import Strategy
 from fulmen.utilities.introspection import alias
@@ -222,6 +223,11 @@ class ParallelStrategy(Strategy, ABC):
         self.on_rank_zero(
             lambda: write(checkpoint, filepath, storage_options), f"write the checkpoint {str(filepath)!r}"
         )
+
+    def finish_saving(self) -> None:
+        """The same, and an error is one of all processes."""
+        if isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            self.on_rank_zero(super().finish_saving, "write a checkpoint in the background")
 
     def on_rank_zero(self, act: Callable[[], Any], what: str) -> None:
         """Does something on rank 0; an error there is one of all processes."""

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS
 
 from fulmen.engine import collectives
+from fulmen.engine.async_checkpoint_io import written_at_once
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.dtensors import FSDPPrecision, is_spread, part_like, whole
 from fulmen.engine.parallel import ParallelStrategy
@@ -80,6 +81,8 @@ class ShardedStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ life
 
     def setup(self, trainer: Any) -> None:
+        if self.sharded_checkpoints:
+            self.checkpoint_io = written_at_once(self.checkpoint_io, "all processes write their shards together")
         if self.sharded_checkpoints and type(self.checkpoint_io) is not TorchCheckpointIO:
             what = f"`{type(self.checkpoint_io).__name__}` stores files, and sharded checkpoints are folders."
             raise MisconfigurationException(f"{what} Leave it out, or write full checkpoints.")

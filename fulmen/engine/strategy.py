@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fulmen.engine.accelerators import Registry
+from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.precision import Precision
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.introspection import alias, overridden
@@ -109,6 +110,8 @@ class Strategy(ABC):
         """Back to the CPU, so that a finished run holds no device memory."""
         if self.root_device.type != "cpu":
             self.move_to_cpu()
+        if self.leaving and isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            self.checkpoint_io.settle()  # does not hide why the run ends
         for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
             part.teardown()
 
@@ -267,9 +270,16 @@ class Strategy(ABC):
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
 
+    def finish_saving(self) -> None:
+        """Waits until what is saved in the background is written, and raises if it could not be."""
+        if self.is_global_zero and isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            self.checkpoint_io.wait()
+
     def leave(self, error: BaseException) -> BaseException:
         """An exception ends this process's part in the run: nobody waits for others now. Returns the real reason."""
         self.leaving = True
+        if isinstance(self.checkpoint_io, AsyncCheckpointIO):
+            self.checkpoint_io.settle()  # it was logged if that failed, and the exception is what counts now
         return error if self.watchdog is None else self.watchdog.failed(error)
 
     def watch(self, trainer: Any) -> None:

@@ -74,7 +74,7 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
         def load(path: str) -> Any:
             return storage.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
-        found = auto.newest_good(candidates, load, getattr(storage, "verify_checkpoint", None))
+        found = auto.newest_good(candidates, load, strategy.verify_checkpoint)
     found = trainer._ckpt_path = strategy.broadcast(found)
     shown = ", ".join(folders) or "any folder: the run writes none"
     said = f"goes on from {found}" if found else f"starts anew: there is no checkpoint in {shown}"

@@ -32,8 +32,6 @@ EXCLUDED = {
     "lightning.pytorch.callbacks.BatchSizeFinder": "the tuner",
     "lightning.pytorch.utilities.deepspeed": "DeepSpeed",
     "lightning.pytorch.utilities.consolidate_checkpoint": "sharded checkpoints",
-    "lightning.pytorch.plugins.AsyncCheckpointIO": "the asynchronous checkpoint writer",
-    "lightning.pytorch.plugins.io.AsyncCheckpointIO": "the asynchronous checkpoint writer",
     "lightning.pytorch.loggers.LitLogger": "a vendor's service, left out on purpose",
     "lightning.pytorch.loggers.litlogger": "a vendor's service, left out on purpose",
 }
