@@ -127,7 +127,7 @@ class AsyncCheckpointIO(CheckpointIO):
         """Does something to the file of that path when all that was asked for before is done; at once if that is so."""
         job = Job(os.fspath(path), exists, act)
         with self._lock:
-            idle = not self._jobs and not exists
+            idle = not self._jobs and not exists and self._failure is None
             if not idle:
                 self._jobs.append(job)
                 if self._thread is None:  # no daemon: the interpreter waits for it
