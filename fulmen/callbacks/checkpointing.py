@@ -148,7 +148,7 @@ class ModelCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self._untold:
-            self._tell_loggers(trainer)
+            _tell_loggers(self, trainer)
         due, interval = False, self._train_time_interval
         if self._every_n_train_steps:
             due = trainer.global_step % self._every_n_train_steps == 0
@@ -181,14 +181,14 @@ class ModelCheckpoint(Checkpoint):
         if self.save_last and nothing_kept and not self._idle(trainer):
             self._write_last(trainer, _metrics_of(trainer))
         self._settle(trainer)
-        self._tell_loggers(trainer)
+        _tell_loggers(self, trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._tell_loggers(trainer)
+        _tell_loggers(self, trainer)
         if self.save_on_exception and not self._idle(trainer):
             metrics = _metrics_of(trainer)
             filepath = self._free_path(trainer, metrics)
-            if not self._written(trainer, filepath, self._noted()):
+            if not self._written(trainer, filepath, _noted(self)):
                 return
             if self.save_last:
                 self._write_last(trainer, metrics)
@@ -205,7 +205,7 @@ class ModelCheckpoint(Checkpoint):
         self._settle(trainer)
         metrics = _metrics_of(trainer)
         if self.monitor is None:
-            previous, before = self.best_model_path, self._noted()
+            previous, before = self.best_model_path, _noted(self)
             self.best_model_path = self._free_path(trainer, metrics, replaces=previous)
             if not self._written(trainer, self.best_model_path, before):
                 return
@@ -230,7 +230,7 @@ class ModelCheckpoint(Checkpoint):
             if self.verbose:
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return False
-        scores, before = self.best_k_models, self._noted()
+        scores, before = self.best_k_models, _noted(self)
         k = self.save_top_k if self.save_top_k > 0 else len(scores) + 1
         best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
@@ -262,24 +262,19 @@ class ModelCheckpoint(Checkpoint):
 
     def _write_last(self, trainer: Trainer, metrics: dict) -> None:
         filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
-        before, previous, self.last_model_path = self._noted(), self.last_model_path, filepath
+        before, previous, self.last_model_path = _noted(self), self.last_model_path, filepath
         newest, io, write = self._last_checkpoint_saved, _background(trainer), None
         if self.save_last == "link" and newest not in ("", filepath):
             link: Callable[[], Any] = partial(_link, newest, filepath)
             if io is not None:
                 link = partial(io.after_writing, link, filepath, exists=True)
             write = partial(trainer.strategy.on_rank_zero, link, f"make the link {filepath!r}")
-        elif io is not None and (self.async_save or io.always) and newest != filepath:
-            if self._last_global_step_saved == trainer.global_step:
-                # What is being written anyway, instead of a copy that would have to wait for it.
-                write = partial(io.write_again, filepath)
-                self._untold += 1
+        elif self._last_global_step_saved == trainer.global_step and newest != filepath and _in_background(self, io):
+            # What is being written anyway, instead of a copy that would have to wait for it.
+            write = partial(io.write_again, filepath)  # type: ignore[union-attr]
+            self._untold += 1
         if self._written(trainer, filepath, before, write):
             self._make_room(trainer, previous, filepath)
-
-    def _noted(self) -> dict[str, Any]:
-        """What this callback says about its files."""
-        return {**{name: getattr(self, name) for name in _NOTED}, "best_k_models": dict(self.best_k_models)}
 
     def _written(
         self, trainer: Trainer, filepath: str, before: dict[str, Any], write: Callable[[], Any] | None = None
@@ -291,20 +286,12 @@ class ModelCheckpoint(Checkpoint):
         except Exception as error:
             if self._last_global_step_saved != -1:  # the file is there: a logger failed
                 raise
-            self._take_back(trainer, filepath, before, error)
+            _take_back(self, trainer, filepath, before, error)
             return False
         self._last_global_step_saved = trainer.global_step
         if _background(trainer) is not None and self._unsure is None:
             self._unsure = filepath, before
         return True
-
-    def _take_back(self, trainer: Trainer, filepath: str, before: dict[str, Any], error: Exception) -> None:
-        vars(self).update(before)
-        if self.on_save_error == "raise" or not isinstance(error, OSError):
-            raise error
-        what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
-        newest = before["_last_checkpoint_saved"] or "none, so far"
-        rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
 
     def _settle(self, trainer: Trainer) -> None:
         """Waits for what is written in the background; that it failed is found out here."""
@@ -314,7 +301,7 @@ class ModelCheckpoint(Checkpoint):
         try:
             trainer.strategy.finish_saving()
         except Exception as error:
-            self._take_back(trainer, filepath, before, error)
+            _take_back(self, trainer, filepath, before, error)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
@@ -326,16 +313,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         self._untold += 1
-        self._tell_loggers(trainer)
-
-    def _tell_loggers(self, trainer: Trainer) -> None:
-        """Of the files that are there by now."""
-        io = _background(trainer)
-        if io is not None and io.writing:
-            return
-        files, self._untold = self._untold if io is None or not io.failed else 0, 0
-        for logger in [*trainer.loggers] * files if trainer.is_global_zero else ():
-            logger.after_save_checkpoint(self)
+        _tell_loggers(self, trainer)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Removes one file; every removal comes through here."""
@@ -459,6 +437,36 @@ def _background(trainer: Trainer) -> AsyncCheckpointIO | None:
     """Who writes while training goes on, if anybody does."""
     io = trainer.strategy.checkpoint_io
     return io if isinstance(io, AsyncCheckpointIO) else None
+
+
+def _in_background(callback: ModelCheckpoint, io: AsyncCheckpointIO | None) -> bool:
+    return io is not None and (callback.async_save or io.always)
+
+
+def _noted(callback: ModelCheckpoint) -> dict[str, Any]:
+    """What this callback says about its files."""
+    return {**{name: getattr(callback, name) for name in _NOTED}, "best_k_models": dict(callback.best_k_models)}
+
+
+def _take_back(
+    callback: ModelCheckpoint, trainer: Trainer, filepath: str, before: dict[str, Any], error: Exception
+) -> None:
+    vars(callback).update(before)
+    if callback.on_save_error == "raise" or not isinstance(error, OSError):
+        raise error
+    what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
+    newest = before["_last_checkpoint_saved"] or "none, so far"
+    rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
+
+
+def _tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
+    """Of the files that are there by now."""
+    io = _background(trainer)
+    if io is not None and io.writing:
+        return
+    files, callback._untold = callback._untold if io is None or not io.failed else 0, 0
+    for logger in [*trainer.loggers] * files if trainer.is_global_zero else ():
+        logger.after_save_checkpoint(callback)
 
 
 def _epoch_due(callback: ModelCheckpoint, trainer: Trainer, after_training: bool) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, folder_of_run
 from fulmen.checkpoint import auto, paths
+from fulmen.engine.checkpoint_io import CheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.loggers.logger import FolderLogger
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -74,7 +75,8 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
         def load(path: str) -> Any:
             return storage.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
-        found = auto.newest_good(candidates, load, strategy.verify_checkpoint)
+        looks = type(storage).verify_checkpoint is not CheckpointIO.verify_checkpoint
+        found = auto.newest_good(candidates, load, strategy.verify_checkpoint if looks else None)
     found = trainer._ckpt_path = strategy.broadcast(found)
     shown = ", ".join(folders) or "any folder: the run writes none"
     said = f"goes on from {found}" if found else f"starts anew: there is no checkpoint in {shown}"

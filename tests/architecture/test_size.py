@@ -12,7 +12,7 @@ FILES = sorted((ROOT / "fulmen").rglob("*.py"))
 FILE_LINES = 800
 FUNCTION_LINES = 60
 METHODS = 25
-PACKAGE_LINES = 19_800
+PACKAGE_LINES = 23_000
 
 # Faces that users see: as many methods as the contract names.
 FACADES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
 import shutil
 import subprocess
@@ -240,3 +241,27 @@ def test_processes_agree_when_only_one_of_them_writes(tmp_path, policy):
     both = [torch.load(tmp_path / f"rank-{rank}") for rank in range(2)]
     assert both == [(10, ["epoch=4.ckpt", "last.ckpt"])] * 2
     assert sorted(path.name for path in folder.iterdir()) == ["epoch=4.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("save_last", [None, True, "link"])
+def test_what_could_not_be_written_in_the_background_is_taken_back_too(tmp_path, save_last):
+    class Full(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            if "step=2" in path or (checkpoint["global_step"] == 2 and save_last):
+                listed.append(sorted(os.listdir(tmp_path)))
+                raise OSError(errno.ENOSPC, "No space left on device", path)
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    listed = []
+    options = {"every_n_train_steps": 1, "save_last": save_last, "async_save": True, "on_save_error": "warn"}
+    callback = ModelCheckpoint(tmp_path, **options)
+    with pytest.warns(UserWarning, match=r"step=2.ckpt' was not written: OSError.*newest checkpoint: .*step=1.ckpt"):
+        make_trainer(callbacks=callback, plugins=Full(), enable_checkpointing=True).fit(
+            Regression(), make_loader(32, 4)
+        )
+    kept = ["epoch=0-step=1.ckpt"] + ["last.ckpt"] * bool(save_last)
+    assert listed[0] == kept  # nothing was removed for a file that did not come
+    last = ["last.ckpt"] * bool(save_last)
+    assert sorted(os.listdir(tmp_path)) == ["epoch=0-step=8.ckpt", *last]
+    assert callback.best_model_path == str(tmp_path / "epoch=0-step=8.ckpt")
+    assert torch.load(tmp_path / (last or ["epoch=0-step=8.ckpt"])[0])["global_step"] == 8
