@@ -29,6 +29,7 @@ class Entry:
     """
 
     syncs = False  # is the value of a step reduced over processes?
+    restored = False  # does it come from a checkpoint, and waits for the first write of this run?
 
     def __init__(self, name: str, options: Options, on_step: bool, on_epoch: bool, dataloader_idx: int | None) -> None:
         self.options = options
@@ -55,6 +56,12 @@ class Entry:
         self.total: Any = None
         self.weight: float = 0
         self.final: Any = None
+
+    def adopt(self, other: Entry) -> None:
+        """Goes on with the values of another."""
+        if type(other) is type(self):
+            for name in ("empty", "newest", "total", "weight", "final", "dtype"):
+                setattr(self, name, getattr(other, name))
 
     def freeze(self) -> None:
         """The epoch of this entry is over: its value is computed once and kept until `reset`."""
@@ -173,7 +180,7 @@ class MetricEntry(Entry):
     def add(self, value: Any, book: LogBook, batch_size: int | None) -> None:
         if value is not self.metric:
             # A new object in the place of the old one will do, two that are both there will not.
-            if not _is_metric(value) or any(child is self.metric for child in book.module.modules()):
+            if not is_metric(value) or any(child is self.metric for child in book.module.modules()):
                 raise _twice(self.callback_name, book.hook)
             self.metric = value
         if self.on_step:
@@ -362,15 +369,16 @@ class LogBook:
     def _checked_entry(self, name: str, value: Any, options: Options, batch_size: int | None) -> Entry:
         if not isinstance(name, str):
             raise TypeError(f"`self.log` received the name {name!r}. Pass a string.")
-        is_metric = _is_metric(value)
-        if not is_metric:
+        metric = is_metric(value)
+        if not metric:
             _check_value(name, value)
-        if self.size_required and batch_size is None and self.hook == "training_step" and not is_metric:
+        if self.size_required and batch_size is None and self.hook == "training_step" and not metric:
             self.current_batch_size()
         key = (self.hook, name, self._dataloader_idx)
-        entry = self.entries.get(key)
+        before = self.entries.get(key)
+        entry = None if before is not None and before.restored else before
         if entry is not None:
-            same_kind = is_metric == isinstance(entry, MetricEntry)
+            same_kind = metric == isinstance(entry, MetricEntry)
             if not same_kind or (entry.options != options and not entry.means(options, name, self.hook)):
                 raise _twice(name, self.hook)
             return entry
@@ -380,18 +388,22 @@ class LogBook:
                 f"`self.log('{name}', ...)`: the name contains '/dataloader_idx_'. That suffix is added to names when "
                 "there are several loaders. Choose another name, or pass `add_dataloader_idx=False`."
             )
-        if not options[8] and any(known[:2] == key[:2] for known in self.entries):
+        if not options[8] and any(known[:2] == key[:2] and known != key for known in self.entries):
             raise MisconfigurationException(
                 f"`self.log('{name}', ..., add_dataloader_idx=False)` was called for several loaders. One value would "
                 "hide the other. Put the loader into the name, or leave `add_dataloader_idx` out."
             )
-        kind = MetricEntry if is_metric else _kind_of(name, options[4])
+        kind = MetricEntry if metric else _kind_of(name, options[4])
         if options[1] is True and not self.has_loggers:
             warn_once(f"`self.log('{name}', ..., logger=True)`: no logger is configured, the value goes nowhere.")
-        if is_metric:
+        if metric:
             _check_attribute(name, value, options[9], self.module)
         entry = self.entries[key] = kind(name, options, on_step, on_epoch, self._dataloader_idx)
-        entry.syncs = self.shared and on_step and bool(options[6]) and not options[10] and not is_metric
+        if before is not None:
+            entry.adopt(before)
+            if metric:
+                entry.metric = value  # type: ignore[attr-defined]
+        entry.syncs = self.shared and on_step and bool(options[6]) and not options[10] and not metric
         if self.page is not None:
             self.page.has_steps = self.page.has_steps or on_step
         return entry
@@ -500,6 +512,34 @@ class LogBook:
             self._callback, self._logged, self._bar = values
         return self._callback, self._logged, self._bar
 
+    def state(self) -> dict[str, Any]:
+        """What the training epoch has logged, and the three dictionaries, in plain types; it waits for devices (sync)."""
+        self.copy_jottings()
+        page = self._pages.get("train")
+        entries = [] if page is None else [(k, e) for k, e in page.entries.items() if not e.empty]
+        return {
+            "entries": [{"key": list(key), **_entry_state(entry, self.module)} for key, entry in entries],
+            "views": [{name: _on_host(value) for name, value in view.items()} for view in self.views()],
+        }
+
+    def load_state(self, state: dict[str, Any], device: Any) -> None:
+        """Goes on from what `state` gave, on the open page."""
+        self.views(tuple(dict(view) for view in state["views"]))
+        for kept in state["entries"]:
+            options = tuple(kept["options"])
+            kind = KINDS.get(options[4], MetricEntry)
+            entry = self.entries[tuple(kept["key"])] = kind(kept["key"][1], options, *options[2:4], kept["key"][2])
+            for name in ("newest", "total", "final"):
+                value, on_device = kept[name]
+                setattr(entry, name, value.to(device) if on_device else value)
+            entry.empty, entry.weight, entry.restored = False, kept["weight"], True
+            entry.syncs = self.shared and entry.on_step and options[6] and not options[10] and kind is not MetricEntry
+            entry.dtype = kept["dtype"] and getattr(torch, kept["dtype"])
+            if isinstance(entry, MetricEntry):
+                entry.metric = dict(self.module.named_modules()).get(kept["path"])
+            if self.page is not None:
+                self.page.has_steps = self.page.has_steps or entry.on_step
+
     def move_to_cpu(self) -> None:
         """At the end of a run, so that keeping the results keeps no device memory (sync)."""
         self._callback = {name: value.cpu() for name, value in self._callback.items()}
@@ -537,26 +577,57 @@ def to_host(values: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _is_metric(value: Any) -> bool:
+def is_metric(value: Any) -> bool:
+    """Is it a torchmetrics object? Asks only if somebody has imported torchmetrics."""
     torchmetrics = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
 
 
 def metrics_in(metric: Any) -> list[Any]:
     """A metric and those inside of it, in an order that all processes have."""
-    return [child for child in metric.modules() if _is_metric(child)]
+    return [child for child in metric.modules() if is_metric(child)]
 
 
-def metric_states(metric: Any) -> list[dict[str, Any]]:
-    """What a metric and those inside of it have seen, on the host (sync)."""
+def metric_state(metric: Any) -> dict[str, Any]:
+    """What a metric has seen, on the host (sync); not those inside of it."""
 
     def host(value: Any) -> Any:
         return [item.detach().cpu() for item in value] if isinstance(value, list) else value.detach().cpu()
 
-    return [
-        {"values": {name: host(getattr(m, name)) for name in m._defaults}, "updates": m._update_count}
-        for m in metrics_in(metric)
-    ]
+    return {"values": {name: host(getattr(metric, name)) for name in metric._defaults}, "updates": metric._update_count}
+
+
+def load_metric_state(metric: Any, state: dict[str, Any]) -> None:
+    """Lets a metric go on from what `metric_state` gave."""
+    for name, value in state["values"].items():
+        own = [item.to(metric.device) for item in value] if isinstance(value, list) else value.to(metric.device)
+        setattr(metric, name, own)
+    metric._update_count, metric._computed = state["updates"], None
+
+
+def metric_states(metric: Any) -> list[dict[str, Any]]:
+    """What a metric and those inside of it have seen, on the host (sync)."""
+    return [metric_state(member) for member in metrics_in(metric)]
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return value if value is None or isinstance(value, (bool, int, float)) else float(value)
+
+
+def _entry_state(entry: Entry, module: Any) -> dict[str, Any]:
+    bar, logger, graph, sync, suffix, rank_zero = (entry.options[i] for i in (0, 1, 5, 6, 8, 10))
+    metric, path = getattr(entry, "metric", None), None
+    kind = next((name for name, known in KINDS.items() if known is type(entry)), "metric")
+    if metric is not None:
+        path = next((name for name, part in module.named_modules() if part is metric), None)
+    parts = {name: getattr(entry, name) for name in ("newest", "total", "final")}
+    return {
+        "options": [bar, logger, entry.on_step, entry.on_epoch, kind, graph, sync, None, suffix, None, rank_zero],
+        **{n: (_on_host(part), isinstance(part, Tensor) and part.device.type != "cpu") for n, part in parts.items()},
+        "weight": entry.weight, "path": path, "dtype": entry.dtype and str(entry.dtype).removeprefix("torch."),
+    }  # fmt: skip
 
 
 def _check_value(name: str, value: Any) -> None:

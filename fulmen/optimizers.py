@@ -276,6 +276,21 @@ class Schedulers:
         self._moved: set[int] = set()  # of those, the optimizers that made a step as well
         self._idle: frozenset[int] = frozenset()  # those that left out the last one
 
+    def state(self, optimizers: list[Any]) -> dict[str, Any]:
+        """In plain types, what of this epoch is not in the schedulers themselves."""
+        index = {id(getattr(o, "optimizer", o)): i for i, o in enumerate(optimizers)}
+        missed = {index[owner]: count for owner, count in self._missed.items() if owner in index}
+        moved, idle = ([index[owner] for owner in owners if owner in index] for owners in (self._moved, self._idle))
+        return {"window_start": self._window_start, "missed": missed, "moved": moved, "idle": idle}
+
+    def load_state(self, state: dict[str, Any] | None, optimizers: list[Any]) -> None:
+        """Goes on from what `state` gave."""
+        if state is not None:
+            owners = [id(getattr(o, "optimizer", o)) for o in optimizers]
+            self._window_start = state["window_start"]
+            self._missed = {owners[i]: count for i, count in state["missed"].items()}
+            self._moved, self._idle = {owners[i] for i in state["moved"]}, frozenset(owners[i] for i in state["idle"])
+
     def _due(self, interval: str, count: int, watching: bool) -> list[LRSchedulerConfig]:
         """Those whose turn it is. Per step, batches are counted whose step was made; per epoch, one step is enough."""
         due = []

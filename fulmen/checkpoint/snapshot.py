@@ -15,7 +15,6 @@ from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
 from fulmen.utilities.errors import MisconfigurationException, nearest
 from fulmen.utilities.modules import modules_in_eval
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import generator_states
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -41,7 +40,8 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             if hasattr(callback, "weights_to_save"):
                 checkpoint["state_dict"] = callback.weights_to_save(checkpoint["state_dict"])
     loaders = trainer.fit_loop.loaders
-    if loaders is not None and (loader_states := loaders.state_dict()):
+    given = trainer.fit_loop.batches_given() if trainer.fit_loop.feed is not None else None
+    if loaders is not None and (loader_states := loaders.state_dict(given)):
         checkpoint["loops"]["fit_loop"]["state_dict"] = {"combined_loader": loader_states}
     if not weights_only:
         states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
@@ -52,9 +52,7 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             checkpoint[type(strategy.precision_plugin).__qualname__] = state
         strategy.precision_plugin.on_save_checkpoint(checkpoint)
         validating = trainer.fit_loop.val_loop.frozen  # all modules are in eval mode just now, these stay so
-        validates = progress["position"] == "VALIDATING"  # it is begun again
-        generators = trainer.fit_loop.draws_before_validation if validates else generator_states()
-        chapter = {"progress": progress, "generators": generators}
+        chapter = {"progress": progress, **trainer.fit_loop.chapter()}
         in_eval = modules_in_eval(module) if validating is None else validating
         checkpoint["fulmen"] = {"version": 1, **chapter, "in_eval": in_eval}
     for owner in (module, datamodule):
@@ -77,6 +75,8 @@ def saved_progress(trainer: Trainer) -> dict[str, Any]:
     progress = loop.progress.state_dict()
     if progress["position"] in LOG_STEP_PENDING and stepped:
         progress["log_step"] += 1
+    if back := loop.batches_to_repeat():
+        progress |= {"position": "IN_BATCH", "batch": progress["batch"] - back, "batches": progress["batches"] - back}
     return {
         **progress,
         "stepped": stepped,
@@ -158,7 +158,7 @@ class Snapshot:
         loop, chapter = self.trainer.fit_loop, self.content.get("fulmen") or {}
         counters = self.content.get("loops", {})
         loader_states = counters.get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
-        loop.resume(chapter.get("progress") or from_loops(counters), chapter.get("generators"), loader_states)
+        loop.resume(chapter.get("progress") or from_loops(counters), chapter, loader_states)
         limit, done = loop.max_epochs, loop.progress.epochs
         if limit is not None and limit != -1 and done > limit:
             what = f"The checkpoint at {self.path} is of {done} epochs, so nothing is left for `max_epochs={limit}`."

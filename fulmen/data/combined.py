@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice, zip_longest
 from typing import Any
 
+from torch.utils.data import IterableDataset
+
 from fulmen.data.fetch import iterate
+from fulmen.data.resume import Reading
 from fulmen.utilities.collections import map_children
 from fulmen.utilities.errors import suggestion
 
@@ -70,6 +73,11 @@ class CombinedLoader:
         self._skeleton = _skeleton(iterables, self._flattened)
         self._limits: list[int | float] | None = None
         self._triples: Iterator[Triple] | None = None
+        self._readings: dict[int, Reading] = {}  # the passes that run, by position
+        self._over: set[int] = set()  # those that have ended at least once in this pass
+        self._kept: dict[str, Any] = {}  # where the next pass goes on
+        self._done = 0  # batches before this pass
+        self._history: deque[tuple[int, Any]] = deque(maxlen=4)  # states of loaders, by the batches they gave before
 
     @property
     def iterables(self) -> Any:
@@ -124,8 +132,10 @@ class CombinedLoader:
     def __iter__(self) -> CombinedLoader:
         self.reset()
         in_turn = self.mode == "sequential"
+        self._over, self._done = set(self._kept.get("over", ())), self._kept.get("done", 0)
         opened = [self.open(position) for position in range(1 if in_turn else len(self._flattened))]
         triples = _MODES[self.mode][0](self, opened)
+        self._kept = {"readings": self._kept.get("readings", {})}
         total = math.inf if in_turn or self._limits is None else self.num_batches()
         self._triples = triples if math.isinf(total) else islice(triples, int(total))
         return self
@@ -139,9 +149,18 @@ class CombinedLoader:
         """Forget the running iterators; the next ``iter()`` starts from the beginning."""
         self._triples = None
 
-    def open(self, position: int) -> Iterator[Any]:
-        """A new iterator over the iterable at this position of ``flattened``, in mode "sequential" up to its limit."""
-        batches = iterate(self._flattened[position])
+    def open(self, position: int, at: int = 0) -> Iterator[Any]:
+        """A new iterator over the iterable at this position of ``flattened``, in mode "sequential" up to its limit.
+
+        So many batches of the epoch come before ``at`` it. After `go_on`, the first one goes on.
+        """
+        loader = self._flattened[position]
+        if _has_state(loader):
+            batches = iterate(loader)
+        else:
+            kept = self._kept.get("readings", {}).pop(position, None)
+            reading = self._readings[position] = Reading(loader, at, kept, self._kept.get("done", 0))
+            batches = reading.open()
         limit = self._limits[position] if self._limits and self.mode == "sequential" else math.inf
         return batches if math.isinf(limit) else islice(batches, int(limit))
 
@@ -150,11 +169,36 @@ class CombinedLoader:
         return _fill(self._skeleton, values)
 
     def _stateful(self) -> list[Any]:
-        return [each for each in self._flattened if hasattr(each, "state_dict") and hasattr(each, "load_state_dict")]
+        return [each for each in self._flattened if _has_state(each)]
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """The states of those iterables that have one."""
-        return [loader.state_dict() for loader in self._stateful()]
+    def _datasets(self) -> dict[int, Any]:
+        """Datasets without indices that keep a state themselves, where they are read in this process; by position."""
+        found = {
+            position: getattr(loader, "dataset", None)
+            for position, loader in enumerate(self._flattened)
+            if not _has_state(loader) and not getattr(loader, "num_workers", 0)
+        }
+        return {at: data for at, data in found.items() if isinstance(data, IterableDataset) and _has_state(data)}
+
+    def keeps_state(self) -> bool:
+        """Has any of the loaders, or of their datasets, a state of its own?"""
+        return bool(self._stateful() or self._datasets())
+
+    def note_state(self, given: int) -> None:
+        """Keeps what `state_dict` and `position` are to hold of loaders while so many batches are done."""
+        datasets = {position: data.state_dict() for position, data in self._datasets().items()}
+        self._history.append((given, ([loader.state_dict() for loader in self._stateful()], datasets)))
+
+    def _noted(self, done: int | None) -> tuple[list[Any], dict[int, Any]]:
+        found = [states for given, states in self._history if given == done]
+        if not found:
+            self.note_state(-1)
+            found = [self._history.pop()[1]]
+        return found[-1]
+
+    def state_dict(self, done: int | None = None) -> list[dict[str, Any]]:
+        """The states of those iterables that have one; as of so many batches, where they were read ahead."""
+        return self._noted(done)[0]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Hand each iterable that has a state its own, in the order `state_dict` collected them."""
@@ -165,8 +209,28 @@ class CombinedLoader:
         for loader, state in zip(stateful, states):
             loader.load_state_dict(state)
 
+    def position(self, done: int, inside: bool) -> dict[str, Any]:
+        """Where the pass is, in plain types: inside, with so many batches done, or between two."""
+        readings = {position: reading.state(done, inside) for position, reading in self._readings.items()}
+        found: dict[str, Any] = {"done": done, "inside": inside, "readings": readings}
+        return {**found, "over": sorted(self._over), "datasets": self._noted(done)[1]} if inside else found
+
+    def go_on(self, kept: dict[str, Any]) -> None:
+        """Lets the next pass begin at this `position`."""
+        self._history.clear()
+        readings = {position: dict(reading) for position, reading in kept["readings"].items()}
+        for position, data in self._datasets().items():
+            if position in kept.get("datasets", {}) and position in readings:
+                data.load_state_dict(kept["datasets"][position])
+                readings[position]["placed"] = True
+        self._kept = {**kept, "readings": readings}
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_triples": None}
+        return {**self.__dict__, "_triples": None, "_readings": {}}
+
+
+def _has_state(obj: Any) -> bool:
+    return hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")
 
 
 def _side_by_side(together: Callable, combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
@@ -175,15 +239,16 @@ def _side_by_side(together: Callable, combined: CombinedLoader, iterators: list[
 
 
 def _cycling(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
-    running = set(range(len(iterators)))
-    for batch_idx in count():
+    running = set(range(len(iterators))) - combined._over
+    for batch_idx in count(combined._done):
         batches = []
         for position, iterator in enumerate(iterators):
             batch = next(iterator, _END)
             if batch is _END:
                 running.discard(position)
+                combined._over.add(position)
                 if running:
-                    iterators[position] = combined.open(position)
+                    iterators[position] = combined.open(position, batch_idx)
                     batch = next(iterators[position], _END)
                 if batch is _END:
                     return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from itertools import count
 from math import inf
 from typing import Any
 
 from fulmen.data.combined import CombinedLoader
-from fulmen.data.fetch import iterate
 from fulmen.data.loaders import shutdown_workers
+from fulmen.utilities.seed import isolate_rng
 
 _END = object()
 
@@ -35,7 +36,7 @@ class Feed:
 
     def open(self) -> None:
         """Makes fresh iterators; called once before each pass."""
-        self._iterator = iter(self.loaders) if self._single is None else iterate(self._single)
+        self._iterator = iter(self.loaders) if self._single is None else self.loaders.open(0)
 
     def exhaust(self) -> None:
         """Lets no batch follow in this epoch."""
@@ -48,12 +49,24 @@ class Feed:
         fetch: Callable[[], Any] = lambda: next(iterator, _END)  # noqa: E731
         if self.profile is not None:
             fetch = self.profile(fetch)
+        if keeps := self.loaders.keeps_state():
+            fetch = self._noting(fetch)
         if self._single is None:
             yield from self._combined(fetch)
         elif self.num_batches == inf:
             yield from self._unsized(fetch)
         else:
-            yield from self._sized(iterator if self.profile is None else iter(fetch, _END))
+            yield from self._sized(iterator if self.profile is None and not keeps else iter(fetch, _END))
+
+    def _noting(self, fetch: Callable[[], Any]) -> Callable[[], Any]:
+        """Before each batch, states of loaders are kept: when a checkpoint is written, one more may have been read."""
+        given = count(self.first_batch_idx)
+
+        def noted() -> Any:
+            self.loaders.note_state(next(given))
+            return fetch()
+
+        return noted
 
     def _sized(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
         transfer, idx, last = self.transfer, self.first_batch_idx, self.num_batches - 1
@@ -90,6 +103,10 @@ class Feed:
             if self.loaders.mode != "sequential":
                 batch_idx = given - 1
             yield self.transfer(batch, dataloader_idx), batch_idx, dataloader_idx
+
+    def taken(self, done: int, in_batch: bool) -> int:
+        """How many batches were given to so many finished steps; the one that runs does not count."""
+        return done
 
     def close(self) -> None:
         """Ends the workers."""
@@ -137,8 +154,9 @@ class SharedFeed(Feed):
         return self.ask(here) if inf in self.counts else sum(idx < count for count in self.counts)
 
     def _any_batch(self) -> Any:
-        for batch, _, _ in self.loaders:
-            return self.transfer(batch, 0)
+        with isolate_rng():  # in a run that was not stopped, it is one that was given before
+            for batch, _, _ in self.loaders:
+                return self.transfer(batch, 0)
         what = "This process has no batch at all, and others have."
         raise RuntimeError(f"{what} Give each process data: use a smaller batch size, or fewer devices.")
 
@@ -151,22 +169,25 @@ class IteratorFeed(Feed):
 
     def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
         super().__init__(loaders, lambda batch, _: batch, profile)
-        self.batch_idx = 0
+        self.batch_idx = self.pulled = self.pulled_before = 0
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         source = super().__iter__()
         # Always one batch ahead: whether there is a next step is known only to whoever has its batch.
         ahead: Any = next(source, _END)
-        self.batch_idx = self.first_batch_idx
+        self.batch_idx = self.pulled = self.first_batch_idx
 
         def pull() -> Generator[tuple[Any, int, int]]:
             nonlocal ahead
             while ahead is not _END:
                 item, ahead = ahead, next(source, _END)
-                self.batch_idx, self.is_last = item[1], ahead is _END
+                self.batch_idx, self.is_last, self.pulled = item[1], ahead is _END, item[1] + 1
                 yield item
 
         iterator = pull()
         while ahead is not _END:
-            self.is_last = False
+            self.is_last, self.pulled_before = False, self.pulled
             yield iterator, self.batch_idx, 0
+
+    def taken(self, done: int, in_batch: bool) -> int:
+        return self.pulled_before if in_batch else self.pulled

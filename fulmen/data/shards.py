@@ -172,6 +172,10 @@ class Striped:
             self.opened = None
         return getattr(self.loader, name)
 
+    def reopen(self) -> None:
+        """What was read to compare is not where a resumed pass begins."""
+        self.opened = None
+
     def _shutdown_workers(self) -> None:
         self.opened = None
         shutdown_workers(self.loader)

@@ -15,13 +15,14 @@ from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.exact import end_epoch, sync_steps, votes
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import Optimization, optimization_for
-from fulmen.loops.progress import Draws, Position, Progress
+from fulmen.loops.progress import Position, Progress
+from fulmen.loops.resume import Past, batches_to_repeat, before_validation, chapter
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import generator_states, isolate_rng
+from fulmen.utilities.seed import isolate_rng
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ class FitLoop:
         self.schedulers: Schedulers
         self.automatic = False  # does the next run go on by itself?
         self.resumed = False  # the first epoch continues where a checkpoint was taken
-        self.draws = Draws(None)  # the random generators of that checkpoint
-        self.draws_before_validation: dict[str, Any] = {}  # where a run that ends inside of it goes on
-        self.loader_states: Any = None  # of loaders that can be resumed
+        self.past = Past()  # what that checkpoint knows
+        self.before_validation: Any = None  # what a checkpoint written while validating holds
+        self.opened_at: int | None = None  # the epoch whose iterator is open
         self.loaded_at_epoch: int | None = None
+        self.validated_at = -1  # batches before the last validation
         self._validated_at_s = 0.0
         self._said_to_continue = False
 
@@ -71,6 +73,9 @@ class FitLoop:
         self.trainer.book.turn_to("train")
         if self.loaders is None:  # else `estimated_stepping_batches` was asked for in `configure_optimizers`
             self.load_data()
+        configs = self.trainer.lr_scheduler_configs if self.trainer.lightning_module.automatic_optimization else []
+        self.schedulers = Schedulers(configs, self.trainer.lightning_module.lr_scheduler_step)
+        self.past.finish_epoch(self)
         if self.trainer.limit_train_batches == 0 or self.finished():
             return
         self.prepare()
@@ -92,6 +97,7 @@ class FitLoop:
             self.finish_batch()
             if self.stop_due():
                 break
+            self.progress.position = Position.IN_BATCH
         self.close_epoch()
 
     def run_batch(self, batch: Any, batch_idx: int) -> bool:
@@ -103,7 +109,6 @@ class FitLoop:
         book.open_batch(batch)
         interval = self.trainer.log_every_n_steps
         book.logging_due = interval > 0 and (progress.log_step + 1) % interval == 0
-        progress.position = Position.IN_BATCH
         if self.uneven:
             self.meet()
         if hooks.on_train_batch_start(batch, batch_idx) == SKIP_EPOCH:
@@ -126,9 +131,12 @@ class FitLoop:
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
-            # sync: the step metrics go to the loggers, in one transfer from the device
-            self.trainer.report(book.take(), step=progress.log_step, with_epoch=True)
+            self.report_step()
         return True
+
+    def report_step(self) -> None:
+        """Sync: the step metrics go to the loggers, in one transfer from the device."""
+        self.trainer.report(self.trainer.book.take(), step=self.progress.log_step, with_epoch=True)
 
     # ------------------------------------------------------------------ before
 
@@ -148,11 +156,13 @@ class FitLoop:
         self.progress.position = position
         trainer.stage = RunningStage.TRAINING
 
-    def resume(self, progress: dict[str, Any], generators: dict[str, Any] | None, loader_states: Any = None) -> None:
-        """Continues from a checkpoint: its counters, and the states of random generators and loaders if it has them."""
+    def resume(self, progress: dict[str, Any], content: dict[str, Any], loader_states: Any = None) -> None:
+        """Continues from a checkpoint: its counters, our chapter of it, and the states of loaders that have one."""
         self.progress.load_state_dict(progress)
-        self.resumed, self.draws, self.loader_states = True, Draws(generators), loader_states
+        self.resumed, self.past = True, Past({**content, "progress": progress}, loader_states)
+        self.past.begin(self)
         if self.progress.position == Position.EPOCH_END:  # that epoch counts
+            self.past.epoch_ended = self.progress.is_last_batch
             self.progress.epochs += 1
             self.progress.open_epoch()
             self.progress.position = Position.EPOCH_START
@@ -187,15 +197,31 @@ class FitLoop:
             self.feed = SharedFeed(self.loaders, transfer, profile, counts, lambda yes: votes(trainer, yes))
         else:
             self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, transfer, profile)
-        if self.resumed and self.loader_states and self.progress.position != Position.EPOCH_START:
-            self.loaders.load_state_dict(self.loader_states)
         for loader in self.loaders.flattened:
             loader_tools.set_epoch(loader, self.progress.epochs)
-        self.draws.rewind()  # the order of a shuffled epoch is drawn when its iterator is made
-        self.feed.open()
-        self.draws.note()
+        if self.resumed:
+            self.go_on_loading()
+        else:
+            self.open_feed()
         self.loaded_at_epoch = self.progress.epochs
         self.set_validation_interval()
+
+    def open_feed(self) -> None:
+        """The iterators of this epoch are made, which draws the order of its samples."""
+        assert self.feed is not None
+        self.feed.open()
+        self.opened_at = self.progress.epochs
+
+    def go_on_loading(self) -> None:
+        """The loaders are where they were, if that is inside of an epoch."""
+        assert self.feed is not None
+        progress, begun = self.progress, self.progress.position != Position.EPOCH_START
+        inside = self.past.place_loaders(self)
+        if begun and progress.is_last_batch and progress.position != Position.IN_BATCH:
+            self.feed.exhaust()
+        elif inside or begun:
+            self.feed.first_batch_idx = self.past.given(self)
+            self.open_feed()
 
     def set_validation_interval(self) -> None:
         """`val_check_interval` in batches, now that the length of an epoch is known."""
@@ -238,8 +264,7 @@ class FitLoop:
             for part, method, action in ((self, "run_epoch", "epoch"), (self.optimization, "run", "batch")):
                 plain = getattr(type(part), method).__get__(part)
                 setattr(part, method, measured(trainer.profiler, f"run_training_{action}", plain))
-        configs = trainer.lr_scheduler_configs if module.automatic_optimization else []
-        self.schedulers = Schedulers(configs, module.lr_scheduler_step)
+        self.past.restore_validation(self)
         self._validated_at_s = time.monotonic()
         self._said_to_continue = False
 
@@ -284,61 +309,60 @@ class FitLoop:
         self.optimization.set_hooks(self.hooks)
         self.schedulers.open_epoch()
         resumed, self.resumed = self.resumed, False
+        if resumed:
+            self.past.restore(self)
+            self.past.rewind()
         if resumed and progress.position != Position.EPOCH_START:
             self.pick_up()
             return
         progress.open_epoch()
         self.feed.first_batch_idx = 0
-        self.draws.rewind()
         self.hooks.on_train_epoch_start()
-        stale = not self.draws.continued() if self.draws.stored is not None else progress.epochs > 0 and not resumed
-        if stale:  # the iterator that is open is not the one of this epoch
-            self.feed.open()
+        if self.opened_at != progress.epochs:
+            self.open_feed()
+        progress.position = Position.IN_BATCH
 
     def pick_up(self) -> None:
         """Continues inside an epoch, from the position the checkpoint was taken at."""
-        progress = self.progress
-        assert self.feed is not None
-        if not self.loader_states:
-            what = (
-                f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}: the training loader"
-            )
-            fix = "Give it `state_dict` and `load_state_dict` to continue exactly."
-            rank_zero_warn(f"{what} starts again from its first sample. {fix}")
-        self.feed.first_batch_idx = progress.batch
+        progress, position, past = self.progress, self.progress.position, self.past
         self.schedulers.open_epoch(progress.batch)
-        if progress.is_last_batch:
-            self.feed.exhaust()
-        self.draws.rewind()
-        self.draws = Draws(None)
-        position, progress.position = progress.position, Position.BATCH_DONE
-        if position == Position.IN_BATCH:
-            return
-        window = self.trainer.accumulate_grad_batches
-        self.optimization.stepped = progress.batch % window == 0 or progress.is_last_batch
-        if self.optimization.stepped:
-            progress.log_step -= 1  # the file counts it, `finish_batch` will again
-        if position != Position.VALIDATED and self.validation_due():
-            self.validate()
-        self.finish_batch()
+        self.schedulers.load_state(past.content.get("schedulers"), self.trainer.optimizers)
+        if position != Position.IN_BATCH:
+            progress.position = Position.BATCH_DONE
+            self.optimization.stepped = past.stepped
+            if past.stepped:
+                progress.log_step -= 1  # the file counts it, `finish_batch` will again
+                if past.content.get("logging_due"):
+                    self.report_step()
+            if position == Position.VALIDATED:
+                self.validated_at = progress.batches
+            elif self.validation_due():
+                self.validate()
+            self.finish_batch()
+        progress.position = Position.IN_BATCH
 
     def close_epoch(self) -> None:
         """`on_train_epoch_end`, schedulers that watch a metric, and the metrics of the epoch."""
         trainer, progress, book = self.trainer, self.progress, self.trainer.book
         book.muted = False
         book.close_batch()
-        if progress.position != Position.VALIDATED:  # else what validation logged is newer
+        if self.validated_at != progress.batches:  # else what validation logged is newer
             book.remember()
         progress.position = Position.EPOCH_END
-        assert book.page is not None
         end_epoch(trainer, self.hooks.on_train_epoch_end)
-        if progress.is_last_batch and self.schedulers.any:
-            self.schedulers.watch("epoch", progress.epochs + 1, book)
-        # The x axis is the last step of the epoch, which has been counted already.
-        trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
-        book.page.reset()
+        self.report_epoch(progress.is_last_batch)
         progress.epochs += 1
         progress.position = Position.EPOCH_START
+
+    def report_epoch(self, whole: bool) -> None:
+        """After `on_train_epoch_end`: schedulers that watch a metric, if the epoch came to its end, and the loggers."""
+        progress, book = self.progress, self.trainer.book
+        if whole and self.schedulers.any:
+            self.schedulers.watch("epoch", progress.epochs + 1, book)
+        # The x axis is the last step of the epoch, which has been counted already.
+        self.trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
+        assert book.page is not None
+        book.page.reset()
 
     # ------------------------------------------------------------------ batches
 
@@ -431,7 +455,7 @@ class FitLoop:
     def validate(self) -> None:
         """A validation run in the middle of training; the position says so, for whoever resumes from here."""
         trainer, progress = self.trainer, self.progress
-        self.draws_before_validation = generator_states()
+        self.before_validation = before_validation(self)
         progress.position = Position.VALIDATING
         trainer.stage = RunningStage.VALIDATING
         trainer.book.remember()
@@ -443,7 +467,30 @@ class FitLoop:
         trainer.book.turn_back(page)
         trainer.stage = RunningStage.TRAINING
         progress.position = Position.VALIDATED  # set by `on_validation_end` already, unless there was nothing to do
+        self.validated_at = progress.batches
         self._validated_at_s = time.monotonic()
+
+    # ------------------------------------------------------------------ for a checkpoint
+
+    def chapter(self) -> dict[str, Any]:
+        """What a file holds of this loop beside the counters."""
+        return chapter(self)
+
+    def batches_to_repeat(self) -> int:
+        """How far a run that resumes goes back behind the counters."""
+        return batches_to_repeat(self)
+
+    def batches_given(self) -> int:
+        """How many batches the feed gave for the steps that are finished."""
+        assert self.feed is not None
+        return self.feed.taken(self.progress.batch, self.progress.position == Position.IN_BATCH)
+
+    def inside(self) -> bool:
+        """Is the iterator of an epoch open, with something left in it?"""
+        progress, position = self.progress, self.progress.position
+        if position in (Position.EPOCH_START, Position.EPOCH_END):
+            return position == Position.EPOCH_START and self.opened_at == progress.epochs
+        return not progress.is_last_batch or position == Position.IN_BATCH
 
     # ------------------------------------------------------------------ after
 

@@ -24,10 +24,10 @@ class Window:
     weigh, which keeps gradients in the range of a mean; if it comes to weigh something else, `correction` makes up for it.
     """
 
-    __slots__ = ("divisor", "held", "total")
+    __slots__ = ("divisor", "expected", "held", "total")
 
     def __init__(self) -> None:
-        self.held = 0  # losses
+        self.held = self.expected = 0  # losses so far, and with the last one those that were to come
         self.divisor: Any = 1
         self.total: Any = 0  # weight; the divisor and it are tensors if weights are, so that nothing waits for them
 
@@ -38,6 +38,7 @@ class Window:
         if self.held == 0:
             self.divisor, self.total = self.first_divisor(weight, expected, loss), 0
         self.held += 1
+        self.expected = expected
         self.total = self.total + (1 if weight is None else weight)
         return loss / self.divisor
 

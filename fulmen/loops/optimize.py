@@ -417,6 +417,7 @@ class ManualOptimization(Optimization):
             raise MisconfigurationException(
                 f"{what} Call `self.manual_backward` instead of `yield`, or leave `automatic_optimization` on."
             )
+        self.made: list[Any] = []  # the optimizers that stepped in the last batch
 
     def meet(self, idle: bool, present: int) -> None:
         super().meet(idle, present)
@@ -424,6 +425,7 @@ class ManualOptimization(Optimization):
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
+        self.made = []
         self.book.hook = "training_step"
         if self.batchless:
             with standing_in(self.module), self.context() if self.context is not None else nullcontext():
@@ -462,7 +464,12 @@ class ManualOptimization(Optimization):
         else:
             result = self.strategy.optimizer_step(optimizer, finish, self.module, **kwargs)
         self.progress.steps += 1
+        self.made.append(optimizer)
         return result
+
+    def waiting(self) -> list[Any]:
+        """The optimizers that did not step in the last batch: their gradients may wait for a later one."""
+        return [optimizer for optimizer in self.trainer.optimizers if not any(optimizer is each for each in self.made)]
 
 
 def optimization_for(trainer: Trainer, hooks: HookPlan, progress: Progress) -> Optimization:
