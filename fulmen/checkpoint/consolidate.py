@@ -6,14 +6,17 @@ import argparse
 import os
 
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.sharded_checkpoint import META, is_sharded, read_all
+from fulmen.engine.sharded_checkpoint import META, is_sharded
 
 
-def consolidate(folder: str | os.PathLike, output_file: str | os.PathLike | None = None) -> str:
+def consolidate(
+    folder: str | os.PathLike, output_file: str | os.PathLike | None = None, weights_only: bool | None = None
+) -> str:
     """Writes a checkpoint that is a folder as one file, which every strategy loads. Returns its path.
 
     Arguments:
         output_file: by default the folder's name with ``.consolidated`` behind it.
+        weights_only: False also reads objects whose code runs then; only for folders you trust.
 
     Raises:
         FileNotFoundError: the folder is no such checkpoint.
@@ -26,7 +29,8 @@ def consolidate(folder: str | os.PathLike, output_file: str | os.PathLike | None
     target = f"{source}.consolidated" if output_file is None else os.fspath(output_file)
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} exists already. Remove it, or give another `--output_file`.")
-    TorchCheckpointIO().save_checkpoint(read_all(source, weights_only=False), target)
+    io = TorchCheckpointIO()
+    io.save_checkpoint(io.load_checkpoint(source, weights_only=weights_only), target)
     return target
 
 
@@ -35,8 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Turns a sharded checkpoint, which is a folder, into one file.")
     parser.add_argument("folder")
     parser.add_argument("--output_file", help="by default, the folder's name with .consolidated behind it")
+    parser.add_argument("--trust", action="store_true", help="read objects of any class, whose code then runs")
     arguments = parser.parse_args()
-    print(consolidate(arguments.folder, arguments.output_file))
+    print(consolidate(arguments.folder, arguments.output_file, False if arguments.trust else None))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import os
 import sys
 from collections.abc import Callable
 from math import inf
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
 
 from fulmen.checkpoint.migrate import migrate_checkpoint
-from fulmen.checkpoint.snapshot import explained_mismatch
+from fulmen.checkpoint.snapshot import OMEGACONF, explained_mismatch
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.engine.sealed import read
 from fulmen.utilities.collections import AttributeDict
 from fulmen.utilities.errors import suggestion
 from fulmen.utilities.filesystem import get_filesystem
@@ -75,9 +76,11 @@ def load_from_checkpoint(
 
 def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
     """The content of a file, brought up to date; tensors stay on their device if this machine has it."""
-    read = torch.load if hasattr(path, "read") else TorchCheckpointIO().load_checkpoint
     location = keep_available_device if map_location is None else map_location
-    checkpoint = read(path, map_location=location, weights_only=weights_only)
+    if isinstance(path, (str, os.PathLike)):
+        checkpoint = TorchCheckpointIO().load_checkpoint(path, location, weights_only)
+    else:
+        checkpoint = read(path, getattr(path, "name", repr(path)), location, weights_only)
     if not isinstance(checkpoint, dict):
         what = f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is."
         raise TypeError(f"{what} Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
@@ -105,6 +108,10 @@ def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint
     if name in accepted:
         inside = {k: v for k, v in kwargs.items() if k in stored or k not in accepted}
         kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE, AttributeDict)  # type: ignore[attr-defined]
+        if isinstance(kind, str):
+            kind = (
+                require(OMEGACONF, "for its hyper-parameters").OmegaConf.create if kind == OMEGACONF else AttributeDict
+            )
         arguments = {name: kind({**stored, **inside}), **kwargs}
     else:
         inside, arguments = {}, {**stored, **kwargs}
@@ -162,7 +169,20 @@ def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool =
     """The mapping in a YAML file. `use_omegaconf` is accepted for compatibility; the result is always a dict."""
     yaml = require("yaml", "to read hyper-parameters")
     with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
-        return yaml.full_load(file) or {}
+        try:
+            return yaml.load(file, _plain_loader(yaml)) or {}
+        except yaml.constructor.ConstructorError as error:
+            what = f"The file {os.fspath(config_yaml)!r} names an object of Python, which could run any code: {error}."
+            raise ValueError(f"{what} Remove it there, and pass that argument in the call.") from error
+
+
+def _plain_loader(yaml: Any) -> Any:
+    """Numbers, texts and their collections, tuples too; names of functions and classes are refused."""
+
+    class Loader(yaml.FullLoader):
+        yaml_multi_constructors: ClassVar[dict] = {}
+
+    return Loader
 
 
 def _literal(text: str) -> Any:

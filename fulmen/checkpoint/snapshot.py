@@ -6,6 +6,7 @@ position and the states of the random generators in plain types; files without i
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
 from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
 from fulmen.utilities.errors import MisconfigurationException, nearest
-from fulmen.utilities.modules import modules_in_eval
-from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.modules import is_plain, modules_in_eval
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn, warn_once
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from fulmen.trainer import Trainer
+
+
+OMEGACONF = "omegaconf"  # the type of hyper-parameters that were a `DictConfig`
 
 
 def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
@@ -88,10 +92,16 @@ def saved_progress(trainer: Trainer) -> dict[str, Any]:
 def _write_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
     if getattr(owner, "_hparams_name", None):
         checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
-    special = type(owner.hparams).__module__.startswith("omegaconf")
-    checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = owner.hparams if special else dict(owner.hparams)
-    if special:
-        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = type(owner.hparams)
+    hparams = owner.hparams
+    if type(hparams).__module__.startswith("omegaconf"):
+        hparams = sys.modules["omegaconf"].OmegaConf.to_container(hparams)
+        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = OMEGACONF  # a name: classes make files that are not safe
+    plain = {name: value for name, value in hparams.items() if is_plain(value)}
+    if special := {name: type(value).__qualname__ for name, value in hparams.items() if name not in plain}:
+        what = f"Hyper-parameters are left out of checkpoints: {special} (name: type). Loading such objects runs code."
+        fix = f"Pass them again, as in `load_from_checkpoint(path, {next(iter(special))}=...)`"
+        warn_once(f"{what} {fix}, and use `save_hyperparameters(ignore={[*special]})`.")
+    checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = plain
 
 
 class Snapshot:

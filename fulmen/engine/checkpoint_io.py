@@ -10,6 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -78,8 +79,7 @@ class TorchCheckpointIO(CheckpointIO):
         """
         path, where = os.fspath(path), "cpu" if map_location is None else map_location
         if path.startswith(("http://", "https://")):
-            safe = weights_only is not False
-            return torch.hub.load_state_dict_from_url(path, map_location=where, weights_only=safe)
+            path = _downloaded(path)
         try:
             if is_sharded(path := _existing(path)):
                 check_shards(path)
@@ -115,6 +115,15 @@ class TorchCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         with contextlib.suppress(FileNotFoundError):
             get_filesystem(path).rm(os.fspath(path), recursive=True)
+
+
+def _downloaded(url: str) -> str:
+    """The file of a URL, where `torch.hub` keeps what it has fetched."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlsplit(url).path))
+    if not os.path.exists(path):
+        ensure_dir(os.path.dirname(path))
+        torch.hub.download_url_to_file(url, path)
+    return path
 
 
 def _existing(path: str) -> str:

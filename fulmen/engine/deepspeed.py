@@ -19,6 +19,7 @@ from fulmen.engine.async_checkpoint_io import written_at_once
 from fulmen.engine.ddp import through_forward
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
+from fulmen.engine.sealed import read
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_info
@@ -250,7 +251,8 @@ class DeepSpeedStrategy(ParallelStrategy):
         if self.load_full_weights or not os.path.isdir(os.path.join(checkpoint_path, TAG)):
             return super().load_checkpoint(checkpoint_path, weights_only)
         file = os.path.join(checkpoint_path, TAG, STATES)
-        content = torch.load(file, map_location="cpu", weights_only=weights_only)
+        with open(file, "rb") as states:
+            content = read(states, file, "cpu", weights_only)  # DeepSpeed itself reads the others, and trusts them
         rank_zero_info(f"The weights are loaded by DeepSpeed from {checkpoint_path}")
         return {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], **content, "path": checkpoint_path}
 
