@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 import torch
 from support import Regression, make_loader, make_trainer
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import fulmen as pl
 from fulmen.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from fulmen.engine.checkpoint_io import DamagedCheckpointError
 from fulmen.utilities.errors import MisconfigurationException
 
 
@@ -361,8 +364,24 @@ def damaged(tmp_path, kind):
         path.write_text("not a checkpoint")
     elif kind == "list":
         torch.save([1, 2], path)
+    elif kind == "number":
+        torch.save(3, path)
     elif kind == "weights of a plain module":
         torch.save(torch.nn.Linear(4, 1).state_dict(), path)
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "b")
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "future":
+        later = torch.load(path)
+        later["fulmen"]["version"] = 99
+        torch.save(later, path)
+    elif kind == "other model":
+        changed = torch.load(path)
+        changed["state_dict"] = {"encoder.weight": torch.ones(1)}
+        torch.save(changed, path)
     return path
 
 
@@ -370,7 +389,9 @@ def damaged(tmp_path, kind):
     "kind, error",
     [
         ("missing", FileNotFoundError), ("truncated", RuntimeError), ("empty", RuntimeError), ("text", RuntimeError),
-        ("list", Exception), ("weights of a plain module", KeyError),
+        ("list", TypeError), ("number", TypeError), ("weights of a plain module", KeyError),
+        ("zip", DamagedCheckpointError), ("folder", IsADirectoryError), ("future", ValueError),
+        ("other model", RuntimeError),
     ],
 )  # fmt: skip
 def test_files_that_are_no_checkpoint(tmp_path, kind, error):
@@ -380,6 +401,22 @@ def test_files_that_are_no_checkpoint(tmp_path, kind, error):
     with pytest.raises(error, match=path.name):
         make_trainer(max_epochs=2).fit(model, make_loader(), ckpt_path=path)
     assert torch.equal(model.layer.weight, before)
+
+
+def test_a_damaged_file_names_the_newest_good_one_beside_it(tmp_path):
+    bad = damaged(tmp_path, "truncated")
+    fit(Regression()).save_checkpoint(tmp_path / "good.ckpt")
+    for verb in ("fit", "validate", "test", "predict"):
+        with pytest.raises(DamagedCheckpointError, match=r"truncated\.ckpt.*good one beside it is .*good\.ckpt"):
+            getattr(make_trainer(max_epochs=2), verb)(Regression(), make_loader(), ckpt_path=bad)
+
+
+def test_best_without_a_monitor_is_the_newest(tmp_path):
+    callback = ModelCheckpoint(tmp_path)
+    trainer = make_trainer(max_epochs=2, callbacks=callback, enable_checkpointing=True)
+    trainer.fit(Regression(), make_loader(), make_loader())
+    trainer.validate(ckpt_path="best", dataloaders=make_loader(), verbose=False)
+    assert trainer.ckpt_path == str(tmp_path / "epoch=1-step=6.ckpt")
 
 
 @pytest.mark.parametrize("name", ["best", "hpc"])

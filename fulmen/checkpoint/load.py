@@ -81,9 +81,6 @@ def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weig
         checkpoint = TorchCheckpointIO().load_checkpoint(path, location, weights_only)
     else:
         checkpoint = read(path, getattr(path, "name", repr(path)), location, weights_only)
-    if not isinstance(checkpoint, dict):
-        what = f"{path!r} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is."
-        raise TypeError(f"{what} Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
     return migrate_checkpoint(checkpoint, path)
 
 

@@ -15,6 +15,9 @@ API_VERSION = "2.6.6"
 
 def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
     """The same dict in today's layout; the version it was written by is kept under another key."""
+    if not isinstance(checkpoint, dict):
+        what = f"The file {path} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is."
+        raise TypeError(f"{what} Use one written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
     if VERSION_KEY not in checkpoint:
         what = f"The file {path} has no key `{VERSION_KEY}`, only {sorted(map(str, checkpoint))[:10]}: no trainer wrote it."
         raise KeyError(f"{what} For plain weights, use `model.load_state_dict(torch.load(path))`.")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 
+CHAPTER_VERSION = 1  # raised when a file could not be continued by the code of today
 OMEGACONF = "omegaconf"  # the type of hyper-parameters that were a `DictConfig`
 
 
@@ -58,7 +59,7 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         validating = trainer.fit_loop.val_loop.frozen  # all modules are in eval mode just now, these stay so
         chapter = {"progress": progress, **trainer.fit_loop.chapter()}
         in_eval = modules_in_eval(module) if validating is None else validating
-        checkpoint["fulmen"] = {"version": 1, **chapter, "in_eval": in_eval}
+        checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter, "in_eval": in_eval}
     for owner in (module, datamodule):
         if owner is not None and owner.hparams:
             _write_hparams(checkpoint, owner)
@@ -113,6 +114,13 @@ class Snapshot:
         if path is not None:
             rank_zero_info(f"Restoring states from the checkpoint path at {path}")
             self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only), path)
+            version = (self.content.get("fulmen") or {}).get("version", 1)
+            if version > CHAPTER_VERSION and trainer.state.fn == "fit":
+                what = (
+                    f"The checkpoint {path} has a chapter of version {version}, and this is written by a later fulmen:"
+                )
+                fix = "Install that one, or take only the weights: `load_from_checkpoint`."
+                raise ValueError(f"{what} {CHAPTER_VERSION} is the latest that can be continued. {fix}")
 
     def restore_model(self) -> None:
         """Weights, datamodule and callbacks; before the model is set up, or after, if the strategy asks for that."""
