@@ -102,7 +102,7 @@ def newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str 
     for path in sorted(candidates, key=_age, reverse=True):
         try:
             verify(path)
-        except (DamagedCheckpointError, FileNotFoundError) as error:
+        except (DamagedCheckpointError, FileNotFoundError, IsADirectoryError) as error:
             damaged.append(str(error))
             continue
         for problem in damaged:

@@ -184,6 +184,7 @@ def _plain_errors(what: str, dcp: Any) -> Generator[None]:
     except dcp.api.CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
         kind = next((kind for kind in (OSError, pickle.UnpicklingError) if isinstance(first, kind)), RuntimeError)
+        kind = OSError if "unexpected pos" in str(first) else kind  # what torch says when a disk is full
         raise kind(f"Rank {rank} could not {what}: {type(first).__name__}: {first}") from error
 
 
