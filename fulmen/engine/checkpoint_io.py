@@ -18,7 +18,7 @@ from fulmen.engine.sealed import DamagedCheckpointError, damaged, read, save, ve
 from fulmen.engine.sharded_checkpoint import META, check_shards, is_sharded, read_all
 from fulmen.utilities.errors import suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, local_path, modified
-from fulmen.utilities.temporaries import clean_beside
+from fulmen.utilities.temporaries import clean_beside, remove
 
 
 class CheckpointIO(ABC):
@@ -78,7 +78,7 @@ class TorchCheckpointIO(CheckpointIO):
         Raises `DamagedCheckpointError` if the file is cut off, changed (hashes are verified) or no checkpoint at all.
         """
         path, where = os.fspath(path), "cpu" if map_location is None else map_location
-        if path.startswith(("http://", "https://")):
+        if url := path.startswith(("http://", "https://")):
             path = _downloaded(path)
         try:
             if is_sharded(path := _existing(path)):
@@ -87,7 +87,7 @@ class TorchCheckpointIO(CheckpointIO):
             with _opened(path) as file:
                 return read(file, path, where, weights_only)
         except DamagedCheckpointError as error:
-            beside = self._good_neighbour(path)
+            beside = None if url else self._good_neighbour(path)
             found = f" The newest good one beside it is {beside!r}." if beside else ""
             raise DamagedCheckpointError(f"{error}{found}") from error
 
@@ -103,16 +103,20 @@ class TorchCheckpointIO(CheckpointIO):
             verify(file, path)
 
     def _good_neighbour(self, path: str) -> str | None:
-        folder, name = os.path.split(path)
-        names = [os.path.basename(str(file).rstrip("/")) for file in get_filesystem(path).ls(folder or os.curdir)]
-        alike = [other for other in names if other != name and os.path.splitext(other)[1] == os.path.splitext(name)[1]]
-        for other in sorted((os.path.join(folder, other) for other in alike), key=modified, reverse=True):
-            with contextlib.suppress(DamagedCheckpointError, OSError):
-                self.verify_checkpoint(other)
-                return other
+        folder, kind = os.path.dirname(path), os.path.splitext(path)[1]
+        with contextlib.suppress(Exception):  # this only adds to an error
+            names = [os.path.basename(str(file).rstrip("/")) for file in get_filesystem(path).ls(folder or os.curdir)]
+            others = {os.path.join(folder, name) for name in names if os.path.splitext(name)[1] == kind} - {path}
+            for other in sorted(filter(get_filesystem(path).exists, others), key=modified, reverse=True):
+                with contextlib.suppress(DamagedCheckpointError, OSError):
+                    self.verify_checkpoint(other)
+                    return other
         return None
 
     def remove_checkpoint(self, path: Any) -> None:
+        if not is_remote(path):
+            remove(local_path(path))
+            return
         with contextlib.suppress(FileNotFoundError):
             get_filesystem(path).rm(os.fspath(path), recursive=True)
 

@@ -62,6 +62,15 @@ def put_in_place(folder: str, path: str) -> None:
     _remove(old)
 
 
+def remove(path: str) -> None:
+    """Deletes a local file or folder; a folder is gone as a whole, or is still there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        aside = temporary_name(path)
+        os.rename(path, aside)
+        path = aside
+    _remove(path)
+
+
 def clean(folder: str) -> list[str]:
     """Removes what dead writers left in a local folder; a renaming of folders they had begun is finished.
 

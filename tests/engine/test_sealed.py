@@ -109,5 +109,6 @@ def test_a_damaged_file_names_the_newest_good_one_beside_it(saved, tmp_path):
         os.utime(tmp_path / name, (1000 + age, 1000 + age))
     os.truncate(tmp_path / "newest but cut.ckpt", 300)
     os.truncate(saved, 300)
+    (tmp_path / "leads nowhere.ckpt").symlink_to("gone")
     with pytest.raises(DamagedCheckpointError, match=r"x\.ckpt.*beside it is .*newer\.ckpt"):
         io.load_checkpoint(saved)

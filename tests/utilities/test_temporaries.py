@@ -11,7 +11,7 @@ import time
 import pytest
 
 from fulmen.utilities.filesystem import atomic_write
-from fulmen.utilities.temporaries import claimed_folder, clean, clean_beside, put_in_place, temporary_name
+from fulmen.utilities.temporaries import claimed_folder, clean, clean_beside, put_in_place, remove, temporary_name
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 
@@ -140,6 +140,23 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_one_or_the_new_one(tmp
     assert (target / "part").read_text() == expected
     clean(str(tmp_path))
     assert os.listdir(tmp_path) == ["x.ckpt"] and (target / "part").read_text() == expected
+
+
+@pytest.mark.parametrize("moment", ["os.rename", "shutil.rmtree", "os.remove", "os.rmdir"])
+def test_a_kill_while_a_folder_is_removed_leaves_all_of_it_or_nothing(tmp_path, moment):
+    target = folder_with(tmp_path / "x.ckpt", "old")
+    (target / "other part").touch()
+
+    def remove_until():
+        sys.addaudithook(lambda event, _: os.kill(os.getpid(), signal.SIGKILL) if event == moment else None)
+        remove(str(target))
+
+    killed_while(remove_until)
+    assert target.exists() is (moment == "os.rename")
+    if target.exists():
+        assert sorted(os.listdir(target)) == ["other part", "part"]
+    clean(str(tmp_path))
+    assert os.listdir(tmp_path) == (["x.ckpt"] if moment == "os.rename" else [])
 
 
 def test_a_folder_that_fails_is_gone(tmp_path):
