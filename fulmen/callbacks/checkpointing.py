@@ -133,8 +133,11 @@ class ModelCheckpoint(Checkpoint):
         if self.save_last == "link" and is_remote(self.dirpath):
             what = f"`ModelCheckpoint(save_last='link')`: there are no links in `dirpath={self.dirpath}`."
             raise ValueError(f"{what} Use `save_last=True`, which writes a full copy.")
-        if stage == "fit" and trainer.is_global_zero and (left := clean(self.dirpath)):
-            rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
+        if stage == "fit" and trainer.is_global_zero:
+            names_make_folders = os.path.dirname(self.filename or "") and not is_remote(self.dirpath)
+            folders = [folder for folder, *_ in os.walk(self.dirpath)] if names_make_folders else [self.dirpath]
+            if left := [name for folder in folders for name in clean(folder)]:
+                rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
         files = get_filesystem(self.dirpath)
         ends = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
         self._outdated = list(filter(files.exists, ends))

@@ -77,7 +77,10 @@ def clean(folder: str) -> list[str]:
     Returns the names of what is gone. Where this process may not do so, everything stays as it is.
     """
     done: list[str] = []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():  # "x.tmp" comes before "x.tmp.old"
+    names = []
+    with suppress(OSError):
+        names = sorted(os.listdir(folder))  # "x.tmp" comes before "x.tmp.old"
+    for name in names:
         if writer := _NAME.fullmatch(name):
             with suppress(OSError):
                 done += [name] if _settle(os.path.join(folder, name), writer) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from datetime import timedelta
 from math import inf, nan
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import fulmen
 from fulmen.callbacks import Callback, Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from fulmen.loggers import CSVLogger, TensorBoardLogger
+from fulmen.plugins import TorchCheckpointIO
 from fulmen.utilities.errors import MisconfigurationException
 
 
@@ -457,6 +459,28 @@ def test_checkpoints_come_last_and_monitor():
     assert issubclass(ModelCheckpoint, Checkpoint)
     assert Checkpoint.monitors
     assert not Callback.monitors
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("filename", ["x", "{epoch}/x"])
+def test_the_next_start_removes_what_a_killed_save_left(fit, files, tmp_path, filename):
+    class Dies(TorchCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            super().save_checkpoint({**checkpoint, "deadly": Deadly()}, path)
+
+    if (child := os.fork()) == 0:
+        fit(ModelCheckpoint(filename=filename), plugins=Dies())
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    [left] = files()
+    assert left.endswith(".tmp")
+    fit(ModelCheckpoint(filename=filename), max_epochs=1)
+    assert files() == [f"{filename.format(epoch='epoch=0')}.ckpt"]
+
+
+class Deadly:
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_remote_folder(fit):
