@@ -153,6 +153,8 @@ class ModelCheckpoint(Checkpoint):
         if self._untold:
             _tell_loggers(self, trainer)
         due, interval = False, self._train_time_interval
+        if not trainer.fit_loop.optimization.stepped:  # gradients wait for more batches
+            return
         if self._every_n_train_steps:
             due = trainer.global_step % self._every_n_train_steps == 0
         elif interval is not None:
@@ -417,8 +419,9 @@ class OnExceptionCheckpoint(Checkpoint):
         if _trains(trainer) and trainer.global_step and trainer.signals.saved != self.ckpt_path:
             trainer.save_checkpoint(self.ckpt_path)
 
-    def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        trainer.strategy.remove_checkpoint(self.ckpt_path)
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not trainer.fast_dev_run:  # a look at the broken run by `validate` is no end of it
+            trainer.strategy.remove_checkpoint(self.ckpt_path)
 
 
 def folder_of_run(trainer: Trainer) -> str:

@@ -22,10 +22,8 @@ LAST = 1 << 60  # behind all validation batches
 
 def after_step(loop: FitLoop) -> None:
     """A signal came: ends the run if an accumulation window is complete, and all processes end here."""
-    trainer, progress = loop.trainer, loop.progress
-    complete = progress.batch % trainer.accumulate_grad_batches == 0 or progress.is_last_batch
-    if complete and trainer.strategy.ends_at((progress.batches, LAST)):
-        end(trainer)
+    if not in_window(loop) and loop.trainer.strategy.ends_at((loop.progress.batches, LAST)):
+        end(loop.trainer)
 
 
 def after_evaluation_batch(loop: EvaluationLoop, batch_idx: int, dataloader_idx: int) -> None:
@@ -34,8 +32,14 @@ def after_evaluation_batch(loop: EvaluationLoop, batch_idx: int, dataloader_idx:
     if not loop.inside_fit:
         raise trainer.signals.exception()
     place = (trainer.fit_loop.progress.batches, (dataloader_idx << 40) + batch_idx)
-    if (loop.full is None or batch_idx < loop.full[dataloader_idx]) and trainer.strategy.ends_at(place):
+    everywhere = loop.full is None or batch_idx < loop.full[dataloader_idx]
+    if everywhere and not in_window(trainer.fit_loop) and trainer.strategy.ends_at(place):
         end(trainer)
+
+
+def in_window(loop: FitLoop) -> bool:
+    """Do gradients wait for more batches before there is a step?"""
+    return bool(loop.progress.batch % loop.trainer.accumulate_grad_batches) and not loop.progress.is_last_batch
 
 
 def end(trainer: Trainer) -> NoReturn:

@@ -497,11 +497,56 @@ def test_on_exception_checkpoint_is_written_and_removed_by_the_next_good_run(fit
     with pytest.raises(ZeroDivisionError):
         fit(callback, breaking(scripted_model))
     assert torch.load(callback.ckpt_path, weights_only=True)["global_step"] == 6
+    fulmen.Trainer(callbacks=callback, logger=False, enable_progress_bar=False).validate(
+        scripted_model(), verbose=False
+    )
+    assert os.path.exists(callback.ckpt_path)  # looking at what there is does not end the run
     trainer = fit(callback, max_epochs=2)  # resumes from the file without being told
     assert trainer.global_step == 8
     assert not os.path.exists(callback.ckpt_path)
     with pytest.raises(ValueError, match="names no file"):
         OnExceptionCheckpoint(tmp_path, filename="")
+
+
+def test_an_exception_outside_of_training_keeps_the_file_of_the_run_that_broke(fit, scripted_model, tmp_path):
+    callback = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        fit(callback, breaking(scripted_model))
+    before = Path(callback.ckpt_path).read_bytes()
+
+    class Misspelt(type(scripted_model())):
+        def setup(self, stage):
+            raise NameError("trainig")
+
+    for verb in ("fit", "validate"):
+        with pytest.raises(NameError):
+            trainer = fulmen.Trainer(callbacks=callback, logger=False, enable_progress_bar=False, max_epochs=2)
+            getattr(trainer, verb)(Misspelt())
+    assert Path(callback.ckpt_path).read_bytes() == before
+
+
+def test_a_resumed_run_writes_no_file_while_gradients_wait_for_a_step(fit, files, tmp_path):
+    """A step counts as new in a new process, but half of the next window has been trained already."""
+    arguments = {"every_n_train_steps": 2, "save_top_k": -1, "dirpath": tmp_path}
+    fit(ModelCheckpoint(**arguments), max_epochs=1, accumulate_grad_batches=2)
+    resumed = Recording(**arguments)
+    fit(resumed, max_epochs=2, accumulate_grad_batches=2, ckpt_path=tmp_path / "epoch=0-step=2.ckpt")
+    assert [event[1] for event in resumed.events] == ["epoch=1-step=4.ckpt"]
+
+
+def test_a_save_by_the_clock_comes_after_its_interval(fit, monkeypatch):
+    """Counted from the start of training, then from the last save; the clock is turned on by 20 s in each batch."""
+    now = [1000.0]
+    monkeypatch.setattr("fulmen.callbacks.checkpointing.time.monotonic", lambda: now[0])
+
+    class Turns(Callback):
+        def on_train_batch_start(self, *args):
+            now[0] += 20
+
+    callback = Recording(save_top_k=-1, train_time_interval=timedelta(seconds=50))
+    now[0] += 500  # setting up does not count
+    fit([Turns(), callback], max_epochs=2)
+    assert callback.saved == ["epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt"]
 
 
 def test_default_checkpoint_is_added(fit, files):

@@ -125,6 +125,11 @@ def test_in_validation_only_the_batch_at_hand_is_finished(tmp_path):
     assert saved["fulmen"]["progress"]["position"] == "VALIDATING"
 
 
+def test_validation_goes_on_where_an_accumulation_window_is_open(tmp_path):
+    trainer, _ = end(Hit("validation_step"), tmp_path, accumulate_grad_batches=4, val_check_interval=3)
+    assert (trainer.global_step, trainer.fit_loop.progress.batch) == (1, 4)
+
+
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_what_was_saved_goes_on_in_the_same_bits(tmp_path, hook):
     """Random numbers of a validation that is begun again are those it began with."""
