@@ -67,7 +67,7 @@ class Board:
             self.values[key] = value
             if self.rank != 0:
                 return
-            if key in ("verdict", "reported", "beat/0") or key.startswith("closed/"):
+            if key in ("verdict", "reported", "signal", "beat/0") or key.startswith("closed/"):
                 receivers = set(self.ranks.values())
             elif key.startswith("at/"):  # for who reports
                 receivers = {self.values.get("verdict", {}).get("by")}
@@ -125,7 +125,7 @@ class Board:
     def welcome(self, connection: socket.socket, rank: int) -> None:
         with self.lock:
             self.ranks[connection] = rank
-            for key in ("verdict", "reported"):
+            for key in ("verdict", "reported", "signal"):
                 if key in self.values:
                     self.send(connection, key, self.values[key])
 

@@ -123,6 +123,7 @@ class Watchdog:
             signalled = self.board.pump(min(max(due - time.monotonic(), 0), 0.2), self.signals)
             if signalled and self.signals is not None:
                 self.hear(self.signals.recv(64))
+            self.hear_of_others()
             self.obey()
             if (verdict := self.verdict) is not None and not self.reacted:
                 self.reacted = True
@@ -417,11 +418,22 @@ class Watchdog:
         self.force(RuntimeError(reason(self.alone)), self.limit / 3)
 
     def hear(self, heard: bytes) -> None:
-        """SIGTERM or SIGINT has come to this process, whatever its main thread is doing."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """A signal has come to this process, whatever its main thread is doing: all processes hear of it."""
+        for number in heard:
             ours = number == signal.SIGTERM or self.trainer.signals.ours(number)
-            if number in heard and ours and self.signalled is None:
-                self.signalled = (number, time.monotonic())
+            if ours and self.signalled is None and not self.done:
+                self.board.set("signal", number)
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self.signalled = (number, time.monotonic())
+
+    def hear_of_others(self) -> None:
+        """A signal has come to another process: it ends there only if all end."""
+        number = self.board.values.get("signal")
+        if number is None or self.trainer.signals.pending is not None or self.done:
+            return
+        self.trainer.signals.pending = number
+        if self.signalled is None and number in (signal.SIGTERM, signal.SIGINT):
+            self.signalled = (number, time.monotonic())
 
     def obey(self) -> None:
         """Does the main thread end as it was told to, after a step?"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, folder_of_run
@@ -46,6 +47,7 @@ def end(trainer: Trainer) -> NoReturn:
     """Saves, if something was trained and the run writes checkpoints, and raises what ends the run."""
     signals = trainer.signals
     signals.pending = trainer.strategy.broadcast(signals.pending)  # all end because of what the first rank was told
+    signals.received_sigterm = signals.received_sigterm or signals.pending == signal.SIGTERM
     training = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
     folder = trainer.default_root_dir if signals.requeueing else None
     path = trainer.strategy.broadcast(paths.stop_file(trainer.callbacks, folder)) if training else None

@@ -28,6 +28,7 @@ class Signals:
         self.saving = False  # is the file being written with which the run ends?
         self.saved = ""  # that file
         self.cluster: SLURMEnvironment | None = None  # who gives the job another turn
+        self._interrupted = False  # was Ctrl-C pressed in this process?
         self._looping = False  # does a loop run that looks at `pending`?
         self._before: dict[int, Any] = {}
         self._process = 0
@@ -39,7 +40,7 @@ class Signals:
             cluster: an environment that can requeue the job; its signal is heard as well.
         """
         self.received_sigterm = self.saving = self._looping = False
-        self.pending, self.saved, self._process = None, "", os.getpid()
+        self._interrupted, self.pending, self.saved, self._process = False, None, "", os.getpid()
         requeues = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal is not None
         self.cluster = cluster if requeues else None
         for number in (signal.SIGTERM, self.cluster.requeue_signal if self.cluster else None):
@@ -48,7 +49,7 @@ class Signals:
     def defer(self) -> None:
         """A loop begins, which ends at a boundary. Ctrl-C, too, is told to it, unless the user handles it."""
         self._looping = True
-        if self.pending is not None:  # an `except:` of somebody's has caught the exception
+        if self.pending is not None:  # another process was told, or an `except:` of somebody's caught the exception
             raise self.exception()
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._handle(signal.SIGINT, self._on_interrupt)
@@ -112,9 +113,10 @@ class Signals:
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker in the terminal's group: the step needs its batches
             return
-        if self.pending is not None:
+        if self._interrupted:
             raise KeyboardInterrupt
-        self.pending = number
+        self._interrupted = True
+        self.pending = number if self.pending is None else self.pending
         self._say("Ctrl-C: the run ends after the current step. Press it again to stop at once.")
 
     def _say(self, text: str) -> None:
