@@ -56,13 +56,13 @@ class Model(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), drop, nn.Linear(16, 1))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        time.sleep(0.003)
+        time.sleep(0.002)
         loss = (self.net(batch[0]) - batch[1]).square().mean()
         self.log("loss", loss)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        time.sleep(0.003)
+        time.sleep(0.002)
         self.log("val_loss", (self.net(batch[0]) - batch[1]).square().mean())
 
     def configure_optimizers(self) -> Any:
@@ -115,7 +115,8 @@ def fit(run: Run, folder: Path) -> None:
     data = TensorDataset(x, x.sum(1, keepdim=True))
     trainer = pl.Trainer(
         accelerator="cpu", devices=run.ranks, strategy="ddp" if run.ranks > 1 else "auto", max_epochs=run.epochs,
-        accumulate_grad_batches=run.accumulate, val_check_interval=5, num_sanity_val_steps=1, logger=False,
+        accumulate_grad_batches=run.accumulate, val_check_interval=5, limit_val_batches=5, num_sanity_val_steps=1,
+        logger=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[Tells(folder), ModelCheckpoint(folder / "checkpoints", every_n_train_steps=4)],
     )  # fmt: skip
