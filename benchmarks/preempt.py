@@ -34,8 +34,9 @@ import fulmen as pl
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.engine.cluster import free_port
 
-DATA = "same"  # what trials use: "same" samples, or different ones that are "shuffled"
+DATA = "shuffled"  # what trials use: different samples that are shuffled, or the "same" ones
 GIVE_UP_SECONDS = 60
+LAUNCHER_SECONDS = 5  # after one has ended, launchers end the others; no run is there to do it before they have met
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,16 @@ def start(run: Run, folder: Path) -> list[int]:
 def ended(children: list[int]) -> list[int]:
     """The exit codes as a shell shows them; 137 for what had to be killed."""
     codes: dict[int, int] = {}
-    deadline = time.monotonic() + GIVE_UP_SECONDS
+    deadline, told = time.monotonic() + GIVE_UP_SECONDS, float("inf")
     while len(codes) < len(children):
         for child in children:
             if child not in codes and (found := os.waitpid(child, os.WNOHANG))[0]:
                 code = os.waitstatus_to_exitcode(found[1])
                 codes[child] = code if code >= 0 else 128 - code
-            elif child not in codes and time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
+                told = min(told, time.monotonic() + LAUNCHER_SECONDS)
+            elif child not in codes and time.monotonic() > min(told, deadline):
+                os.kill(child, signal.SIGKILL if time.monotonic() > deadline else signal.SIGTERM)
+                told = float("inf")
         time.sleep(0.001)
     return [codes[child] for child in children]
 

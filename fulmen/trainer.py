@@ -407,15 +407,14 @@ class Trainer:
             yield
             self._finish(loop)
             self.strategy.unwatch()
-        except KeyboardInterrupt as interrupt:
-            rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
-            self.signals.ignore_interrupts()
-            self._abort(loop, interrupt)
-            if is_interactive():
-                raise
-            sys.exit(INTERRUPTED)
         except BaseException as error:
-            reason = self._abort(loop, error)
+            told = self.signals.behind(error)
+            if interrupted := isinstance(told, KeyboardInterrupt):
+                rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
+                self.signals.ignore_interrupts()
+            reason = self._abort(loop, told)
+            if interrupted and not is_interactive():
+                sys.exit(INTERRUPTED)
             if reason is not error:
                 raise reason from error
             raise

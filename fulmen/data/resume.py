@@ -317,7 +317,9 @@ class Reading:
             self.courier = None
             if resumes:
                 what = f"Random numbers drawn in the {self.workers} workers of `{type(loader).__name__}` start anew,"
-                rank_zero_warn(f"{what} as it makes its workers in a way of its own. The order of samples is continued.")
+                rank_zero_warn(
+                    f"{what} as it makes its workers in a way of its own. The order of samples is continued."
+                )
         return islice(iterator, courier.lead, None) if courier.lead else iterator
 
     def _count_off(self, iterator: Iterator[Any], opened: Moment) -> Iterator[Any]:

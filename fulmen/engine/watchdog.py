@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from fulmen.engine.board import Board
 from fulmen.engine.stacks import Sample, because_of_others, doing, frames_of, origin, readable
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.errors import MisconfigurationException, SIGTERMException
 
 VARIABLE, DEFAULT_SECONDS = "FULMEN_WATCHDOG_TIMEOUT_S", 30.0
 OUTSIDE = 10  # times as long for what waits in a library, for a disk or a network perhaps
@@ -307,7 +307,10 @@ class Watchdog:
             self.all_know()
         verdict = self.verdict
         if broken and verdict is not None and verdict["rank"] != self.rank:
-            error, error.__cause__ = RuntimeError(reason(verdict)), error
+            told = (
+                SIGTERMException(verdict.get("code", 1)) if verdict["kind"] == "exit" else RuntimeError(reason(verdict))
+            )
+            error, error.__cause__ = told, error
             error._fulmen_echo = True  # type: ignore[attr-defined]
         with contextlib.suppress(AttributeError):
             error._fulmen_told = "here"  # type: ignore[attr-defined]

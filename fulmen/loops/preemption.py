@@ -55,6 +55,7 @@ def end(trainer: Trainer) -> NoReturn:
         signals.saving = True
         try:
             trainer.save_checkpoint(path)
+            trainer.strategy.finish_saving()
             signals.saved = path
             rank_zero_info(f"Saved a checkpoint to {path}: `Trainer.fit(ckpt_path='auto')` goes on from there.")
         except Exception as error:

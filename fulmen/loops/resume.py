@@ -76,9 +76,7 @@ def _all_metrics(loop: FitLoop) -> list[tuple[str, Any]]:
 def _metrics(loop: FitLoop, updates: dict[str, int]) -> dict[str, Any]:
     """The states of metrics that have seen something, but not of those that only a validation cut short has used."""
     return {
-        name: metric_state(part)
-        for name, part in _all_metrics(loop)
-        if part._update_count and updates.get(name, 0)
+        name: metric_state(part) for name, part in _all_metrics(loop) if part._update_count and updates.get(name, 0)
     }
 
 

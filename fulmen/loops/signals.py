@@ -78,6 +78,11 @@ class Signals:
         """What ends the run."""
         return KeyboardInterrupt() if self.pending == signal.SIGINT else SIGTERMException(TERMINATED)
 
+    def behind(self, error: BaseException) -> BaseException:
+        """The interrupt, if that is why a loader's worker ended before the step did: a terminal tells it to all."""
+        worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        return self.exception() if worker and self.pending == signal.SIGINT else error
+
     def obey(self) -> None:
         """Everything is closed: a signal that came too late to stop anything still ends the script."""
         if self.pending == signal.SIGINT and not is_interactive():

@@ -172,6 +172,22 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_worker_that_the_terminal_interrupts_too_is_no_error_of_the_run(tmp_path):
+    def batches():
+        yield from make_loader(8)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")  # as torch says it
+
+    class Loader:
+        def __iter__(self):
+            return batches()
+
+    hears = Hears()
+    with pytest.raises(SystemExit) as ended:
+        make_trainer(callbacks=[hears]).fit(Regression(), Loader())
+    assert ended.value.code == 130 and hears.heard == ["KeyboardInterrupt"]
+
+
 def test_who_types_gets_the_interrupt_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     trainer = make_trainer(max_epochs=3)
