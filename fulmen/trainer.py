@@ -418,6 +418,8 @@ class Trainer:
             if reason is not error:
                 raise reason from error
             raise
+        finally:
+            self.signals.restore()
         self.signals.obey()
 
     def _finish(self, loop: Any) -> None:
@@ -470,7 +472,6 @@ class Trainer:
         self.strategy.teardown()
         loop.teardown()
         self.book.move_to_cpu()
-        self.signals.restore()
         for optimizer in self.__dict__.pop("_lightning_optimizers", None) or ():
             optimizer._run_step = None
 

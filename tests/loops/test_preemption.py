@@ -62,6 +62,12 @@ class Hears(pl.Callback):
         self.heard.append(type(exception).__name__)
 
 
+class Statuses(CSVLogger):
+    def finalize(self, status):
+        self.status = status
+        super().finalize(status)
+
+
 def end(model, folder, code=143, callbacks=None, **kwargs):
     """Fits until the model's signal ends it. Returns the trainer and what was told."""
     hears = Hears()
@@ -161,9 +167,13 @@ def test_before_training_there_is_nothing_to_finish(tmp_path, hook, number):
     assert heard == ["SIGTERMException"] and not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_after_the_last_step_the_run_is_whole_and_the_script_ends(tmp_path):
-    trainer, heard = end(Hit("on_train_end"), tmp_path)
-    assert heard == [] and trainer.state.status == "finished" and trainer.global_step == 18
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end", "teardown"])
+def test_after_the_last_step_the_run_is_whole_and_the_script_ends(tmp_path, hook):
+    logger = Statuses(tmp_path)
+    trainer, heard = end(Hit(hook), tmp_path, logger=logger)
+    assert (
+        heard == [] and logger.status == "success" and trainer.state.status == "finished" and trainer.global_step == 18
+    )
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -242,12 +252,6 @@ def slurm(tmp_path, monkeypatch):
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
     return tmp_path
-
-
-class Statuses(CSVLogger):
-    def finalize(self, status):
-        self.status = status
-        super().finalize(status)
 
 
 def test_slurm_requeues_the_job_which_goes_on(slurm):
