@@ -77,6 +77,9 @@ class Tells(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        (self.folder / f"trains-{trainer.global_rank}").touch()
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if trainer.is_global_zero:
             stage = getattr(trainer.state.stage, "value", None)
@@ -176,17 +179,16 @@ def ended(children: list[int]) -> list[int]:
 
 
 @cache
-def unstopped(run: Run) -> tuple[str, float]:
-    """What comes out of a run that nobody stops, and how long it takes."""
+def unstopped(run: Run) -> tuple[str, float, float]:
+    """What comes out of a run that nobody stops, and how long it sets up and trains."""
     folder = Path(tempfile.mkdtemp())
-    begun = time.monotonic()
+    begun = time.time()
     codes = ended(start(run, folder))
-    seconds = time.monotonic() - begun
     if any(codes):
         raise RuntimeError(outputs(folder))
-    sha = (folder / "sha").read_text()
+    sha, times = (folder / "sha").read_text(), [(folder / name).stat().st_mtime for name in ("trains-0", "sha")]
     shutil.rmtree(folder)
-    return sha, seconds
+    return sha, times[0] - begun, times[1] - times[0]
 
 
 def outputs(folder: Path) -> str:
@@ -200,10 +202,13 @@ def trial(number: int, data: str) -> tuple[str, str, float]:
     """(where the run was, what went wrong, seconds from the signal to the end)"""
     draw = random.Random(number)
     run = Run(ranks=1 + number % 2, accumulate=1 + number // 2 % 2, data=data)
-    sha, seconds = unstopped(run)
-    folder = Path(tempfile.mkdtemp())
+    sha, setup, training = unstopped(run)
+    folder, begun = Path(tempfile.mkdtemp()), time.monotonic()
     children = start(run, folder)
-    time.sleep(draw.random() * seconds)
+    early, fraction = draw.random() < 0.15, draw.random()
+    while not early and not (folder / "trains-0").exists() and time.monotonic() < begun + GIVE_UP_SECONDS:
+        time.sleep(0.001)
+    time.sleep(fraction * (setup if early else 1.1 * training))
     sent = time.monotonic()
     # A scheduler tells all processes, or those of one machine.
     for child in children if draw.random() < 0.6 else draw.sample(children, 1):

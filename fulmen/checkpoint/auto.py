@@ -16,19 +16,20 @@ from fulmen.engine.sharded_checkpoint import META, is_sharded
 from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-EXTENSION = ".ckpt"
+EXTENSION = ".ckpt"  # unless callbacks write others
 Load = Callable[[str], dict[str, Any]]
 
 
-def checkpoints_in(folders: Iterable[str]) -> list[str]:
+def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSION,)) -> list[str]:
     """Everything in the folders that has the name of a checkpoint; on this machine also further down."""
     found: dict[str, None] = {}
+    ends = tuple(extensions)
     for folder in folders:
         if is_remote(folder):
-            found.update(dict.fromkeys(files_in(folder, rf"[^.].*{re.escape(EXTENSION)}")))
+            found.update(dict.fromkeys(files_in(folder, rf"[^.].*({'|'.join(map(re.escape, ends))})")))
             continue
         for place, below, names in os.walk(local_path(folder)):
-            here = [name for name in (*names, *below) if name.endswith(EXTENSION) and not name.startswith(".")]
+            here = [name for name in (*names, *below) if name.endswith(ends) and not name.startswith(".")]
             found.update((os.path.join(place, name), None) for name in here)
             below[:] = [name for name in below if name not in here]
     return list(found)

@@ -74,7 +74,8 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
     strategy, root, found = trainer.strategy, trainer.default_root_dir, None
     folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in _folders(trainer, c)}
     if strategy.is_global_zero and not trainer.fast_dev_run:
-        candidates = auto.checkpoints_in(folders)
+        kinds = {c.FILE_EXTENSION for c in trainer.callbacks if hasattr(c, "FILE_EXTENSION")}
+        candidates = auto.checkpoints_in(folders, kinds | {auto.EXTENSION})
         if isinstance(strategy.cluster_environment, SLURMEnvironment):
             candidates += paths.files_in(root, paths.HPC)
         storage: Any = strategy.checkpoint_io

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import pickle
 from pathlib import Path
@@ -154,6 +155,24 @@ def test_loggers_go_on_in_the_version_that_has_checkpoints(tmp_path):
         assert {logger.version for logger in trainer.loggers} == {0 if breaks_at == 1 else 1}
     assert command(tmp_path, callbacks=saver(), logger=loggers())[0].made == 0
     assert sorted(os.listdir(tmp_path / "lightning_logs")) == ["version_0", "version_1"]
+
+
+@pytest.mark.skipif(not hasattr(CSVLogger, "go_on"), reason="needs loggers that can be resumed")
+def test_the_rows_of_all_attempts_are_in_one_file(tmp_path):
+    for breaks_at in (5, 15, 1000, 1000):
+        saver = [ModelCheckpoint(every_n_train_steps=2)]
+        command(tmp_path, breaks_at, saver, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train_loss"]]
+    assert steps == list(range(18))
+
+
+def test_files_may_have_another_ending(tmp_path):
+    class Other(ModelCheckpoint):
+        FILE_EXTENSION = ".pt"
+
+    command(tmp_path, breaks_at=5, callbacks=[Other(tmp_path, every_n_train_steps=2)])
+    assert command(tmp_path, callbacks=[Other(tmp_path, every_n_train_steps=2)])[0].made == 14
 
 
 def test_without_a_logger_it_is_the_default_folder(tmp_path):
