@@ -77,6 +77,9 @@ class Tells(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        (self.folder / f"met-{trainer.global_rank}").touch()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         (self.folder / f"trains-{trainer.global_rank}").touch()
 
@@ -206,12 +209,14 @@ def trial(number: int, data: str) -> tuple[str, str, float]:
     folder, begun = Path(tempfile.mkdtemp()), time.monotonic()
     children = start(run, folder)
     early, fraction = draw.random() < 0.15, draw.random()
-    while not early and not (folder / "trains-0").exists() and time.monotonic() < begun + GIVE_UP_SECONDS:
+    # A scheduler tells all processes, or those of one machine; before they have met, nobody could hear of it from another.
+    told = children if draw.random() < 0.6 else draw.sample(children, 1)
+    first = [f"met-{rank}" for rank in range(run.ranks)] if early and told != children else ["trains-0"] * (not early)
+    while not all((folder / name).exists() for name in first) and time.monotonic() < begun + GIVE_UP_SECONDS:
         time.sleep(0.001)
-    time.sleep(fraction * (setup if early else 1.1 * training))
+    time.sleep(fraction * ((setup if told == children else 0.05) if early else 1.1 * training))
     sent = time.monotonic()
-    # A scheduler tells all processes, or those of one machine.
-    for child in children if draw.random() < 0.6 else draw.sample(children, 1):
+    for child in told:
         os.kill(child, signal.SIGTERM)
     codes = ended(children)
     took = time.monotonic() - sent

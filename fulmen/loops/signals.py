@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -126,4 +127,5 @@ class Signals:
 
     def _say(self, text: str) -> None:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            os.write(2, f"{text}\n".encode())  # a logger may be in the middle of a line, and is not entered twice
+            with contextlib.suppress(OSError):  # there may be no stderr
+                os.write(2, f"{text}\n".encode())  # a logger may be in the middle of a line, and is not entered twice

@@ -256,6 +256,7 @@ def test_a_signal_ends_all_processes(run, number, to_all) -> None:
 def test_a_signal_ends_processes_that_hang(run) -> None:
     result = run("ddp", "asleep", send=signal.SIGTERM, limit=100)
     assert result.code == 143
+    assert "its step did not end within 7 s, so that no checkpoint is saved now: it is in" in result.output
     assert result.seconds < 10
     assert (result.folder / "told-0").exists()
 
