@@ -307,9 +307,8 @@ class Watchdog:
             self.all_know()
         verdict = self.verdict
         if broken and verdict is not None and verdict["rank"] != self.rank:
-            told = (
-                SIGTERMException(verdict.get("code", 1)) if verdict["kind"] == "exit" else RuntimeError(reason(verdict))
-            )
+            left = verdict["kind"] == "exit"
+            told: BaseException = SIGTERMException(verdict["code"]) if left else RuntimeError(reason(verdict))
             error, error.__cause__ = told, error
             error._fulmen_echo = True  # type: ignore[attr-defined]
         with contextlib.suppress(AttributeError):
