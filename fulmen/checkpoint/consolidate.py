@@ -1,9 +1,10 @@
-"""One file from a sharded checkpoint: ``python -m fulmen.checkpoint.consolidate FOLDER [--output_file FILE]``."""
+"""One file from a sharded checkpoint: ``python -m fulmen consolidate FOLDER [--output_file FILE]``."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.sharded_checkpoint import META, is_sharded
@@ -34,13 +35,15 @@ def consolidate(
     return target
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Turns a sharded checkpoint, which is a folder, into one file.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fulmen consolidate", description="Turns a sharded checkpoint, which is a folder, into one file."
+    )
     parser.add_argument("folder")
     parser.add_argument("--output_file", help="by default, the folder's name with .consolidated behind it")
     parser.add_argument("--trust", action="store_true", help="read objects of any class, whose code then runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     print(consolidate(arguments.folder, arguments.output_file, False if arguments.trust else None))
 
 

@@ -1,16 +1,24 @@
-"""Files of older 2.x versions, brought up to date in memory before anybody reads them."""
+"""Files of older versions, brought up to date in memory before anybody reads them."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from fulmen.checkpoint.loop_counters import to_loops
 from fulmen.utilities.errors import PossibleUserWarning
-from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 VERSION_KEY = "pytorch-lightning_version"
 # The version whose file layout we write and whose interface we have.
 API_VERSION = "2.6.6"
+# Loop counters before 2.0 were named after a deeper nesting of loops, and some of them are of no use any more.
+RENAMED = (
+    (".batch_loop.optimizer_loop.", ".automatic_optimization."),
+    (".batch_loop.manual_loop.", ".manual_optimization."),
+    (".val_loop.epoch_loop.", ".val_loop."),
+)
+GONE = ("dataloader_progress", "batch_loop.state_dict", "_results")
 
 
 def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
@@ -28,16 +36,41 @@ def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, 
         rank_zero_warn(what, category=PossibleUserWarning)
     elif version < ours:
         checkpoint[f"legacy_{VERSION_KEY}"], checkpoint[VERSION_KEY] = found, API_VERSION
-        if "MixedPrecisionPlugin" in checkpoint:
-            checkpoint["MixedPrecision"] = checkpoint.pop("MixedPrecisionPlugin")
-        if version < (2, 0):
-            what = f"The checkpoint is of version {found}: only weights and arguments are surely read from it."
-            rank_zero_warn(f"{what} Files from 2.0 on are read in full.", category=PossibleUserWarning)
-        elif callbacks := checkpoint.get("callbacks"):
+        for old in ("MixedPrecisionPlugin", "NativeMixedPrecisionPlugin"):
+            if old in checkpoint:
+                checkpoint["MixedPrecision"] = checkpoint.pop(old)
+        if callbacks := checkpoint.get("callbacks"):
             # Once a part of `ModelCheckpoint.state_key`; it would keep the callback from finding its state.
             gone = r", 'save_on_train_epoch_end': \w+"
-            checkpoint["callbacks"] = {re.sub(gone, "", key): state for key, state in callbacks.items()}
+            checkpoint["callbacks"] = {
+                re.sub(gone, "", key) if isinstance(key, str) else key: state for key, state in callbacks.items()
+            }
+        if version < (1, 6):
+            what = f"The checkpoint is of version {found}: besides weights, only the numbers of epochs and steps are"
+            rank_zero_warn(
+                f"{what} surely read from it. Files from 1.6 on are read in full.", category=PossibleUserWarning
+            )
+            counters = {"epochs": checkpoint.get("epoch", 0), "steps": checkpoint.get("global_step", 0)}
+            checkpoint["loops"] = to_loops(counters)
+        elif version < (2, 0):
+            loops = checkpoint.get("loops") or {}
+            checkpoint["loops"] = {verb: _renamed(loop, verb == "fit_loop") for verb, loop in loops.items()}
+            fix = f"`python -m fulmen upgrade {path or 'PATH'}` does it for the file."
+            rank_zero_info(f"The checkpoint of version {found} was brought up to date in memory. {fix}")
     return checkpoint
+
+
+def _renamed(loop: dict[str, Any], fit: bool) -> dict[str, Any]:
+    """The counters of a loop under the names of 2.0."""
+    renamed = {}
+    for key, value in loop.items():
+        if not key.endswith(GONE):
+            for old, new in RENAMED:
+                key = key.replace(old, new)
+            if key.endswith("optim_progress"):
+                value = {name: counts for name, counts in value.items() if name != "optimizer_position"}
+            renamed[key if fit else key.removeprefix("epoch_loop.")] = value
+    return renamed
 
 
 def _release(version: Any) -> tuple[int, ...]:

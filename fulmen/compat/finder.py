@@ -39,7 +39,7 @@ profilers.profiler: profilers.advanced profilers.base profilers.simple
 
 data.combined: utilities.combined_loader  data.loaders: utilities.data
 checkpoint.consolidate: utilities.consolidate_checkpoint
-checkpoint.migrate: utilities.migration utilities.migration.utils utilities.upgrade_checkpoint
+checkpoint.upgrade: utilities.upgrade_checkpoint  checkpoint.migrate: utilities.migration utilities.migration.utils
 utilities.collections: utilities.data utilities.memory utilities.parsing
 utilities.errors: utilities.exceptions utilities.warnings
 utilities.introspection: utilities.model_helpers utilities.signature_utils

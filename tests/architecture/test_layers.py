@@ -20,7 +20,7 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"callbacks"}, {"loggers"}, {"profilers"}, {"fabric"}, {"strategies"}, {"plugins"}, {"accelerators"}),
     ({"loops"},),
     ({"trainer", "settings", "run_parts"},),
-    ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}),
+    ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}, {"__main__"}),
 )
 PLACE = {part: (row, group) for row, groups in enumerate(ROWS) for group, parts in enumerate(groups) for part in parts}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -58,9 +58,3 @@ def test_states_of_callbacks_and_precision_are_found_under_their_names_of_today(
     assert checkpoint["callbacks"] == {KEY: {"best": 1}, "Other": {}}
     assert checkpoint["MixedPrecision"] == {"scale": 2.0}
     assert "MixedPrecisionPlugin" not in checkpoint
-
-
-def test_a_file_of_before_2_0_is_read_with_a_warning():
-    old = {"pytorch-lightning_version": "1.9.5", "state_dict": {"a": 1}, "callbacks": {int: {}}}
-    with pytest.warns(PossibleUserWarning, match="1.9.5"):
-        assert migrate_checkpoint(old)["state_dict"] == {"a": 1}
