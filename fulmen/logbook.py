@@ -512,34 +512,6 @@ class LogBook:
             self._callback, self._logged, self._bar = values
         return self._callback, self._logged, self._bar
 
-    def state(self) -> dict[str, Any]:
-        """What the training epoch has logged, and the three dictionaries, in plain types; it waits for devices (sync)."""
-        self.copy_jottings()
-        page = self._pages.get("train")
-        entries = [] if page is None else [(k, e) for k, e in page.entries.items() if not e.empty]
-        return {
-            "entries": [{"key": list(key), **_entry_state(entry, self.module)} for key, entry in entries],
-            "views": [{name: _on_host(value) for name, value in view.items()} for view in self.views()],
-        }
-
-    def load_state(self, state: dict[str, Any], device: Any) -> None:
-        """Goes on from what `state` gave, on the open page."""
-        self.views(tuple(dict(view) for view in state["views"]))
-        for kept in state["entries"]:
-            options = tuple(kept["options"])
-            kind = KINDS.get(options[4], MetricEntry)
-            entry = self.entries[tuple(kept["key"])] = kind(kept["key"][1], options, *options[2:4], kept["key"][2])
-            for name in ("newest", "total", "final"):
-                value, on_device = kept[name]
-                setattr(entry, name, value.to(device) if on_device else value)
-            entry.empty, entry.weight, entry.restored = False, kept["weight"], True
-            entry.syncs = self.shared and entry.on_step and options[6] and not options[10] and kind is not MetricEntry
-            entry.dtype = kept["dtype"] and getattr(torch, kept["dtype"])
-            if isinstance(entry, MetricEntry):
-                entry.metric = dict(self.module.named_modules()).get(kept["path"])
-            if self.page is not None:
-                self.page.has_steps = self.page.has_steps or entry.on_step
-
     def move_to_cpu(self) -> None:
         """At the end of a run, so that keeping the results keeps no device memory (sync)."""
         self._callback = {name: value.cpu() for name, value in self._callback.items()}
@@ -608,6 +580,36 @@ def load_metric_state(metric: Any, state: dict[str, Any]) -> None:
 def metric_states(metric: Any) -> list[dict[str, Any]]:
     """What a metric and those inside of it have seen, on the host (sync)."""
     return [metric_state(member) for member in metrics_in(metric)]
+
+
+def book_state(book: LogBook) -> dict[str, Any]:
+    """What the training epoch has logged, and the three dictionaries, in plain types; it waits for devices (sync)."""
+    book.copy_jottings()
+    page = book._pages.get("train")
+    entries = [] if page is None else [(k, e) for k, e in page.entries.items() if not e.empty]
+    return {
+        "entries": [{"key": list(key), **_entry_state(entry, book.module)} for key, entry in entries],
+        "views": [{name: _on_host(value) for name, value in view.items()} for view in book.views()],
+    }
+
+
+def load_book(book: LogBook, state: dict[str, Any], device: Any) -> None:
+    """Goes on from what `book_state` gave, on the open page."""
+    book.views(tuple(dict(view) for view in state["views"]))
+    for kept in state["entries"]:
+        options = tuple(kept["options"])
+        kind: Any = KINDS.get(options[4], MetricEntry)
+        entry = book.entries[tuple(kept["key"])] = kind(kept["key"][1], options, *options[2:4], kept["key"][2])
+        for name in ("newest", "total", "final"):
+            value, on_device = kept[name]
+            setattr(entry, name, value.to(device) if on_device else value)
+        entry.empty, entry.weight, entry.restored = False, kept["weight"], True
+        entry.syncs = book.shared and entry.on_step and options[6] and not options[10] and kind is not MetricEntry
+        entry.dtype = kept["dtype"] and getattr(torch, kept["dtype"])
+        if isinstance(entry, MetricEntry):
+            entry.metric = dict(book.module.named_modules()).get(kept["path"])
+        if book.page is not None:
+            book.page.has_steps = book.page.has_steps or entry.on_step
 
 
 def _on_host(value: Any) -> Any:

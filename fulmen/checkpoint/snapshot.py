@@ -45,8 +45,7 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             if hasattr(callback, "weights_to_save"):
                 checkpoint["state_dict"] = callback.weights_to_save(checkpoint["state_dict"])
     loaders = trainer.fit_loop.loaders
-    given = trainer.fit_loop.batches_given() if trainer.fit_loop.feed is not None else None
-    if loaders is not None and (loader_states := loaders.state_dict(given)):
+    if loaders is not None and (loader_states := loaders.state_dict(trainer.fit_loop.memory.batches_given())):
         checkpoint["loops"]["fit_loop"]["state_dict"] = {"combined_loader": loader_states}
     if not weights_only:
         states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
@@ -57,7 +56,7 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             checkpoint[type(strategy.precision_plugin).__qualname__] = state
         strategy.precision_plugin.on_save_checkpoint(checkpoint)
         validating = trainer.fit_loop.val_loop.frozen  # all modules are in eval mode just now, these stay so
-        chapter = {"progress": progress, **trainer.fit_loop.chapter()}
+        chapter = {"progress": progress, **trainer.fit_loop.memory.chapter()}
         in_eval = modules_in_eval(module) if validating is None else validating
         checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter, "in_eval": in_eval}
     for owner in (module, datamodule):
@@ -80,7 +79,7 @@ def saved_progress(trainer: Trainer) -> dict[str, Any]:
     progress = loop.progress.state_dict()
     if progress["position"] in LOG_STEP_PENDING and stepped:
         progress["log_step"] += 1
-    if back := loop.batches_to_repeat():
+    if back := loop.memory.batches_to_repeat():
         progress |= {"position": "IN_BATCH", "batch": progress["batch"] - back, "batches": progress["batches"] - back}
     return {
         **progress,

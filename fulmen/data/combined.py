@@ -211,7 +211,8 @@ class CombinedLoader:
 
     def position(self, done: int, inside: bool) -> dict[str, Any]:
         """Where the pass is, in plain types: inside, with so many batches done, or between two."""
-        readings = {position: reading.state(done, inside) for position, reading in self._readings.items()}
+        opened = {position: reading.state(done, inside) for position, reading in self._readings.items()}
+        readings = {**self._kept.get("readings", {}), **opened}
         found: dict[str, Any] = {"done": done, "inside": inside, "readings": readings}
         return {**found, "over": sorted(self._over), "datasets": self._noted(done)[1]} if inside else found
 

@@ -29,13 +29,15 @@ class Feed:
         self.profile = profile
         self.num_batches = loaders.num_batches()
         self.is_last = False
+        self.opened_at: int | None = None  # the epoch whose iterators were made last
         self.first_batch_idx = 0  # a resumed epoch goes on counting from here
         self._iterator: Any = None  # opened for the next pass
         # one plain loader: no need to ask the combination who is next
         self._single = loaders.flattened[0] if loaders.iterables is loaders.flattened[0] else None
 
-    def open(self) -> None:
-        """Makes fresh iterators; called once before each pass."""
+    def open(self, epoch: int | None = None) -> None:
+        """Makes fresh iterators; called once before each pass, of this epoch."""
+        self.opened_at = epoch
         self._iterator = iter(self.loaders) if self._single is None else self.loaders.open(0)
 
     def exhaust(self) -> None:
@@ -190,4 +192,4 @@ class IteratorFeed(Feed):
             yield iterator, self.batch_idx, 0
 
     def taken(self, done: int, in_batch: bool) -> int:
-        return self.pulled_before if in_batch else self.pulled
+        return max(self.pulled_before if in_batch else self.pulled, self.first_batch_idx)

@@ -14,7 +14,7 @@ import pickle
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fulmen.data.fetch import iterate
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import generator_states, set_generator_states
+from fulmen.utilities.seed import generator_states, python_state, same_states, set_generator_states
 
 _INSIDE = ("dataset", "sampler", "batch_sampler", "order", "loader")
 PATIENCE_S = 10.0  # for workers that are still busy with the end of an epoch
@@ -42,10 +42,17 @@ def own_generators(part: Any, depth: int = 5) -> dict[int, Any]:
     return found
 
 
+def _shards(loader: Any) -> list[Any]:
+    """Samplers that give each process its part of an order that is drawn from a seed of their own."""
+    found = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
+    found.append(getattr(found[0], "sampler", None))
+    return [part for part in found if part is not None and "padded" in getattr(part, "__dict__", ())]
+
+
 def _states(own: list[Any]) -> list[Any]:
     return [
-        g.get_state() if isinstance(g, torch.Generator) else g.getstate() if isinstance(g, random.Random)
-        else g.bit_generator.state for g in own
+        g.get_state() if isinstance(g, torch.Generator)
+        else python_state(g.getstate()) if isinstance(g, random.Random) else g.bit_generator.state for g in own
     ]  # fmt: skip
 
 
@@ -54,9 +61,13 @@ def _put_back(own: list[Any], states: list[Any]) -> None:
         if isinstance(generator, torch.Generator):
             generator.set_state(state)
         elif isinstance(generator, random.Random):
-            generator.setstate((state[0], tuple(state[1]), state[2]))
+            generator.setstate(python_state(state))
         else:
             generator.bit_generator.state = state
+
+
+def _each(states: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    return {k: tuple(map(change, v)) if isinstance(v, tuple) else change(v) for k, v in states.items()}
 
 
 class Moment:
@@ -64,7 +75,8 @@ class Moment:
 
     def __init__(self, own: list[Any], kept: dict[str, Any] | None = None) -> None:
         self.own = own
-        self.kept = {"global": generator_states(include_cuda=False), "own": _states(own)} if kept is None else kept
+        now = {"global": generator_states(include_cuda=False), "own": _states(own)} if kept is None else kept
+        self.kept: dict[str, Any] = now
 
     def put_back(self) -> None:
         set_generator_states(self.kept["global"])
@@ -72,15 +84,7 @@ class Moment:
 
     def moved(self) -> bool:
         """Has anybody drawn from the run's generators since?"""
-        return _differ(self.kept["global"], generator_states(include_cuda=False))
-
-
-def _differ(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return (
-        a["python"][1] != b["python"][1]
-        or a.get("numpy", [None])[1:] != b.get("numpy", [None])[1:]
-        or not torch.equal(a["torch"], b["torch"])
-    )
+        return not same_states(self.kept["global"], generator_states(include_cuda=False))
 
 
 class Continued:
@@ -144,12 +148,13 @@ class Courier:
         skipped: batches of the pass that were done before there was this courier.
     """
 
-    SIZE = 1 << 14  # bytes of a pickled state: about 13,000
+    SIZE = 1 << 15  # bytes of a pickled state: about 15,500
 
     def __init__(self, loader: DataLoader, given: list[Any] | None = None, skipped: int = 0) -> None:
         self.workers, self.collate, self.init = loader.num_workers, loader.collate_fn, loader.worker_init_fn
         slots = (loader.prefetch_factor or 2) + 6  # what is prefetched is ahead of the batch in training
-        self.given = given if given is not None and len(given) == self.workers else [None] * self.workers
+        fits = given is not None and len(given) == self.workers
+        self.given: list[Any] = given if given is not None and fits else [None] * self.workers
         self.lead, self.skipped, self.base = skipped % self.workers, skipped, [0] * self.workers
         self.board = torch.zeros(self.workers, slots, self.SIZE, dtype=torch.uint8).share_memory_()
         # For each slot: from which batch of the worker on the state holds.
@@ -164,20 +169,21 @@ class Courier:
         """What runs as `worker_init_fn`."""
         if self.init is not None:
             self.init(worker_id)
-        if self.given[worker_id] is not None:
-            set_generator_states(self.given[worker_id])
+        if (given := self.given[worker_id]) is not None:
+            set_generator_states(given)
         self.worker, self.waits, self.seen = worker_id, worker_id < self.lead, generator_states(include_cuda=False)
 
     def __call__(self, samples: Any) -> Any:
         if self.waits:  # this one is only there to let the next batch go to the worker it belongs to
             self.waits = False
-            return set_generator_states(self.seen)
+            set_generator_states(self.seen)
+            return None
         batch = self.collate(samples)
         self.count += 1
         states = generator_states(include_cuda=False)
-        if _differ(states, self.seen):
+        if not same_states(states, self.seen):
             self.seen = states
-            text = pickle.dumps(states)
+            text = pickle.dumps(_each(states, lambda part: part.numpy() if isinstance(part, torch.Tensor) else part))
             slot = self.slot = (self.slot + 1) % self.marks.shape[1]
             self.board[self.worker, slot, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
             self.marks[self.worker, slot] = self.count
@@ -207,7 +213,10 @@ class Courier:
             time.sleep(0.001)
         marks = self.marks[worker].tolist()
         newest = max((mark for mark in marks if mark <= count), default=0)
-        return pickle.loads(self.board[worker, marks.index(newest)].numpy().tobytes()) if newest else self.given[worker]
+        if not newest:
+            return self.given[worker]
+        states = pickle.loads(self.board[worker, marks.index(newest)].numpy().tobytes())
+        return _each(states, lambda part: torch.from_numpy(part) if hasattr(part, "dtype") else part)
 
 
 @contextmanager
@@ -247,6 +256,8 @@ class Reading:
         """The iterator; of a pass that goes on, behind what is done."""
         kept, running = self.kept, getattr(self.loader, "_iterator", None)
         _put_back(self.own, kept.get("own", []))
+        for shard in _shards(self.loader):
+            shard.seed = kept.get("seed", shard.seed)
         opened = Moment(self.own, kept.get("opened"))
         self.opened, self.first = opened.kept, kept.get("first")
         if "opened" in kept:
@@ -255,7 +266,7 @@ class Reading:
                 reopen()
         elif running is not None or kept.get("persistent"):
             self.first = self.opened  # workers that stay, or stayed: nothing is drawn in between
-        resumes = "opened" in kept or (kept.get("persistent") and running is None)
+        resumes = "opened" in kept or bool(kept.get("persistent") and running is None)
         iterator = self._workers(running, resumes) if self.workers else self._alone(resumes)
         if resumes:
             if not self.indexed:
@@ -274,7 +285,8 @@ class Reading:
             iterator = iterate(self.loader)
             return chain(self._note(iterator), iterator)
         if not self.indexed:
-            return iterate(self.loader)
+            iterator = iterate(self.loader)
+            return iterator if self.first else chain(self._note(iterator), iterator)
         order = self._order(later=True)
         with _standing_in(self.loader, **order):
             iterator = iterate(self.loader)
@@ -286,6 +298,7 @@ class Reading:
 
     def _checked(self, iterator: Iterator[Any], order: Continued) -> Iterator[Any]:
         """A loader with an `__iter__` of its own may read without its sampler."""
+        self.first = self.first or Moment(self.own).kept
         head = list(islice(iterator, 1))
         if order.pending and self.skip:
             order.pending = False
@@ -296,11 +309,10 @@ class Reading:
     def _workers(self, running: Any, resumes: bool) -> Iterator[Any]:
         loader = self.loader
         if running is not None:
-            self.courier = courier = getattr(running, "_collate_fn", None)
-            if isinstance(courier, Courier):
-                courier.turn(running._send_idx)
-            else:
-                self.courier = None
+            found = getattr(running, "_collate_fn", None)
+            self.courier = found if isinstance(found, Courier) else None
+            if self.courier is not None:
+                self.courier.turn(running._send_idx)
             if not self.indexed:
                 self.begun = self.courier and self.courier.states(0)
             return iter(loader)
@@ -342,9 +354,11 @@ class Reading:
 
     def state(self, done: int, inside: bool) -> dict[str, Any]:
         """In plain types, what `kept` takes; `inside` of an epoch of which so many batches are done, or between two."""
-        running = getattr(self.loader, "_iterator", None)
+        running: Any = getattr(self.loader, "_iterator", None)
         persistent = running is not None and getattr(self.loader, "persistent_workers", False)
         state: dict[str, Any] = {"own": _states(self.own), "persistent": persistent}
+        for shard in _shards(self.loader):
+            state["seed"] = shard.seed
         if inside:
             state |= {"at": self.at, "opened": self.opened, "first": self.first}
         if self.courier is not None and (inside or persistent):

@@ -29,13 +29,43 @@ class ExperimentWriter:
         self.metrics_keys: list[str] = []  # the header of the file
         self.hparams: dict[str, Any] = {}
         self.num_rows = 0
+        self.last: dict[str, str] = {}  # the newest row as the file has it
         self._files = get_filesystem(log_dir)
-        if self._files.isdir(log_dir) and self._files.ls(log_dir, detail=False):
-            what = f"The logging folder `{log_dir}` exists and is not empty: its `{self.NAME_METRICS_FILE}` is removed."
-            rank_zero_warn(f"{what} Use `version=None` for the next free number, to keep the old one.")
-            if self._files.isfile(self.metrics_file_path):
-                self._files.rm(self.metrics_file_path)
+        # Of another run, unless this one resumes it.
+        self._foreign = self._files.isdir(log_dir) and bool(self._files.ls(log_dir, detail=False))
         ensure_dir(log_dir)
+
+    def _replace(self) -> None:
+        """The first row of a run that is no other's."""
+        self._foreign = False
+        what = (
+            f"The logging folder `{self.log_dir}` exists and is not empty: its `{self.NAME_METRICS_FILE}` is removed."
+        )
+        rank_zero_warn(f"{what} Use `version=None` for the next free number, to keep the old one.")
+        if self._files.isfile(self.metrics_file_path):
+            self._files.rm(self.metrics_file_path)
+
+    def position(self) -> dict[str, Any]:
+        self.save()
+        return {"rows": self.num_rows, "last": self.last}
+
+    def go_on(self, position: dict[str, Any]) -> None:
+        """Keeps so many rows of the file, if the last of them is the one that was written then."""
+        count, last = position["rows"], position["last"]
+        if not (self._foreign and count and self._files.isfile(self.metrics_file_path)):
+            return
+        with self._files.open(self.metrics_file_path, "r", newline="") as file:
+            rows = list(csv.DictReader(file))
+        if len(rows) < count or {name: text for name, text in rows[count - 1].items() if text} != last:
+            return  # the file of another run
+        self._foreign, self.num_rows, self.last = False, count, last
+        self.metrics_keys = list(rows[0])
+        if len(rows) > count:
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows[:count])
+            atomic_write(self.metrics_file_path, text.getvalue().encode())
 
     def log_hparams(self, params: dict[str, Any]) -> None:
         self.hparams.update(params)
@@ -43,6 +73,8 @@ class ExperimentWriter:
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         """Adds a row; without a step it is numbered by its place in the file."""
+        if self._foreign:
+            self._replace()
         self.metrics.append({**as_numbers(metrics_dict), "step": self.num_rows if step is None else step})
         self.num_rows += 1
 
@@ -51,6 +83,7 @@ class ExperimentWriter:
         if not self.metrics:
             return
         names = sorted(set(self.metrics_keys).union(*self.metrics))
+        self.last = {name: str(value) for name, value in self.metrics[-1].items() if value is not None}
         text = io.StringIO(newline="")  # written at once, so that a process that dies meanwhile leaves whole lines
         writer = csv.DictWriter(text, names)
         if grows := names != self.metrics_keys:
@@ -108,6 +141,14 @@ class CSVLogger(FolderLogger):
         if asked_again or time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             writer.save()
             self._written_at = time.monotonic()
+
+    def position(self) -> dict[str, Any] | None:
+        return None if self._experiment is None else self._experiment.position()
+
+    @rank_zero_only
+    def go_on(self, position: Any, step: int) -> None:
+        """Rows behind those of the checkpoint are removed from the file of that run, and the next ones follow them."""
+        self.experiment.go_on(position)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -63,6 +63,12 @@ class Logger(ABC):
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """A checkpoint was written; the callback, a `ModelCheckpoint`, knows which."""
 
+    def position(self) -> Any:
+        """How much is written, in plain types, for a checkpoint; what waits in memory is written first."""
+
+    def go_on(self, position: Any, step: int) -> None:
+        """A run resumes at this step: what was written behind `position`, by that run only, is no more."""
+
 
 class DummyExperiment:
     """Stands where another process has the real experiment: every attribute and index is itself, every call None."""

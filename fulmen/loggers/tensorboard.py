@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, flatten_params, plain_value, write_yaml
-from fulmen.utilities.filesystem import get_filesystem
+from fulmen.utilities.filesystem import get_filesystem, is_remote
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -42,6 +42,7 @@ class TensorBoardLogger(FolderLogger):
         self.hparams: dict[str, Any] = {}
 
     def _open(self) -> Any:
+        self._found = self._event_files()  # of runs before this one
         writer = importlib.import_module(self._library).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
         path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
         if self.hparams or not get_filesystem(path).isfile(path):  # it is there even if there is nothing in it
@@ -98,6 +99,31 @@ class TensorBoardLogger(FolderLogger):
         if time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             self.experiment.flush()
             self._written_at = time.monotonic()
+
+    def _event_files(self) -> dict[str, int]:
+        """The sizes of the event files of this folder, where files can be cut."""
+        folder = "" if is_remote(self.log_dir) or not os.path.isdir(self.log_dir) else self.log_dir
+        names = [name for name in os.listdir(folder) if ".tfevents." in name] if folder else []
+        return {name: os.path.getsize(os.path.join(folder, name)) for name in names}
+
+    def position(self) -> dict[str, int] | None:
+        if self._experiment is None:
+            return None
+        self._experiment.flush()
+        return self._event_files()
+
+    @rank_zero_only
+    def go_on(self, position: Any, step: int) -> None:
+        """Files are cut where they ended then. Steps in younger ones, this run's and those before it, are hidden."""
+        writer = self.experiment
+        if not position or not any(name in self._found for name in position):
+            return  # another folder
+        for name, size in position.items():
+            if self._found.get(name, 0) > size:
+                os.truncate(os.path.join(self.log_dir, name), size)
+        if any(name not in position for name in self._found):
+            writer.close()
+            self._writer_kwargs, self._experiment = {**self._writer_kwargs, "purge_step": step}, None
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

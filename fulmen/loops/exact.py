@@ -16,6 +16,7 @@ from fulmen.logbook import KINDS, Entry, Maximum, Mean, MetricEntry, Minimum, me
 from fulmen.loops.dispatch import nothing
 
 if TYPE_CHECKING:
+    from fulmen.loops.fit import FitLoop
     from fulmen.trainer import Trainer
 
 Key = tuple[str | None, str, int | None]
@@ -35,6 +36,17 @@ def end_epoch(trainer: Trainer, fire: Callable[[], Any]) -> None:
     fire()
     if again:
         combine(trainer)
+
+
+def report_epoch(loop: FitLoop, whole: bool) -> None:
+    """After `on_train_epoch_end`: schedulers that watch a metric, if the epoch came to its end, and the loggers."""
+    progress, book = loop.progress, loop.trainer.book
+    if whole and loop.schedulers.any:
+        loop.schedulers.watch("epoch", progress.epochs + 1, book)
+    # The x axis is the last step of the epoch, which has been counted already.
+    loop.trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
+    assert book.page is not None
+    book.page.reset()
 
 
 def combine(trainer: Trainer, listening: bool = False) -> bool:

@@ -6,17 +6,18 @@ import time
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
 from fulmen.engine.precision import MixedPrecision
 from fulmen.loops import cadence, preemption
 from fulmen.loops.evaluate import EvaluationLoop
-from fulmen.loops.exact import end_epoch, sync_steps, votes
+from fulmen.loops.exact import end_epoch, report_epoch, sync_steps, votes
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
-from fulmen.loops.resume import Past, batches_to_repeat, before_validation, chapter
+from fulmen.loops.resume import Memory
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
@@ -55,9 +56,7 @@ class FitLoop:
         self.schedulers: Schedulers
         self.automatic = False  # does the next run go on by itself?
         self.resumed = False  # the first epoch continues where a checkpoint was taken
-        self.past = Past()  # what that checkpoint knows
-        self.before_validation: Any = None  # what a checkpoint written while validating holds
-        self.opened_at: int | None = None  # the epoch whose iterator is open
+        self.memory = Memory(self)  # what that checkpoint knows, and what the next one is told
         self.loaded_at_epoch: int | None = None
         self.validated_at = -1  # batches before the last validation
         self._validated_at_s = 0.0
@@ -75,10 +74,13 @@ class FitLoop:
             self.load_data()
         configs = self.trainer.lr_scheduler_configs if self.trainer.lightning_module.automatic_optimization else []
         self.schedulers = Schedulers(configs, self.trainer.lightning_module.lr_scheduler_step)
-        self.past.finish_epoch(self)
+        self.memory.finish_epoch()
         if self.trainer.limit_train_batches == 0 or self.finished():
             return
         self.prepare()
+        if self.resumed:
+            self.memory.restore()
+            self.memory.rewind()
         self.hooks.on_train_start()
         while not self.finished():
             self.run_epoch()
@@ -131,12 +133,9 @@ class FitLoop:
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
-            self.report_step()
+            # sync: the step metrics go to the loggers, in one transfer from the device
+            self.trainer.report(book.take(), step=progress.log_step, with_epoch=True)
         return True
-
-    def report_step(self) -> None:
-        """Sync: the step metrics go to the loggers, in one transfer from the device."""
-        self.trainer.report(self.trainer.book.take(), step=self.progress.log_step, with_epoch=True)
 
     # ------------------------------------------------------------------ before
 
@@ -159,10 +158,12 @@ class FitLoop:
     def resume(self, progress: dict[str, Any], content: dict[str, Any], loader_states: Any = None) -> None:
         """Continues from a checkpoint: its counters, our chapter of it, and the states of loaders that have one."""
         self.progress.load_state_dict(progress)
-        self.resumed, self.past = True, Past({**content, "progress": progress}, loader_states)
-        self.past.begin(self)
+        self.resumed, self.memory = True, Memory(self, {**content, "progress": progress}, loader_states)
+        self.memory.begin()
+        if self.progress.position in LOG_STEP_PENDING and self.memory.stepped:
+            self.progress.log_step -= 1  # the file counts it, `finish_batch` will again
         if self.progress.position == Position.EPOCH_END:  # that epoch counts
-            self.past.epoch_ended = self.progress.is_last_batch
+            self.memory.epoch_ended = self.progress.is_last_batch
             self.progress.epochs += 1
             self.progress.open_epoch()
             self.progress.position = Position.EPOCH_START
@@ -200,28 +201,11 @@ class FitLoop:
         for loader in self.loaders.flattened:
             loader_tools.set_epoch(loader, self.progress.epochs)
         if self.resumed:
-            self.go_on_loading()
+            self.memory.open_feed()
         else:
-            self.open_feed()
+            self.feed.open(self.progress.epochs)
         self.loaded_at_epoch = self.progress.epochs
         self.set_validation_interval()
-
-    def open_feed(self) -> None:
-        """The iterators of this epoch are made, which draws the order of its samples."""
-        assert self.feed is not None
-        self.feed.open()
-        self.opened_at = self.progress.epochs
-
-    def go_on_loading(self) -> None:
-        """The loaders are where they were, if that is inside of an epoch."""
-        assert self.feed is not None
-        progress, begun = self.progress, self.progress.position != Position.EPOCH_START
-        inside = self.past.place_loaders(self)
-        if begun and progress.is_last_batch and progress.position != Position.IN_BATCH:
-            self.feed.exhaust()
-        elif inside or begun:
-            self.feed.first_batch_idx = self.past.given(self)
-            self.open_feed()
 
     def set_validation_interval(self) -> None:
         """`val_check_interval` in batches, now that the length of an epoch is known."""
@@ -264,7 +248,7 @@ class FitLoop:
             for part, method, action in ((self, "run_epoch", "epoch"), (self.optimization, "run", "batch")):
                 plain = getattr(type(part), method).__get__(part)
                 setattr(part, method, measured(trainer.profiler, f"run_training_{action}", plain))
-        self.past.restore_validation(self)
+        self.memory.restore_validation()
         self._validated_at_s = time.monotonic()
         self._said_to_continue = False
 
@@ -309,34 +293,32 @@ class FitLoop:
         self.optimization.set_hooks(self.hooks)
         self.schedulers.open_epoch()
         resumed, self.resumed = self.resumed, False
-        if resumed:
-            self.past.restore(self)
-            self.past.rewind()
+        if resumed:  # `on_train_start` is no part of a run that was not stopped
+            self.memory.restore()
+            self.memory.rewind()
         if resumed and progress.position != Position.EPOCH_START:
             self.pick_up()
             return
         progress.open_epoch()
         self.feed.first_batch_idx = 0
         self.hooks.on_train_epoch_start()
-        if self.opened_at != progress.epochs:
-            self.open_feed()
+        if self.feed.opened_at != progress.epochs:
+            self.feed.open(progress.epochs)
         progress.position = Position.IN_BATCH
 
     def pick_up(self) -> None:
         """Continues inside an epoch, from the position the checkpoint was taken at."""
-        progress, position, past = self.progress, self.progress.position, self.past
+        progress, position, memory = self.progress, self.progress.position, self.memory
         self.schedulers.open_epoch(progress.batch)
-        self.schedulers.load_state(past.content.get("schedulers"), self.trainer.optimizers)
+        self.schedulers.load_state(memory.content.get("schedulers"), self.trainer.optimizers)
         if position != Position.IN_BATCH:
             progress.position = Position.BATCH_DONE
-            self.optimization.stepped = past.stepped
-            if past.stepped:
-                progress.log_step -= 1  # the file counts it, `finish_batch` will again
-                if past.content.get("logging_due"):
-                    self.report_step()
+            self.optimization.stepped = memory.stepped
+            if memory.stepped and memory.content.get("logging_due"):
+                self.trainer.report(self.trainer.book.take(), step=progress.log_step, with_epoch=True)
             if position == Position.VALIDATED:
                 self.validated_at = progress.batches
-            elif self.validation_due():
+            elif position == Position.VALIDATING or self.validation_due():
                 self.validate()
             self.finish_batch()
         progress.position = Position.IN_BATCH
@@ -350,19 +332,9 @@ class FitLoop:
             book.remember()
         progress.position = Position.EPOCH_END
         end_epoch(trainer, self.hooks.on_train_epoch_end)
-        self.report_epoch(progress.is_last_batch)
+        report_epoch(self, progress.is_last_batch)
         progress.epochs += 1
         progress.position = Position.EPOCH_START
-
-    def report_epoch(self, whole: bool) -> None:
-        """After `on_train_epoch_end`: schedulers that watch a metric, if the epoch came to its end, and the loggers."""
-        progress, book = self.progress, self.trainer.book
-        if whole and self.schedulers.any:
-            self.schedulers.watch("epoch", progress.epochs + 1, book)
-        # The x axis is the last step of the epoch, which has been counted already.
-        self.trainer.report(book.finish_epoch(), step=max(progress.log_step - 1, 0), with_epoch=True)
-        assert book.page is not None
-        book.page.reset()
 
     # ------------------------------------------------------------------ batches
 
@@ -455,7 +427,7 @@ class FitLoop:
     def validate(self) -> None:
         """A validation run in the middle of training; the position says so, for whoever resumes from here."""
         trainer, progress = self.trainer, self.progress
-        self.before_validation = before_validation(self)
+        self.memory.note_validation()
         progress.position = Position.VALIDATING
         trainer.stage = RunningStage.VALIDATING
         trainer.book.remember()
@@ -469,28 +441,6 @@ class FitLoop:
         progress.position = Position.VALIDATED  # set by `on_validation_end` already, unless there was nothing to do
         self.validated_at = progress.batches
         self._validated_at_s = time.monotonic()
-
-    # ------------------------------------------------------------------ for a checkpoint
-
-    def chapter(self) -> dict[str, Any]:
-        """What a file holds of this loop beside the counters."""
-        return chapter(self)
-
-    def batches_to_repeat(self) -> int:
-        """How far a run that resumes goes back behind the counters."""
-        return batches_to_repeat(self)
-
-    def batches_given(self) -> int:
-        """How many batches the feed gave for the steps that are finished."""
-        assert self.feed is not None
-        return self.feed.taken(self.progress.batch, self.progress.position == Position.IN_BATCH)
-
-    def inside(self) -> bool:
-        """Is the iterator of an epoch open, with something left in it?"""
-        progress, position = self.progress, self.progress.position
-        if position in (Position.EPOCH_START, Position.EPOCH_END):
-            return position == Position.EPOCH_START and self.opened_at == progress.epochs
-        return not progress.is_last_batch or position == Position.IN_BATCH
 
     # ------------------------------------------------------------------ after
 

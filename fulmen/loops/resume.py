@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fulmen.logbook import is_metric, load_metric_state, metric_state
-from fulmen.loops.exact import combine
+from fulmen.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
+from fulmen.loops.exact import combine, report_epoch
 from fulmen.loops.progress import Position
 from fulmen.utilities.seed import generator_states, set_generator_states
 
@@ -25,48 +25,178 @@ _BETWEEN = (Position.EPOCH_START, Position.EPOCH_END)
 _WINDOW = ("held", "divisor", "total", "expected", "batches", "partial", "weighted")
 
 
-# ---------------------------------------------------------------------- saving
+class Memory:
+    """What the next checkpoint is told of the story, and what the one that the run came from knows of it.
+
+    Arguments:
+        content: what `chapter` wrote, in this version or an older one.
+        loader_states: of loaders that have a state of their own.
+    """
+
+    def __init__(self, loop: FitLoop, content: dict[str, Any] | None = None, loader_states: Any = None) -> None:
+        self.loop, self.content, self.loader_states = loop, content or {}, loader_states
+        self.mine: dict[str, Any] = {}  # the part of this process
+        self.generators: Any = self.content.get("generators")
+        self.stepped = bool(self.content.get("progress", {}).get("stepped", True))
+        self.epoch_ended: bool | None = None  # with its last batch? None if not in `on_train_epoch_end`
+        self.restored = False  # is what was logged a thing of the past?
+        self.early: dict[str, Any] | None = None  # what validation changes, as of before
+
+    # ------------------------------------------------------------------ saving
+
+    def chapter(self) -> dict[str, Any]:
+        """What a checkpoint holds of all processes, which call this together."""
+        loop, trainer, train = self.loop, self.loop.trainer, self.loop.loaders
+        now = self._now()
+        early = self.early if self.early and loop.progress.position == Position.VALIDATING else now
+        back = self.batches_to_repeat()
+        mine: dict[str, Any] = {
+            "generators": early["generators"],
+            "val": early["val"],
+            "metrics": _metrics(loop, early["updates"]),
+            "book": book_state(trainer.book),
+            "window": None if back or train is None else _window(loop),
+        }
+        if train is not None and loop.feed is not None:
+            mine["train"] = train.position(self.batches_given() - back, _inside(loop))
+        ranks = trainer.strategy.exchange_objects(mine)
+        schedulers = getattr(loop, "schedulers", None)
+        return {
+            "generators": ranks[0].pop("generators"),
+            "ranks": ranks,
+            "logging_due": self._logging_due(),
+            "validated": early["seen"],
+            "schedulers": None if schedulers is None else schedulers.state(trainer.optimizers),
+            "loggers": early["loggers"],
+            "should_stop": trainer.should_stop,
+        }
+
+    def note_validation(self) -> None:
+        """A checkpoint written while validating has what that changes as of before, and validates again."""
+        self.early = self._now()
+
+    def _now(self) -> dict[str, Any]:
+        loop, val = self.loop, self.loop.val_loop.loaders
+        return {
+            "generators": generator_states(),
+            "val": None if val is None else val.position(0, inside=False),
+            "updates": {name: metric._update_count for name, metric in _all_metrics(loop)},
+            "seen": dict(loop.val_loop.batches_seen),
+            "loggers": [log.position() if hasattr(log, "position") else None for log in loop.trainer.loggers],
+        }
+
+    def _logging_due(self) -> bool:
+        """Is the row of the last batch still to be written?"""
+        loop, book = self.loop, self.loop.trainer.book
+        if loop.resumed:
+            return bool(self.content.get("logging_due"))
+        inside = loop.progress.position == Position.BATCH_DONE and book.batch is not None
+        return inside and (book.logging_due or loop.trainer.should_stop)
+
+    def batches_given(self) -> int:
+        """How many batches the feed gave for the steps that are finished."""
+        progress, feed = self.loop.progress, self.loop.feed
+        return progress.batch if feed is None else feed.taken(progress.batch, progress.position == Position.IN_BATCH)
+
+    def batches_to_repeat(self) -> int:
+        """How many batches before this one have to be done again, because their gradients cannot be stored."""
+        loop, held = self.loop, _in_window(self.loop)
+        if not held:
+            return 0
+        begun = loop.progress.position == Position.IN_BATCH and any(
+            turn.window.held and turn.window.expected == turn.batches_left(loop.progress.batch) for turn in _turns(loop)
+        )
+        strategy = loop.trainer.strategy
+        hidden = strategy.gradients_arrive_late or strategy.handles_gradient_accumulation
+        plain = all(p.grad is None or type(p.grad) is Tensor for p in loop.trainer.lightning_module.parameters())
+        return held if begun or hidden or not plain else 0
+
+    # ------------------------------------------------------------------ resuming
+
+    def begin(self) -> None:
+        """Finds the part of this process, and tells the loggers how much of what they have is from before."""
+        trainer, ranks = self.loop.trainer, self.content.get("ranks", [])
+        rank = trainer.global_rank
+        if ranks and rank > 0:
+            self.generators = ranks[rank]["generators"] if rank < len(ranks) else None
+        if len(ranks) == trainer.world_size:
+            self.mine = ranks[rank]
+        for logger, position in zip(trainer.loggers, self.content.get("loggers", [])):
+            if position is not None and hasattr(logger, "go_on"):
+                logger.go_on(position, self.loop.progress.log_step)
+
+    def rewind(self) -> None:
+        """Every generator of the run as it was."""
+        if self.generators is not None:
+            set_generator_states(self.generators)
+
+    def open_feed(self) -> None:
+        """The training loaders go on at their place, if that is inside of an epoch."""
+        loop, progress, kept = self.loop, self.loop.progress, self.mine.get("train")
+        assert loop.loaders is not None and loop.feed is not None
+        begun, inside = progress.position != Position.EPOCH_START, kept is not None and kept["inside"]
+        if kept is not None:
+            loop.loaders.go_on(kept)
+        if self.loader_states and begun:
+            loop.loaders.load_state_dict(self.loader_states)
+        if begun and progress.is_last_batch and progress.position != Position.IN_BATCH:
+            loop.feed.exhaust()
+        elif inside or begun:
+            loop.feed.first_batch_idx = progress.batch if kept is None else kept["done"]
+            loop.feed.open(progress.epochs)
+
+    def restore(self) -> None:
+        """What was logged, metrics, gradients, and what schedulers wait for."""
+        loop, trainer, mine = self.loop, self.loop.trainer, self.mine
+        if not mine or self.restored:
+            return
+        load_book(trainer.book, mine["book"], trainer.strategy.root_device)
+        parts = dict(_all_metrics(loop))
+        for name, state in mine["metrics"].items():
+            if name in parts:
+                load_metric_state(parts[name], state)
+        loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers)
+        if hasattr(loop, "optimization"):
+            loop.optimization.stepped = self.stepped
+            if mine["window"] is not None:
+                _load_window(loop, mine["window"])
+        stopped = any(callback.stopping_reason.value for callback in trainer.early_stopping_callbacks)
+        trainer.should_stop = trainer.should_stop or (self.content["should_stop"] and stopped)
+
+    def restore_validation(self) -> None:
+        """After the sanity check: the validation loaders, and how many batches were validated."""
+        val = self.loop.val_loop
+        val.batches_seen.update(self.content.get("validated", {}))
+        kept = self.mine.get("val")
+        if kept is not None and val.loaders is not None:
+            if val.feed is not None:
+                val.feed.close()
+            val.loaders.go_on(kept)
+
+    def finish_epoch(self) -> None:
+        """What comes after `on_train_epoch_end`, inside of which the checkpoint was written."""
+        loop, whole, self.epoch_ended = self.loop, self.epoch_ended, None
+        if whole is None or not self.mine:
+            return
+        self.restore()
+        self.restored = True
+        loop.trainer.book.page.epoch_over = True  # type: ignore[union-attr]
+        if loop.trainer.book.shared:
+            combine(loop.trainer)
+        loop.progress.epochs -= 1
+        report_epoch(loop, whole)
+        loop.progress.epochs += 1
 
 
-def chapter(loop: FitLoop) -> dict[str, Any]:
-    """What a checkpoint holds of all processes, which call this together."""
-    trainer, position = loop.trainer, loop.progress.position
-    early = loop.before_validation if position == Position.VALIDATING else None
-    early = early or before_validation(loop)
-    train = loop.loaders
-    back = batches_to_repeat(loop)
-    mine: dict[str, Any] = {
-        "generators": early["generators"],
-        "val": early["val"],
-        "metrics": _metrics(loop, early["updates"]),
-        "book": trainer.book.state(),
-        "window": None if back or train is None else _window(loop),
-    }
-    if train is not None and loop.feed is not None:
-        mine["train"] = train.position(loop.batches_given() - back, loop.inside())
-    ranks = trainer.strategy.exchange_objects(mine)
-    schedulers = getattr(loop, "schedulers", None)
-    return {
-        "generators": ranks[0].pop("generators"),
-        "ranks": ranks,
-        "logging_due": trainer.book.batch is not None and (trainer.book.logging_due or trainer.should_stop),
-        "validated": early["seen"],
-        "schedulers": None if schedulers is None else schedulers.state(trainer.optimizers),
-        "loggers": early["loggers"],
-        "should_stop": trainer.should_stop,
-    }
+# ---------------------------------------------------------------------- plain functions
 
 
-def before_validation(loop: FitLoop) -> dict[str, Any]:
-    """What validation changes. A checkpoint written while validating has it as of before, and validates again."""
-    trainer, val = loop.trainer, loop.val_loop.loaders
-    return {
-        "generators": generator_states(),
-        "val": None if val is None else val.position(0, inside=False),
-        "updates": {name: metric._update_count for name, metric in _all_metrics(loop)},
-        "seen": dict(loop.val_loop.batches_seen),
-        "loggers": [logger.position() if hasattr(logger, "position") else None for logger in trainer.loggers],
-    }
+def _inside(loop: FitLoop) -> bool:
+    """Is the iterator of an epoch open, with something left in it?"""
+    progress, position = loop.progress, loop.progress.position
+    if position in _BETWEEN:
+        return position == Position.EPOCH_START and loop.feed.opened_at == progress.epochs  # type: ignore[union-attr]
+    return not progress.is_last_batch or position == Position.IN_BATCH
 
 
 def _all_metrics(loop: FitLoop) -> list[tuple[str, Any]]:
@@ -75,9 +205,8 @@ def _all_metrics(loop: FitLoop) -> list[tuple[str, Any]]:
 
 def _metrics(loop: FitLoop, updates: dict[str, int]) -> dict[str, Any]:
     """The states of metrics that have seen something, but not of those that only a validation cut short has used."""
-    return {
-        name: metric_state(part) for name, part in _all_metrics(loop) if part._update_count and updates.get(name, 0)
-    }
+    found = [(name, part) for name, part in _all_metrics(loop) if part._update_count and updates.get(name, 0)]
+    return {name: metric_state(part) for name, part in found}
 
 
 def _turns(loop: FitLoop) -> list[Any]:
@@ -93,33 +222,18 @@ def _in_window(loop: FitLoop) -> int:
     return 0 if over or manual else progress.batch % loop.trainer.accumulate_grad_batches
 
 
-def batches_to_repeat(loop: FitLoop) -> int:
-    """How many batches before this one have to be done again, because their gradients cannot be stored."""
-    held, strategy = _in_window(loop), loop.trainer.strategy
-    if not held:
-        return 0
-    begun = loop.progress.position == Position.IN_BATCH and any(
-        turn.window.held and turn.window.expected == turn.batches_left(loop.progress.batch) for turn in _turns(loop)
-    )
-    hidden = strategy.gradients_arrive_late or strategy.handles_gradient_accumulation
-    plain = all(p.grad is None or type(p.grad) is Tensor for p in loop.trainer.lightning_module.parameters())
-    return held if begun or hidden or not plain else 0
-
-
 def _window(loop: FitLoop) -> dict[str, Any] | None:
     """The gradients that wait for a step, and what their windows know; by optimizer."""
-    module, turns = loop.trainer.lightning_module, _turns(loop)
+    module, turns, optimization = loop.trainer.lightning_module, _turns(loop), getattr(loop, "optimization", None)
     if module.automatic_optimization:
         turns = turns if _in_window(loop) else []
         found = [turn.optimizer for turn in turns if turn.window_open or turn.window.held]
-    else:
-        found = loop.optimization.waiting() if turns and loop.progress.position not in _BETWEEN else []
+    else:  # the user's own windows
+        found = optimization.waiting() if optimization and loop.progress.position not in _BETWEEN else []
+        turns = []
     wanted = {id(p) for optimizer in found for group in optimizer.param_groups for p in group["params"]}
     grads = {n: p.grad.detach().cpu() for n, p in module.named_parameters() if id(p) in wanted and p.grad is not None}
-    if not grads:
-        return None
-    windows = [] if not module.automatic_optimization else [_of(turn) for turn in turns]
-    return {"gradients": grads, "windows": windows}
+    return {"gradients": grads, "windows": [_of(turn) for turn in turns]} if grads else None
 
 
 def _of(turn: Any) -> dict[str, Any]:
@@ -127,103 +241,10 @@ def _of(turn: Any) -> dict[str, Any]:
     return {"open": turn.window_open or bool(turn.window.held), **state}
 
 
-# ---------------------------------------------------------------------- resuming
-
-
-class Past:
-    """What a checkpoint knows of the story so far; without one, nothing.
-
-    Arguments:
-        content: what `chapter` wrote, in this version or an older one.
-        loader_states: of loaders that have a state of their own.
-    """
-
-    def __init__(self, content: dict[str, Any] | None = None, loader_states: Any = None) -> None:
-        self.content, self.loader_states = content or {}, loader_states
-        self.mine: dict[str, Any] = {}  # the part of this process
-        self.generators: Any = self.content.get("generators")
-        self.stepped = bool(self.content.get("progress", {}).get("stepped", True))
-        self.epoch_ended: bool | None = None  # with its last batch? None if not in `on_train_epoch_end`
-        self.placed = False  # do the training loaders go on inside the epoch?
-
-    def begin(self, loop: FitLoop) -> None:
-        """Finds the part of this process, and tells the loggers how much of what they have is from before."""
-        trainer, ranks = loop.trainer, self.content.get("ranks", [])
-        rank = trainer.global_rank
-        if ranks and rank > 0:
-            self.generators = ranks[rank]["generators"] if rank < len(ranks) else None
-        if len(ranks) == trainer.world_size:
-            self.mine = ranks[rank]
-        for logger, position in zip(trainer.loggers, self.content.get("loggers", [])):
-            if position is not None and hasattr(logger, "go_on"):
-                logger.go_on(position)
-
-    def rewind(self) -> None:
-        """Every generator of the run as it was."""
-        if self.generators is not None:
-            set_generator_states(self.generators)
-
-    def place_loaders(self, loop: FitLoop) -> bool:
-        """Lets the training loaders go on at their place; is the iterator to be opened at once?"""
-        assert loop.loaders is not None
-        kept, progress = self.mine.get("train"), loop.progress
-        if kept is not None:
-            loop.loaders.go_on(kept)
-        if self.loader_states and progress.position != Position.EPOCH_START:
-            loop.loaders.load_state_dict(self.loader_states)
-            self.placed = True
-        self.placed = self.placed or (kept is not None and kept["inside"])
-        return self.placed
-
-    def given(self, loop: FitLoop) -> int:
-        """How many batches the loaders gave in this epoch."""
-        return (self.mine.get("train") or {}).get("done", loop.progress.batch)
-
-    def restore(self, loop: FitLoop) -> None:
-        """What was logged, metrics, gradients, and what schedulers wait for."""
-        trainer, mine = loop.trainer, self.mine
-        if not mine:
-            return
-        trainer.book.load_state(mine["book"], trainer.strategy.root_device)
-        parts = dict(_all_metrics(loop))
-        for name, state in mine["metrics"].items():
-            if name in parts:
-                load_metric_state(parts[name], state)
-        if hasattr(loop, "schedulers") and self.content["schedulers"] is not None:
-            loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers)
-        if mine["window"] is not None and hasattr(loop, "optimization"):
-            _load_window(loop, mine["window"])
-        stopped = any(callback.stopping_reason.value for callback in trainer.early_stopping_callbacks)
-        trainer.should_stop = trainer.should_stop or (self.content["should_stop"] and stopped)
-
-    def restore_validation(self, loop: FitLoop) -> None:
-        """After the sanity check: the validation loaders, and how many batches were validated."""
-        loop.val_loop.batches_seen.update(self.content.get("validated", {}))
-        kept = self.mine.get("val")
-        if kept is not None and loop.val_loop.loaders is not None:
-            if loop.val_loop.feed is not None:
-                loop.val_loop.feed.close()
-            loop.val_loop.loaders.go_on(kept)
-
-    def finish_epoch(self, loop: FitLoop) -> None:
-        """What comes after `on_train_epoch_end`, inside of which the checkpoint was written."""
-        whole, self.epoch_ended = self.epoch_ended, None
-        if whole is None or not self.mine:
-            return
-        self.restore(loop)
-        loop.trainer.book.page.epoch_over = True  # type: ignore[union-attr]
-        if loop.trainer.book.shared:
-            combine(loop.trainer)
-        loop.schedulers.load_state(self.content["schedulers"], loop.trainer.optimizers)
-        loop.progress.epochs -= 1
-        loop.report_epoch(whole)
-        loop.progress.epochs += 1
-
-
 def _load_window(loop: FitLoop, kept: dict[str, Any]) -> None:
     for name, parameter in loop.trainer.lightning_module.named_parameters():
         if (grad := kept["gradients"].get(name)) is not None:
-            parameter.grad = grad.to(parameter.device)
+            parameter.grad = grad.to(parameter.device, copy=True)
     for turn, state in zip(_turns(loop), kept["windows"]):
         turn.window_open = state["open"]
         for name in _WINDOW:

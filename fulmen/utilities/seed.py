@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 import random
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,28 +75,44 @@ def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
 
 def generator_states(include_cuda: bool = True) -> dict[str, Any]:
     """The state of all random generators, as plain values that ``torch.load(weights_only=True)`` can read."""
-    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    states: dict[str, Any] = {"python": python_state(random.getstate()), "torch": torch.get_rng_state()}
     if numpy := _numpy():
         name, keys, position, has_gauss, cached = numpy.random.get_state()
-        states["numpy"] = (str(name), keys.tolist(), int(position), int(has_gauss), float(cached))
+        keys = torch.from_numpy(keys.astype("int64"))  # a list would cost a file more time than all of its weights
+        states["numpy"] = (str(name), keys, int(position), int(has_gauss), float(cached))
     # Before CUDA is in use there is no state to keep, and asking would start it (which forbids forking later).
     if include_cuda and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
+def python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What ``getstate`` of a generator of python gave, with its numbers in one tensor; and back."""
+    version, numbers, gauss = state
+    if isinstance(numbers, torch.Tensor):
+        return version, tuple(numbers.tolist()), gauss
+    return version, torch.frombuffer(array("q", numbers), dtype=torch.int64).clone(), gauss
+
+
 def set_generator_states(states: dict[str, Any]) -> None:
     """Put back what `generator_states` returned; generators missing here or there are left alone."""
     if "python" in states:
-        version, numbers, gauss = states["python"]
-        random.setstate((version, tuple(numbers), gauss))
+        version, numbers, gauss = states["python"]  # older files have a tuple of numbers
+        random.setstate((version, tuple(torch.as_tensor(numbers).tolist()), gauss))
     if "torch" in states:
         torch.set_rng_state(states["torch"].cpu())
     if "numpy" in states and (numpy := _numpy()):
-        numpy.random.set_state(tuple(states["numpy"]))
+        name, keys, *more = states["numpy"]
+        numpy.random.set_state((name, torch.as_tensor(keys).tolist(), *more))
     if torch.cuda.is_available():
         for index, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), index)
+
+
+def same_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Are these the same states of python, torch and numpy?"""
+    pairs = [(a["torch"], b["torch"]), *zip(a["python"], b["python"]), *zip(a.get("numpy", ()), b.get("numpy", ()))]
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
 @contextmanager
