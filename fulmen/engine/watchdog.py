@@ -301,7 +301,7 @@ class Watchdog:
         while broken and self.verdict is None and time.monotonic() < deadline:
             time.sleep(0.02)
         if self.verdict is None:
-            self.accuse(self.own(error))
+            self.accuse(own(self, error))
         self.echo("" if broken else f" It failed too: {type(error).__name__}: {error}"[:300])
         if self.rank == 0:  # the board is here
             self.all_know()
@@ -314,20 +314,6 @@ class Watchdog:
         with contextlib.suppress(AttributeError):
             error._fulmen_told = "here"  # type: ignore[attr-defined]
         return error
-
-    def own(self, error: BaseException) -> dict[str, Any]:
-        """A verdict on this rank."""
-        interrupted = isinstance(error, KeyboardInterrupt)
-        signalled = interrupted or (isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM)
-        first = (str(error).splitlines() or [""])[0][:300]
-        return {
-            "rank": self.rank,
-            "kind": "exit" if signalled else "raised",
-            "text": f"failed at {origin(error)} ({moment(self.trainer)}): {type(error).__name__}: {first}",
-            "stack": readable("".join(traceback.format_exception(type(error), error, error.__traceback__))),
-            "code": 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if signalled else 1,
-            "process": [_host(), os.getpid()],
-        }
 
     def echo(self, more: str = "") -> None:
         """One line from each rank that ends because of another, after the report."""
@@ -477,6 +463,21 @@ if hasattr(os, "register_at_fork"):
 
 
 # ---------------------------------------------------------------------- words
+
+
+def own(watchdog: Watchdog, error: BaseException) -> dict[str, Any]:
+    """A verdict on this rank."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    signalled = interrupted or (isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM)
+    first = (str(error).splitlines() or [""])[0][:300]
+    return {
+        "rank": watchdog.rank,
+        "kind": "exit" if signalled else "raised",
+        "text": f"failed at {origin(error)} ({moment(watchdog.trainer)}): {type(error).__name__}: {first}",
+        "stack": readable("".join(traceback.format_exception(type(error), error, error.__traceback__))),
+        "code": 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if signalled else 1,
+        "process": [_host(), os.getpid()],
+    }
 
 
 def still(rank: int, beat: dict[str, Any]) -> dict[str, Any]:
