@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 
 import fulmen as pl
 from benchmarks.harness import NOTHING_ON, print_table
+from fulmen import run_parts
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.checkpoint.paths import newest_good
 from fulmen.plugins import TorchCheckpointIO
@@ -122,8 +124,7 @@ def trial(seed: int, number: int, io: type[TorchCheckpointIO] = TorchCheckpointI
         found = Found(trials=1, inside=int(events[-1].what == "begin"))
         found.half = sum(path.name.startswith(".") for path in folder.iterdir())
         try:
-            judge(folder, events, found)
-            start_again(folder, mix, io)
+            start_again(folder, mix, io, *judge(folder, events, found))
         except Exception:
             found.lost += 1
             found.complaints.append(traceback.format_exc())
@@ -222,13 +223,13 @@ def deadly(io: type[TorchCheckpointIO], last: int, share: float) -> type[TorchCh
     return Deadly
 
 
-def judge(folder: Path, events: list[Event], found: Found) -> None:
-    """Is every file that has a name whole, and the last one that was finished there?"""
+def judge(folder: Path, events: list[Event], found: Found) -> tuple[str, int]:
+    """Is every file that has a name whole, and the last one that was finished there? Gives the newest and its step."""
     steps = {}
     for path in sorted(folder.glob("*.ckpt")):
         try:
             TorchCheckpointIO().verify_checkpoint(path)
-            content = torch.load(path, weights_only=True)
+            content = torch.load(path, weights_only=False)  # the slow way is what the next start takes
             weight = content["weight"] if "weight" in content else content["state_dict"]["weight"]
             if not torch.equal(weight, torch.full_like(weight, -content["global_step"])):
                 raise ValueError("its weights are those of another step")
@@ -239,23 +240,22 @@ def judge(folder: Path, events: list[Event], found: Found) -> None:
     done = [event for event in events if event.what == "done"][-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        newest = newest_good(str(path) for path in folder.glob("*.ckpt"))
+        newest = str(newest_good(str(path) for path in folder.glob("*.ckpt")))
     if steps.get(done.path, 0) < done.step:
         found.lost += 1
         found.complaints.append(f"{done.path} of step {done.step} was finished, and is lost")
-    elif steps.get(str(newest), 0) < done.step:
+    elif steps.get(newest, 0) < done.step:
         found.lost += 1
         found.complaints.append(f"step {done.step} was finished, and the newest good checkpoint is {newest}")
+    return newest, steps[newest]
 
 
-def start_again(folder: Path, mix: str, io: type[TorchCheckpointIO]) -> None:
+def start_again(folder: Path, mix: str, io: type[TorchCheckpointIO], newest: str, step: int) -> None:
     """The next start of the run, from the newest good checkpoint, until it has saved again."""
-    arguments = MIXES[mix]
-    newest = newest_good(str(path) for path in folder.glob("*.ckpt")) if arguments else None
-    step = torch.load(newest)["global_step"] if newest else 0
-    callback = ModelCheckpoint(folder, every_n_train_steps=1, **arguments)
-    trainer = trainer_of(callback, io(), step + 1)
-    trainer.fit(Model(random.Random(0)), DataLoader(torch.zeros(STEPS, 1), batch_size=None), ckpt_path=newest)
+    resumed = newest if MIXES[mix] else None  # the other holds no run
+    step = step if MIXES[mix] else 0
+    trainer = trainer_of(ModelCheckpoint(folder, every_n_train_steps=1, **MIXES[mix]), io(), step + 1)
+    trainer.fit(Model(random.Random(0)), DataLoader(torch.zeros(STEPS, 1), batch_size=None), ckpt_path=resumed)
     if trainer.global_step != step + 1:
         raise RuntimeError(f"The run did not go on from step {step}, but is at {trainer.global_step}.")
 
@@ -274,6 +274,8 @@ def run(trials: list[int], seed: int = 0, io: type[TorchCheckpointIO] = TorchChe
     found: dict[str, Found] = {}
     with quiet():
         torch.set_num_threads(1)  # a fork takes no threads along
+        # Two Trainers per trial would read the metadata of all installed packages: a third of the time.
+        run_parts.entry_points = functools.cache(run_parts.entry_points)  # type: ignore[attr-defined]
         for number in trials:
             one = trial(seed, number, io)
             for key in (", ".join(chosen(seed, number)[:2]), "all"):
