@@ -21,6 +21,7 @@ import fulmen as pl
 from fulmen import callbacks
 from fulmen.checkpoint.consolidate import consolidate, main
 from fulmen.checkpoint.load import load_hparams_from_yaml
+from fulmen.checkpoint.upgrade import upgrade
 from fulmen.engine.sharded_checkpoint import META, write_shards
 from fulmen.plugins import TorchCheckpointIO
 from fulmen.utilities.rank_zero import warn_once
@@ -110,7 +111,7 @@ def ways_to_load(path):
     yield "last", lambda: resumed.fit(Regression(), loader, loader, ckpt_path="last")
     yield "module", lambda: Regression.load_from_checkpoint(path)
     yield "datamodule", lambda: pl.LightningDataModule.load_from_checkpoint(path)
-    yield "upgrade", lambda: TorchCheckpointIO().load_checkpoint(path)
+    yield "upgrade", lambda: upgrade(path)
     if path.is_dir():
         yield "consolidate", lambda: consolidate(path)
         return
