@@ -7,13 +7,15 @@ import os
 from collections.abc import Sequence
 
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.sharded_checkpoint import META, is_sharded
+from fulmen.engine.sharded_checkpoint import META, is_plain_torch, is_sharded, read_plain
 
 
 def consolidate(
     folder: str | os.PathLike, output_file: str | os.PathLike | None = None, weights_only: bool | None = None
 ) -> str:
     """Writes a checkpoint that is a folder as one file, which every strategy loads. Returns its path.
+
+    A folder that `torch.distributed.checkpoint` wrote without a trainer becomes a file for `torch.load`.
 
     Arguments:
         output_file: by default the folder's name with ``.consolidated`` behind it.
@@ -24,14 +26,15 @@ def consolidate(
         FileExistsError: the file is there already.
     """
     source = os.fspath(folder).rstrip("/\\")
-    if not is_sharded(source):
+    if not is_sharded(source) and not is_plain_torch(source):
         what = f"{source!r} is no sharded checkpoint: it has no `{META}`."
         raise FileNotFoundError(f"{what} Pass the folder that a run with `state_dict_type='sharded'` wrote.")
     target = f"{source}.consolidated" if output_file is None else os.fspath(output_file)
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} exists already. Remove it, or give another `--output_file`.")
     io = TorchCheckpointIO()
-    io.save_checkpoint(io.load_checkpoint(source, weights_only=weights_only), target)
+    read = read_plain if is_plain_torch(source) else io.load_checkpoint
+    io.save_checkpoint(read(source, weights_only=weights_only), target)
     return target
 
 

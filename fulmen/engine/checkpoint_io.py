@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 
 from fulmen.engine.sealed import DamagedCheckpointError, damaged, read, save, verify
-from fulmen.engine.sharded_checkpoint import META, check_shards, is_sharded, read_all
+from fulmen.engine.sharded_checkpoint import META, check_shards, is_plain_torch, is_sharded, read_all
 from fulmen.utilities.errors import suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, local_path, modified
 from fulmen.utilities.temporaries import clean_beside, remove
@@ -138,8 +138,10 @@ def _existing(path: str) -> str:
     if not files.exists(path):
         raise FileNotFoundError(_what_is_there_instead(files, path))
     if files.isdir(path) and not is_sharded(path):
-        what = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards."
-        raise IsADirectoryError(f"{what} Pass a file in it, or such a folder.")
+        what, fix = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards.", "or such a folder."
+        if is_plain_torch(path):
+            fix = f"or turn what torch wrote there, without a trainer, into one: `python -m fulmen consolidate {path}`."
+        raise IsADirectoryError(f"{what} Pass a file in it, {fix}")
     return path
 
 

@@ -39,6 +39,12 @@ def is_sharded(path: Any) -> bool:
     return not is_remote(path) and os.path.isfile(os.path.join(local_path(path), META))
 
 
+def is_plain_torch(path: Any) -> bool:
+    """Is it a folder that `torch.distributed.checkpoint` wrote, but no trainer?"""
+    parts = not is_remote(path) and os.path.isfile(os.path.join(local_path(path), ".metadata"))
+    return parts and not is_sharded(path)
+
+
 def flat_states(states: list[dict[str, Any]], take: bool = True) -> dict[str, Any]:
     """The tensors of optimizer states under the names of their shards; with `take`, they are taken out of the states."""
     flat = {}
@@ -98,8 +104,6 @@ def _measured(path: str, full: bool = True) -> tuple[int, str]:
 
 def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     folder = local_path(path)
     with open(os.path.join(folder, META), "rb") as file:
         checkpoint = read(file, os.path.join(path, META), "cpu", weights_only)
@@ -107,9 +111,7 @@ def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     weights.path, weights.weights_only = folder, weights_only
     states = checkpoint.get("optimizer_states", [])
     for name, entry in _reader(weights)[0].read_metadata().state_dict_metadata.items():
-        value: Any = None  # some other object
-        if isinstance(entry, TensorStorageMetadata):
-            value = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        value = _empty(entry, "meta")
         if name.startswith(MODEL):
             weights[name[len(MODEL) :]] = value
         for index, state in enumerate(states):
@@ -117,6 +119,14 @@ def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
                 parameter, key = name[len(prefix) :].rsplit(".", 1)
                 state["state"].setdefault(parameter, {})[key] = value
     return checkpoint
+
+
+def _empty(entry: Any, device: str = "cpu") -> Any:
+    """Where a stored tensor can be read to; None for other objects."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    is_tensor = isinstance(entry, TensorStorageMetadata)
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device) if is_tensor else None
 
 
 def read_shards(wanted: dict[str, Any], source: Stored, alone: bool = False) -> None:
@@ -203,6 +213,18 @@ def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
             )
         numbered(state)
     return checkpoint
+
+
+def read_plain(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """What `torch.distributed.checkpoint` wrote without a trainer, nested as it was; read by this process alone."""
+    from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+
+    source = Stored()
+    source.path, source.weights_only = local_path(path), weights_only
+    metadata = _reader(source)[0].read_metadata()
+    wanted = {name: _empty(entry) for name, entry in metadata.state_dict_metadata.items()}
+    read_shards(wanted, source, alone=True)
+    return wanted if metadata.planner_data is None else unflatten_state_dict(wanted, metadata.planner_data)
 
 
 def numbered(state: dict[str, Any]) -> None:
