@@ -116,7 +116,8 @@ class Trainer:
         use_distributed_sampler: bool = True, profiler: Any = None, detect_anomaly: bool = False,
         barebones: bool = False, plugins: Any = None, sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0, default_root_dir: str | os.PathLike[str] | None = None,
-        enable_autolog_hparams: bool = True, model_registry: str | None = None, **unknown: Any,
+        enable_autolog_hparams: bool = True, model_registry: str | None = None, strict_resume: bool = True,
+        **unknown: Any,
     ) -> None:  # fmt: skip
         here = dict(locals())
         given = {n: here[n] for n, default in _DEFAULTS.items() if n in self._passed or here[n] is not default}
@@ -180,6 +181,7 @@ class Trainer:
     num_sanity_val_steps: int | float
     overfit_batches: int | float
     reload_dataloaders_every_n_epochs: int
+    strict_resume: bool
     use_distributed_sampler: bool
     val_check_interval: int | float
     val_check_time_s: float | None

@@ -209,16 +209,21 @@ class CombinedLoader:
         for loader, state in zip(stateful, states):
             loader.load_state_dict(state)
 
-    def position(self, done: int, inside: bool) -> dict[str, Any]:
-        """Where the pass is, in plain types: inside, with so many batches done, or between two."""
-        opened = {position: reading.state(done, inside) for position, reading in self._readings.items()}
+    def position(self, done: int, inside: bool, ahead: int = 0) -> dict[str, Any]:
+        """Where the pass is, in plain types: inside, with so many batches done and more read ahead, or between two."""
+        opened = {position: reading.state(done, inside, ahead) for position, reading in self._readings.items()}
         readings = {**self._kept.get("readings", {}), **opened}
         found: dict[str, Any] = {"done": done, "inside": inside, "readings": readings}
-        return {**found, "over": sorted(self._over), "datasets": self._noted(done)[1]} if inside else found
+        if not inside:
+            return found
+        states, datasets = self._noted(done)
+        return {**found, "over": sorted(self._over), "states": states, "datasets": datasets}
 
     def go_on(self, kept: dict[str, Any]) -> None:
         """Lets the next pass begin at this `position`."""
         self._history.clear()
+        if states := kept.get("states"):
+            self.load_state_dict(states)
         readings = {position: dict(reading) for position, reading in kept["readings"].items()}
         for position, data in self._datasets().items():
             if position in kept.get("datasets", {}) and position in readings:

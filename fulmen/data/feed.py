@@ -106,6 +106,11 @@ class Feed:
                 batch_idx = given - 1
             yield self.transfer(batch, dataloader_idx), batch_idx, dataloader_idx
 
+    @property
+    def ahead(self) -> int:
+        """How many batches are read before they are asked for."""
+        return int(self.num_batches == inf)
+
     def taken(self, done: int, in_batch: bool) -> int:
         """How many batches were given to so many finished steps; the one that runs does not count."""
         return done
@@ -190,6 +195,10 @@ class IteratorFeed(Feed):
         while ahead is not _END:
             self.is_last, self.pulled_before = False, self.pulled
             yield iterator, self.batch_idx, 0
+
+    @property
+    def ahead(self) -> int:
+        return super().ahead + 1
 
     def taken(self, done: int, in_batch: bool) -> int:
         return max(self.pulled_before if in_batch else self.pulled, self.first_batch_idx)

@@ -20,12 +20,14 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from fulmen.data.fetch import iterate
+from fulmen.data.orders import Alike
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states, python_state, same_states, set_generator_states
 
+_ORIGIN = ("alone", "together", "seed", "epoch")  # of an order that another number of processes drew
 _INSIDE = ("dataset", "sampler", "batch_sampler", "order", "loader")
 PATIENCE_S = 10.0  # for workers that are still busy with the end of an epoch
 
@@ -95,10 +97,14 @@ class Continued:
         first: when the first index was drawn in the pass that is continued; None if the same follows without it.
         later: the first index is drawn only when it is asked for, and by then the generators are where they belong.
         lead: so many of what is done are given again, cut to one sample.
+        ahead: how many more were drawn when the generators were where they belong now.
     """
 
-    def __init__(self, order: Any, skip: int, first: Moment | None, later: bool, lead: int = 0) -> None:
-        self.order, self.skip, self.first, self.later, self.lead = order, skip, first, later, lead
+    def __init__(self, order: Any, skip: int, first: Moment | None, later: bool, lead: int = 0, ahead: int = 0) -> None:
+        self.order, self.skip, self.first, self.later = order, skip, first, later
+        self.lead, self.ahead = lead, ahead
+        self.held: deque[Any] = deque()
+        self.items: Iterator[Any] = iter(())
         self.pending = True
 
     def __iter__(self) -> Iterator[Any]:
@@ -106,22 +112,39 @@ class Continued:
 
     def _rest(self, items: Iterator[Any]) -> Iterator[Any]:
         if self.pending:
-            self.pending, before, head = False, Moment(self.first.own if self.first else []), []
-            if self.first is not None:
-                self.first.put_back()
-            if self.skip or self.first is not None:
-                head = list(islice(items, 1))
-                begun = Moment([])
-                last = deque(islice(items, max(self.skip - 1, 0)), maxlen=1) or head
-                if self.later and begun.moved():
+            self.pending, self.items = False, items
+            yield from self._begin()
+        while True:
+            while self.held:
+                yield self.held.popleft()
+            for item in items:
+                yield item
+                if self.held:
+                    break
+            else:
+                return
+
+    def _begin(self) -> Iterator[Any]:
+        before = Moment(self.first.own if self.first else [])
+        if self.first is not None:
+            self.first.put_back()
+        if self.skip or self.first is not None:
+            head = list(islice(self.items, 1))
+            begun = Moment([])
+            last = deque(islice(self.items, max(self.skip - 1, 0)), maxlen=1) or head
+            self.held.extend(() if self.skip else head)
+            if self.later:
+                self.hold()
+                if begun.moved():
                     self._warn(before)
-            if self.later and self.first is not None:
-                before.put_back()
             for _ in range(self.lead):
                 yield last[0][:1] if isinstance(last[0], (list, tuple)) else last[0]
-            if not self.skip:
-                yield from head
-        yield from items
+        if self.later and self.first is not None:
+            before.put_back()
+
+    def hold(self) -> None:
+        """Draws what had been drawn ahead."""
+        self.held.extend(islice(self.items, max(self.ahead - len(self.held), 0)))
 
     def _warn(self, before: Moment) -> None:
         if before.moved():
@@ -219,6 +242,14 @@ class Courier:
         return _each(states, lambda part: torch.from_numpy(part) if hasattr(part, "dtype") else part)
 
 
+def size_of(loader: Any) -> tuple[int | None, int | None]:
+    """Samples, and samples in a batch, where indices are read."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None, None
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    return len(loader.dataset), 1 if loader.batch_sampler is None else size  # type: ignore[arg-type]
+
+
 @contextmanager
 def _standing_in(loader: Any, **parts: Any) -> Iterator[None]:
     """A loader has other parts while its iterator is made; torch lets nobody assign them."""
@@ -256,10 +287,13 @@ class Reading:
         """The iterator; of a pass that goes on, behind what is done."""
         kept, running = self.kept, getattr(self.loader, "_iterator", None)
         _put_back(self.own, kept.get("own", []))
+        self.first = kept.get("first")
         for shard in _shards(self.loader):
             shard.seed = kept.get("seed", shard.seed)
+            if "alone" in kept and self.first is not None:
+                shard.begin = Moment(self.own, self.first).put_back
         opened = Moment(self.own, kept.get("opened"))
-        self.opened, self.first = opened.kept, kept.get("first")
+        self.opened = opened.kept
         if "opened" in kept:
             opened.put_back()
             if callable(reopen := getattr(self.loader, "reopen", None)):
@@ -277,8 +311,11 @@ class Reading:
     def _order(self, later: bool, lead: int = 0) -> dict[str, Any]:
         """The part of the loader that chooses what is read, continued."""
         name = "sampler" if self.loader.batch_sampler is None else "batch_sampler"
-        first = None if self.first is None else Moment(self.own, self.first)
-        return {name: Continued(getattr(self.loader, name), self.skip, first, later, lead)}
+        first, order = None if self.first is None else Moment(self.own, self.first), getattr(self.loader, name)
+        if "together" in self.kept:  # several processes drew the order of this epoch
+            alike = Alike(self.loader.sampler if name == "sampler" else order.sampler, self.kept["together"])
+            order = alike if name == "sampler" else BatchSampler(alike, order.batch_size, order.drop_last)
+        return {name: Continued(order, self.skip, first, later, lead, self.kept.get("ahead", 0))}
 
     def _alone(self, resumes: bool) -> Iterator[Any]:
         if not resumes:
@@ -325,6 +362,9 @@ class Reading:
             parts |= self._order(later=False, lead=courier.lead)
         with _standing_in(loader, **parts):
             iterator = iter(loader)
+        for part in parts.values():
+            if isinstance(part, Continued):
+                part.hold()
         if getattr(iterator, "_collate_fn", None) is not courier:
             self.courier = None
             if resumes:
@@ -341,10 +381,11 @@ class Reading:
         elif not self.kept.get("placed") and (self.skip or self.first is not None):
             if self.first is not None:
                 Moment(self.own, self.first).put_back()
-            head = list(islice(iterator, 1))
-            if not self.skip:
-                return chain(head, iterator)
-            self._say(len(head) + sum(1 for _ in islice(iterator, self.skip - 1)))
+            if self.skip:
+                self._say(sum(1 for _ in islice(iterator, self.skip)))
+            # What was read ahead has been drawn already.
+            ahead = 0 if self.workers else max(self.kept.get("ahead", 0), not self.skip)
+            return chain(list(islice(iterator, ahead)), iterator)
         return iterator
 
     def _say(self, count: int) -> None:
@@ -352,15 +393,22 @@ class Reading:
         what = f"Resuming inside an epoch: {count} batches of `{name}` were read and passed over, as it has no indices."
         rank_zero_info(f"{what} With `state_dict` and `load_state_dict` it goes on at once.")
 
-    def state(self, done: int, inside: bool) -> dict[str, Any]:
+    def state(self, done: int, inside: bool, ahead: int = 0) -> dict[str, Any]:
         """In plain types, what `kept` takes; `inside` of an epoch of which so many batches are done, or between two."""
         running: Any = getattr(self.loader, "_iterator", None)
         persistent = running is not None and getattr(self.loader, "persistent_workers", False)
         state: dict[str, Any] = {"own": _states(self.own), "persistent": persistent}
         for shard in _shards(self.loader):
-            state["seed"] = shard.seed
+            state |= {"seed": shard.seed, "epoch": shard.epoch}
         if inside:
-            state |= {"at": self.at, "opened": self.opened, "first": self.first}
+            state |= {name: self.kept[name] for name in _ORIGIN if name in self.kept}
+            state |= {
+                "size": size_of(self.loader),
+                "ahead": ahead,
+                "at": self.at,
+                "opened": self.opened,
+                "first": self.first,
+            }
         if self.courier is not None and (inside or persistent):
             taken = done - self.at if inside else running._send_idx + self.courier.skipped - self.courier.lead
             state["workers"] = self.courier.states(taken) if self.indexed or not inside else self.begun

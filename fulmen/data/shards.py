@@ -16,14 +16,8 @@ from torch.utils.data import BatchSampler, DistributedSampler
 from fulmen.data.combined import sized
 from fulmen.data.fetch import iterate
 from fulmen.data.loaders import order_of, reads_indices, rebuilt, shutdown_workers
+from fulmen.data.orders import alike, generators_of
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import generator_states, isolate_rng, seed_cpu, set_generator_states
-
-
-def generators_of(order: Any) -> list[torch.Generator]:
-    """The random generators that a sampler, or the one inside of a batch sampler, has for itself."""
-    found = (getattr(part, "generator", None) for part in (order, getattr(order, "sampler", None)))
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def seed_of(loader: Any) -> int:
@@ -31,33 +25,6 @@ def seed_of(loader: Any) -> int:
     own = generators_of(order_of(loader)) if reads_indices(loader) else []
     seed = own[0].initial_seed() if own else int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
     return seed % 2**62
-
-
-def alike(order: Any, seed: int, ahead: int) -> Iterator[list[Any]]:
-    """What ``iter(order)`` gives, in lists of ``ahead``; the random numbers drawn for it follow from the seed alone.
-
-    Nobody else's random numbers are touched, nor the state of a generator that the order has for itself.
-    """
-    own, iterator, inside, own_inside = generators_of(order), None, {}, []
-    while True:
-        own_outside = [generator.get_state() for generator in own]
-        with isolate_rng(include_cuda=False):
-            if iterator is None:
-                seed_cpu(seed)
-                for generator in own:
-                    generator.manual_seed(seed)
-                iterator = iter(order)
-            else:
-                set_generator_states(inside)
-                for generator, state in zip(own, own_inside):
-                    generator.set_state(state)
-            items = list(islice(iterator, ahead))
-            inside, own_inside = generator_states(include_cuda=False), [generator.get_state() for generator in own]
-        for generator, state in zip(own, own_outside):
-            generator.set_state(state)
-        yield items
-        if len(items) < ahead:
-            return
 
 
 class Shard(DistributedSampler):
@@ -79,13 +46,15 @@ class Shard(DistributedSampler):
         self.num_replicas, self.rank, self.padded, self.block = num_replicas, rank, padded, block
         self.seed, self.ahead, self.epoch, self.shuffle = seed, ahead, 0, False
         self.drop_last = getattr(order, "drop_last", False)
+        self.begin: Callable[[], None] | None = None  # sets the generators for the next pass, in place of the seed
 
     def __iter__(self) -> Iterator[Any]:
         if callable(announce := getattr(self.order, "set_epoch", None)):
             announce(self.epoch)
         turn = self.num_replicas * self.block
         first: list[Any] = []
-        for items in alike(self.order, self.seed + self.epoch, turn * max(1, self.ahead // turn)):
+        begin, self.begin = self.begin, None
+        for items in alike(self.order, self.seed + self.epoch, turn * max(1, self.ahead // turn), begin):
             first = first or items[:turn]
             if self.padded:
                 items += islice(cycle(first), -len(items) % turn)

@@ -148,7 +148,7 @@ def _merged_metric(entry: MetricEntry, parts: list[dict[str, Any]]) -> Any:
         for name, reduction in metric._reductions.items():
             values = [states["values"][name] for states in updated]
             weights = [states["updates"] for states in updated]
-            merged = _merged_state(values, weights, reduction)
+            merged = merged_state(values, weights, reduction)
             device = metric.device
             own = [value.to(device) for value in merged] if isinstance(merged, list) else merged.to(device)
             setattr(metric, name, own)
@@ -166,7 +166,8 @@ def _merged_metric(entry: MetricEntry, parts: list[dict[str, Any]]) -> Any:
         entry.metric.reset()
 
 
-def _merged_state(values: list[Any], weights: list[int], reduction: Any) -> Any:
+def merged_state(values: list[Any], weights: list[int], reduction: Any) -> Any:
+    """One state of a metric from those of several processes, with their numbers of updates."""
     if isinstance(values[0], list):
         # One element per update and process: back in the order of the data.
         longest = max(map(len, values))

@@ -72,6 +72,8 @@ class FitLoop:
         self.trainer.book.turn_to("train")
         if self.loaders is None:  # else `estimated_stepping_batches` was asked for in `configure_optimizers`
             self.load_data()
+        elif self.resumed and self.trainer.limit_train_batches != 0:
+            self.memory.open_feed()
         configs = self.trainer.lr_scheduler_configs if self.trainer.lightning_module.automatic_optimization else []
         self.schedulers = Schedulers(configs, self.trainer.lightning_module.lr_scheduler_step)
         self.memory.finish_epoch()

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING
 from fulmen.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
 from fulmen.loops.exact import combine, report_epoch
 from fulmen.loops.progress import Position
+from fulmen.loops.regroup import merged_metric, placed, regrouped
+from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.seed import generator_states, set_generator_states
 
 if TYPE_CHECKING:
@@ -58,7 +62,8 @@ class Memory:
             "window": None if back or train is None else _window(loop),
         }
         if train is not None and loop.feed is not None:
-            mine["train"] = train.position(self.batches_given() - back, _inside(loop))
+            running = loop.progress.position == Position.IN_BATCH and trainer.book.batch is not None
+            mine["train"] = train.position(self.batches_given() - back, _inside(loop), loop.feed.ahead + back + running)
         ranks = trainer.strategy.exchange_objects(mine)
         schedulers = getattr(loop, "schedulers", None)
         return {
@@ -119,8 +124,9 @@ class Memory:
         rank = trainer.global_rank
         if ranks and rank > 0:
             self.generators = ranks[rank]["generators"] if rank < len(ranks) else None
-        if len(ranks) == trainer.world_size:
-            self.mine = ranks[rank]
+        if ranks:
+            alike = len(ranks) == trainer.world_size
+            self.mine = ranks[rank] if alike else regrouped(ranks, rank, trainer.world_size)
         for logger, position in zip(trainer.loggers, self.content.get("loggers", [])):
             if position is not None and hasattr(logger, "go_on"):
                 logger.go_on(position, self.loop.progress.log_step)
@@ -134,16 +140,58 @@ class Memory:
         """The training loaders go on at their place, if that is inside of an epoch."""
         loop, progress, kept = self.loop, self.loop.progress, self.mine.get("train")
         assert loop.loaders is not None and loop.feed is not None
+        if loop.feed.opened_at is not None:
+            loop.feed.close()
+        if kept is not None and kept["inside"]:
+            kept = self._placed(kept)
         begun, inside = progress.position != Position.EPOCH_START, kept is not None and kept["inside"]
         if kept is not None:
             loop.loaders.go_on(kept)
-        if self.loader_states and begun:
-            loop.loaders.load_state_dict(self.loader_states)
+        elif begun:
+            self._go_on_without(loop.loaders)
         if begun and progress.is_last_batch and progress.position != Position.IN_BATCH:
             loop.feed.exhaust()
         elif inside or begun:
             loop.feed.first_batch_idx = progress.batch if kept is None else kept["done"]
             loop.feed.open(progress.epochs)
+
+    def _placed(self, kept: dict[str, Any]) -> dict[str, Any]:
+        """The place of the loaders if this run has one for it, else the end of the epoch.
+
+        Raises:
+            MisconfigurationException: with the numbers, unless `strict_resume=False` goes on with the next epoch.
+        """
+        loop, trainer, progress = self.loop, self.loop.trainer, self.loop.progress
+        before, world = len(self.content["ranks"]), trainer.world_size
+        place, misfit = placed(kept, loop.loaders, before, world, loop.num_batches)
+        if misfit is None and place["done"] != kept["done"] and self.mine["window"] is not None:
+            misfit = f"{before} processes have accumulated gradients that {world} would not step on at the same sample"
+        if misfit is None:
+            progress.batch += place["done"] - kept["done"]
+            return place
+        what = f"The checkpoint was written inside epoch {progress.epochs}, and cannot go on there: {misfit}."
+        if trainer.strict_resume:
+            fix = "Resume with what it was saved with, or use `Trainer(strict_resume=False)` to begin the next epoch."
+            raise MisconfigurationException(f"{what} {fix}")
+        rank_zero_warn(f"{what} The rest of that epoch is left out (`strict_resume=False`).")
+        progress.log_step += progress.position in LOG_STEP_PENDING and self.stepped
+        progress.epochs += progress.position != Position.EPOCH_START
+        progress.open_epoch()
+        progress.position = Position.EPOCH_START
+        self.mine = {**self.mine, "window": None, "book": {**self.mine["book"], "entries": []}, "metrics": {}}
+        return {**kept, "inside": False, "readings": {}}
+
+    def _go_on_without(self, loaders: Any) -> None:
+        """The file is from elsewhere: it says how many batches were done, and not in which order."""
+        progress = self.loop.progress
+        if self.loader_states:
+            loaders.load_state_dict(self.loader_states)
+            return
+        unknown = {"at": 0, "opened": None, "first": None}
+        loaders.go_on({"done": progress.batch, "readings": dict.fromkeys(range(len(loaders.flattened)), unknown)})
+        what = f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}, from a file that does"
+        why = "not say how the order of samples was drawn: it goes on exactly only where nothing is shuffled."
+        rank_zero_warn(f"{what} {why}")
 
     def restore(self) -> None:
         """What was logged, metrics, gradients, and what schedulers wait for."""
@@ -154,6 +202,7 @@ class Memory:
         parts = dict(_all_metrics(loop))
         for name, state in mine["metrics"].items():
             if name in parts:
+                state = merged_metric(parts[name], state) if isinstance(state, list) else state
                 load_metric_state(parts[name], state)
         loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers)
         if hasattr(loop, "optimization"):
