@@ -313,6 +313,7 @@ class FitLoop:
         progress, position, memory = self.progress, self.progress.position, self.memory
         self.schedulers.open_epoch(progress.batch)
         self.schedulers.load_state(memory.content.get("schedulers"), self.trainer.optimizers)
+        memory.stop_if_told()
         if position != Position.IN_BATCH:
             progress.position = Position.BATCH_DONE
             self.optimization.stepped = memory.stepped
@@ -323,6 +324,8 @@ class FitLoop:
             elif position == Position.VALIDATING or self.validation_due():
                 self.validate()
             self.finish_batch()
+        if self.stop_due():
+            self.feed.exhaust()  # type: ignore[union-attr]
         progress.position = Position.IN_BATCH
 
     def close_epoch(self) -> None:

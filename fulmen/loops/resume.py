@@ -196,7 +196,13 @@ class Memory:
     def restore(self) -> None:
         """What was logged, metrics, gradients, and what schedulers wait for."""
         loop, trainer, mine = self.loop, self.loop.trainer, self.mine
-        if not mine or self.restored:
+        if not mine:
+            return
+        if hasattr(loop, "optimization"):
+            loop.optimization.stepped = self.stepped
+            if mine["window"] is not None:
+                _load_window(loop, mine["window"])
+        if self.restored:
             return
         load_book(trainer.book, mine["book"], trainer.strategy.root_device)
         parts = dict(_all_metrics(loop))
@@ -205,12 +211,12 @@ class Memory:
                 state = merged_metric(parts[name], state) if isinstance(state, list) else state
                 load_metric_state(parts[name], state)
         loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers)
-        if hasattr(loop, "optimization"):
-            loop.optimization.stepped = self.stepped
-            if mine["window"] is not None:
-                _load_window(loop, mine["window"])
+
+    def stop_if_told(self) -> None:
+        """`EarlyStopping` had decided. Whoever else asked the run to stop wants it to go on now."""
+        trainer = self.loop.trainer
         stopped = any(callback.stopping_reason.value for callback in trainer.early_stopping_callbacks)
-        trainer.should_stop = trainer.should_stop or (self.content["should_stop"] and stopped)
+        trainer.should_stop = trainer.should_stop or bool(self.content.get("should_stop") and stopped)
 
     def restore_validation(self) -> None:
         """After the sanity check: the validation loaders, and how many batches were validated."""
@@ -235,6 +241,7 @@ class Memory:
         loop.progress.epochs -= 1
         report_epoch(loop, whole)
         loop.progress.epochs += 1
+        self.stop_if_told()
 
 
 # ---------------------------------------------------------------------- plain functions
@@ -278,7 +285,7 @@ def _window(loop: FitLoop) -> dict[str, Any] | None:
         turns = turns if _in_window(loop) else []
         found = [turn.optimizer for turn in turns if turn.window_open or turn.window.held]
     else:  # the user's own windows
-        found = optimization.waiting() if optimization and loop.progress.position not in _BETWEEN else []
+        found = optimization.waiting() if optimization else []
         turns = []
     wanted = {id(p) for optimizer in found for group in optimizer.param_groups for p in group["params"]}
     grads = {n: p.grad.detach().cpu() for n, p in module.named_parameters() if id(p) in wanted and p.grad is not None}
