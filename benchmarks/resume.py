@@ -12,17 +12,20 @@ of the averages, of the newest logged values, and of the rows in `metrics.csv`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
+import logging
 import os
 import pickle
 import random
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -313,12 +316,19 @@ def trial(mix: str, number: int, folder: Path) -> list[str]:
     return [name for name in expected if expected[name] != found[name]]
 
 
+@contextlib.contextmanager
+def trial_folder() -> Iterator[Path]:
+    """In memory where possible: a process dies here, not a machine."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        yield Path(folder)
+
+
 def run_trials(mix: str, numbers: range, report: Callable[[str], None] = print) -> int:
     """Runs these trials. Returns how many were not as the run that was never stopped."""
     warm_up()
     failed = 0
     for number in numbers:
-        with scratch_folder() as folder:
+        with trial_folder() as folder:
             if differing := trial(mix, number, folder):
                 failed += 1
                 report(f"--mix '{mix}' --trial {number}: not equal: {', '.join(differing)}")
@@ -334,15 +344,96 @@ def warm_up() -> None:
         train("accumulation", 0, folder, None, 3)
 
 
+class Million(Dataset):
+    """Samples that take a millisecond each to load, unless somebody is in a hurry."""
+
+    def __init__(self, seconds: float, samples: int) -> None:
+        self.seconds, self.samples = seconds, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.seconds:
+            time.sleep(self.seconds)
+        return torch.full((8,), float(index % 7))
+
+
+class Clock(Callback):
+    """Ends training after the first batch, and knows when it came; or saves after so many."""
+
+    def __init__(self, path: Path, save_after: int | None) -> None:
+        self.path, self.save_after, self.began = path, save_after, time.monotonic()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.seconds, self.index = time.monotonic() - self.began, batch_idx
+        trainer.should_stop = self.save_after is None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == self.save_after:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+class Linear(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def first_batch(folder: Path, workers: int, samples: int, batch_size: int = 32) -> tuple[float, float]:
+    """Seconds to the first batch at the start of an epoch, and in its middle."""
+    path, middle = folder / "middle.ckpt", samples // batch_size // 2
+
+    def fit(seconds: float, save_after: int | None, resumes: bool) -> Clock:
+        data = Million(seconds, samples)
+        loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers)
+        clock = Clock(path, save_after)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[clock], default_root_dir=folder, **quiet)
+        clock.began = time.monotonic()
+        trainer.fit(Linear(), loader, ckpt_path=path if resumes else None)
+        return clock
+
+    fit(0, middle, False)
+    start, resumed = fit(0.001, None, False), fit(0.001, None, True)
+    if resumed.index != middle:
+        raise RuntimeError(f"Resumed at batch {resumed.index}, not at {middle}.")
+    return start.seconds, resumed.seconds
+
+
+def million(samples: int) -> int:
+    """Prints the row of each number of workers."""
+    worst = 0.0
+    for workers in (0, 2):
+        with scratch_folder() as folder:
+            start, middle = first_batch(folder, workers, samples)
+        worst = max(worst, middle - start)
+        where = f"first of {samples:,} samples at the start {start:.2f} s, in the middle {middle:.2f} s"
+        print(f"{workers} workers: {where}, {middle - start:+.2f} s", flush=True)
+    return int(worst > 2)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mix", choices=list(MIXES), help="only this one")
     parser.add_argument("--trials", type=int, default=200, help="of each mix")
     parser.add_argument("--trial", type=int, help="only this one")
     parser.add_argument("--keep", type=Path, help="a folder for the files of that one trial")
+    parser.add_argument("--million", action="store_true", help="the time to the first batch, and nothing else")
     parser.add_argument("--quick", action="store_true", help="two trials of each mix")
     arguments = parser.parse_args()
     warm_up()
+    if arguments.million:
+        logging.getLogger("fulmen").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        return million(100_000 if arguments.quick else 1_000_000)
     if arguments.keep:
         print(trial(arguments.mix, arguments.trial, arguments.keep))
         return 0
