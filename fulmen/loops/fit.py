@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -204,8 +205,9 @@ class FitLoop:
             loader_tools.set_epoch(loader, self.progress.epochs)
         if self.resumed:
             self.memory.open_feed()
-        else:
-            self.feed.open(self.progress.epochs)
+        else:  # what is opened once more when its epoch begins shall draw nothing here
+            with isolate_rng() if self.progress.epochs else nullcontext():
+                self.feed.open(self.progress.epochs)
         self.loaded_at_epoch = self.progress.epochs
         self.set_validation_interval()
 
@@ -304,7 +306,9 @@ class FitLoop:
         progress.open_epoch()
         self.feed.first_batch_idx = 0
         self.hooks.on_train_epoch_start()
-        if self.feed.opened_at != progress.epochs:
+        if resumed:
+            self.memory.settle_feed()
+        elif self.feed.opened_at != progress.epochs or progress.epochs > 0:
             self.feed.open(progress.epochs)
         progress.position = Position.IN_BATCH
 

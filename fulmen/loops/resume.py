@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING
+from fulmen.data.resume import Moment
 from fulmen.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
 from fulmen.loops.exact import combine, report_epoch
 from fulmen.loops.progress import Position
@@ -45,6 +46,7 @@ class Memory:
         self.epoch_ended: bool | None = None  # with its last batch? None if not in `on_train_epoch_end`
         self.restored = False  # is what was logged a thing of the past?
         self.early: dict[str, Any] | None = None  # what validation changes, as of before
+        self.opening: tuple[Any, Any] | None = None  # generators before and after iterators were made early
 
     # ------------------------------------------------------------------ saving
 
@@ -147,13 +149,30 @@ class Memory:
         begun, inside = progress.position != Position.EPOCH_START, kept is not None and kept["inside"]
         if kept is not None:
             loop.loaders.go_on(kept)
-        elif begun:
-            self._go_on_without(loop.loaders)
-        if begun and progress.is_last_batch and progress.position != Position.IN_BATCH:
+        over = begun and progress.is_last_batch and progress.position != Position.IN_BATCH
+        if kept is None and begun:
+            self._go_on_without(loop.loaders, over)
+        if over:
             loop.feed.exhaust()
         elif inside or begun:
             loop.feed.first_batch_idx = progress.batch if kept is None else kept["done"]
             loop.feed.open(progress.epochs)
+        else:  # early, as in a run from the start: whoever watches the loader sees what it always sees
+            self.rewind()
+            opening = Moment([])
+            loop.feed.open(progress.epochs)
+            self.opening = opening, Moment([])
+
+    def settle_feed(self) -> None:
+        """At the start of an epoch, where its iterators are made: are those that were made early the same?"""
+        loop, (before, after) = self.loop, self.opening or (None, None)
+        assert loop.loaders is not None and loop.feed is not None
+        if before is None or after is None or before.moved():
+            if (kept := self.mine.get("train")) is not None:
+                loop.loaders.go_on(kept)
+            loop.feed.open(loop.progress.epochs)
+        else:
+            after.put_back()
 
     def _placed(self, kept: dict[str, Any]) -> dict[str, Any]:
         """The place of the loaders if this run has one for it, else the end of the epoch.
@@ -181,11 +200,12 @@ class Memory:
         self.mine = {**self.mine, "window": None, "book": {**self.mine["book"], "entries": []}, "metrics": {}}
         return {**kept, "inside": False, "readings": {}}
 
-    def _go_on_without(self, loaders: Any) -> None:
+    def _go_on_without(self, loaders: Any, over: bool) -> None:
         """The file is from elsewhere: it says how many batches were done, and not in which order."""
         progress = self.loop.progress
         if self.loader_states:
             loaders.load_state_dict(self.loader_states)
+        if self.loader_states or over:
             return
         unknown = {"at": 0, "opened": None, "first": None}
         loaders.go_on({"done": progress.batch, "readings": dict.fromkeys(range(len(loaders.flattened)), unknown)})
