@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-# Samples are all the same, so that only the steps count, and not which process saw what.
 SCRIPT = """
 import os, signal, sys, warnings
 warnings.simplefilter("ignore")
@@ -26,18 +25,17 @@ class Model(Regression):
             file.write(f"{step}\\n")
         return super().training_step(batch, batch_idx)
 
-def train(devices):
+def train(strategy):
     torch.manual_seed(1)
     model = Model()
-    saver = pl.callbacks.ModelCheckpoint("checkpoints", every_n_train_steps=3)
-    more = {"callbacks": [saver], "enable_checkpointing": True} if devices > 1 else {}
-    trainer = make_trainer(devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=3, **more)
-    data = TensorDataset(torch.ones(10 * devices, 4), torch.ones(10 * devices, 1))
-    trainer.fit(model, DataLoader(data, batch_size=2), ckpt_path="auto")
+    saver = pl.callbacks.ModelCheckpoint(f"checkpoints-{strategy}", every_n_train_steps=3)
+    trainer = make_trainer(devices=2, strategy=strategy, max_epochs=3, callbacks=[saver], enable_checkpointing=True)
+    x = torch.randn(20, 4)
+    trainer.fit(model, DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 2, shuffle=True), ckpt_path="auto")
     return trainer, model
 
 if __name__ == "__main__":
-    trainer, model = train(2)
+    trainer, model = train("ddp")
     if trainer.is_global_zero:
         torch.save(model.state_dict(), "weights")
 """
@@ -52,14 +50,14 @@ def test_a_process_that_dies_costs_the_steps_since_the_last_file(script, ended, 
     assert code == 0, output
     steps = [list(map(int, (tmp_path / f"steps-{attempt}-0").read_text().split())) for attempt in (0, 1)]
     assert steps[0] in (list(range(8)), list(range(9)))
-    assert steps[1] == list(range(6, 15))  # the newest file is of step 6
+    assert steps[1] == list(range(6, 15))  # the newest file is of step 6, inside of an epoch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     import restarts  # type: ignore[import-not-found]
 
-    _, model = restarts.train(1)  # never stopped
+    _, model = restarts.train("ddp_fork")  # never stopped
     for name, value in torch.load(tmp_path / "weights").items():
         assert torch.equal(value, model.state_dict()[name])
-    assert os.path.exists(tmp_path / "checkpoints" / "epoch=2-step=15.ckpt")
+    assert os.path.exists(tmp_path / "checkpoints-ddp" / "epoch=2-step=15.ckpt")
