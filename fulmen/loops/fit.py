@@ -308,7 +308,7 @@ class FitLoop:
         self.hooks.on_train_epoch_start()
         if resumed:
             self.memory.settle_feed()
-        elif self.feed.opened_at != progress.epochs or progress.epochs > 0:
+        elif progress.epochs > 0:  # else it was opened with the loaders
             self.feed.open(progress.epochs)
         progress.position = Position.IN_BATCH
 

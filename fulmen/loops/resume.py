@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING
-from fulmen.data.resume import Moment
 from fulmen.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
 from fulmen.loops.exact import combine, report_epoch
 from fulmen.loops.progress import Position
 from fulmen.loops.regroup import merged_metric, placed, regrouped
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_warn
-from fulmen.utilities.seed import generator_states, set_generator_states
+from fulmen.utilities.seed import generator_states, same_states, set_generator_states
 
 if TYPE_CHECKING:
     from fulmen.loops.fit import FitLoop
@@ -45,8 +44,9 @@ class Memory:
         self.stepped = bool(self.content.get("progress", {}).get("stepped", True))
         self.epoch_ended: bool | None = None  # with its last batch? None if not in `on_train_epoch_end`
         self.restored = False  # is what was logged a thing of the past?
+        self.rewound: Any = None  # the generators when the iterators of a new epoch were made, and after it
+        self.opened: Any = None
         self.early: dict[str, Any] | None = None  # what validation changes, as of before
-        self.opening: tuple[Any, Any] | None = None  # generators before and after iterators were made early
 
     # ------------------------------------------------------------------ saving
 
@@ -66,6 +66,8 @@ class Memory:
         if train is not None and loop.feed is not None:
             running = loop.progress.position == Position.IN_BATCH and trainer.book.batch is not None
             mine["train"] = train.position(self.batches_given() - back, _inside(loop), loop.feed.ahead + back + running)
+        if loop.resumed and "train" in self.mine:  # nothing was read yet
+            mine["train"] = self.mine["train"]
         ranks = trainer.strategy.exchange_objects(mine)
         schedulers = getattr(loop, "schedulers", None)
         return {
@@ -145,34 +147,37 @@ class Memory:
         if loop.feed.opened_at is not None:
             loop.feed.close()
         if kept is not None and kept["inside"]:
-            kept = self._placed(kept)
+            kept = self.mine["train"] = self._placed(kept)
         begun, inside = progress.position != Position.EPOCH_START, kept is not None and kept["inside"]
+        over = begun and progress.is_last_batch and progress.position != Position.IN_BATCH
         if kept is not None:
             loop.loaders.go_on(kept)
-        over = begun and progress.is_last_batch and progress.position != Position.IN_BATCH
-        if kept is None and begun:
-            self._go_on_without(loop.loaders, over)
+        elif begun and (self.loader_states or not over):
+            self._go_on_without(loop.loaders)
         if over:
             loop.feed.exhaust()
         elif inside or begun:
             loop.feed.first_batch_idx = progress.batch if kept is None else kept["done"]
             loop.feed.open(progress.epochs)
-        else:  # early, as in a run from the start: whoever watches the loader sees what it always sees
+        else:
             self.rewind()
-            opening = Moment([])
+            self.rewound = generator_states()
             loop.feed.open(progress.epochs)
-            self.opening = opening, Moment([])
+            self.opened = generator_states()
 
     def settle_feed(self) -> None:
-        """At the start of an epoch, where its iterators are made: are those that were made early the same?"""
-        loop, (before, after) = self.loop, self.opening or (None, None)
+        """After `on_train_epoch_start`: are the iterators those that would be made now?"""
+        loop = self.loop
         assert loop.loaders is not None and loop.feed is not None
-        if before is None or after is None or before.moved():
-            if (kept := self.mine.get("train")) is not None:
-                loop.loaders.go_on(kept)
-            loop.feed.open(loop.progress.epochs)
-        else:
-            after.put_back()
+        if self.opened is None or self.generators is None:
+            return
+        if same_states(generator_states(), self.rewound):
+            set_generator_states(self.opened)
+            return
+        loop.feed.close()
+        if (kept := self.mine.get("train")) is not None:
+            loop.loaders.go_on(kept)
+        loop.feed.open(loop.progress.epochs)
 
     def _placed(self, kept: dict[str, Any]) -> dict[str, Any]:
         """The place of the loaders if this run has one for it, else the end of the epoch.
@@ -200,12 +205,11 @@ class Memory:
         self.mine = {**self.mine, "window": None, "book": {**self.mine["book"], "entries": []}, "metrics": {}}
         return {**kept, "inside": False, "readings": {}}
 
-    def _go_on_without(self, loaders: Any, over: bool) -> None:
+    def _go_on_without(self, loaders: Any) -> None:
         """The file is from elsewhere: it says how many batches were done, and not in which order."""
         progress = self.loop.progress
         if self.loader_states:
             loaders.load_state_dict(self.loader_states)
-        if self.loader_states or over:
             return
         unknown = {"at": 0, "opened": None, "first": None}
         loaders.go_on({"done": progress.batch, "readings": dict.fromkeys(range(len(loaders.flattened)), unknown)})
@@ -271,7 +275,8 @@ def _inside(loop: FitLoop) -> bool:
     """Is the iterator of an epoch open, with something left in it?"""
     progress, position = loop.progress, loop.progress.position
     if position in _BETWEEN:
-        return position == Position.EPOCH_START and loop.feed.opened_at == progress.epochs  # type: ignore[union-attr]
+        opened = loop.feed is not None and loop.feed.opened_at == 0
+        return position == Position.EPOCH_START and progress.epochs == 0 and opened
     return not progress.is_last_batch or position == Position.IN_BATCH
 
 
