@@ -5,6 +5,7 @@
 #   make check   lint, format, types, layers
 #   make bench   every row of benchmarks/README.md
 #   make bench-exact  evaluation on 1..4 processes, every size and batch size
+#   make bench-interchange  checkpoints to and from other versions, each by its own package; installs them
 #   make docs    this documentation as pages in site/
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-exact docs clean
+.PHONY: help demo test check format bench bench-exact bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -49,6 +50,9 @@ bench: $(STAMPS)/test
 
 bench-exact: $(STAMPS)/test
 	@$(PY) -m benchmarks.exact $(ARGS)
+
+bench-interchange: $(STAMPS)/test
+	@$(PY) -m benchmarks.interchange $(ARGS)
 
 docs: $(STAMPS)/docs
 	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"

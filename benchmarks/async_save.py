@@ -9,6 +9,7 @@ waited for: there the write takes cores and memory from the steps, and what does
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -127,7 +128,8 @@ def in_ms(seconds: tuple[float, ...]) -> str:
 
 def title(options: Any, per_step: float) -> str:
     steps = f"{options.steps} steps of {1e3 * per_step:.0f} ms on {options.device}, {options.threads} thread(s)"
-    return f"Stall of one save of {options.megabytes} MB, {options.saves} in {steps}"
+    load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
+    return f"Stall of one save of {options.megabytes} MB, {options.saves} in {steps}{load}"
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ import numpy, torch
 if not hasattr(numpy, "Inf"):  # versions of before numpy 2
     numpy.Inf, numpy.NaN = numpy.inf, numpy.nan
 from torch.utils.data import DataLoader, TensorDataset
-task = json.loads(sys.argv[1])
-pl = importlib.import_module(task["package"])
-callbacks = importlib.import_module(task["package"] + ".callbacks")
+package, version, resume, tasks = json.loads(sys.argv[1])
+pl = importlib.import_module(package)
+callbacks = importlib.import_module(package + ".callbacks")
 for name in ("pytorch_lightning", "fulmen"):
     logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -64,7 +64,7 @@ class Model(pl.LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
 
-if "1" < task["version"] < "1.8":  # these ask whether a scheduler is one in words that torch has changed
+if "1" < version < "1.8":  # these ask whether a scheduler is one in words that torch has changed
     Model.lr_scheduler_step = lambda self, scheduler, optimizer_idx, metric: scheduler.step()
 
 def same(a, b):
@@ -76,16 +76,17 @@ def same(a, b):
 
 class Watch(callbacks.Callback):
     next = states = None
-    saved = task["resume"]
+    def __init__(self, task):
+        self.task, self.saved = task, resume
     def save(self, trainer, hook, batch=None):
-        if not self.saved and [hook, trainer.current_epoch, batch] == task["when"] and not trainer.sanity_checking:
-            trainer.save_checkpoint(task["file"])
+        if not self.saved and [hook, trainer.current_epoch, batch] == self.task["when"]:
+            trainer.save_checkpoint(self.task["file"])
             self.saved = True
     def on_train_batch_start(self, trainer, module, batch, batch_idx, *_):
         if self.saved and self.next is None:
             self.next = {"epoch": trainer.current_epoch, "batch": batch_idx, "global_step": trainer.global_step}
-            if task["resume"]:
-                file = torch.load(task["file"], weights_only=False)
+            if resume:
+                file = torch.load(self.task["file"], weights_only=False)
                 optimizer = trainer.optimizers[0].state_dict()["state"]
                 self.states = same(dict(module.state_dict()), dict(file["state_dict"])) and same(
                     optimizer, file["optimizer_states"][0]["state"])
@@ -98,19 +99,26 @@ class Watch(callbacks.Callback):
     def on_train_epoch_start(self, trainer, module):
         self.save(trainer, "on_train_epoch_start")
 
-torch.manual_seed(0)
-loader = DataLoader(TensorDataset(torch.randn(8, 2)), batch_size=2)
-watch = Watch()
-stopping = callbacks.EarlyStopping("val_loss", patience=9)
-kept = callbacks.ModelCheckpoint(task["folder"], monitor="val_loss", save_top_k=2)
-trainer = pl.Trainer(
-    max_epochs=3, accelerator="cpu", logger=False, callbacks=[watch, kept, stopping], num_sanity_val_steps=0,
-    enable_progress_bar=False, enable_model_summary=False, default_root_dir=task["folder"], **task["arguments"])
-model = Model()
-trainer.fit(model, loader, loader, ckpt_path=task["file"] if task["resume"] else None)
-print("STATE " + json.dumps({
-    "next": watch.next, "states": watch.states, "end": [p.tolist() for p in model.parameters()],
-    "callbacks": [len(kept.best_k_models), float(kept.best_model_score), float(stopping.best_score)]}))
+def run(task):
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.randn(8, 2)), batch_size=2)
+    watch, stopping = Watch(task), callbacks.EarlyStopping("val_loss", patience=9)
+    kept = callbacks.ModelCheckpoint(task["folder"], monitor="val_loss", save_top_k=2)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=False, callbacks=[watch, kept, stopping], num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=task["folder"], **task["arguments"])
+    model = Model()
+    trainer.fit(model, loader, loader, ckpt_path=task["file"] if resume else None)
+    end = [parameter.tolist() for parameter in model.parameters()]
+    return {"next": watch.next, "states": watch.states, "end": end, "kept": len(kept.best_k_models)}
+
+results = []
+for task in tasks:
+    try:
+        results.append(run(task))
+    except Exception as error:
+        results.append({"error": f"{type(error).__name__}: {error}", "next": None, "states": None, "end": None, "kept": None})
+print("RESULTS " + json.dumps(results))
 """
 
 
@@ -125,17 +133,17 @@ class Package:
             if version < "2":
                 self.paths.append(str(folder / "old-torchmetrics"))
 
-    def run(self, case: str, file: Path, folder: Path, resume: bool) -> dict:
-        when, arguments = CASES[case]
-        task = {"package": self.name, "version": self.version, "file": str(file), "folder": str(folder), "when": when}
-        task |= {"arguments": arguments, "resume": resume}
+    def run(self, folder: Path, resume: bool, files: dict[str, Path]) -> dict[str, dict]:
+        """What became of a run that writes, or resumes from, the file of each case."""
+        names = {case: {"when": when, "arguments": arguments} for case, (when, arguments) in CASES.items()}
+        tasks = [{**names[case], "file": str(file), "folder": str(folder / case)} for case, file in files.items()]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(self.paths), "OMP_NUM_THREADS": "1"}
-        command = [self.python, "-c", SCRIPT, json.dumps(task)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        line = next((line for line in done.stdout.splitlines() if line.startswith("STATE ")), None)
+        command = [self.python, "-c", SCRIPT, json.dumps((self.name, self.version, resume, tasks))]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULTS ")), None)
         if line is None:
-            raise RuntimeError(f"{self.name} {self.version}, {case}: {done.stderr[-2000:]}")
-        return json.loads(line.removeprefix("STATE "))
+            raise RuntimeError(f"{self.name} {self.version}: {done.stderr[-2000:]}")
+        return dict(zip(files, json.loads(line.removeprefix("RESULTS "))))
 
 
 def install(folder: Path, versions: list[str]) -> None:
@@ -157,22 +165,18 @@ def install(folder: Path, versions: list[str]) -> None:
 
 
 def exchanged(writer: Package, reader: Package, folder: Path) -> list[str]:
-    """How many of the files go on as they should, and a word about what does not."""
-    place, states, end, callbacks = [], [], [], []
-    for case in CASES:
-        file, own = folder / f"{writer.name}-{writer.version}-{case}.ckpt", folder / f"{case}-{writer.version}"
-        written = writer.run(case, file, own, resume=False)
-        try:
-            read = reader.run(case, file, own, resume=True)
-        except RuntimeError as error:
-            print(str(error).splitlines()[0], str(error).splitlines()[-1], sep="\n    ")
-            read = {"next": None, "states": None, "callbacks": [None], "end": None}
-        place.append(read["next"] == written["next"])
-        states.append(read["states"] is True)
-        callbacks.append(read["callbacks"][0] == written["callbacks"][0])
-        if case in WHOLE:
-            end.append(read["end"] == written["end"])
-    return [f"{sum(right)}/{len(right)}" for right in (place, states, callbacks, end)]
+    """How many of the files go on as they should; prints what does not."""
+    own = folder / f"{writer.name}-{writer.version}-{reader.version}"
+    own.mkdir()
+    files = {case: own / f"{case}.ckpt" for case in CASES}
+    written, read = writer.run(own, False, files), reader.run(own, True, files)
+    for case, result in read.items():
+        if "error" in result:
+            print(f"{writer.version} -> {reader.version}, {case}: {result['error']}")
+    same = {key: [written[case][key] == read[case][key] for case in CASES] for key in ("next", "kept")}
+    states = [read[case]["states"] is True for case in CASES]
+    end = [written[case]["end"] == read[case]["end"] for case in WHOLE]
+    return [f"{sum(right)}/{len(right)}" for right in (same["next"], states, same["kept"], end)]
 
 
 def golden(folder: Path, version: str, target: Path) -> None:
@@ -187,16 +191,17 @@ def golden(folder: Path, version: str, target: Path) -> None:
         return [plain(child) for child in value] if isinstance(value, (list, tuple)) else value
 
     cases = {}
-    package = Package("pytorch_lightning", version, folder)
-    for case in CASES:
-        with harness.scratch_folder() as scratch:
-            written = package.run(case, scratch / "x.ckpt", scratch / "kept", resume=False)
-            content = torch.load(scratch / "x.ckpt", weights_only=True)
-            content = json.loads(json.dumps(plain(content)).replace(str(scratch), "/run"))
-        if case != "epoch_end":
-            loops = {"fit_loop": content["loops"]["fit_loop"]}
-            content = {key: content[key] for key in ("epoch", "global_step")} | {"loops": loops}
-        cases[case] = {"arguments": CASES[case][1], "next": written["next"], "end": written["end"], "content": content}
+    with harness.scratch_folder() as scratch:
+        files = {case: scratch / f"{case}.ckpt" for case in CASES}
+        written = Package("pytorch_lightning", version, folder).run(scratch / "kept", False, files)
+        for case, file in files.items():
+            content = plain(torch.load(file, weights_only=True))
+            content = json.loads(json.dumps(content).replace(str(scratch / "kept" / case), "/run/kept"))
+            if case != "epoch_end":
+                loops = {"fit_loop": content["loops"]["fit_loop"]}
+                content = {key: content[key] for key in ("epoch", "global_step")} | {"loops": loops}
+            own = {key: written[case][key] for key in ("next", "end")}
+            cases[case] = {"arguments": CASES[case][1], **own, "content": content}
     target.write_text(json.dumps({"version": version, "cases": cases}, separators=(",", ":")) + "\n")
 
 

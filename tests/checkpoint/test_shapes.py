@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -153,6 +155,20 @@ def test_folders_that_torch_alone_wrote_are_named_and_become_a_file(tmp_path, ca
     assert all(torch.equal(content["model"][name], value) for name, value in module.state_dict().items())
     with pytest.raises(KeyError, match="no trainer wrote it"):
         train("single-1", ckpt_path=f"{path}.consolidated")
+    (path / ".metadata").write_bytes(pickle.dumps(Payload(str(tmp_path / "ran"))))
+    with pytest.raises(pickle.UnpicklingError, match="can run any code"):
+        consolidate(path, tmp_path / "other")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "other").exists()
+
+
+class Payload:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 if __name__ == "__main__":  # all ways: python tests/checkpoint/test_shapes.py FOLDER

@@ -19,6 +19,7 @@ ROWS = {
     "precision": ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
     "ddp": ("784-64-3-64-784, batch 128: elapsed", "8-2, batch 4: at work"),
     "exact": ("2 processes", "3 processes", "4 processes"),
+    "async_save": ("at once", "in the background"),
     "preempt": ("ended with 143, saved at a step, same bits", "10 of 10"),
 }
 
