@@ -175,7 +175,11 @@ class Snapshot:
         loop, chapter = self.trainer.fit_loop, self.content.get("fulmen") or {}
         counters = self.content.get("loops", {})
         loader_states = counters.get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
-        loop.resume(chapter.get("progress") or from_loops(counters), chapter, loader_states)
+        progress = chapter.get("progress") or from_loops(counters)
+        if not chapter and progress["position"] == "VALIDATED" and progress["is_last_batch"]:
+            # What the validation logged is not in files of others, and the end of the epoch asks for it: once more.
+            progress["position"] = "BATCH_DONE"
+        loop.resume(progress, chapter, loader_states)
         limit, done = loop.max_epochs, loop.progress.epochs
         if limit is not None and limit != -1 and done > limit:
             what = f"The checkpoint at {self.path} is of {done} epochs, so nothing is left for `max_epochs={limit}`."
