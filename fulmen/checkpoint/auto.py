@@ -15,6 +15,7 @@ from fulmen.engine.checkpoint_io import DamagedCheckpointError
 from fulmen.engine.sharded_checkpoint import META, is_sharded
 from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
 from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.temporaries import clean
 
 EXTENSION = ".ckpt"  # unless callbacks write others
 Load = Callable[[str], dict[str, Any]]
@@ -28,8 +29,9 @@ def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSIO
         if is_remote(folder):
             found.update(dict.fromkeys(files_in(folder, rf"[^.].*({'|'.join(map(re.escape, ends))})")))
             continue
-        for place, below, names in os.walk(local_path(folder)):
-            here = [name for name in (*names, *below) if name.endswith(ends) and not name.startswith(".")]
+        for place, below, _ in os.walk(local_path(folder)):
+            clean(place)  # also puts a folder in place whose renaming was interrupted
+            here = [name for name in os.listdir(place) if name.endswith(ends) and not name.startswith(".")]
             found.update((os.path.join(place, name), None) for name in here)
             below[:] = [name for name in below if name not in here]
     return list(found)

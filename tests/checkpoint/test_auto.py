@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fulmen.checkpoint import auto
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.loggers import CSVLogger, TensorBoardLogger
+from fulmen.utilities.temporaries import temporary_name
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*starts again", "ignore:.*is not empty", "ignore:.*same callbacks", "ignore:.*fewer than"
@@ -37,6 +39,20 @@ class Breaks(Regression):
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", float(self.trainer.current_epoch))  # the first epoch is best
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_folder_between_its_two_renames_is_found(tmp_path):
+    """A sharded checkpoint whose process died after it had moved the old one away."""
+    (tmp_path / "deep" / "x.ckpt").mkdir(parents=True)
+    if (child := os.fork()) == 0:
+        new = temporary_name(str(tmp_path / "deep" / "x.ckpt"))
+        os.mkdir(new)
+        os.rename(tmp_path / "deep" / "x.ckpt", f"{new}.old")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert auto.checkpoints_in([tmp_path]) == [str(tmp_path / "deep" / "x.ckpt")]
+    assert os.listdir(tmp_path / "deep") == ["x.ckpt"]
 
 
 def command(folder, breaks_at=1000, callbacks=None, epochs=3, **kwargs):
