@@ -55,9 +55,14 @@ def claimed_folder(folder: str) -> Generator[None]:
 def put_in_place(folder: str, path: str) -> None:
     """Renames a finished folder; what was at its new place is removed afterwards."""
     old = f"{folder}.old"
-    if os.path.lexists(path):
-        os.rename(path, old)
-    os.rename(folder, path)
+    try:
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(folder, path)
+    except BaseException:
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.rename(old, path)
+        raise
     flush_folder(os.path.dirname(path))
     _remove(old)
 

@@ -469,8 +469,10 @@ def test_the_next_start_removes_what_a_killed_save_left(fit, files, tmp_path, fi
             super().save_checkpoint({**checkpoint, "deadly": Deadly()}, path)
 
     if (child := os.fork()) == 0:
-        fit(ModelCheckpoint(filename=filename), plugins=Dies())
-        os._exit(1)
+        try:
+            fit(ModelCheckpoint(filename=filename), plugins=Dies())
+        finally:
+            os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     [left] = files()
     assert left.endswith(".tmp")

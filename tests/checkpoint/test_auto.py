@@ -46,10 +46,12 @@ def test_a_folder_between_its_two_renames_is_found(tmp_path):
     """A sharded checkpoint whose process died after it had moved the old one away."""
     (tmp_path / "deep" / "x.ckpt").mkdir(parents=True)
     if (child := os.fork()) == 0:
-        new = temporary_name(str(tmp_path / "deep" / "x.ckpt"))
-        os.mkdir(new)
-        os.rename(tmp_path / "deep" / "x.ckpt", f"{new}.old")
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            new = temporary_name(str(tmp_path / "deep" / "x.ckpt"))
+            os.mkdir(new)
+            os.rename(tmp_path / "deep" / "x.ckpt", f"{new}.old")
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert auto.checkpoints_in([tmp_path]) == [str(tmp_path / "deep" / "x.ckpt")]
     assert os.listdir(tmp_path / "deep") == ["x.ckpt"]

@@ -212,7 +212,10 @@ def test_looking_for_a_checkpoint_removes_what_a_killed_save_left(tmp_path):
     save(tmp_path, "last.ckpt")
     child = os.fork()
     if child == 0:
-        atomic_write(tmp_path / "last.ckpt", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            atomic_write(tmp_path / "last.ckpt", lambda file: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)
     os.waitpid(child, 0)
     assert len(os.listdir(tmp_path)) == 2
     assert find("last", [ModelCheckpoint(tmp_path)]) == str(tmp_path / "last.ckpt")

@@ -47,7 +47,11 @@ def test_a_living_writer_keeps_its_file(tmp_path):
         file.write(b"new")
         child = os.fork()  # somebody else starts in the same folder
         if child == 0:
-            os._exit(len(clean(str(tmp_path))))
+            code = 99
+            try:
+                code = len(clean(str(tmp_path)))
+            finally:
+                os._exit(code)
         assert os.waitpid(child, 0)[1] == 0
 
     atomic_write(tmp_path / "a", write)
@@ -140,6 +144,27 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_one_or_the_new_one(tmp
     assert (target / "part").read_text() == expected
     clean(str(tmp_path))
     assert os.listdir(tmp_path) == ["x.ckpt"] and (target / "part").read_text() == expected
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+    target, renames = folder_with(tmp_path / "x.ckpt", "old"), []
+
+    def fail(event, arguments):
+        if event == "os.rename":
+            renames.append(arguments)
+            if len(renames) == 2:
+                raise PermissionError("not now")
+
+    if (child := os.fork()) == 0:
+        new, code = temporary_name(str(target)), 1
+        sys.addaudithook(fail)
+        try:
+            with pytest.raises(PermissionError), claimed_folder(new):
+                put_in_place(new, str(target))
+            code = 0 if os.listdir(tmp_path) == ["x.ckpt"] and (target / "part").read_text() == "old" else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("moment", ["os.rename", "shutil.rmtree", "os.remove", "os.rmdir"])
