@@ -42,6 +42,12 @@ MIXES: dict[str, dict[str, Any]] = {
     "save_last=True": {"save_last": True},
     "save_last='link'": {"save_last": "link"},
     "save_top_k=3, save_last=True": {"monitor": "score", "save_top_k": 3, "save_last": True},
+    "async_save, save_top_k=2, save_last=True": {
+        "async_save": True,
+        "monitor": "score",
+        "save_top_k": 2,
+        "save_last": True,
+    },
 }
 PLACES = {"temporary folder": tempfile.gettempdir(), "memory": "/dev/shm"}
 
@@ -67,17 +73,6 @@ class Model(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1.0)
-
-
-class Telling(ModelCheckpoint):
-    """Says which file it begins to write, and which one is written."""
-
-    tell: Callable[..., None]
-
-    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
-        self.tell("begin", filepath, trainer.global_step)
-        super()._save_checkpoint(trainer, filepath)
-        self.tell("done", filepath, trainer.global_step)
 
 
 class Event(NamedTuple):
@@ -134,18 +129,15 @@ def trial(seed: int, number: int, io: type[TorchCheckpointIO] = TorchCheckpointI
     return found
 
 
-def save_for_ever(folder: Path, mix: str, io: TorchCheckpointIO, seed: int, tell: Callable[..., Any]) -> None:
+def save_for_ever(folder: Path, mix: str, io: TorchCheckpointIO, seed: int) -> None:
     """What the killed process does."""
     if not MIXES[mix]:
         folder.mkdir()
         for step in range(1, STEPS):
             time.sleep(0.005)
-            tell("begin", f"{folder}/model.ckpt", step)
             io.save_checkpoint({"global_step": step, "weight": torch.full((WEIGHTS,), -step)}, f"{folder}/model.ckpt")
-            tell("done", f"{folder}/model.ckpt", step)
         return
-    callback = Telling(folder, every_n_train_steps=1, **MIXES[mix])
-    callback.tell = tell
+    callback = ModelCheckpoint(folder, every_n_train_steps=1, **MIXES[mix])
     trainer_of(callback, io, STEPS).fit(Model(random.Random(seed)), DataLoader(torch.zeros(STEPS, 1), batch_size=None))
 
 
@@ -173,8 +165,7 @@ def killed(folder: Path, mix: str, io: type[TorchCheckpointIO], chance: random.R
             os.close(reading)
             tell = lambda *said: os.write(writing, f"{json.dumps([*said, time.monotonic()])}\n".encode())  # noqa: E731
             try:
-                storage = io() if by_clock else deadly(io, last, share)()
-                save_for_ever(folder, mix, storage, int(scores * 1e9), tell)
+                save_for_ever(folder, mix, telling(io, tell, None if by_clock else last, share)(), int(scores * 1e9))
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -198,29 +189,36 @@ def killed(folder: Path, mix: str, io: type[TorchCheckpointIO], chance: random.R
     return events
 
 
-def deadly(io: type[TorchCheckpointIO], last: int, share: float) -> type[TorchCheckpointIO]:
-    """A storage that kills its process in or behind a save, at a share of the calls that the save before it made."""
+def telling(
+    io: type[TorchCheckpointIO], tell: Callable[..., Any], last: int | None, share: float
+) -> type[TorchCheckpointIO]:
+    """A storage that says which file it begins to write, and which one is written.
 
-    class Deadly(io):  # type: ignore[misc, valid-type]
+    Given `last`, it kills its process in or behind the save after so many, at a share of the calls of the one before.
+    """
+
+    class Telling(io):  # type: ignore[misc, valid-type]
         saves = calls = 0
         limit: int | None = None
 
-        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            tell("begin", str(path), checkpoint["global_step"])
             self.saves += 1
-            if self.limit is None:
+            if last is not None and self.limit is None:
                 self.limit = int(share * self.calls) if self.saves > last else None
                 self.calls = 0
                 sys.setprofile(self.count)
-            super().save_checkpoint(*args, **kwargs)
-            if self.limit is None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            if last is not None and self.limit is None:
                 sys.setprofile(None)
+            tell("done", str(path), checkpoint["global_step"])
 
         def count(self, *_: Any) -> None:
             self.calls += 1
             if self.limit is not None and self.calls > self.limit:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    return Deadly
+    return Telling
 
 
 def judge(folder: Path, events: list[Event], found: Found) -> tuple[str, int]:
