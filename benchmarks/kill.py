@@ -185,7 +185,7 @@ def killed(folder: Path, mix: str, io: type[TorchCheckpointIO], chance: random.R
                 os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if status != signal.SIGKILL:
-        raise RuntimeError(f"The process that saves ended by itself: {status}")
+        raise RuntimeError(f"The process that saves ended by itself: {status}. Last it told of {events[-1:]}.")
     return events
 
 
@@ -207,7 +207,8 @@ def telling(
             if last is not None and self.limit is None:
                 self.limit = int(share * self.calls) if self.saves > last else None
                 self.calls = 0
-                sys.setprofile(self.count)
+            if last is not None:
+                sys.setprofile(self.count)  # of this thread: in the background it may be another one each time
             super().save_checkpoint(checkpoint, path, storage_options)
             if last is not None and self.limit is None:
                 sys.setprofile(None)
@@ -275,7 +276,10 @@ def run(trials: list[int], seed: int = 0, io: type[TorchCheckpointIO] = TorchChe
         # Two Trainers per trial would read the metadata of all installed packages: a third of the time.
         run_parts.entry_points = functools.cache(run_parts.entry_points)  # type: ignore[attr-defined]
         for number in trials:
-            one = trial(seed, number, io)
+            try:
+                one = trial(seed, number, io)
+            except RuntimeError as error:
+                raise RuntimeError(f"Trial {number}: {error}") from error
             for key in (", ".join(chosen(seed, number)[:2]), "all"):
                 found.setdefault(key, Found()).add(one)
     return found

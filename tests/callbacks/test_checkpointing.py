@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from datetime import timedelta
 from math import inf, nan
@@ -122,6 +123,33 @@ def test_old_file_is_removed_after_the_new_one_is_there(fit):
         ("remove", "epoch=0.ckpt"),
         ("save", "last.ckpt", "train"),
     ]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems cannot flush a folder")
+def test_content_and_name_of_the_new_file_are_on_the_disk_before_the_old_one_goes(fit, monkeypatch):
+    seen = []
+
+    def watched(name):
+        real = getattr(os, name)
+
+        def call(what, *rest, **more):
+            path = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else os.fspath(what)
+            seen.append((name, re.sub(r"^\.(.*)\.[^.]*\.tmp$", r"new \1", os.path.basename(path))))
+            return real(what, *rest, **more)
+
+        monkeypatch.setattr(os, name, call)
+
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs to see which file is open")
+    callback = ModelCheckpoint(filename="{epoch}")
+    for name in ("fsync", "replace", "remove"):
+        watched(name)
+    fit(callback, max_epochs=2)
+    assert [event for event in seen if event[0] != "remove" or not event[1].startswith("new ")] == [
+        ("fsync", "new epoch=0.ckpt"), ("replace", "new epoch=0.ckpt"), ("fsync", "checkpoints"),
+        ("fsync", "new epoch=1.ckpt"), ("replace", "new epoch=1.ckpt"), ("fsync", "checkpoints"),
+        ("remove", "epoch=0.ckpt"),
+    ]  # fmt: skip
 
 
 # script of val_loss, arguments, epochs whose checkpoint is left
