@@ -5,6 +5,7 @@
 #   make check   lint, format, types, layers
 #   make bench   every row of benchmarks/README.md
 #   make bench-exact  evaluation on 1..4 processes, every size and batch size
+#   make bench-kill   1,000 processes killed while they save, and what is left
 #   make bench-interchange  checkpoints to and from other versions, each by its own package; installs them
 #   make docs    this documentation as pages in site/
 
@@ -53,6 +54,9 @@ bench-exact: $(STAMPS)/test
 
 bench-interchange: $(STAMPS)/test
 	@$(PY) -m benchmarks.interchange $(ARGS)
+
+bench-kill: $(STAMPS)/test
+	@$(PY) -m benchmarks.kill $(ARGS)
 
 docs: $(STAMPS)/docs
 	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"

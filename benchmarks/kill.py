@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -29,7 +28,6 @@ from torch.utils.data import DataLoader
 
 import fulmen as pl
 from benchmarks.harness import NOTHING_ON, print_table
-from fulmen import run_parts
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.checkpoint.paths import newest_good
 from fulmen.plugins import TorchCheckpointIO
@@ -273,8 +271,6 @@ def run(trials: list[int], seed: int = 0, io: type[TorchCheckpointIO] = TorchChe
     found: dict[str, Found] = {}
     with quiet():
         torch.set_num_threads(1)  # a fork takes no threads along
-        # Two Trainers per trial would read the metadata of all installed packages: a third of the time.
-        run_parts.entry_points = functools.cache(run_parts.entry_points)  # type: ignore[attr-defined]
         for number in trials:
             try:
                 one = trial(seed, number, io)

@@ -45,14 +45,18 @@ def newest_good(candidates: Iterable[str], load: Load, verify: Callable[[str], A
     Arguments:
         load: reads a whole file.
         verify: raises if a file is damaged; else it is loaded to see that.
+
+    Raises:
+        DamagedCheckpointError: there are some, and none is good.
     """
-    known = []
+    known, damaged = [], 0
     for path in candidates:
         try:
             if (steps := _steps(path, load)) is not None:
                 known.append((steps, _modified(path), path))
         except (DamagedCheckpointError, OSError) as error:
             rank_zero_warn(f"Passed over: {error}")
+            damaged += 1
     for *_, path in sorted(known, reverse=True):
         try:
             if verify is not None or not is_sharded(path):
@@ -60,6 +64,10 @@ def newest_good(candidates: Iterable[str], load: Load, verify: Callable[[str], A
             return path
         except (DamagedCheckpointError, OSError) as error:
             rank_zero_warn(f"Passed over: {error}")
+            damaged += 1
+    if damaged:
+        what = f"None of the run's {damaged} checkpoints can be read, so there is nothing to go on from."
+        raise DamagedCheckpointError(f"{what} Move them away to start anew, or bring back a copy of one.")
     return None
 
 

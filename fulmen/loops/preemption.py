@@ -73,18 +73,22 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
         return ckpt_path
     strategy, root, found = trainer.strategy, trainer.default_root_dir, None
     folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in _folders(trainer, c)}
-    if strategy.is_global_zero and not trainer.fast_dev_run:
+    storage: Any = strategy.checkpoint_io
+
+    def load(path: str) -> Any:
+        return storage.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+    def search() -> None:
+        nonlocal found
         kinds = {c.FILE_EXTENSION for c in trainer.callbacks if hasattr(c, "FILE_EXTENSION")}
         candidates = auto.checkpoints_in(folders, kinds | {auto.EXTENSION})
         if isinstance(strategy.cluster_environment, SLURMEnvironment):
             candidates += paths.files_in(root, paths.HPC)
-        storage: Any = strategy.checkpoint_io
-
-        def load(path: str) -> Any:
-            return storage.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
-
         looks = type(storage).verify_checkpoint is not CheckpointIO.verify_checkpoint
         found = auto.newest_good(candidates, load, strategy.verify_checkpoint if looks else None)
+
+    if not trainer.fast_dev_run:
+        strategy.on_rank_zero(search, "find a checkpoint to go on from")
     found = trainer._ckpt_path = strategy.broadcast(found)
     shown = ", ".join(folders) or "any folder: the run writes none"
     said = f"goes on from {found}" if found else f"starts anew: there is no checkpoint in {shown}"

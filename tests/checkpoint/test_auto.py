@@ -14,7 +14,7 @@ from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from fulmen.checkpoint import auto
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.engine.checkpoint_io import DamagedCheckpointError, TorchCheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.loggers import CSVLogger, TensorBoardLogger
 from fulmen.utilities.temporaries import temporary_name
@@ -139,8 +139,9 @@ def test_what_is_damaged_is_passed_over_by_name(tmp_path):
         assert newest(tmp_path) == good
     assert len([w for w in said if "Passed over" in str(w.message)]) == 3
     os.remove(good)
-    with pytest.warns(UserWarning, match="Passed over"):
-        assert newest(tmp_path) is None
+    message = "None of the run's 3 .* Move them away to start anew"
+    with pytest.warns(UserWarning, match="Passed over"), pytest.raises(DamagedCheckpointError, match=message):
+        newest(tmp_path)
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path):
