@@ -112,6 +112,8 @@ def main() -> None:
         for _ in range(options.rounds):
             at_once.append(measured(options, folder, plugins.TorchCheckpointIO()))
             later.append(measured(options, folder, plugins.AsyncCheckpointIO()))
+            blocking, total = (100 * later[-1][at] / at_once[-1][1] for at in (1, 2))
+            print(f"round {len(later)}: blocking {blocking:.1f} %, total {total:.1f} %", flush=True)
     base = statistics.median(row[1] for row in at_once)
     table = []
     for name, rows in (("at once", at_once), ("in the background", later)):
