@@ -4,7 +4,8 @@
 
 Two figures, each over what the same save costs when training waits for it. *Blocking* is the time inside of the save.
 *Total* is all that a run with saves takes longer than one without, the end of the run included, where the last write is
-waited for: there the write takes cores and memory from the steps, and what does not fit beside them shows.
+waited for: there the write takes cores and memory from the steps, and what does not fit beside them shows. With
+`--clock cpu` both are of the thread that trains: not what it waits for disks or for cores that others use.
 """
 
 from __future__ import annotations
@@ -52,28 +53,28 @@ def trial(options: Any, io: Any, folder: Path, saves: int) -> tuple[float, list[
     batch = torch.randn(options.batch_size, model[0].in_features, device=options.device)
     blocked = []
     finished(options.device)
-    begin = time.perf_counter()
+    begin = options.now()
     for number in range(options.steps):
         step(model, optimizer, batch)
         if saves and number % (options.steps // saves) == 0:
             finished(options.device)
-            before = time.perf_counter()
+            before = options.now()
             checkpoint = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
             io.save_checkpoint(checkpoint, folder / f"{number % 2}.ckpt")
-            blocked.append(time.perf_counter() - before)
+            blocked.append(options.now() - before)
     finished(options.device)
     if hasattr(io, "wait"):
         io.wait()
-    return time.perf_counter() - begin, blocked
+    return options.now() - begin, blocked
 
 
 def first_save(options: Any, io: Any, folder: Path) -> float:
     """Seconds inside of the first save, whose memory is new."""
     model, optimizer = options.made
-    before = time.perf_counter()
+    before = options.now()
     checkpoint = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     io.save_checkpoint(checkpoint, folder / "first.ckpt")
-    return time.perf_counter() - before
+    return options.now() - before
 
 
 def measured(options: Any, folder: Path, io: Any) -> tuple[float, float, float]:
@@ -91,6 +92,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--megabytes", type=int, default=500, help="weights and Adam's state together")
     parser.add_argument("--threads", type=int, default=1, help="of the training steps")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: of the training thread, where others use the cores",
+    )
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of steps after each save, about")
@@ -98,6 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.megabytes, options.saves, options.rounds, options.seconds = 20, 2, 1, 0.3
+    options.now = time.perf_counter if options.clock == "wall" else time.thread_time
     pl = harness.load(options.package)
     torch.set_num_threads(options.threads)
     plugins: Any = __import__(f"{options.package}.plugins", fromlist=["plugins"])
@@ -131,6 +139,7 @@ def in_ms(seconds: tuple[float, ...]) -> str:
 def title(options: Any, per_step: float) -> str:
     steps = f"{options.steps} steps of {1e3 * per_step:.0f} ms on {options.device}, {options.threads} thread(s)"
     load = f", load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores" if hasattr(os, "getloadavg") else ""
+    load += " (time of the training thread)" * (options.clock == "cpu")
     return f"Stall of one save of {options.megabytes} MB, {options.saves} in {steps}{load}"
 
 
