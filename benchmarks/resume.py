@@ -69,6 +69,14 @@ class Stream(IterableDataset):
         return iter(Augmented(noise=False)[index] for index in range(SAMPLES))
 
 
+class Uneven(Stream):
+    """Gives one process more than the other."""
+
+    def __iter__(self) -> Any:
+        rank = torch.distributed.get_rank()
+        return iter(Augmented(noise=False)[index] for index in range(*((0, 15), (15, SAMPLES))[rank]))
+
+
 class Net(pl.LightningModule):
     """Dropout, batch norm, momentum, two schedulers, values of steps and epochs, and noise from python."""
 
@@ -219,6 +227,8 @@ def validation(rng: random.Random) -> dict[str, Any]:
 def ranks(rng: random.Random) -> dict[str, Any]:
     window = rng.choice([1, 2])
     more = {"devices": 2, "strategy": "ddp_fork", "accumulate_grad_batches": window, "max_epochs": 2}
+    if rng.random() < 0.25:
+        return {"train": DataLoader(Uneven(), 4), **more}
     return {"train": DataLoader(rng.choice([Augmented(), tensors()]), 4, shuffle=rng.random() < 0.7), **more}
 
 

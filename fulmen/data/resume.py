@@ -294,10 +294,13 @@ class Reading:
                 shard.begin = Moment(self.own, self.first).put_back
         opened = Moment(self.own, kept.get("opened"))
         self.opened = opened.kept
+        if kept and callable(reopen := getattr(self.loader, "reopen", None)):
+            reopen()
         if "opened" in kept:
             opened.put_back()
-            if callable(reopen := getattr(self.loader, "reopen", None)):
-                reopen()
+        elif (began := getattr(self.loader, "began", None)) is not None:  # it has been opened already
+            self.opened["global"] = began
+            self.first = self.opened
         elif running is not None or kept.get("persistent"):
             self.first = self.opened  # workers that stay, or stayed: nothing is drawn in between
         resumes = "opened" in kept or bool(kept.get("persistent") and running is None)
@@ -330,7 +333,7 @@ class Reading:
         return chain(self._checked(iterator, *order.values()), iterator)
 
     def _note(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        self.first = Moment(self.own).kept
+        self.first = self.first or Moment(self.own).kept
         yield from islice(iterator, 1)
 
     def _checked(self, iterator: Iterator[Any], order: Continued) -> Iterator[Any]:

@@ -18,6 +18,7 @@ from fulmen.data.fetch import iterate
 from fulmen.data.loaders import order_of, reads_indices, rebuilt, shutdown_workers
 from fulmen.data.orders import alike, generators_of
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.seed import generator_states
 
 
 def seed_of(loader: Any) -> int:
@@ -109,6 +110,8 @@ class Striped:
 
     def __init__(self, loader: Any, num_replicas: int, rank: int, exchange: Callable[[Any], list[Any]]) -> None:
         self.loader, self.num_replicas, self.rank = loader, num_replicas, rank
+        # A run that resumes inside this pass has to draw what is drawn here.
+        self.began: dict[str, Any] | None = generator_states(include_cuda=False)
         batches = iterate(loader)
         first = list(islice(batches, 1))
         # Kept for the first pass: it may be the only one.
@@ -124,7 +127,7 @@ class Striped:
             rank_zero_warn(f"{what} {fix}")
 
     def __iter__(self) -> Iterator[Any]:
-        opened, self.opened = self.opened, None
+        opened, self.opened, self.began = self.opened, None, None
         batches = iterate(self.loader) if opened is None else opened
         return islice(batches, self.rank, None, self.num_replicas) if self.alike else batches
 
@@ -143,7 +146,7 @@ class Striped:
 
     def reopen(self) -> None:
         """What was read to compare is not where a resumed pass begins."""
-        self.opened = None
+        self.opened = self.began = None
 
     def _shutdown_workers(self) -> None:
         self.opened = None
