@@ -296,11 +296,12 @@ class FitLoop:
         self.hooks = trainer.compile_hooks()
         self.optimization.set_hooks(self.hooks)
         self.schedulers.open_epoch()
-        resumed, self.resumed = self.resumed, False
+        resumed = self.resumed
         if resumed:  # `on_train_start` is no part of a run that was not stopped
             self.memory.restore()
             self.memory.rewind()
         if resumed and progress.position != Position.EPOCH_START:
+            self.resumed = False
             self.pick_up()
             return
         progress.open_epoch()
@@ -308,6 +309,7 @@ class FitLoop:
         self.hooks.on_train_epoch_start()
         if resumed:
             self.memory.settle_feed()
+            self.resumed = False
         elif progress.epochs > 0:  # else it was opened with the loaders
             self.feed.open(progress.epochs)
         progress.position = Position.IN_BATCH
