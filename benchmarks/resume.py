@@ -124,6 +124,7 @@ class Killer(Callback):
         kill_at: number of the moment; None lives.
     """
 
+    monitors = True  # at the end of an epoch it comes after the module, as `ModelCheckpoint` does
     HOOKS = (
         "on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_validation_start",
         "on_validation_batch_end", "on_validation_end", "on_train_epoch_end",
