@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,17 +56,18 @@ def numbers(pl: SimpleNamespace, sizes: range, world: int) -> dict[str, dict[str
 
 def start(package: str, quick: bool, world: int, folder: Path) -> list[dict[str, dict[str, float]]]:
     """The numbers of each process of a group of this size."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = []
+    port, ranks = harness.free_port(), []
     for rank in range(world):
         places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "NODE_RANK": "0"}
         environment = {**os.environ, **places, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "benchmarks.exact", "--package", package, "--answer", str(folder)]
         command += ["--quick"] * quick
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    codes = [process.wait() for process in ranks]
+    while None in (codes := [process.poll() for process in ranks]) and not any(codes):
+        time.sleep(0.1)
     if any(codes):
+        for process in ranks:
+            process.kill()
         sys.exit(f"{package} failed on {world} processes")
     return [json.loads((folder / f"{world}-{rank}").read_text()) for rank in range(world)]
 

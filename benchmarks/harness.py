@@ -8,6 +8,8 @@ import importlib
 import logging
 import os
 import platform
+import random
+import socket
 import statistics
 import tempfile
 import warnings
@@ -140,6 +142,14 @@ def silent_terminal() -> Iterator[None]:
 def scratch_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+def free_port() -> int:
+    """One for processes to meet at; below those that the system gives to connections, or one of them may take it first."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def spread(values: list[float], digits: int = 1) -> str:

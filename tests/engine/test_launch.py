@@ -1,7 +1,9 @@
 """How processes come to life and end: scripts that are run again, and calls in spawned and forked processes."""
 
+import contextlib
 import os
 import pickle
+import random
 import shutil
 import socket
 import subprocess
@@ -50,9 +52,7 @@ def test_a_taken_port_is_named(script, ended):
 
 @pytest.mark.parametrize(("address", "words"), [("nowhere.invalid", "Set MASTER_ADDR"), ("127.0.0.1", "found nobody")])
 def test_an_address_where_nobody_answers_is_named(run_python, tmp_path, address, words, capfd):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     code = f"""
 import os, datetime
 os.environ.update(LOCAL_RANK="1", MASTER_ADDR="{address}", MASTER_PORT="{port}", PYTHONWARNINGS="ignore")
@@ -232,9 +232,11 @@ sys.stdout.write(f"place {place} {trainer.global_step}\\n")
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Below those that the system gives to connections: one of them, of another test, could take it first."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
 
 
 def both(outputs):
