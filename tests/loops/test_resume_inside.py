@@ -254,3 +254,13 @@ def test_one_process_then_two_then_one_read_each_sample_of_an_epoch_once(tmp_pat
     assert len(rest) == 16  # and of what the others saw, one batch more than they saved
     assert sorted(alone[:8] + together[0][0][:4] + together[1][0][:4] + rest) == list(range(32))
     assert mean == pytest.approx(sum(value**2 for value in range(32)) / 32)
+
+
+def test_two_processes_then_four_then_two(tmp_path):
+    path = str(tmp_path / "saved.ckpt")
+    first = run_ranks(2, go, path, 4, False, 1)
+    second = run_ranks(4, go, path + "+", 2, True, 2)
+    last = run_ranks(2, go, path + "++", 4, True)
+    parts = [seen[:4] for seen, _ in first] + [seen[:2] for seen, _ in second] + [seen for seen, _ in last]
+    assert sorted(index for part in parts for index in part) == list(range(32))
+    assert all(mean == pytest.approx(sum(value**2 for value in range(32)) / 32) for _, mean in last)
