@@ -18,7 +18,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench bench-exact bench-interchange docs clean
+.PHONY: help demo test test-again check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +35,10 @@ demo: $(STAMPS)/examples,tensorboard
 
 test: $(STAMPS)/test
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# What failed last, one at a time.
+test-again: $(STAMPS)/test
+	@$(PY) -m pytest -n 0 --last-failed --last-failed-no-failures none $(ARGS)
 
 check: $(STAMPS)/check
 	@$(PY) -m ruff check .
