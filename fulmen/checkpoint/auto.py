@@ -13,7 +13,7 @@ import torch
 from fulmen.checkpoint.paths import files_in
 from fulmen.engine.checkpoint_io import DamagedCheckpointError
 from fulmen.engine.sharded_checkpoint import META, is_sharded
-from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path
+from fulmen.utilities.filesystem import is_remote, local_path, modified
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.temporaries import clean
 
@@ -53,7 +53,7 @@ def newest_good(candidates: Iterable[str], load: Load, verify: Callable[[str], A
     for path in candidates:
         try:
             if (steps := _steps(path, load)) is not None:
-                known.append((steps, _modified(path), path))
+                known.append((steps, modified(path), path))
         except (DamagedCheckpointError, OSError) as error:
             rank_zero_warn(f"Passed over: {error}")
             damaged += 1
@@ -89,7 +89,3 @@ def _steps(path: str, load: Load) -> int | None:
     if not isinstance(content, dict):
         content = load(path)
     return int(content.get("global_step", 0)) if "optimizer_states" in content or is_sharded(path) else None
-
-
-def _modified(path: str) -> Any:
-    return get_filesystem(path).modified(path).timestamp() if is_remote(path) else os.stat(local_path(path)).st_mtime

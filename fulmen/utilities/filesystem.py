@@ -93,6 +93,8 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     flush_folder(os.path.dirname(temporary))
 
 
-def modified(path: str | os.PathLike) -> Any:
-    """When a file or folder was written last: greater is later, within one file system."""
-    return get_filesystem(path).modified(os.fspath(path)) if is_remote(path) else os.stat(local_path(path)).st_mtime_ns
+def modified(path: str | os.PathLike) -> int:
+    """When a file or folder was written last, in nanoseconds since 1970."""
+    if is_remote(path):
+        return int(get_filesystem(path).modified(os.fspath(path)).timestamp() * 1e9)
+    return os.stat(local_path(path)).st_mtime_ns

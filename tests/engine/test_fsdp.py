@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from support import make_loader, make_trainer
+from support import SavesAfterFirstEpoch, make_loader, make_trainer
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy  # here, so that forked processes have it
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy, size_based_auto_wrap_policy
@@ -154,22 +154,11 @@ class Failing(Net):
         return super().training_step(batch, batch_idx)
 
 
-class Saving(pl.Callback):
-    """Writes a checkpoint after the first epoch."""
-
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
 def fit(strategy, model=Net, devices=2, ckpt_path=None, save=None, callbacks=(), **settings):
     """The model after training."""
     torch.manual_seed(0)
     model = model() if isinstance(model, type) else model
-    callbacks = [*callbacks, *([Saving(save)] if save else [])]
+    callbacks = [*callbacks, *([SavesAfterFirstEpoch(save)] if save else [])]
     trainer = make_trainer(strategy=strategy, devices=devices, callbacks=callbacks, **{"max_epochs": 2, **settings})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,9 +1,7 @@
 """How processes come to life and end: scripts that are run again, and calls in spawned and forked processes."""
 
-import contextlib
 import os
 import pickle
-import random
 import shutil
 import socket
 import subprocess
@@ -16,6 +14,7 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
+from benchmarks.harness import free_port
 from fulmen.strategies import DDPStrategy
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -231,14 +230,6 @@ sys.stdout.write(f"place {place} {trainer.global_step}\\n")
 """
 
 
-def free_port():
-    """Below those that the system gives to connections: one of them, of another test, could take it first."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return str(port)
-
-
 def both(outputs):
     assert [code for code, _ in outputs] == [0, 0], outputs
     return sorted(line for _, output in outputs for line in output.splitlines() if line.startswith("place"))
@@ -247,7 +238,7 @@ def both(outputs):
 @pytest.mark.parametrize("starter", ["torchrun", "by hand"])
 def test_two_nodes(script, ended, tmp_path, starter):
     (tmp_path / "node.py").write_text(NODE)
-    port, nodes = free_port(), []
+    port, nodes = str(free_port()), []
     for rank in ("0", "1"):
         if starter == "torchrun":
             place = ("--nnodes=2", f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}")

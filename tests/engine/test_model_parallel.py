@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from ranks import run_ranks
-from support import Regression, make_loader, make_trainer
+from support import Regression, SavesAfterFirstEpoch, make_loader, make_trainer
 from torch import nn
 
 import fulmen as pl
@@ -67,20 +67,14 @@ class NotSpread(Net):
     spread = False
 
 
-class Saving(pl.Callback):
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        if trainer.current_epoch == 0:
-            trainer.save_checkpoint(self.path)
-
-
 def fit(strategy, kind=Net, devices=2, save=None, ckpt_path=None, **settings):
     torch.manual_seed(0)
     model = kind()
     trainer = make_trainer(
-        strategy=strategy, devices=devices, callbacks=[Saving(save)] if save else [], **{"max_epochs": 2, **settings}
+        strategy=strategy,
+        devices=devices,
+        callbacks=[SavesAfterFirstEpoch(save)] if save else [],
+        **{"max_epochs": 2, **settings},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
