@@ -2,6 +2,7 @@
 #
 #   make demo    train, test and predict on real handwritten digits; writes runs/demo/demo.png
 #   make test    the test suite             make test ARGS="-k resume"
+#   make test-slow  what takes longer: thousands of kills, damages and endings
 #   make check   lint, format, types, layers
 #   make bench   every row of benchmarks/README.md
 #   make bench-exact  evaluation on 1..4 processes, every size and batch size
@@ -18,7 +19,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-again check format bench bench-exact bench-kill bench-interchange docs clean
+.PHONY: help demo test test-slow test-again check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,7 +35,10 @@ demo: $(STAMPS)/examples,tensorboard
 	@$(PY) examples/mnist_autoencoder.py $(ARGS)
 
 test: $(STAMPS)/test
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
+
+test-slow: $(STAMPS)/test
+	@$(PY) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 # What failed last, one at a time.
 test-again: $(STAMPS)/test

