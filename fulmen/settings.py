@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from math import inf
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -16,6 +18,8 @@ from fulmen.utilities.durations import parse_duration
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import GradClipAlgorithmType
+
+Init = TypeVar("Init", bound=Callable[..., None])
 
 LIMITS = tuple(f"limit_{verb}_batches" for verb in ("train", "val", "test", "predict"))
 SWITCHES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -80,21 +84,39 @@ def check(**given: Any) -> Settings:
     return Settings(**values)
 
 
-def environment_defaults(signature_defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument: as given, else from ``PL_TRAINER_<NAME>`` (a Python literal or a text), else its default."""
-    for name in given:
-        if name not in signature_defaults:
-            removed = f" It has been removed. Write `{REMOVED[name]}` instead." if name in REMOVED else ""
-            what = f"Trainer.__init__() got an unexpected keyword argument '{name}'."
-            raise TypeError(what + (removed or suggestion(name, signature_defaults)))
-    preset: dict[str, Any] = {}
-    for name in signature_defaults:
+def read_environment(init: Init) -> Init:
+    """A constructor whose arguments may also come by position, in the order of its signature, or from the environment.
+
+    Each is as given, else from ``PL_TRAINER_<NAME>`` (a Python literal or a text), else its default.
+    """
+    names = tuple(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def init_with_presets(self: Any, *args: Any, **kwargs: Any) -> None:
+        if len(args) > len(names):
+            raise TypeError(f"Trainer.__init__() takes at most {len(names)} arguments, but {len(args)} were given.")
+        by_position = dict(zip(names, args, strict=False))
+        for name in kwargs:
+            if name not in names:
+                removed = f" It has been removed. Write `{REMOVED[name]}` instead." if name in REMOVED else ""
+                what = f"Trainer.__init__() got an unexpected keyword argument '{name}'."
+                raise TypeError(what + (removed or suggestion(name, names)))
+            if name in by_position:
+                raise TypeError(f"Trainer.__init__() got multiple values for argument '{name}'. Pass it once, by name.")
+        init(self, **{**_presets(names), **by_position, **kwargs})
+
+    return cast("Init", init_with_presets)
+
+
+def _presets(names: Iterable[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in names:
         if text := os.environ.get(f"PL_TRAINER_{name.upper()}"):
             try:
-                preset[name] = ast.literal_eval(text)
+                found[name] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
-                preset[name] = text
-    return {**signature_defaults, **preset, **given}
+                found[name] = text
+    return found
 
 
 def refuse_conflicts(given: Mapping[str, Any]) -> None:

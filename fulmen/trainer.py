@@ -7,7 +7,6 @@ import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from inspect import signature
 from math import inf
 from typing import TYPE_CHECKING, Any, cast
 
@@ -87,8 +86,9 @@ class Trainer:
         >>> trainer.fit(model, train_loader, val_loader)  # doctest: +SKIP
     """
 
+    @settings.read_environment
     def __init__(
-        self, *args: Any,
+        self, *,
         # hardware
         accelerator: Any = "auto", strategy: Any = "auto", devices: list[int] | str | int = "auto", num_nodes: int = 1,
         precision: Any = None,
@@ -117,13 +117,8 @@ class Trainer:
         barebones: bool = False, plugins: Any = None, sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0, default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True, model_registry: str | None = None, strict_resume: bool = True,
-        **unknown: Any,
     ) -> None:  # fmt: skip
-        here = dict(locals())
-        given = {n: here[n] for n, default in _DEFAULTS.items() if n in self._passed or here[n] is not default}
-        # Positional arguments are taken in declaration order, as scripts written for the API expect.
-        given.update(zip(_DEFAULTS, args, strict=False), **unknown)
-        arguments = settings.environment_defaults(_DEFAULTS, given)
+        arguments = {name: value for name, value in locals().items() if name != "self"}
         checked = settings.check(**arguments)
         settings.apply_torch_flags(checked.deterministic, checked.benchmark)
         self._keep(checked)
@@ -150,19 +145,12 @@ class Trainer:
         self.test_loop = EvaluationLoop(self, RunningStage.TESTING)
         self.predict_loop = PredictionLoop(self)
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Trainer:
-        self = super().__new__(cls)
-        # What was passed wins over the environment, also where it is what the signature says anyway.
-        self._passed = frozenset(kwargs)
-        return self
-
     def _keep(self, checked: settings.Settings) -> None:
         """The settings users read and change at run time become plain attributes."""
         for name in _PLAIN_SETTINGS:
             setattr(self, name, getattr(checked, name))
         self._default_root_dir = checked.default_root_dir
 
-    _passed: frozenset[str]
     # declared for readers and tools; set by `_keep`
     accumulate_grad_batches: int
     barebones: bool
@@ -788,9 +776,4 @@ class Trainer:
         return self.state.stage is not None and self.state.stage.evaluating
 
 
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in signature(Trainer.__init__).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY
-}
 _PLAIN_SETTINGS = tuple(name for name in Trainer.__annotations__ if not name.startswith("_"))
