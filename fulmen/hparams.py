@@ -26,6 +26,7 @@ class HyperparametersMixin:
     # On the class, since a dataclass saves before a base constructor runs; TorchScript cannot read annotations as texts.
     _log_hyperparams = False
     _hparams_name = None  # type: str | None
+    _hparams_removed = {}  # type: dict[str, str]
 
     def save_hyperparameters(
         self, *args: Any, ignore: Iterable[str] | str | None = None, frame: FrameType | None = None, logger: bool = True
@@ -70,7 +71,7 @@ class HyperparametersMixin:
                 chosen.pop(name, None)
         for name, value in chosen.items():
             if isinstance(value, torch.nn.Module):
-                _advise_to_ignore(name, "is an `nn.Module`, whose weights a checkpoint would hold twice.")
+                _advise_to_ignore(name, "is an instance of `nn.Module`, whose weights a checkpoint would hold twice.")
         if isinstance(chosen, dict) and isinstance(self.hparams, dict):
             self.hparams.update(chosen)
         else:
@@ -111,10 +112,11 @@ def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     return found
 
 
-def drop_unpicklable(hparams: MutableMapping) -> None:
-    """Remove what could not be stored in a checkpoint; called when a run starts."""
+def drop_unpicklable(owner: HyperparametersMixin) -> None:
+    """Remove what could not be stored in a checkpoint; called when a run starts. Checkpoints name it."""
+    hparams = owner.hparams
     for name in [name for name, value in hparams.items() if not is_picklable(value)]:
-        del hparams[name]
+        owner._hparams_removed = {**owner._hparams_removed, name: type(hparams.pop(name)).__qualname__}
         _advise_to_ignore(name, "was removed from `hparams`: it cannot be pickled, so no checkpoint can hold it.")
 
 

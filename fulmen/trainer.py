@@ -491,7 +491,7 @@ class Trainer:
         module, stage = self.lightning_module, cast("str", self.state.fn)
         for owner in (module, self.datamodule):
             if owner is not None:
-                drop_unpicklable(owner.hparams)
+                drop_unpicklable(owner)
         module.__dict__["_device"] = self.strategy.root_device
         for logger in self.loggers:
             _ = getattr(logger, "experiment", None)

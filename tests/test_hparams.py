@@ -234,7 +234,7 @@ def test_a_module_among_the_arguments_is_warned_about():
 def test_what_cannot_be_pickled_is_removed_with_a_warning():
     module = Base(lambda x: x, extra=1)
     with pytest.warns(UserWarning, match="`lr` was removed"):
-        drop_unpicklable(module.hparams)
+        drop_unpicklable(module)
     assert module.hparams == {"depth": 2, "extra": 1}
 
 

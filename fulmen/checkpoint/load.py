@@ -7,6 +7,7 @@ import csv
 import functools
 import inspect
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from math import inf
@@ -15,8 +16,9 @@ from typing import IO, Any, ClassVar, NoReturn
 import torch
 from torch import nn
 
+from fulmen.checkpoint.hparams import OMEGACONF, read_objects
 from fulmen.checkpoint.migrate import migrate_checkpoint
-from fulmen.checkpoint.snapshot import OMEGACONF, explained_mismatch
+from fulmen.checkpoint.snapshot import explained_mismatch
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.sealed import read
 from fulmen.utilities.collections import AttributeDict
@@ -29,6 +31,9 @@ from fulmen.utilities.rank_zero import rank_zero_warn
 # What files of a command line interface name as the function that rebuilds the object. Others are refused, or opening a
 # file could run any code; nor is one of these called: the class gets its arguments directly.
 INSTANTIATORS = {f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning")}
+
+# Where hyper-parameters of modules stood in the first files of Lightning.
+OLD_KEYS = ("hparams", "module_arguments")
 
 
 class ClassOnlyMethod(classmethod):
@@ -56,12 +61,22 @@ def load_from_checkpoint(
     **kwargs: Any,
 ) -> Any:
     """An object of `cls` (or of the subclass the file names) made from the file; `kwargs` replace stored arguments."""
-    checkpoint = read_checkpoint(checkpoint_path, map_location, weights_only)
-    key = cls.CHECKPOINT_HYPER_PARAMS_KEY
-    stored = load_hparams(hparams_file) if hparams_file is not None else checkpoint.get(key) or {}
+    location = keep_available_device if map_location is None else map_location
+    checkpoint = read_checkpoint(checkpoint_path, location, weights_only)
+    key, missing = cls.CHECKPOINT_HYPER_PARAMS_KEY, {}
+    try:
+        stored = None if hparams_file is None else load_hparams(hparams_file)
+    except FileNotFoundError:
+        stored, what = None, f"`hparams_file={os.fspath(hparams_file)!r}` does not exist"  # type: ignore[arg-type]
+        rank_zero_warn(f"{what}: the hyper-parameters of the checkpoint are used. Pass the file that a logger wrote.")
+    if stored is None:
+        old = [checkpoint[name] for name in OLD_KEYS if name in checkpoint and issubclass(cls, nn.Module)]
+        checkpoint[key] = checkpoint.get(key) or next(iter(old), {})
+        missing = read_objects(checkpoint, key, weights_only, location, skip=kwargs)
+        stored = checkpoint[key]
     # `on_load_checkpoint` shall see the arguments that are used.
     checkpoint[key] = {**stored, **kwargs}
-    built = _build(cls, dict(stored), kwargs, checkpoint)
+    built = _build(cls, dict(stored), kwargs, checkpoint, missing, weights_only is False)
     if not isinstance(built, nn.Module):
         if type(built).__qualname__ in checkpoint:
             built.load_state_dict(checkpoint[type(built).__qualname__])
@@ -75,12 +90,11 @@ def load_from_checkpoint(
 
 
 def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
-    """The content of a file, brought up to date; tensors stay on their device if this machine has it."""
-    location = keep_available_device if map_location is None else map_location
+    """The content of a file, brought up to date."""
     if isinstance(path, (str, os.PathLike)):
-        checkpoint = TorchCheckpointIO().load_checkpoint(path, location, weights_only)
+        checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
     else:
-        checkpoint = read(path, getattr(path, "name", repr(path)), location, weights_only)
+        checkpoint = read(path, getattr(path, "name", repr(path)), map_location, weights_only)
     return migrate_checkpoint(checkpoint, path)
 
 
@@ -91,7 +105,10 @@ def keep_available_device(storage: Any, location: str) -> Any:
     return storage if int(index or 0) >= present.get(kind, inf) else None
 
 
-def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict) -> Any:
+def _build(
+    cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict, missing: dict[str, tuple[bool, str]],
+    trusted: bool,
+) -> Any:  # fmt: skip
     """The new object, from the arguments its constructor accepts."""
     instantiator, class_path = stored.pop("_instantiator", None), stored.pop("_class_path", None)
     if instantiator not in (None, *INSTANTIATORS):
@@ -101,23 +118,58 @@ def _build(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint
         cls = _imported_subclass(cls, class_path)
     found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
     accepted = {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
     if name in accepted:
-        inside = {k: v for k, v in kwargs.items() if k in stored or k not in accepted}
+        inside = {k: v for k, v in kwargs.items() if k in stored or k in missing or k not in accepted}
         kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE, AttributeDict)  # type: ignore[attr-defined]
         if isinstance(kind, str):
             kind = (
                 require(OMEGACONF, "for its hyper-parameters").OmegaConf.create if kind == OMEGACONF else AttributeDict
             )
         arguments = {name: kind({**stored, **inside}), **kwargs}
+        missing = {} if name in kwargs else missing
     else:
         inside, arguments = {}, {**stored, **kwargs}
-    if not any(p.kind is p.VAR_KEYWORD for p in found):
+        missing = {k: why for k, why in missing.items() if k in accepted or takes_any}
+    if not takes_any:
         arguments = {k: v for k, v in arguments.items() if k in accepted}
         for ignored in kwargs.keys() - accepted - inside.keys():
             what = f"The argument `{ignored}` was left out: `{cls.__name__}.__init__` does not accept it."
             rank_zero_warn(what + suggestion(ignored, accepted))
+    required = [p.name for p in found if p.name in accepted and p.default is p.empty and p.name not in arguments]
+    _say_what_is_missing(cls, required, missing, trusted, bool(stored))
     return cls(**arguments)
+
+
+def _say_what_is_missing(
+    cls: type, required: list[str], missing: dict[str, tuple[bool, str]], trusted: bool, any_stored: bool
+) -> None:
+    """Raises if the file lacks needed arguments or may not give them, and warns of those that take their defaults."""
+    names = [*required, *(name for name in missing if name not in required)]
+    if not names:
+        return
+    reasons = "; ".join(f"`{name}` is {why}" for name, (_, why) in missing.items())
+    fix = f"pass them: `{cls.__name__}.load_from_checkpoint(path, {', '.join(f'{name}=...' for name in names)})`."
+    if any(in_file for in_file, _ in missing.values()):
+        what = f"Hyper-parameters of `{cls.__name__}` are stored as objects: {reasons}."
+        how = "Make their classes importable under these names, or"
+        if not trusted:
+            what += " Building objects of a file can run any code."
+            how = "If you trust it, pass `weights_only=False`, or allow the classes with"
+            how += " `torch.serialization.add_safe_globals([...])`; or"
+        raise pickle.UnpicklingError(f"{what} {how} {fix}")
+    if not required:
+        what = f"Defaults take the place of hyper-parameters that the checkpoint does not hold: {reasons}."
+        rank_zero_warn(f"{what} To have them back, {fix}")
+        return
+    what = (
+        f"`{cls.__name__}.__init__` is missing {len(required)} required argument(s): {', '.join(map(repr, required))}."
+    )
+    if not reasons:
+        reasons = "`save_hyperparameters(ignore=...)` leaves them out" if any_stored else ""
+        reasons = reasons or "it has none, since `save_hyperparameters()` was not called in `__init__`"
+    raise TypeError(f"{what} The checkpoint does not hold them: {reasons}. To load it, {fix}")
 
 
 def _imported_subclass(cls: type, class_path: str) -> type:
@@ -164,8 +216,8 @@ def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
 
 def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:
     """The mapping in a YAML file. `use_omegaconf` is accepted for compatibility; the result is always a dict."""
-    yaml = require("yaml", "to read hyper-parameters")
     with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
+        yaml = require("yaml", "to read hyper-parameters")
         try:
             return yaml.load(file, _plain_loader(yaml)) or {}
         except yaml.constructor.ConstructorError as error:

@@ -6,16 +6,16 @@ position and the states of the random generators in plain types; files without i
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from fulmen.checkpoint.hparams import read_objects, write_hparams
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
 from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
 from fulmen.utilities.errors import MisconfigurationException, nearest
-from fulmen.utilities.modules import is_plain, modules_in_eval
-from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn, warn_once
+from fulmen.utilities.modules import modules_in_eval
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 CHAPTER_VERSION = 1  # raised when a file could not be continued by the code of today
-OMEGACONF = "omegaconf"  # the type of hyper-parameters that were a `DictConfig`
 
 
 def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
@@ -60,8 +59,8 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         in_eval = modules_in_eval(module) if validating is None else validating
         checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter, "in_eval": in_eval}
     for owner in (module, datamodule):
-        if owner is not None and owner.hparams:
-            _write_hparams(checkpoint, owner)
+        if owner is not None:
+            write_hparams(checkpoint, owner)
     if datamodule is not None and (state := datamodule.state_dict()):
         checkpoint[type(datamodule).__qualname__] = state
     if not weights_only:
@@ -89,21 +88,6 @@ def saved_progress(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _write_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
-    if getattr(owner, "_hparams_name", None):
-        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
-    hparams = owner.hparams
-    if type(hparams).__module__.startswith("omegaconf"):
-        hparams = sys.modules["omegaconf"].OmegaConf.to_container(hparams)
-        checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = OMEGACONF  # a name: classes make files that are not safe
-    plain = {name: value for name, value in hparams.items() if is_plain(value)}
-    if special := {name: type(value).__qualname__ for name, value in hparams.items() if name not in plain}:
-        what = f"Hyper-parameters are left out of checkpoints: {special} (name: type). Loading such objects runs code."
-        fix = f"Pass them again, as in `load_from_checkpoint(path, {next(iter(special))}=...)`"
-        warn_once(f"{what} {fix}, and use `save_hyperparameters(ignore={[*special]})`.")
-    checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = plain
-
-
 class Snapshot:
     """An opened checkpoint, of a local path or URL. Without one, restoring does nothing."""
 
@@ -113,6 +97,9 @@ class Snapshot:
         if path is not None:
             rank_zero_info(f"Restoring states from the checkpoint path at {path}")
             self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only), path)
+            for owner in (trainer.lightning_module, trainer.datamodule):
+                if owner is not None:  # `on_load_checkpoint` sees them; nothing is built from them
+                    read_objects(self.content, owner.CHECKPOINT_HYPER_PARAMS_KEY, weights_only)
             version = (self.content.get("fulmen") or {}).get("version", 1)
             if version > CHAPTER_VERSION and trainer.state.fn == "fit":
                 what = (
@@ -176,7 +163,7 @@ class Snapshot:
         counters = self.content.get("loops", {})
         loader_states = counters.get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
         progress = chapter.get("progress") or from_loops(counters)
-        if not chapter and progress["position"] == "VALIDATED" and progress["is_last_batch"]:
+        if "progress" not in chapter and progress["position"] == "VALIDATED" and progress["is_last_batch"]:
             # What the validation logged is not in files of others, and the end of the epoch asks for it: once more.
             progress["position"] = "BATCH_DONE"
         loop.resume(progress, chapter, loader_states)

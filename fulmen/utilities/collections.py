@@ -31,6 +31,9 @@ class AttributeDict(dict):
         self.__getattr__(name)  # a missing one raises the right error
         del self[name]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)  # in a form that `torch.load(weights_only=True)` can be told to read
+
     def __repr__(self) -> str:
         rows = [(f'"{key}":', self[key]) for key in sorted(self, key=str)]
         width = max((len(key) for key, _ in rows), default=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import sys
@@ -91,20 +90,6 @@ def is_picklable(obj: object) -> bool:
     try:
         pickle.dumps(obj)
     except Exception:  # objects raise whatever they like while being pickled
-        return False
-    return True
-
-
-def is_plain(obj: object) -> bool:
-    """Can it be stored in a file so that `torch.load(weights_only=True)` reads it, which runs no code?"""
-    if obj is None or type(obj) in (bool, int, float, str, Tensor):
-        return True
-    file = io.BytesIO()
-    try:
-        torch.save(obj, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:  # as in `is_picklable`
         return False
     return True
 

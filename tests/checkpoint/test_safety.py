@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import http.server
 import os
@@ -10,8 +9,6 @@ import pickle
 import tarfile
 import threading
 import warnings
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from fulmen.checkpoint.load import load_hparams_from_yaml
 from fulmen.checkpoint.upgrade import upgrade
 from fulmen.engine.sharded_checkpoint import META, write_shards
 from fulmen.plugins import TorchCheckpointIO
-from fulmen.utilities.rank_zero import warn_once
 
 
 class Payload:
@@ -200,34 +196,6 @@ def test_a_file_of_hyper_parameters_runs_no_code(mark, tmp_path):
 
 
 # ---------------------------------------------------------------------- what we write
-
-
-class Special(Regression):
-    def __init__(self, lr=0.1, options=None, path=None, activation=None):
-        super().__init__(lr)
-        self.save_hyperparameters()
-
-
-@pytest.mark.parametrize(
-    "value", [Namespace(a=1), Path("x"), torch.nn.ReLU, [argparse.Namespace()], torch.nn.ReLU()], ids=repr
-)
-def test_hyper_parameters_that_are_objects_are_named_and_left_out(tmp_path, value):
-    warn_once.__self__.clear()
-    trainer = make_trainer()
-    model = Special(options=value, path="text")
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        trainer.fit(model, make_loader())
-        for name in ("a", "b"):
-            trainer.save_checkpoint(tmp_path / name)
-    [message] = [str(w.message) for w in told if "left out of checkpoints" in str(w.message)]  # once in a process
-    assert f"'options': {type(value).__qualname__!r}" in message and "options=..." in message
-    assert "'path'" not in message
-    assert torch.load(tmp_path / "a", weights_only=True)["hyper_parameters"] == {
-        "lr": 0.1, "path": "text", "activation": None
-    }  # fmt: skip
-    loaded = Special.load_from_checkpoint(tmp_path / "a", options=value)
-    assert loaded.hparams["options"] is value and model.hparams["options"] is value
 
 
 @pytest.mark.filterwarnings("ignore")
