@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Callable
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from math import inf
+from math import ceil, inf
 from time import monotonic
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -16,7 +20,10 @@ from fulmen.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
+Init = TypeVar("Init", bound=Callable[..., None])
+
 SECONDS_BETWEEN_REDRAWS = 0.1
+SHORTEST_BAR = 8  # columns; where a line has no room for it, metrics stand on lines of their own below
 
 
 class ProgressBar(Callback):
@@ -79,7 +86,7 @@ class ProgressBar(Callback):
     predict_description = property(lambda self: "Predicting")
 
     # Batches of an epoch or of the current loader; inf when nobody knows.
-    total_train_batches = property(lambda self: self.trainer.num_training_batches)
+    total_train_batches = property(lambda self: self._train_batches())
     total_val_batches_current_dataloader = property(lambda self: self._current(self._val_batches))
     total_test_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_test_batches))
     total_predict_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_predict_batches))
@@ -90,6 +97,16 @@ class ProgressBar(Callback):
         trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
         skipped = trainer.state.fn == "fit" and every and (trainer.current_epoch + 1) % every
         return 0 if skipped and not trainer.sanity_checking else sum(self._val_batches)
+
+    def _train_batches(self) -> int | float:
+        """As many as the loader has, or as `max_steps` leaves."""
+        trainer, progress = self.trainer, self.trainer.fit_loop.progress
+        if trainer.max_steps == -1:
+            return trainer.num_training_batches
+        steps_per_batch = max(len(trainer.optimizers), 1)
+        batches = ceil((trainer.max_steps - progress.steps) / steps_per_batch) * trainer.accumulate_grad_batches
+        begun = progress.batch % trainer.accumulate_grad_batches if batches > 0 else 0
+        return min(trainer.num_training_batches, progress.batch - begun + max(batches, 0))
 
     @property
     def _val_batches(self) -> list[float]:
@@ -129,12 +146,15 @@ class TerminalProgressBar(ProgressBar):
     _has_terminal: Callable[[], bool]  # can a line be drawn again and again?
     _open: Callable[[str], None]  # makes a bar of a kind, without drawing it
     _begin: Callable[[Track], None]  # an open bar starts on an epoch or a loader: name and total change
+    _count: Callable[[Track], None]  # brings the number on a bar up to date, without drawing it
+    _keep: Callable[[Track], Callable[[], None]]  # what writes a finished epoch, as it is now, above its bar
     _show: Callable[[Track, dict[str, Any] | None], None]  # draws a bar; None leaves its metrics as they are
     _close: Callable[[str], None]  # takes a bar away, or leaves it as it stands
 
     _seconds_between_redraws: float = SECONDS_BETWEEN_REDRAWS
     _batches_between_redraws: int = 1
     _enabled = True
+    _line_per_epoch = False  # stays above the bar, which is used again
     _redraw_at = inf  # while nothing is drawn
     _train: Any = None  # a `Track` while there is training, and so below
     _evaluation: Any = None
@@ -162,7 +182,11 @@ class TerminalProgressBar(ProgressBar):
         tracks = self._evaluation, self._train
         self._train = self._evaluation = None
         for track in filter(None, tracks):
-            self._close(track.kind)
+            self._finish(track)
+
+    def _finish(self, track: Track) -> None:
+        self._count(track)
+        self._close(track.kind)
 
     on_train_end = on_exception = teardown
 
@@ -172,19 +196,22 @@ class TerminalProgressBar(ProgressBar):
         self._redraw_at = monotonic() + self._seconds_between_redraws
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        short = self._train and self._train.seconds < SECONDS_BETWEEN_REDRAWS
-        if self._leave and self._train and self._train.done:
-            self._close("train")
+        last, keep = self._train, None
+        if last and last.done and self._leave:
+            self._finish(last)
             self._train = None
+        elif last and last.done and self._line_per_epoch and self._drawing:
+            keep = self._keep(last)
         if self._train is None:
             self._open("train")
         done = trainer.fit_loop.progress.batch  # not 0 when a run resumes inside an epoch
         name = f"Epoch {trainer.current_epoch}"
         self._train = Track("train", name, self.total_train_batches, done=done, drawn=done, first=done)
-        if self._drawing:
-            self._begin(self._train)
-            if not short:
-                self._draw(self._train)
+        self._begin(self._train)
+        if keep:
+            keep()
+        if self._drawing and not (last and last.seconds < SECONDS_BETWEEN_REDRAWS):
+            self._draw(self._train)
 
     on_train_start = on_train_epoch_start
 
@@ -200,7 +227,7 @@ class TerminalProgressBar(ProgressBar):
 
     def _draw_training(self, trainer: Trainer, pl_module: Any, exactly: bool) -> None:
         self._peeking = not exactly
-        metrics = self.get_metrics(trainer, pl_module)
+        metrics = {name: _plain(value) for name, value in self.get_metrics(trainer, pl_module).items()}
         self._peeking = False
         show = self._draw if self._drawing else print_line
         show(self._train, metrics)
@@ -223,15 +250,14 @@ class TerminalProgressBar(ProgressBar):
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
         track.done = track.drawn = 0
-        if self._drawing:
-            self._begin(track)
+        self._begin(track)
 
     def _end_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
         track, self._evaluation = self._evaluation, None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
             self._draw(track)
-        self._close(track.kind)
+        self._finish(track)
         if self.is_enabled and not self._drawing and not self._train and track.kind != "sanity_check":
             print_line(track, {})
 
@@ -268,6 +294,40 @@ class TerminalProgressBar(ProgressBar):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
 
+def leaves_lines(init: Init) -> Init:
+    """Unless `leave` is passed, a line stays for each epoch: False means that none shall, True that its bar shall."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: TerminalProgressBar, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self._line_per_epoch = "leave" not in signature.bind(self, *args, **kwargs).arguments
+
+    return wrapper  # type: ignore[return-value]
+
+
+def wrap_items(items: Sequence[str], delimiter: str, width: int, length: Callable[[str], int] = len) -> list[str]:
+    """Joins items to lines that are not longer than `width`; only an item that is longer itself is cut."""
+    lines: list[str] = []
+    for item in items:
+        if lines and length(lines[-1] + delimiter + item) <= width:
+            lines[-1] += delimiter + item
+            continue
+        while length(item) > width > 0:
+            count = next(n for n in range(min(len(item), width), 0, -1) if n == 1 or length(item[:n]) <= width)
+            lines.append(item[:count])
+            item = item[count:]
+        lines.append(item)
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """A number instead of a tensor or array that holds one; an override of `get_metrics` may give them."""
+    if not hasattr(value, "item") or math.prod(getattr(value, "shape", ())) != 1:
+        return value
+    return value.item()  # sync: only for what the override itself left on a device
+
+
 def print_line(track: Track, metrics: dict[str, Any]) -> None:
     """Where nothing can be drawn: one line when an epoch is over."""
     time = f"{track.seconds:.1f} s" if track.seconds < 60 else timedelta(seconds=round(track.seconds))
@@ -275,4 +335,11 @@ def print_line(track: Track, metrics: dict[str, Any]) -> None:
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in metrics.items()
     ]
     batches = track.done - min(track.first, 0)
-    print(f"{track.name}: {', '.join([f'{batches} batches in {time}', f'{track.rate:.2f} it/s', *values])}", flush=True)
+    line = f"{track.name}: {', '.join([f'{batches} batches in {time}', f'{track.rate:.2f} it/s', *values])}"
+    print(encodable(line, sys.stdout), flush=True)
+
+
+def encodable(text: str, stream: Any) -> str:
+    """The text with escapes for what a stream cannot encode: a name of a metric shall not end a run."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from math import ceil, inf
+from math import ceil, inf, isfinite
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from fulmen.callbacks.progress_bar import SECONDS_BETWEEN_REDRAWS, TerminalProgressBar, Track
+from fulmen.callbacks.progress_bar import (
+    SECONDS_BETWEEN_REDRAWS,
+    SHORTEST_BAR,
+    TerminalProgressBar,
+    Track,
+    encodable,
+    leaves_lines,
+    wrap_items,
+)
 from fulmen.utilities.optional import require
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task
-    from rich.table import Table
 
 
 @dataclass
@@ -33,16 +41,17 @@ class RichProgressBarTheme:
 
 
 _DEFAULT_THEME = RichProgressBarTheme()
-BAR_WIDTH, SHORTEST_BAR = 40, 8
+BAR_WIDTH = 40
 
 
 class RichProgressBar(TerminalProgressBar):
     """A bar drawn by Rich, at most `refresh_rate` and ten times per second, or never if that is 0.
 
-    `leave` keeps the finished bar of every epoch; `console_kwargs` are for `rich.console.Console`.
+    One line per finished epoch stays on the screen; ``leave=False`` keeps none but the last, ``leave=True`` makes a
+    display for each epoch. `console_kwargs` are for `rich.console.Console`.
     """
 
-    progress: Any = None  # Rich's display while there is one
+    progress: Any = None  # Rich's display, also where it is not shown and after the run
 
     val_sanity_progress_bar_id = property(lambda self: self._ids.get("sanity_check"))
     train_progress_bar_id = property(lambda self: self._ids.get("train"))
@@ -55,6 +64,7 @@ class RichProgressBar(TerminalProgressBar):
     val_progress_bar = property(lambda self: self._task("validation"))
     test_progress_bar = property(lambda self: self._task("test"))
 
+    @leaves_lines
     def __init__(
         self, refresh_rate: int = 100, leave: bool = False, theme: RichProgressBarTheme = _DEFAULT_THEME,
         console_kwargs: dict[str, Any] | None = None,
@@ -95,15 +105,16 @@ class RichProgressBar(TerminalProgressBar):
         return console.is_interactive or console.is_jupyter
 
     def _open(self, kind: str) -> None:
-        if not self._drawing:
+        if not self.is_enabled:
             return
-        if self.progress is None or not self.progress.live.is_started:
+        if self.progress is None or not self.progress.is_open:
             self._ids = {}
-            self.progress = _display(self.configure_columns(self.trainer), self.theme.metrics, self._console)
+            columns = self.configure_columns(self.trainer)
+            self.progress = _display(columns, self.theme, self._console, shown=self._drawing)
             self.progress.start()
         if kind not in self._ids:
             texts = dict.fromkeys(("batches", "times", "speed", "metrics"), "")  # shown beside the bar
-            self._ids[kind] = self.progress.add_task("", total=None, visible=False, **texts)
+            self._ids[kind] = self.progress.add_task("", total=None, visible=not self._drawing, items=[], **texts)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         super().teardown()
@@ -113,31 +124,53 @@ class RichProgressBar(TerminalProgressBar):
     on_train_end = on_exception = teardown
 
     def _task(self, kind: str) -> Task | None:
+        for track in filter(None, (self._train, self._evaluation)):
+            if track.kind == kind:
+                self._count(track)
         tasks = [] if self.progress is None else self.progress.tasks
         return next((task for task in tasks if task.id == self._ids.get(kind)), None)
 
     def _begin(self, track: Track) -> None:
+        if track.kind not in self._ids:
+            return
         name, last = track.name, self.trainer.max_epochs
         if track.loaders > 1:
             name += f" DataLoader {track.loader}"
         elif track.kind == "train" and last is not None and last > 0:
             name += f"/{last - 1}"
         self.progress.update(self._ids[track.kind], description=name, total=None if track.total == inf else track.total)
+        self._count(track)
+
+    def _count(self, track: Track) -> None:
+        if track.kind in self._ids:
+            self.progress.update(self._ids[track.kind], completed=track.done)
+
+    def _keep(self, track: Track) -> Callable[[], None]:
+        task = self._task(track.kind)
+        return self.progress.keep(task) if task is not None else lambda: None
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
         done, total, rate = track.done, track.total, track.rate
         remaining = timedelta(seconds=ceil((total - done) / rate)) if total < inf and rate else "-:--:--"
-        texts = {
+        dot = "•" if self._console.encoding.startswith("utf") else "-"
+        texts: dict[str, Any] = {
             "batches": f"{done}/{'--' if total == inf else int(total)}",
-            "times": f"{timedelta(seconds=int(track.seconds))} • {remaining}",
+            "times": f"{timedelta(seconds=int(track.seconds))} {dot} {remaining}",
             "speed": f"{rate:.2f}it/s",
         }
         if metrics is not None:
-            form = self.theme.metrics_format
-            values = (f"{k}: {v:{form}}" if isinstance(v, float) else f"{k}: {v}" for k, v in metrics.items())
-            texts["metrics"] = self.theme.metrics_text_delimiter.join(values)
+            texts["items"] = [encodable(f"{k}: {self._format(v)}", self._console) for k, v in metrics.items()]
+            texts["metrics"] = self.theme.metrics_text_delimiter.join(texts["items"])
         self.progress.update(self._ids[track.kind], completed=done, visible=True, **texts)
         self.refresh(hard=True)
+
+    def _format(self, value: Any) -> str:
+        """As the theme says, unless that would show nothing of a small number, or every digit of a large one."""
+        form = self.theme.metrics_format
+        if not isinstance(value, float):
+            return str(value)
+        unreadable = form.endswith("f") and isfinite(value) and value and not 5e-4 <= abs(value) < 1e9
+        return f"{value:.2e}" if unreadable else f"{value:{form}}"
 
     def _close(self, kind: str) -> None:
         if kind not in self._ids:
@@ -149,24 +182,82 @@ class RichProgressBar(TerminalProgressBar):
             self.progress.stop()
 
 
-def _display(columns: list[ProgressColumn], metrics_style: str, console: Any) -> Any:
-    from rich.cells import cell_len
-    from rich.measure import Measurement
-    from rich.progress import BarColumn, Progress, TextColumn
+def _display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console: Any, shown: bool) -> Any:
+    from rich.console import Group
+    from rich.jupyter import JupyterMixin
+    from rich.progress import Progress, TextColumn
+
+    class Cell(JupyterMixin):
+        """What a notebook shows, and replaces."""
+
+        def __init__(self, parts: Iterable[Any]) -> None:
+            self.parts = list(parts)
+
+        def __rich__(self) -> Group:
+            return Group(*self.parts)
 
     class Display(Progress):
-        def make_tasks_table(self, tasks: Any) -> Table:
-            """Lines are not wrapped: Rich shortens the bar, and where that is not enough metrics are cut."""
-            table, width = super().make_tasks_table(tasks), console.width
-            longest = max((cell_len(task.fields["metrics"]) for task in tasks if task.visible), default=0)
-            needed = Measurement.get(console, console.options.update_width(10_000), table).maximum
-            if any(isinstance(column, BarColumn) for column in self.columns):
-                needed -= BAR_WIDTH - SHORTEST_BAR
-            if longest and needed > width:
-                table.columns[-1].max_width = max(longest - (needed - width), 1)
-            return table
+        is_open = False
+        cell: Any = None  # the handle of what a notebook shows
 
-    metrics = TextColumn("{task.fields[metrics]}", metrics_style, markup=False)
+        def start(self) -> None:
+            self.is_open = True
+            if shown and not console.is_jupyter:  # in a notebook Rich's own display asks for ipywidgets
+                super().start()
+
+        def stop(self) -> None:
+            self.is_open = False
+            self.cell = None
+            if shown and not console.is_jupyter:
+                super().stop()
+
+        def refresh(self) -> None:
+            if not (shown and console.is_jupyter):
+                return super().refresh()
+            from IPython.display import display
+
+            # A lock, because several threads may print.
+            with self._lock:
+                content = Cell(self.get_renderables())
+                if self.cell is None:
+                    self.cell = display(content, display_id=True)
+                else:
+                    self.cell.update(content)
+
+        def keep(self, task: Task) -> Callable[[], None]:
+            """What leaves the line of a task, as it is now, above the display."""
+            if console.is_jupyter:
+                self.refresh()
+                return lambda: setattr(self, "cell", None)
+            parts = Group(*_lay_out(self, theme, [task]))
+            return lambda: console.print(parts)
+
+        def get_renderables(self) -> Iterable[Any]:
+            return _lay_out(self, theme, [task for task in self.tasks if task.visible])
+
+    metrics = TextColumn("{task.fields[metrics]}", theme.metrics, markup=False)
     # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
     # Samples for a speed we do not show would fill memory for their first 30 seconds.
     return Display(*columns, metrics, console=console, auto_refresh=False, speed_estimate_period=1)
+
+
+def _lay_out(progress: Any, theme: RichProgressBarTheme, tasks: list[Task]) -> list[Any]:
+    """A line per task; where it has no room for the shortest bar, the metrics stand on lines below."""
+    from rich.cells import cell_len
+    from rich.measure import Measurement
+    from rich.progress import BarColumn
+    from rich.text import Text
+
+    console, columns = progress.console, progress.columns
+    table = progress.make_tasks_table(tasks)
+    needed = Measurement.get(console, console.options.update_width(10_000), table).maximum
+    if any(isinstance(column, BarColumn) for column in columns):
+        needed -= BAR_WIDTH - SHORTEST_BAR
+    items = [item for task in tasks for item in task.fields.get("items", ())]
+    if not items or needed <= console.width:
+        return [table]
+    progress.columns = columns[:-1]
+    table = progress.make_tasks_table(tasks)
+    progress.columns = columns
+    lines = wrap_items(items, theme.metrics_text_delimiter, console.width, cell_len)
+    return [table, Text("\n".join(lines), theme.metrics, no_wrap=True)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import sys
+from collections.abc import Callable
 from math import inf
 from time import time
 from typing import Any
 
-from fulmen.callbacks.progress_bar import TerminalProgressBar, Track
+from fulmen.callbacks.progress_bar import SHORTEST_BAR, TerminalProgressBar, Track, encodable, leaves_lines, wrap_items
 from fulmen.utilities.optional import require
 
 
@@ -20,19 +22,67 @@ def _tqdm_class() -> Any:
     tqdm = require("tqdm.auto", "for `TQDMProgressBar`").tqdm
 
     class Tqdm(tqdm):  # type: ignore[misc, valid-type]
-        """A tqdm bar whose numbers keep their width, so that the line does not jump."""
+        """A tqdm bar whose numbers keep their width, and whose metrics stand below it where the line is too short."""
 
         monitor_interval = 0  # no thread that redraws: we do
+        lines_below = 0
+        _printers: tuple[Any, ...] = ()
 
         @staticmethod
         def format_num(n: float | str) -> str:
             """At least five characters for anything but an int: ``0.5`` is ``"0.500"``."""
+            if isinstance(n, int):
+                return str(n)
             text = n if isinstance(n, str) else tqdm.format_num(n)
-            if isinstance(n, int) or not re.fullmatch(r"-?\d+\.?\d*", text):
+            if not re.fullmatch(r"-?\d+\.?\d*", text):
                 return text
             return (text if "." in text or len(text) >= 5 else f"{text}.").ljust(5, "0")
 
+        def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
+            if hasattr(self, "container"):  # a notebook's widget
+                return super().display(msg, pos, **kwargs)
+            lines = _lines(self) if msg is None else [msg]
+            pos = abs(self.pos) if pos is None else pos
+            shown = super().display(lines[0], pos, **kwargs)
+            self._show_below(lines[1 : max((self.nrows or 20) - pos - 1, 1)], pos)
+            return shown
+
+        def clear(self, nolock: bool = False) -> None:
+            super().clear(nolock=nolock)
+            self._show_below([], abs(self.pos))
+
+        def _show_below(self, lines: list[str], pos: int) -> None:
+            while len(self._printers) < len(lines):
+                self._printers = (*self._printers, self.status_printer(self.fp))
+            for number in range(max(len(lines), self.lines_below)):
+                self.moveto(pos + number + 1)
+                self._printers[number](lines[number] if number < len(lines) else "")
+                self.fp.write("\r")
+                self.moveto(-(pos + number + 1))
+            self.lines_below = len(lines)
+
+        def close(self) -> None:
+            open_, leave = not self.disable, self.leave or (self.leave is None and not self.pos)
+            super().close()
+            if open_ and leave and self.lines_below:
+                self.fp.write("\n" * self.lines_below)
+
     return Tqdm
+
+
+def _lines(bar: Any) -> list[str]:
+    """What is drawn of a tqdm bar: the bar, and where it is too short the lines of metrics below it."""
+    from tqdm.utils import disp_len
+
+    meter, metrics = bar.format_dict, bar.postfix
+    if not meter["ncols"] and bar.fp.isatty():  # a stream around that of the terminal
+        meter["ncols"] = shutil.get_terminal_size((0, 0)).columns or None
+    width = meter["ncols"]
+    whole = bar.format_meter(**{**meter, "ncols": None})  # its bar has 10 columns
+    if not width or not metrics or disp_len(whole) - 10 + SHORTEST_BAR <= width:
+        return [encodable(bar.format_meter(**meter), bar.fp)]
+    below = wrap_items(encodable(metrics, bar.fp).split(", "), ", ", width, disp_len)
+    return [encodable(bar.format_meter(**{**meter, "postfix": None}), bar.fp), *below]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,21 +91,43 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
 
+def _bar(kind: str) -> property:
+    """A bar as users read it, up to date; they may configure it, or put another in its place."""
+    attribute = f"_{kind}_progress_bar"
+
+    def read(self: TQDMProgressBar) -> Any:
+        bar = getattr(self, attribute)
+        if bar is None:
+            what = f"The `{type(self).__name__}.{attribute}` reference has not been set yet."
+            raise TypeError(f"{what} The bar is made when its loop starts.")
+        for track in filter(None, (self._train, self._evaluation)):
+            if _attribute(track.kind) == attribute:
+                self._count(track)
+        return bar
+
+    return property(read, lambda self, bar: setattr(self, attribute, bar))
+
+
 class TQDMProgressBar(TerminalProgressBar):
     """A bar drawn by tqdm, at least `refresh_rate` batches (or ``TQDM_MINITERS``) after the last time; 0 draws nothing.
 
-    `process_position` pairs of lines above are free for bars of other runs; `leave` keeps the bar of every epoch.
+    `process_position` pairs of lines above are free for bars of other runs. One line per finished epoch stays on the
+    screen; ``leave=False`` keeps none but the last, ``leave=True`` makes a bar for each epoch.
     """
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
-    # Made when their loops start; users may configure them, or put others in their place.
-    train_progress_bar: Any = None
-    val_progress_bar: Any = None
-    test_progress_bar: Any = None
-    predict_progress_bar: Any = None
+    _train_progress_bar: Any = None
+    _val_progress_bar: Any = None
+    _test_progress_bar: Any = None
+    _predict_progress_bar: Any = None
+    train_progress_bar = _bar("train")
+    val_progress_bar = _bar("val")
+    test_progress_bar = _bar("test")
+    predict_progress_bar = _bar("predict")
     process_position = property(lambda self: self._process_position)
 
+    @leaves_lines
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
         if refresh_rate == 1 and "COLAB_GPU" in os.environ:
             refresh_rate = 20  # every redraw travels to the browser
@@ -87,8 +159,10 @@ class TQDMProgressBar(TerminalProgressBar):
     def _new_bar(self, description: str, leave: bool = True, lines_above: int = 0) -> Any:
         # A delay of anything but zero: not to be drawn before its total is known.
         look = {"file": sys.stdout, "bar_format": self.BAR_FORMAT, "dynamic_ncols": True, "smoothing": 0, "delay": 1e-9}
+        if sys.stdout is None or not sys.stdout.isatty():
+            lines_above = 0  # a notebook has widgets, or a page on which nothing moves up
         place = {"position": 2 * self._process_position + lines_above, "disable": not self._drawing, "leave": leave}
-        return _tqdm_class()(desc=description, **place, **look)
+        return sys.modules[__name__].Tqdm(desc=description, **place, **look)
 
     def _has_terminal(self) -> bool:
         ipython = sys.modules.get("IPython")
@@ -108,10 +182,23 @@ class TQDMProgressBar(TerminalProgressBar):
         bar.total = None if track.total == inf else track.total
         if hasattr(bar, "container"):
             bar.reset(total=bar.total)  # a notebook's widget learns the total only here
+        elif below := getattr(self._train_progress_bar, "lines_below", 0) if track.kind == "validation" else 0:
+            bar.pos = -(2 * self._process_position + 1 + below)
+        self._count(track)
+
+    def _count(self, track: Track) -> None:
+        bar = getattr(self, _attribute(track.kind))
+        if self.is_enabled:
+            bar.n, bar.initial = track.done, track.first
+
+    def _keep(self, track: Track) -> Callable[[], None]:
+        bar = getattr(self, _attribute(track.kind))
+        text = "\n".join(_lines(bar))
+        return lambda: type(bar).write(text, file=bar.fp)
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
         bar = getattr(self, _attribute(track.kind))
-        bar.n, bar.initial = track.done, track.first
+        self._count(track)
         bar.last_print_t = time()  # else `close` believes there is nothing to clear
         bar.start_t = bar.last_print_t - track.seconds
         if metrics is not None:
@@ -136,7 +223,7 @@ class TQDMProgressBar(TerminalProgressBar):
 
 
 def _attribute(kind: str) -> str:
-    return "val_progress_bar" if kind in ("sanity_check", "validation") else f"{kind}_progress_bar"
+    return "_val_progress_bar" if kind in ("sanity_check", "validation") else f"_{kind}_progress_bar"
 
 
 class _AboveBars:

@@ -92,20 +92,25 @@ def test_finished_epochs_stay_if_asked_to(screen, leave):
     assert len(kept) == (3 if leave else 1)
 
 
-@pytest.mark.parametrize("width", [70, 120, 200])
-def test_a_line_is_never_wrapped(screen, width):
+@pytest.mark.parametrize("width", [70, 80, 100, 120, 200])
+def test_every_metric_is_readable_at_any_width(screen, width):
+    names = ["one_metric", "another_metric", "a_third_metric"]
+
     class Wordy(Logged):
         def training_step(self, batch, batch_idx):
-            self.log_dict(dict.fromkeys(("one_metric", "another_metric", "a_third_metric"), 0.5), prog_bar=True)
+            self.log_dict(dict.fromkeys(names, 0.5), prog_bar=True)
             return super().training_step(batch, batch_idx)
 
     bar = RichProgressBar(console_kwargs={**screen, "width": width, "color_system": None})
     trainer = make_trainer(callbacks=[bar], enable_progress_bar=True)
     trainer.fit(Wordy(), make_loader(20), make_loader(8))
-    last = re.split(r"[\r\n]", screen["file"].getvalue().rstrip("\x1b[?25h\n"))[-1]
-    assert "Epoch 0" in last and "5/5" in last and "one_me" in last
-    assert ("…" in last) == (width < 200)
-    assert 8 <= last.count("━") <= 40
+    *_, last = screen["file"].getvalue().split("Epoch 0")
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).strip().splitlines()
+    assert "5/5" in lines[0] and 8 <= lines[0].count("━") <= 40
+    assert "…" not in last and all(len(line) <= width for line in lines)
+    for name in names:
+        assert any(f"{name}: 0.500" in line for line in lines)
+    assert len(lines) == {200: 1, 120: 2, 100: 2, 80: 3, 70: 3}[width]
 
 
 def test_the_terminal_is_given_back_when_the_sanity_check_fails(screen):
