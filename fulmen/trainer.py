@@ -197,7 +197,7 @@ class Trainer:
         if ckpt_path == paths.AUTO:
             preemption.keep_version(self)
         run = self._run if self.strategy.launcher is None else self._launch
-        run(self.fit_loop, self._chosen_path(ckpt_path, True), weights_only)
+        run(self.fit_loop, self._chosen_path(ckpt_path, True, weights_only), weights_only)
 
     def validate(
         self, model: LightningModule | None = None, dataloaders: Any = None,
@@ -240,7 +240,7 @@ class Trainer:
             datamodule, loaders = loaders, None
         self._begin(fn, RunningStage(fn.value), model, datamodule, {loop.kind: loaders})
         run = self._run if self.strategy.launcher is None else self._launch
-        return run(loop, self._chosen_path(ckpt_path, model is not None), weights_only)
+        return run(loop, self._chosen_path(ckpt_path, model is not None, weights_only), weights_only)
 
     def _begin(self, fn: TrainerFn, stage: RunningStage, model: Any, datamodule: Any, loaders: dict[str, Any]) -> None:
         """Checks what was passed to a verb and attaches it; nothing has run yet."""
@@ -271,7 +271,7 @@ class Trainer:
         self.strategy._lightning_module = model
         model.trainer = self
 
-    def _chosen_path(self, ckpt_path: Any, model_given: bool) -> Any:
+    def _chosen_path(self, ckpt_path: Any, model_given: bool, weights_only: bool | None) -> Any:
         """The checkpoint to load, from the argument or a path the user set on the trainer."""
         if self._ckpt_path_by_user:
             if ckpt_path is None:
@@ -289,7 +289,7 @@ class Trainer:
             model_given=model_given,
             fast_dev_run=bool(self.fast_dev_run),
             folder_of=lambda _: folder_of_run(self),
-            verify=self.strategy.verify_checkpoint,
+            verify=lambda path: preemption.check(self, path, weights_only),
             requeued=isinstance(self.strategy.cluster_environment, SLURMEnvironment),
         )
         return self._ckpt_path

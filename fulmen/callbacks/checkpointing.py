@@ -314,7 +314,7 @@ class ModelCheckpoint(Checkpoint):
         with io.in_background() if io is not None and self.async_save else nullcontext():
             trainer.save_checkpoint(filepath, self.save_weights_only)
         while self._outdated and not self.save_weights_only:
-            trainer.strategy.remove_checkpoint(self._outdated.pop())
+            _discard(self, self._outdated.pop(), trainer.strategy.remove_checkpoint)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         self._untold += 1
@@ -335,12 +335,7 @@ class ModelCheckpoint(Checkpoint):
                     io.after_writing(link, self.last_model_path, exists=True)
                 elif os.path.exists(current):
                     link()
-            try:
-                self._remove_checkpoint(trainer, previous)
-            except OSError as error:
-                if self.on_save_error == "raise":
-                    raise
-                rank_zero_warn(f"The checkpoint {previous!r} could not be removed: {error}. Remove it by hand.")
+            _discard(self, previous, partial(self._remove_checkpoint, trainer))
 
     def _free_path(self, trainer: Trainer, metrics: dict, replaces: str = "", template: str | None = None) -> str:
         """The next file, named after the metrics of the first rank; ``replaces`` is free: it is about to be removed."""
@@ -463,6 +458,15 @@ def _take_back(
     what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
     newest = before["_last_checkpoint_saved"] or "none, so far"
     rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
+
+
+def _discard(callback: ModelCheckpoint, path: str, remove: Callable[[str], Any]) -> None:
+    try:
+        remove(path)
+    except OSError as error:
+        if callback.on_save_error == "raise":
+            raise
+        rank_zero_warn(f"The checkpoint {path!r} could not be removed: {error}. Remove it by hand.")
 
 
 def _tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+from fulmen.checkpoint.migrate import refuse_foreign
 from fulmen.checkpoint.paths import files_in
-from fulmen.engine.checkpoint_io import DamagedCheckpointError
+from fulmen.engine.sealed import DamagedCheckpointError, damaged
 from fulmen.engine.sharded_checkpoint import META, is_sharded
 from fulmen.utilities.filesystem import is_remote, local_path, modified
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -19,6 +21,7 @@ from fulmen.utilities.temporaries import clean
 
 EXTENSION = ".ckpt"  # unless callbacks write others
 Load = Callable[[str], dict[str, Any]]
+Check = Callable[[str], Any]
 
 
 def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSION,)) -> list[str]:
@@ -37,55 +40,106 @@ def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSIO
     return list(found)
 
 
-def newest_good(candidates: Iterable[str], load: Load, verify: Callable[[str], Any] | None = None) -> str | None:
+def newest_good(
+    candidates: Iterable[str], load: Load, verify: Check | None = None, fits: Callable[[Any, str], Any] | None = None
+) -> str | None:
     """The checkpoint of the most steps, among equals the youngest; None if there is none.
 
-    One that is damaged is named in a warning; one of weights only cannot be resumed and does not count.
+    One that cannot be read, for whatever reason, is named in a warning; one of weights only cannot be resumed and does
+    not count.
 
     Arguments:
         load: reads a whole file.
         verify: raises if a file is damaged; else it is loaded to see that.
+        fits: raises if content, perhaps without tensors, of a path is not that of this run. If none fits, the newest
+            whole one is taken: restoring it says why not.
 
     Raises:
         DamagedCheckpointError: there are some, and none is good.
+        UnpicklingError: none is good, and the newest holds classes that may not be loaded.
     """
-    known, damaged = [], 0
+    known, unknown = [], []  # (steps, age, path), and (age, path) of those without
+    aside: dict[str, Exception] = {}  # what cannot be used, by path
+    unfit: dict[str, Exception] = {}
+
+    def read(path: str) -> Any:
+        if verify is not None:
+            verify(path)
+        return outline(path, load) if verify is not None or is_sharded(path) else load(path)
+
     for path in candidates:
-        try:
-            if (steps := _steps(path, load)) is not None:
-                known.append((steps, modified(path), path))
-        except (DamagedCheckpointError, OSError) as error:
-            rank_zero_warn(f"Passed over: {error}")
-            damaged += 1
+        with _passing_over(path, aside):
+            steps, age = _steps(outline(path, load), path), modified(path)
+            (unknown.append((age, path)) if steps is None else known.append((steps, age, path)))
+    found = None
     for *_, path in sorted(known, reverse=True):
-        try:
-            if verify is not None or not is_sharded(path):
-                (verify or load)(path)
-            return path
-        except (DamagedCheckpointError, OSError) as error:
-            rank_zero_warn(f"Passed over: {error}")
-            damaged += 1
-    if damaged:
-        what = f"None of the run's {damaged} checkpoints can be read, so there is nothing to go on from."
-        raise DamagedCheckpointError(f"{what} Move them away to start anew, or bring back a copy of one.")
-    return None
+        with _passing_over(path, aside):
+            content = read(path)
+            try:
+                if fits is not None:
+                    fits(content, path)
+                found = path
+                break
+            except Exception as error:
+                unfit[path] = error
+    if found is None and unfit:
+        return next(iter(unfit))
+    if found is None and aside:
+        raise _none_is_good(aside)
+    for path, why in unfit.items():
+        _pass_over(path, why, aside)
+    # One whose damage hides how many steps it has seen is to be named too.
+    since = modified(found) if found is not None else 0
+    for age, path in [*unknown, *((age, path) for _, age, path in known)]:
+        if age > since and path not in aside and path != found:
+            with _passing_over(path, aside):
+                content = read(path)
+                if (age, path) in unknown:
+                    refuse_foreign(content, path)
+    return found
+
+
+@contextmanager
+def _passing_over(path: str, aside: dict[str, Exception]) -> Generator[None]:
+    """Nothing that can be wrong with one file may keep a run from another one."""
+    try:
+        yield
+    except Exception as error:
+        _pass_over(path, error, aside)
+
+
+def outline(path: str, load: Load) -> Any:
+    """What a checkpoint holds, without reading its tensors where that can be helped."""
+    where = os.path.join(local_path(path), META) if is_sharded(path) else local_path(path)
+    if not is_remote(path) and os.path.isfile(where):
+        with suppress(Exception):  # damaged, of an old format, or with classes: reading all of it tells which
+            if isinstance(content := torch.load(where, map_location="cpu", weights_only=True, mmap=True), dict):
+                return content
+    return load(path)
+
+
+def _steps(content: Any, path: str) -> int | None:
+    """The steps that a checkpoint has seen; None if it is without optimizer."""
+    if not isinstance(content, dict):
+        raise damaged(path, f"it holds a `{type(content).__name__}`, not the dict that a checkpoint is")
+    return int(content.get("global_step", 0)) if "optimizer_states" in content or is_sharded(path) else None
+
+
+def _pass_over(path: str, error: Exception, aside: dict[str, Exception]) -> None:
+    aside[path] = error
+    said = str(error) if path in str(error) else f"the checkpoint {path!r} ({type(error).__name__}: {error})"
+    rank_zero_warn(f"Passed over: {said}")
+
+
+def _none_is_good(aside: dict[str, Exception]) -> Exception:
+    for error in aside.values():
+        if isinstance(error, pickle.UnpicklingError):  # it says what to pass to load the file
+            return error
+    what = f"None of the run's {len(aside)} checkpoints can be read, so there is nothing to continue from."
+    return DamagedCheckpointError(f"{what} Move them away to start anew, or bring back a copy of one.")
 
 
 def newest_version(root: str, folder: str) -> int | None:
     """The highest N for which `root/version_N/folder` holds a checkpoint."""
     numbers = sorted((int(re.findall(r"\d+$", path)[0]) for path in files_in(root, r"version_\d+")), reverse=True)
     return next((n for n in numbers if checkpoints_in([os.path.join(root, f"version_{n}", folder)])), None)
-
-
-def _steps(path: str, load: Load) -> int | None:
-    """The steps that a checkpoint has seen, without reading its tensors where that can be helped; None if without optimizer."""
-    content: Any = None
-    where = os.path.join(local_path(path), META) if is_sharded(path) else local_path(path)
-    if not is_remote(path) and os.path.isfile(where):
-        try:
-            content = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
-            content = None  # damaged, of an old format, or with classes: reading all of it tells which
-    if not isinstance(content, dict):
-        content = load(path)
-    return int(content.get("global_step", 0)) if "optimizer_states" in content or is_sharded(path) else None

@@ -21,16 +21,21 @@ RENAMED = (
 GONE = ("dataloader_progress", "batch_loop.state_dict", "_results")
 
 
-def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
-    """The same dict in today's layout; the version it was written by is kept under another key."""
+def refuse_foreign(checkpoint: Any, path: Any = "") -> None:
+    """Raises if this was not written by a trainer."""
     if not isinstance(checkpoint, dict):
         what = f"The file {path} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is."
         raise TypeError(f"{what} Use one written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
     if VERSION_KEY not in checkpoint:
         what = f"The file {path} has no key `{VERSION_KEY}`, only {sorted(map(str, checkpoint))[:10]}: no trainer wrote it."
         raise KeyError(f"{what} For plain weights, use `model.load_state_dict(torch.load(path))`.")
+
+
+def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
+    """The same dict in today's layout; the version it was written by is kept under another key."""
+    refuse_foreign(checkpoint, path)
     found = checkpoint[VERSION_KEY]
-    ours, version = _release(API_VERSION), _release(found) or _release(API_VERSION)
+    ours, version = release(API_VERSION), release(found) or release(API_VERSION)
     if version > ours:
         what = f"The checkpoint is of version {found}, newer than {API_VERSION}: something in it may be ignored."
         rank_zero_warn(what, category=PossibleUserWarning)
@@ -73,5 +78,5 @@ def _renamed(loop: dict[str, Any], fit: bool) -> dict[str, Any]:
     return renamed
 
 
-def _release(version: Any) -> tuple[int, ...]:
+def release(version: Any) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", str(version))[:3])

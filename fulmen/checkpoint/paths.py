@@ -13,7 +13,7 @@ from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path, m
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.temporaries import clean
 
-Verify = Callable[[Any], Any]  # raises `DamagedCheckpointError`
+Verify = Callable[[Any], Any]  # raises if a checkpoint cannot be used
 
 AUTO = "auto"
 # Beside the files of `ModelCheckpoint`, until one of them is newer: of a run that was told to end, and of one that is over.
@@ -63,7 +63,7 @@ def find(
         saved = files_in(os.fspath(root_dir), HPC)
         if not saved:
             raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
-        return max(saved, key=_number)
+        return _or_newest_good(max(saved, key=_number), callbacks, folder_of, verify)
     if path == AUTO:  # looked for when the processes have met
         if verb != "fit":
             raise _nothing(verb, path, "only `fit` resumes a run")
@@ -102,8 +102,8 @@ def newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str 
     for path in sorted(candidates, key=_age, reverse=True):
         try:
             verify(path)
-        except (DamagedCheckpointError, FileNotFoundError, IsADirectoryError) as error:
-            damaged.append(str(error))
+        except Exception as error:  # nothing that can be wrong with a file may keep the run from another one
+            damaged.append(_named(path, error))
             continue
         for problem in damaged:
             rank_zero_warn(f"{problem} The newest good one is used instead: {path!r}.")
@@ -122,14 +122,22 @@ def _or_newest_good(
     try:
         verify(path)
         return path
-    except (DamagedCheckpointError, FileNotFoundError) as error:
+    except Exception as error:
         folders = {os.path.dirname(path), *(_folder(c, folder_of) for c in callbacks if hasattr(c, "dirpath"))}
         extension = re.escape(os.path.splitext(path)[1])
         others = {file for folder in folders for file in files_in(folder, rf"[^.].*{extension}")} - {path}
         if (found := newest_good(others, verify)) is None:
             raise
-        rank_zero_warn(f"{error} The newest good one is used instead: {found!r}.")
+        rank_zero_warn(f"{_named(path, error)} The newest good one is used instead: {found!r}.")
         return found
+
+
+def _named(path: str, error: Exception) -> str:
+    return (
+        str(error)
+        if path in str(error)
+        else f"The checkpoint {path!r} cannot be used: {type(error).__name__}: {error}."
+    )
 
 
 def _folder(callback: Any, folder_of: Callable[[Any], str] | None) -> str:
@@ -187,10 +195,10 @@ def files_in(folder: str, pattern: str) -> list[str]:
 
 
 def _age(path: str) -> tuple[Any, str]:
-    """Sorts by the time of writing; a link that leads nowhere counts itself."""
+    """Sorts by the time of writing; a link that leads nowhere, or to itself, counts itself."""
     try:
         return modified(path), path
-    except FileNotFoundError:
+    except OSError:
         return (os.lstat(path).st_mtime_ns if os.path.islink(path) else 0), path
 
 

@@ -10,10 +10,16 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from torch.nn.parameter import is_lazy
+
 from fulmen.checkpoint.hparams import read_objects, write_hparams
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
-from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
+from fulmen.checkpoint.migrate import API_VERSION, VERSION_KEY, migrate_checkpoint, refuse_foreign, release
+from fulmen.engine.sealed import DamagedCheckpointError
+from fulmen.engine.sharded_checkpoint import is_sharded
 from fulmen.utilities.errors import MisconfigurationException, nearest
+from fulmen.utilities.introspection import is_overridden
 from fulmen.utilities.modules import modules_in_eval
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -173,6 +179,51 @@ class Snapshot:
             raise MisconfigurationException(f"{what} Raise it above {done}.")
 
 
+_KINDS = {"state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "loops": dict}
+_KINDS |= {"fulmen": dict}
+_TRAINING = ("optimizer_states", "lr_schedulers")  # without these, a file has weights only
+_COUNTERS = ("epochs", "batch", "batches", "steps", "log_step")
+
+
+def check_content(content: Any, path: Any, module: Any, training: bool) -> None:
+    """Raises if restoring the content of an intact file would surely fail; of its tensors, only shapes are looked at."""
+    refuse_foreign(content, path)
+    in_shards = is_sharded(path)
+    needed = [*([] if in_shards else ["state_dict"]), *(_TRAINING if training else ())]
+    problems = [f"`{key}` is missing" for key in needed if key not in content]
+    for key, kind in _KINDS.items():
+        value = content.get(key)
+        if key in content and not isinstance(value, kind) and (value is not None or key in (*needed, "loops")):
+            problems.append(f"`{key}` is a `{type(value).__name__}`, not a `{kind.__name__}`")
+    if training and not problems:
+        problems += _problems_of_training(content)
+    own_loading = is_overridden("on_load_checkpoint", module) or is_overridden("load_state_dict", module, nn.Module)
+    if not problems and not in_shards and not own_loading and module.strict_loading:
+        saved, own = content["state_dict"], module.state_dict()
+        unlike = [key for key in own if key not in saved or _shape(saved[key]) != _shape(own[key])]
+        problems += [f"of the weights of {type(module).__name__}, {unlike[:5]} are missing or of another shape"][
+            : len(unlike)
+        ]
+    if problems:
+        what = f"The checkpoint {path!r} was read, but cannot be restored: {'; '.join(problems)}."
+        raise DamagedCheckpointError(f"{what} Use one that this run has written.")
+
+
+def _problems_of_training(content: dict[str, Any]) -> list[str]:
+    chapter, problems = content.get("fulmen") or {}, []
+    if not all(isinstance(s, dict) and {"state", "param_groups"} <= set(s) for s in content["optimizer_states"]):
+        problems.append("`optimizer_states` are not those of optimizers")
+    if not all(isinstance(state, dict) for state in content["lr_schedulers"]):
+        problems.append("`lr_schedulers` are not those of schedulers")
+    if (release(content[VERSION_KEY]) or release(API_VERSION)) >= (2, 0):  # older ones are brought up to date first
+        progress = chapter.get("progress") or from_loops(content.get("loops") or {})
+        if not (chapter.get("progress") or content.get("loops")) or not all(
+            isinstance(progress.get(name), int) for name in _COUNTERS
+        ):
+            problems.append("the counters of epochs, batches and steps are not all there")
+    return problems
+
+
 @contextmanager
 def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Generator[None]:
     """Around loading weights: if they do not fit, the error says which keys and shapes differ, with the nearest names."""
@@ -199,5 +250,5 @@ def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Ge
         raise RuntimeError(f"{what} {fix}") from error
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(getattr(value, "shape", ()))
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return None if is_lazy(value) else tuple(getattr(value, "shape", ()))

@@ -137,6 +137,8 @@ def _existing(path: str) -> str:
         clean_beside(local_path(path))
     if not files.exists(path):
         raise FileNotFoundError(_what_is_there_instead(files, path))
+    if not is_remote(path) and not files.isfile(path) and not files.isdir(path):
+        raise damaged(path, "it is a pipe, a socket or a device, not a regular file")
     if files.isdir(path) and not is_sharded(path):
         what, fix = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards.", "or such a folder."
         if is_plain_torch(path):

@@ -98,13 +98,13 @@ def verify(file: IO[bytes], path: str) -> None:
 def _seal_is_broken(file: IO[bytes], size: int) -> bool | None:
     """Does the content differ from the hash at the end, or is that cut off? None without one: a file of others."""
     content = max(size - _SEAL.size, 0)
-    file.seek(max(content - 20, 0))
+    file.seek(max(content - 20 - (1 << 16), 0))  # as far back as readers of archives look for their end
     tail = file.read()  # the end of the archive's directory, which has 20 bytes before the length of the comment
     seal = tail[-_SEAL.size :]
     if len(seal) == _SEAL.size and _SEAL.unpack(seal)[:2] == (len(_MARK) + 64, _MARK):
         return sha256(file, content).encode() != _SEAL.unpack(seal)[2]
     directory = tail[max(tail.rfind(b"PK\5\6"), 0) :]
-    return True if directory[20:22] == _SEAL.pack(len(_MARK) + 64, b"", b"")[:2] else None
+    return True if _MARK in tail or directory[20:22] == _SEAL.pack(len(_MARK) + 64, b"", b"")[:2] else None
 
 
 def sha256(file: IO[bytes], size: int) -> str:
@@ -128,9 +128,16 @@ def read(file: IO[bytes], path: str, map_location: Any = None, weights_only: boo
             what = f"The checkpoint {path!r} holds objects of {classes}, and loading classes can run any code."
             fix = f"`weights_only=False`, or call `torch.serialization.add_safe_globals([{classes}])`"
             raise pickle.UnpicklingError(f"{what} If you trust the file, pass {fix}.") from error
-        # A verified archive is not damaged; nor is a file for which a class, a device or memory is missing.
-        missing = isinstance(error, (ImportError, AttributeError, MemoryError)) or "deserialize" in str(error)
-        if missing or (zipfile.is_zipfile(file) and "PytorchStreamReader" not in str(error)):
+        # A file for which a class, a device or memory is missing is not damaged.
+        if isinstance(error, (ImportError, MemoryError)) or "deserialize" in str(error):
+            raise
+        if zipfile.is_zipfile(file) and "PytorchStreamReader" not in str(error):
+            # Where only plain types are read, no code of a user can have failed, and a device raises a `RuntimeError`.
+            if weights_only is False or isinstance(error, (RuntimeError, OSError)):
+                raise
+            found = f"it is a whole archive, but what `torch.save` calls `data.pkl` is not ({type(error).__name__}: {error})"
+            raise damaged(path, found) from error
+        if isinstance(error, AttributeError):
             raise
         raise damaged(path, "it begins like a file of `torch.save`, but does not go on like one") from error
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.engine.sealed import damaged, read, sha256, verify
-from fulmen.utilities.filesystem import is_remote, local_path
+from fulmen.engine.sealed import DamagedCheckpointError, damaged, read, sha256, verify
+from fulmen.utilities.filesystem import get_filesystem, is_regular, is_remote, local_path
 
 META, CHECKSUMS = "meta.pt", "checksums.json"
 MODEL, OPTIMIZER = "model.", "optimizer_{}.state."
@@ -71,7 +71,7 @@ def checksums(folder: str, rank: int) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of the files that this process wrote; rank 0 also has those that belong to nobody."""
     names = {name: re.match(r"__(\d+)_", name) for name in os.listdir(folder)}
     own = [name for name, writer in names.items() if int(writer[1] if writer else 0) == rank]
-    return {name: _measured(os.path.join(folder, name)) for name in own}
+    return {name: _measured(folder, name) for name in own}
 
 
 def check_shards(path: str, rank: int = 0, num_ranks: int = 1) -> None:
@@ -80,32 +80,41 @@ def check_shards(path: str, rank: int = 0, num_ranks: int = 1) -> None:
     Sizes are compared always, contents of every ``num_ranks``-th file; a folder of others has nothing to compare.
     """
     folder = local_path(path)
-    with open(os.path.join(folder, META), "rb") as meta:
+    with _opened(folder, META) as meta:
         verify(meta, os.path.join(path, META))
+    if not os.path.lexists(os.path.join(folder, CHECKSUMS)):
+        return
     try:
-        with open(os.path.join(folder, CHECKSUMS), "rb") as file:
+        with _opened(folder, CHECKSUMS) as file:
             expected = sorted(json.load(file).items())
         for number, (name, (size, hashed)) in enumerate(expected):
-            found = _measured(os.path.join(folder, name), full=number % num_ranks == rank)
+            found = _measured(folder, name, full=number % num_ranks == rank)
             if found[0] != size or found[1] not in ("", hashed):
                 what = f"has {found[0]:,} bytes instead of {size:,}" if found[0] != size else "has another SHA-256"
                 raise damaged(path, f"its part {name!r} {what}: it was changed after it was written")
-    except (ValueError, TypeError, OSError) as error:
-        if not os.path.exists(os.path.join(folder, CHECKSUMS)):
-            return
+    except DamagedCheckpointError:
+        raise
+    except Exception as error:  # what a wrong byte in the list leads to is hard to foresee
         raise damaged(path, f"its parts do not agree with {CHECKSUMS} ({error})") from error
 
 
-def _measured(path: str, full: bool = True) -> tuple[int, str]:
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+def _opened(folder: str, name: str) -> Any:
+    """A part of a checkpoint, for reading: a regular file in its folder, whatever a list of parts may name."""
+    if os.path.basename(name) != name:
+        raise ValueError(f"{name!r} names a place outside of the folder")
+    return get_filesystem(folder).open(os.path.join(folder, name), "rb")
+
+
+def _measured(folder: str, name: str, full: bool = True) -> tuple[int, str]:
+    with _opened(folder, name) as file:
+        size = os.fstat(file.fileno()).st_size
         return size, sha256(file, size) if full else ""
 
 
 def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
     folder = local_path(path)
-    with open(os.path.join(folder, META), "rb") as file:
+    with _opened(folder, META) as file:
         checkpoint = read(file, os.path.join(path, META), "cpu", weights_only)
     weights = checkpoint["state_dict"] = Stored()
     weights.path, weights.weights_only = folder, weights_only
@@ -148,15 +157,19 @@ def _reader(source: Stored) -> tuple[Any, Any]:
     """Reader and planner of `torch.distributed.checkpoint`, which by themselves would run any code in a folder."""
     import torch.distributed.checkpoint as dcp
 
-    if source.weights_only is False:
-        return dcp.FileSystemReader(source.path), dcp.DefaultLoadPlanner()
+    trusted = source.weights_only is False
 
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             rank = kwargs.get("rank")
-            with open(os.path.join(source.path, ".metadata" if rank is None else f"__{rank}.metadata"), "rb") as file:
-                _OnlyMetadata(file).load()
-            return super().read_metadata(*args, **kwargs)
+            with _opened(source.path, ".metadata" if rank is None else f"__{rank}.metadata") as file:
+                if not trusted:
+                    _OnlyMetadata(file).load()
+            metadata = super().read_metadata(*args, **kwargs)
+            for part in sorted({str(stored.relative_path) for stored in (metadata.storage_data or {}).values()}):
+                if not is_regular(os.path.join(source.path, part)):
+                    raise damaged(source.path, f"its part {part!r} is not there, or not a regular file")
+            return metadata
 
     class Planner(dcp.DefaultLoadPlanner):
         def load_bytes(self, read_item: Any, value: Any) -> None:
@@ -164,7 +177,7 @@ def _reader(source: Stored) -> tuple[Any, Any]:
             value.seek(0)
             super().load_bytes(read_item, value)
 
-    return Reader(source.path), Planner()
+    return Reader(source.path), dcp.DefaultLoadPlanner() if trusted else Planner()
 
 
 class _OnlyMetadata(pickle.Unpickler):

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, folder_of_run
 from fulmen.checkpoint import auto, paths
-from fulmen.engine.checkpoint_io import CheckpointIO
+from fulmen.checkpoint.snapshot import check_content
+from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
+from fulmen.engine.sharded_checkpoint import is_sharded
 from fulmen.loggers.logger import FolderLogger
+from fulmen.utilities.filesystem import is_remote, local_path
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.types import TrainerFn
 
 if TYPE_CHECKING:
     from fulmen.loops.evaluate import EvaluationLoop
@@ -66,6 +71,17 @@ def end(trainer: Trainer) -> NoReturn:
     raise signals.exception()
 
 
+def check(trainer: Trainer, path: str, weights_only: bool | None = None) -> None:
+    """Raises if a checkpoint cannot be read, or holds what this run cannot take over."""
+    trainer.strategy.verify_checkpoint(path)
+    storage: Any = trainer.strategy.checkpoint_io
+    readable = isinstance(getattr(storage, "checkpoint_io", storage), TorchCheckpointIO) and not is_remote(path)
+    if readable and (is_sharded(path) or not os.path.isdir(local_path(path))):
+        load = partial(storage.load_checkpoint, map_location="cpu", weights_only=weights_only)
+        training = trainer.state.fn == TrainerFn.FITTING
+        check_content(auto.outline(path, load), path, trainer.lightning_module, training)
+
+
 def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
     """The checkpoint to go on from: for "auto" the newest good one of the run, as rank 0 sees it, or None."""
     trainer.fit_loop.automatic = ckpt_path == paths.AUTO
@@ -75,8 +91,7 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
     folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in _folders(trainer, c)}
     storage: Any = strategy.checkpoint_io
 
-    def load(path: str) -> Any:
-        return storage.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+    load = partial(storage.load_checkpoint, map_location="cpu", weights_only=weights_only)
 
     def search() -> None:
         nonlocal found
@@ -85,7 +100,8 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
         if isinstance(strategy.cluster_environment, SLURMEnvironment):
             candidates += paths.files_in(root, paths.HPC)
         looks = type(storage).verify_checkpoint is not CheckpointIO.verify_checkpoint
-        found = auto.newest_good(candidates, load, strategy.verify_checkpoint if looks else None)
+        fits = partial(check_content, module=trainer.lightning_module, training=True)
+        found = auto.newest_good(candidates, load, strategy.verify_checkpoint if looks else None, fits)
 
     if not trainer.fast_dev_run:
         strategy.on_rank_zero(search, "find a checkpoint to go on from")
@@ -118,9 +134,16 @@ def conclude(trainer: Trainer) -> None:
     if not savers or not trainer.fit_loop.automatic or trainer.fast_dev_run:
         return
     steps, folder = trainer.global_step, str(savers[0].dirpath)
-    if not any(saver._last_global_step_saved == steps and not saver.save_weights_only for saver in savers):
-        trainer.save_checkpoint(os.path.join(folder, paths.FINISHED))
-    trainer.strategy.remove_checkpoint(os.path.join(folder, paths.PREEMPTED))
+    try:
+        if not any(saver._last_global_step_saved == steps and not saver.save_weights_only for saver in savers):
+            trainer.save_checkpoint(os.path.join(folder, paths.FINISHED))
+            trainer.strategy.finish_saving()
+        trainer.strategy.remove_checkpoint(os.path.join(folder, paths.PREEMPTED))
+    except OSError as error:
+        if savers[0].on_save_error == "raise":
+            raise
+        what = f"Training is over, and no file in {folder} says so: {type(error).__name__}: {error}."
+        rank_zero_warn(f"{what} The same command would train again from the newest checkpoint there.")
 
 
 def _folders(trainer: Trainer, callback: Any) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from operator import methodcaller
@@ -32,6 +34,21 @@ def _on_path(fn: Callable) -> Callable:
     return lambda self, path, *args, **kwargs: fn(local_path(path), *args, **kwargs)
 
 
+def _open(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> IO[Any]:
+    """`open`, which reads from regular files only: at a pipe or a device it could wait for ever."""
+    if "r" in mode and not is_regular(path, missing_ok=True) and not os.path.isdir(path):
+        raise OSError(errno.EINVAL, "A regular file is needed, not a pipe, socket or device", path)
+    return open(path, mode, *args, **kwargs)
+
+
+def is_regular(path: str, missing_ok: bool = False) -> bool:
+    """Is a regular file, or a link to one, at this local path?"""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return missing_ok
+
+
 class LocalFiles:
     """This machine's file system, with the methods of an fsspec file system that we use."""
 
@@ -40,7 +57,7 @@ class LocalFiles:
     isfile = _on_path(os.path.isfile)
     size = _on_path(os.path.getsize)
     makedirs = _on_path(os.makedirs)
-    open = _on_path(open)
+    open = _on_path(_open)
 
     def ls(self, path: str | os.PathLike, detail: bool = False) -> list[str]:
         """Full paths, sorted; the details fsspec could give are not known here."""

@@ -113,7 +113,7 @@ def _settle(path: str, writer: re.Match[str]) -> bool:
 
 def _is_alive(path: str, writer: re.Match[str]) -> bool:
     with suppress(FileNotFoundError):  # a link that leads nowhere
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

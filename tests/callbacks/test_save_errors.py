@@ -265,3 +265,30 @@ def test_what_could_not_be_written_in_the_background_is_taken_back_too(tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["epoch=0-step=8.ckpt", *last]
     assert callback.best_model_path == str(tmp_path / "epoch=0-step=8.ckpt")
     assert torch.load(tmp_path / (last or ["epoch=0-step=8.ckpt"])[0])["global_step"] == 8
+
+
+@pytest.mark.parametrize("policy", ["warn", "raise"])
+@pytest.mark.parametrize("async_save", [False, True])
+def test_the_file_that_says_that_training_is_over_follows_the_policy_too(tmp_path, policy, async_save):
+    """With "auto", a run whose last step is in no checkpoint writes one more file when it is over."""
+
+    class Fills(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.strategy.finish_saving()
+            lower()
+
+    lower, restore = too_large(tmp_path)
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, on_save_error=policy, async_save=async_save)
+    trainer = make_trainer(max_epochs=1, callbacks=[Fills(), saver], enable_checkpointing=True)
+    try:
+        if policy == "raise":
+            with pytest.raises(OSError, match="File too large"):
+                trainer.fit(Large(), make_loader(), make_loader(), ckpt_path="auto")
+        else:
+            with pytest.warns(UserWarning, match="Training is over, and no file in .* says so: .*File too large"):
+                trainer.fit(Large(), make_loader(), make_loader(), ckpt_path="auto")
+            assert (trainer.global_step, trainer.state.status) == (3, "finished")
+    finally:
+        restore()
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["epoch=0-step=2.ckpt"]
+    assert torch.load(tmp_path / "epoch=0-step=2.ckpt", weights_only=True)["global_step"] == 2
