@@ -229,11 +229,11 @@ def _display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console
             if console.is_jupyter:
                 self.refresh()
                 return lambda: setattr(self, "cell", None)
-            parts = Group(*_lay_out(self, theme, [task]))
+            parts = Group(*_lay_out(self, console, theme, [task]))
             return lambda: console.print(parts)
 
         def get_renderables(self) -> Iterable[Any]:
-            return _lay_out(self, theme, [task for task in self.tasks if task.visible])
+            return _lay_out(self, console, theme, [task for task in self.tasks if task.visible])
 
     metrics = TextColumn("{task.fields[metrics]}", theme.metrics, markup=False)
     # Redrawn by us only: Rich's own thread would do it while the bar stands still, too.
@@ -241,14 +241,14 @@ def _display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console
     return Display(*columns, metrics, console=console, auto_refresh=False, speed_estimate_period=1)
 
 
-def _lay_out(progress: Any, theme: RichProgressBarTheme, tasks: list[Task]) -> list[Any]:
+def _lay_out(progress: Any, console: Any, theme: RichProgressBarTheme, tasks: list[Task]) -> list[Any]:
     """A line per task; where it has no room for the shortest bar, the metrics stand on lines below."""
     from rich.cells import cell_len
     from rich.measure import Measurement
     from rich.progress import BarColumn
     from rich.text import Text
 
-    console, columns = progress.console, progress.columns
+    columns = progress.columns
     table = progress.make_tasks_table(tasks)
     needed = Measurement.get(console, console.options.update_width(10_000), table).maximum
     if any(isinstance(column, BarColumn) for column in columns):
