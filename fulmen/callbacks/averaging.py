@@ -18,6 +18,7 @@ from torch.optim.swa_utils import SWALR
 
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.modules import set_module_flags
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig, TrainerFn
 
@@ -397,15 +398,16 @@ class StochasticWeightAveraging(Callback):
         self._avg_fn = avg_fn or self.avg_fn
         self._max_epochs: float = 0  # without the epoch that measures statistics
         self.momenta: dict[_BatchNorm, float | None] = {}
-        self._forget()
+        self._forget_run()
 
-    def _forget(self) -> None:
+    def _forget_run(self) -> None:
         """As before a run."""
         self.n_averaged: Tensor | None = None
         self._latest_update_epoch = -1
         self._average: Average | None = None
         self._scheduler: Any = None
         self._stored: dict[str, Any] = {}
+        self._measured: dict[str, Any] = {}  # the momenta of layers whose statistics are being measured
         self._measuring = False  # is this the epoch that measures statistics?
         self._limit, self._learning = Replaced(), Replaced()  # to make room for that epoch, and in it
 
@@ -431,7 +433,7 @@ class StochasticWeightAveraging(Callback):
             if name.startswith(("FSDP", "DeepSpeed")):
                 what = f"`StochasticWeightAveraging` needs the whole weights on each process, and `{name}` splits them."
                 raise MisconfigurationException(f"{what} Use another strategy, or remove the callback.")
-            self._forget()
+            self._forget_run()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizers, configs, limit = len(trainer.optimizers), len(trainer.lr_scheduler_configs), trainer.max_epochs
@@ -455,11 +457,12 @@ class StochasticWeightAveraging(Callback):
             self._average.load_named(self._stored["average_model_state"])
         if self._stored.get("scheduler_state"):  # the scheduler that the checkpoint has the state of
             self._scheduler = put_swalr(trainer, self._swa_lrs, self._annealing_epochs, self._annealing_strategy)
-        self._stored = {}
+        self._measured, self._stored = self._stored.get("momenta", {}), {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measuring = self._measuring and trainer.current_epoch == self.swa_end + 1
         if self._measuring:  # resumed inside that epoch, with what was measured until then
+            set_module_flags(pl_module, self._measured)
             self.momenta = as_means(pl_module)
             only_forward(trainer, self._learning)
 
@@ -559,7 +562,12 @@ class StochasticWeightAveraging(Callback):
             "scheduler_state": None if self._scheduler is None else self._scheduler.state_dict(),
             "average_model_state": weights,
             "measuring": self._measuring,
+            "momenta": {} if average is None else self._paths_of_momenta(average.module),
         }
+
+    def _paths_of_momenta(self, module: Module) -> dict[str, float | None]:
+        named = module.named_modules()
+        return {f"{path}.momentum": self.momenta[part] for path, part in named if part in self.momenta}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._stored, self._latest_update_epoch = state_dict, state_dict["latest_update_epoch"]

@@ -42,7 +42,17 @@ class Callback:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave; not called when a checkpoint holds no state for this callback."""
+        """Takes back what `state_dict` gave; not called when a checkpoint holds no state for this callback.
+
+        Arguments of the constructor count as the script gives them, so that a run can be resumed with other ones.
+        """
+
+    def _continues(self, key: str) -> bool:
+        """Is the state that another script stored under this key one that this callback can go on from?"""
+        return key == self.state_key
+
+    def _forget_run(self) -> None:
+        """Back to the state of a callback that was never used: another Trainer is going to fit with it."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Before a checkpoint is written; ``checkpoint`` is the whole content and may be changed."""

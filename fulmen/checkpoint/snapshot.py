@@ -20,7 +20,6 @@ from fulmen.engine.sealed import DamagedCheckpointError
 from fulmen.engine.sharded_checkpoint import is_sharded
 from fulmen.utilities.errors import MisconfigurationException, nearest
 from fulmen.utilities.introspection import is_overridden
-from fulmen.utilities.modules import modules_in_eval
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -60,10 +59,8 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         if state := strategy.precision_plugin.state_dict():
             checkpoint[type(strategy.precision_plugin).__qualname__] = state
         strategy.precision_plugin.on_save_checkpoint(checkpoint)
-        validating = trainer.fit_loop.val_loop.frozen  # all modules are in eval mode just now, these stay so
         chapter = {"progress": progress, **trainer.fit_loop.memory.chapter()}
-        in_eval = modules_in_eval(module) if validating is None else validating
-        checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter, "in_eval": in_eval}
+        checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter}
     for owner in (module, datamodule):
         if owner is not None:
             write_hparams(checkpoint, owner)
@@ -132,7 +129,14 @@ class Snapshot:
         trainer = self.trainer
         for callback in trainer.callbacks:
             callback.on_load_checkpoint(trainer, trainer.lightning_module, self.content)
-        if missing := set(states) - {callback.state_key for callback in trainer.callbacks}:
+        keys = {callback.state_key: callback for callback in trainer.callbacks}
+        unclaimed = [key for key in states if key not in keys]
+        for key, callback in keys.items():
+            alike = [other for other in unclaimed if callback._continues(other)]
+            if key not in states and len(alike) == 1:
+                states = {**states, key: states[alike[0]]}
+                unclaimed.remove(alike[0])
+        if missing := unclaimed:
             what = f"The checkpoint holds states of callbacks this Trainer does not have: {sorted(missing)}."
             rank_zero_warn(f"{what} Pass the same callbacks to continue them.")
         for callback in trainer.callbacks:
@@ -152,12 +156,11 @@ class Snapshot:
             rank_zero_info(f"Loaded model weights from the checkpoint at {self.path}")
             return
         self._restore_progress()
-        if (in_eval := (content.get("fulmen") or {}).get("in_eval")) is not None:
-            for name, part in trainer.lightning_module.named_modules():
-                part.training = name not in in_eval
+        trainer.fit_loop.memory.put_back_flags()
         if missing := [key for key in ("optimizer_states", "lr_schedulers") if key not in content]:
             what = f"The checkpoint at {self.path} was saved with weights only: it lacks {missing}."
             raise KeyError(f"{what} Use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`.")
+        trainer.fit_loop.memory.put_back_groups(content["optimizer_states"])
         if trainer.strategy.lightning_restore_optimizer:
             trainer.strategy.load_optimizer_state_dict(content)
         for config, state in zip(trainer.lr_scheduler_configs, content["lr_schedulers"], strict=False):

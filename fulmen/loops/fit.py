@@ -67,6 +67,8 @@ class FitLoop:
 
     def run(self) -> None:
         """All of training."""
+        self.memory.starts.clear()
+        self.memory.note_start()
         with isolate_rng():
             self.sanity_check()
         self.hooks = self.trainer.hooks
@@ -78,6 +80,10 @@ class FitLoop:
         configs = self.trainer.lr_scheduler_configs if self.trainer.lightning_module.automatic_optimization else []
         self.schedulers = Schedulers(configs, self.trainer.lightning_module.lr_scheduler_step)
         self.memory.finish_epoch()
+        if self.resumed:  # what was logged shall be there to read if nothing is left to do
+            self.memory.restore()
+            if self.progress.position == Position.EPOCH_START:
+                self.memory.stop_if_told()
         if self.trainer.limit_train_batches == 0 or self.finished():
             return
         self.prepare()
@@ -85,6 +91,7 @@ class FitLoop:
             self.memory.restore()
             self.memory.rewind()
         self.hooks.on_train_start()
+        self.memory.note_start()
         while not self.finished():
             self.run_epoch()
         self.hooks.on_train_end()

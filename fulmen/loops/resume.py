@@ -19,6 +19,7 @@ from fulmen.loops.exact import combine, report_epoch
 from fulmen.loops.progress import Position
 from fulmen.loops.regroup import merged_metric, placed, regrouped
 from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.modules import group_names, module_flags, set_module_flags
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.seed import generator_states, same_states, set_generator_states
 
@@ -47,6 +48,7 @@ class Memory:
         self.rewound: Any = None  # the generators when the iterators of a new epoch were made, and after it
         self.opened: Any = None
         self.early: dict[str, Any] | None = None  # what validation changes, as of before
+        self.starts: list[dict[str, Any]] = []  # of the run
 
     # ------------------------------------------------------------------ saving
 
@@ -69,7 +71,7 @@ class Memory:
         if loop.resumed and "train" in self.mine:  # nothing was read yet
             mine["train"] = self.mine["train"]
         ranks = trainer.strategy.exchange_objects(mine)
-        schedulers = getattr(loop, "schedulers", None)
+        schedulers, flags = getattr(loop, "schedulers", None), _flags(loop)
         return {
             "generators": ranks[0].pop("generators"),
             "ranks": ranks,
@@ -78,7 +80,20 @@ class Memory:
             "schedulers": None if schedulers is None else schedulers.state(trainer.optimizers),
             "loggers": early["loggers"],
             "should_stop": trainer.should_stop,
+            "in_eval": sorted(path.rpartition(".")[0] for path, on in flags.items() if _is_mode(path) and not on),
+            "flags": self._changed("flags", flags),
+            "groups": self._changed("groups", _groups(loop)),
         }
+
+    def note_start(self) -> None:
+        """The run begins with what the script says now: what differs from it later is for checkpoints to keep."""
+        self.starts.append({"flags": _flags(self.loop), "groups": _groups(self.loop)})
+
+    def _changed(self, kind: str, now: dict[Any, Any]) -> dict[Any, Any]:
+        """What the run has changed, or the one that it resumes; of all else a resumed run has what its script says."""
+        before = self.content.get(kind, {})
+        starts = [start[kind] for start in self.starts]
+        return {k: v for k, v in now.items() if k in before or any(start.get(k, v) != v for start in starts)}
 
     def note_validation(self) -> None:
         """A checkpoint written while validating has what that changes as of before, and validates again."""
@@ -121,6 +136,26 @@ class Memory:
         return held if begun or hidden or not plain else 0
 
     # ------------------------------------------------------------------ resuming
+
+    def put_back_flags(self) -> None:
+        """What the run that is resumed had changed on the module beside its weights."""
+        module = self.loop.trainer.lightning_module
+        flags = self.content.get("flags")
+        if flags is None and "in_eval" in self.content:  # a file of an earlier version
+            modes, in_eval = filter(_is_mode, module_flags(module)), self.content["in_eval"]
+            flags = {path: path.rpartition(".")[0] not in in_eval for path in modes}
+        set_module_flags(module, flags or {})
+
+    def put_back_groups(self, states: list[dict[str, Any]]) -> None:
+        """Lets parameter groups have the members they had, if the run had changed that; their options come with `states`."""
+        trainer = self.loop.trainer
+        parameters = dict(trainer.lightning_module.named_parameters())
+        for index, names in self.content.get("groups", {}).items():
+            known = names is not None and all(name in parameters for group in names for name in group)
+            if known and index < len(trainer.optimizers):
+                saved = states[index]["param_groups"]
+                groups = [{**group, "params": [parameters[n] for n in own]} for group, own in zip(saved, names)]
+                trainer.optimizers[index].param_groups[:] = groups
 
     def begin(self) -> None:
         """Finds the part of this process, and tells the loggers how much of what they have is from before."""
@@ -222,6 +257,7 @@ class Memory:
         loop, trainer, mine = self.loop, self.loop.trainer, self.mine
         if not mine:
             return
+        self.put_back_flags()
         if hasattr(loop, "optimization"):
             loop.optimization.stepped = self.stepped
             if mine["window"] is not None:
@@ -239,8 +275,8 @@ class Memory:
     def stop_if_told(self) -> None:
         """`EarlyStopping` had decided. Whoever else asked the run to stop wants it to go on now."""
         trainer = self.loop.trainer
-        stopped = any(callback.stopping_reason.value for callback in trainer.early_stopping_callbacks)
-        trainer.should_stop = trainer.should_stop or bool(self.content.get("should_stop") and stopped)
+        stopped = [callback.still_stops(trainer.callback_metrics) for callback in trainer.early_stopping_callbacks]
+        trainer.should_stop = trainer.should_stop or bool(self.content.get("should_stop") and any(stopped))
 
     def restore_validation(self) -> None:
         """After the sanity check: the validation loaders, and how many batches were validated."""
@@ -278,6 +314,27 @@ def _inside(loop: FitLoop) -> bool:
         opened = loop.feed is not None and loop.feed.opened_at == 0
         return position == Position.EPOCH_START and progress.epochs == 0 and opened
     return not progress.is_last_batch or position == Position.IN_BATCH
+
+
+def _is_mode(path: str) -> bool:
+    return path == "training" or path.endswith(".training")
+
+
+def _flags(loop: FitLoop) -> dict[str, Any]:
+    """The flags of the module, without what is switched for a while only."""
+    module = loop.trainer.lightning_module
+    flags, frozen = module_flags(module), loop.val_loop.frozen
+    if frozen is not None:  # all modules are in eval mode just now, these stay so
+        flags |= {path: path.rpartition(".")[0] not in frozen for path in flags if _is_mode(path)}
+    toggled = {id(parameter): on for parameter, on in module._requires_grad_before_toggle.items()}
+    return flags | {
+        f"{name}.requires_grad": toggled[id(p)] for name, p in module.named_parameters() if id(p) in toggled
+    }
+
+
+def _groups(loop: FitLoop) -> dict[int, Any]:
+    module = loop.trainer.lightning_module
+    return {index: group_names(module, optimizer) for index, optimizer in enumerate(loop.trainer.optimizers)}
 
 
 def _all_metrics(loop: FitLoop) -> list[tuple[str, Any]]:

@@ -77,6 +77,39 @@ def modules_in_eval(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if not part.training]
 
 
+def module_flags(module: nn.Module) -> dict[str, Any]:
+    """What can be switched on a module beside weights and buffers, by path: "a.b.training", "a.b.weight.requires_grad".
+
+    Of the layers of torch, and of what others list in `__constants__`, also the numbers: `p`, `momentum`, `eps`,
+    `track_running_stats`. Further attributes of classes that are not torch's belong to who wrote them.
+    """
+    flags: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        of_torch, settings = type(part).__module__.startswith("torch."), vars(part)
+        names = [name for name in (settings if of_torch else getattr(part, "__constants__", ())) if name in settings]
+        for name in ("training", *names):
+            value = part.training if name == "training" else settings[name]
+            if not name.startswith("_") and type(value) in (bool, int, float, type(None)):
+                flags[f"{path}.{name}" if path else name] = value
+    return flags | {f"{path}.requires_grad": parameter.requires_grad for path, parameter in module.named_parameters()}
+
+
+def set_module_flags(module: nn.Module, flags: dict[str, Any]) -> None:
+    """Puts back what `module_flags` gave, where the module has such a part."""
+    owners: dict[str, Any] = {**dict(module.named_modules()), **dict(module.named_parameters())}
+    for key, value in flags.items():
+        path, _, name = key.rpartition(".")
+        if hasattr(owners.get(path), name):
+            setattr(owners[path], name, value)
+
+
+def group_names(module: nn.Module, optimizer: Any) -> list[list[str]] | None:
+    """The names of the parameters in each group of an optimizer; None if it has some that are not the module's."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    return None if any("" in group for group in groups) else groups
+
+
 def suggested_max_num_workers(local_world_size: int) -> int:
     """How many loader workers each of the processes of this machine may start so that every CPU has one task."""
     if local_world_size < 1:
