@@ -36,7 +36,15 @@ from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.signals import Signals
 from fulmen.module import LightningModule
 from fulmen.optimizers import LightningOptimizer, read_optimizers
-from fulmen.run_parts import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, run_dir, send_hparams
+from fulmen.run_parts import (
+    arrange,
+    assemble_callbacks,
+    assemble_loggers,
+    assemble_profiler,
+    begin_fit,
+    run_dir,
+    send_hparams,
+)
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException
@@ -128,6 +136,7 @@ class Trainer:
         self.sources = Sources(LightningModule, LightningDataModule)
         self.datamodule: LightningDataModule | None = None
         self.should_stop = False
+        self._identity = os.urandom(8).hex()  # the same after pickling, unlike `id`
         self.val_check_batch: float = inf
         self._log_dir: str | None = None  # of rank 0
         self._ckpt_path: Any = None
@@ -470,6 +479,8 @@ class Trainer:
         module = self.lightning_module
         from_module = module.configure_callbacks()
         self.callbacks = arrange(self.callbacks, from_module)
+        if self.state.fn == TrainerFn.FITTING:
+            begin_fit(self.callbacks, self._identity)
         for callback in self.callbacks:
             callback.log, callback.log_dict = module.log, module.log_dict  # type: ignore[attr-defined]
         self.book.module, self.book.has_loggers = module, bool(self.loggers)

@@ -107,27 +107,40 @@ class ModelCheckpoint(Checkpoint):
             if wrong:
                 raise MisconfigurationException(f"`ModelCheckpoint`: {message}")
 
+        self.async_save = async_save
+        self._found_folder: str | None = None  # in the place of a `dirpath` that was not given
+        self._forget_run()
+
+    every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
+
+    def _forget_run(self) -> None:
+        if self.dirpath == self._found_folder:
+            self.dirpath = None
         self.current_score: torch.Tensor | None = None
         self.best_model_score: torch.Tensor | None = None
         self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
         self.best_k_models: dict[str, torch.Tensor] = {}
-        self.kth_value = self._worst_score = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.kth_value = self._worst_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
         self._last_checkpoint_saved, self._last_time_checked = "", 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
         self._outdated: list[str] = []  # what a run left here when it ended, until there is a newer file
         self._warnings = WarningCache()
-        self.async_save, self._untold = async_save, 0  # of how many files that are being written loggers do not know
+        self._untold = 0  # of how many files that are being written loggers do not know
         self._unsure: tuple[str, dict[str, Any]] | None = None  # the first of them, and what was noted before it
-
-    every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers)
 
+    def _continues(self, key: str) -> bool:
+        # The intervals are in the key, and a script may change them.
+        return key.startswith(self._generate_state_key(monitor=self.monitor, mode=self.mode)[:-1] + ",")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
+        given, self.dirpath = self.dirpath, trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
+        if given is None:
+            self._found_folder = self.dirpath
         if self.async_save and _background(trainer) is None:
             trainer.strategy.checkpoint_io = AsyncCheckpointIO(trainer.strategy.checkpoint_io, always=False)
         if self.save_last == "link" and is_remote(self.dirpath):
@@ -239,9 +252,11 @@ class ModelCheckpoint(Checkpoint):
         k = self.save_top_k if self.save_top_k > 0 else len(scores) + 1
         best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
-        displaced = worst(scores, key=scores.__getitem__) if len(scores) >= k else ""
-        scores.pop(displaced, None)
-        filepath = self._free_path(trainer, metrics, replaces=displaced)
+        displaced = []  # more than one if the run that is resumed kept more
+        while len(scores) >= k:
+            displaced.append(worst(scores, key=scores.__getitem__))
+            scores.pop(displaced[-1])
+        filepath = self._free_path(trainer, metrics, replaces=displaced[0] if displaced else "")
         self.current_score = scores[filepath] = self._worst_score if current.isnan() else current
         self.best_model_path = best(scores, key=scores.__getitem__)
         self.best_model_score = scores[self.best_model_path]
@@ -253,16 +268,18 @@ class ModelCheckpoint(Checkpoint):
             rank_zero_info(f"{reached}, saving model to {filepath!r} as top {k}")
         if not self._written(trainer, filepath, before):
             return False
-        self._make_room(trainer, displaced, filepath)  # … and from the disk after it
+        for path in displaced:
+            self._make_room(trainer, path, filepath)  # … and from the disk after it
         return True
 
     def check_monitor_top_k(self, trainer: Trainer, current: torch.Tensor | None = None) -> bool:
         """Does ``current`` belong to the best ``save_top_k``? Ranks must agree; equal values do not displace."""
         if current is None or self.save_top_k == -1:
             return current is not None
-        scores, better = self.best_k_models.values(), len(self.best_k_models) < self.save_top_k
+        better = len(self.best_k_models) < self.save_top_k
+        scores = sorted(self.best_k_models.values(), reverse=self.mode == "max")[: self.save_top_k]
         if scores and not better:
-            better = bool(current < max(scores) if self.mode == "min" else current > min(scores))
+            better = bool(current < scores[-1] if self.mode == "min" else current > scores[-1])
         return trainer.strategy.reduce_boolean_decision(better)
 
     def _write_last(self, trainer: Trainer, metrics: dict) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-_STATE = ("wait_count", "stopped_epoch", "best_score", "patience", "stopping_reason_message")
+_STATE = ("wait_count", "stopped_epoch", "best_score", "stopping_reason_message")
 
 
 class EarlyStoppingReason(Enum):
@@ -59,9 +59,12 @@ class EarlyStopping(Callback):
         self.patience, self.check_finite = patience, check_finite
         self.stopping_threshold, self.divergence_threshold = stopping_threshold, divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
-        self._check_on_train_epoch_end = check_on_train_epoch_end
+        self._check_on_train_epoch_end = self._given_check = check_on_train_epoch_end
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self.wait_count = self.stopped_epoch = 0
-        self.best_score = torch.tensor(math.inf if mode == "min" else -math.inf)
+        self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
 
@@ -75,7 +78,7 @@ class EarlyStopping(Callback):
         return self.mode_dict[self.mode]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._check_on_train_epoch_end is None:
+        if self._given_check is None:
             once_per_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
             self._check_on_train_epoch_end = once_per_epoch and trainer.val_check_time_s is None
 
@@ -110,8 +113,25 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
 
-    def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
-        """Applies the rules in their order; also counts, and remembers the best value."""
+    def still_stops(self, metrics: Mapping[str, Any]) -> bool:
+        """Would the run that is resumed have ended by the arguments of today, too? If not, its end is taken back.
+
+        Args:
+            metrics: the values at that end.
+        """
+        before, none = self.stopping_reason, EarlyStoppingReason.NOT_STOPPED
+        value = metrics.get(self.monitor)
+        stops = before is not none
+        if before is EarlyStoppingReason.PATIENCE_EXHAUSTED:
+            stops = self.wait_count >= self.patience
+        elif stops and value is not None:  # sync: once, as a run is resumed
+            stops = self._judge_alone(torch.as_tensor(value).detach().cpu().squeeze())[0] is not none
+        if not stops:
+            self.stopping_reason, self.stopping_reason_message, self.stopped_epoch = none, None, 0
+        return stops
+
+    def _judge_alone(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
+        """Applies the rules that need no other value."""
         reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
         stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
         better, worse = self.order_dict[self.mode], self.order_dict["max" if self.mode == "min" else "min"]
@@ -122,6 +142,14 @@ class EarlyStopping(Callback):
             return reason.STOPPING_THRESHOLD, f"{name} is good enough: {current} {better} {stop_at}. Stopping."
         if diverged_at is not None and is_better(-current, -diverged_at):
             return reason.DIVERGENCE_THRESHOLD, f"{name} has diverged: {current} {worse} {diverged_at}. Stopping."
+        return reason.NOT_STOPPED, None
+
+    def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
+        """Applies all rules in their order; also counts, and remembers the best value."""
+        reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
+        alone, told = self._judge_alone(current)
+        if alone is not reason.NOT_STOPPED:
+            return alone, told
         if is_better(current - self.min_delta, self.best_score):
             gain = abs(self.best_score - current)
             by = f" by {gain:.3f} (`min_delta` is {abs(self.min_delta)})" if gain.isfinite() else ""
@@ -130,10 +158,13 @@ class EarlyStopping(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return reason.NOT_STOPPED, None
+        best = f"the best value was {self.best_score:.3f}"
         return reason.PATIENCE_EXHAUSTED, f"{name} did not improve in {self.wait_count} checks; {best}. Stopping."
 
     def state_dict(self) -> dict[str, Any]:
-        return {**{name: getattr(self, name) for name in _STATE}, "stopping_reason": self.stopping_reason.value}
+        state = {name: getattr(self, name) for name in _STATE}
+        # `patience` is there for those who read it; a resumed run takes the one of its script.
+        return {**state, "patience": self.patience, "stopping_reason": self.stopping_reason.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Files of older versions do not say why training stopped.

@@ -37,6 +37,9 @@ class BaseFinetuning(Callback):
     """
 
     def __init__(self) -> None:
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._internal_optimizer_metadata: dict[int, list[dict[str, Any]]] = {}  # groups, with names of parameters
         self._resumed = False
 
@@ -109,8 +112,14 @@ class BaseFinetuning(Callback):
             # The state of the optimizers, which is loaded next, has the groups that were added before it was stored.
             parameters = dict(pl_module.named_parameters())
             for idx, groups in self._internal_optimizer_metadata.items():
+                optimizer = trainer.optimizers[idx]
+                known = {id(p) for group in optimizer.param_groups for p in group["params"]}
                 restored = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
-                trainer.optimizers[idx].param_groups = restored
+                optimizer.param_groups[:] = restored
+                added = {id(p) for group in restored for p in group["params"]} - known
+                for module in pl_module.modules():  # files of others do not say what was unfrozen
+                    if added & {id(p) for p in module.parameters(recurse=False)}:
+                        _set_trainable(module, True)
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,11 +155,14 @@ class BackboneFinetuning(BaseFinetuning):
         backbone_initial_ratio_lr: float = 10e-2, backbone_initial_lr: float | None = None, should_align: bool = True,
         initial_denom_lr: float = 10.0, train_bn: bool = True, verbose: bool = False, rounding: int = 12,
     ) -> None:  # fmt: skip
-        super().__init__()
         self.unfreeze_backbone_at_epoch, self.lambda_func = unfreeze_backbone_at_epoch, lambda_func
         self.backbone_initial_ratio_lr, self.backbone_initial_lr = backbone_initial_ratio_lr, backbone_initial_lr
         self.should_align, self.initial_denom_lr = should_align, initial_denom_lr
         self.train_bn, self.verbose, self.rounding = train_bn, verbose, rounding
+        super().__init__()
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
         self.previous_backbone_lr: float | None = None
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
@@ -163,12 +175,11 @@ class BackboneFinetuning(BaseFinetuning):
         if epoch < self.unfreeze_backbone_at_epoch:
             return
         current = optimizer.param_groups[0]["lr"]
-        if epoch == self.unfreeze_backbone_at_epoch:
+        if epoch == self.unfreeze_backbone_at_epoch or self.previous_backbone_lr is None:  # a resumed run: it is late
             initial = self.backbone_initial_lr
             lr = current * self.backbone_initial_ratio_lr if initial is None else initial
             self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr, self.initial_denom_lr, self.train_bn)
         else:
-            assert self.previous_backbone_lr is not None
             lr = self.previous_backbone_lr * self.lambda_func(epoch + 1)
             optimizer.param_groups[-1]["lr"] = lr = min(lr, current) if self.should_align else lr
         self.previous_backbone_lr = lr

@@ -99,7 +99,7 @@ class NonFiniteGuard(Callback):
                 raise MisconfigurationException(f"`NonFiniteGuard({name}={value!r})`: use a whole number from 1 on.")
         self.policy, self.max_in_a_row, self.dirpath = policy, max_in_a_row, dirpath
         self.every_n_steps = 1 if policy == "skip" else every_n_steps
-        self.quarantine: list[Fault] = []  # what was skipped or rolled back
+        self._forget_run()
         self._looks: list[_Look] = []
         self._batches: dict[int, Any] = {}
         self._good: dict[str, Any] = {}
@@ -109,12 +109,15 @@ class NonFiniteGuard(Callback):
         self._counted = (0, 0)  # skips and steps of a loss scaler at the last reading
         self._names: dict[int, str] = {}
 
+    def _forget_run(self) -> None:
+        self.quarantine: list[Fault] = []  # what was skipped or rolled back
+
     # ------------------------------------------------------------------ looking, without waiting
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {id(p): name for name, p in pl_module.named_parameters()}
         self._read_at_step, self._in_a_row, self._counted = trainer.global_step, 0, (0, 0)
-        self._forget()
+        self._drop_looks()
         self._remember(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -167,7 +170,7 @@ class NonFiniteGuard(Callback):
         self._read_at_step = trainer.global_step
         fault = self._read(trainer)
         if fault is None:
-            self._forget()
+            self._drop_looks()
             self._remember(trainer)
             return False
         if self.policy == "skip":  # a loss without a step, in a window that is still open
@@ -249,7 +252,7 @@ class NonFiniteGuard(Callback):
         for callback, state in zip(_followers(trainer), self._good["followers"]):
             callback.load_weights_state(deepcopy(state))
 
-    def _forget(self) -> None:
+    def _drop_looks(self) -> None:
         self._looks = []
         self._batches.clear()
 

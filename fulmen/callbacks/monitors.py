@@ -270,10 +270,21 @@ class SpikeDetection(Callback):
         if mode not in ("min", "max"):
             raise ValueError(f"`SpikeDetection(mode={mode!r})` is not known. Use 'min' or 'max'.")
         self.mode, self.warmup, self.atol, self.rtol, self.finite_only = mode, warmup, atol, rtol, finite_only
-        self.exclude_batches_path = exclude_batches_path
-        self.bad_batches: list[int] = []
+        self.exclude_batches_path, self._window = exclude_batches_path, window
+        self.bad_batches: list[int] = []  # of all runs: it is the content of the file
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self.last_val = 0.0
-        self._recent: deque[float] = deque(maxlen=window)
+        self._recent: deque[float] = deque(maxlen=self._window)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad_batches": self.bad_batches, "last_val": self.last_val, "recent": list(self._recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Another framework's callback of this name keeps its mean in another form: that starts anew.
+        self.bad_batches, self.last_val = list(state_dict["bad_batches"]), state_dict["last_val"]
+        self._recent.extend(state_dict.get("recent", ()))
 
     @property
     def running_mean(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 
+def _starts(stage: RunningStage) -> Callable[..., None]:
+    """The method of `Timer` for the hook at the start of a stage; the sanity check is validation too."""
+
+    def start(self: Timer, *_: Any) -> None:
+        self._start[stage.value] = time.monotonic()
+        self._end.pop(stage.value, None)
+
+    return start
+
+
+def _ends(stage: RunningStage) -> Callable[..., None]:
+    """The method of `Timer` for the hook at the end of a stage."""
+
+    def end(self: Timer, *_: Any) -> None:
+        self._end[stage.value] = time.monotonic()
+
+    return end
+
+
 class Timer(Callback):
     """Measures training, validation and testing, and ends training when ``duration`` is over.
 
@@ -32,6 +51,9 @@ class Timer(Callback):
             raise MisconfigurationException(f"`Timer(interval={interval!r})` must be 'step' or 'epoch'.")
         self._duration = None if duration is None else parse_duration(duration, "Timer(duration)").total_seconds()
         self._interval, self._verbose = str(interval), verbose
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._start: dict[str, float] = {}
         self._end: dict[str, float] = {}
         self._offset: float = 0  # seconds trained by the run this one resumes
@@ -54,15 +76,9 @@ class Timer(Callback):
         """Seconds left of the duration, None without one."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start[trainer.stage.value] = time.monotonic()
-        self._end.pop(trainer.stage.value, None)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end[trainer.stage.value] = time.monotonic()
-
-    on_validation_start = on_test_start = on_train_start
-    on_validation_end = on_test_end = on_train_end
+    on_train_start, on_train_end = _starts(RunningStage.TRAINING), _ends(RunningStage.TRAINING)
+    on_validation_start, on_validation_end = _starts(RunningStage.VALIDATING), _ends(RunningStage.VALIDATING)
+    on_test_start, on_test_end = _starts(RunningStage.TESTING), _ends(RunningStage.TESTING)
 
     def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._stop_if_over(trainer)  # a resumed run may have used up its time already
@@ -106,6 +122,9 @@ class GradientAccumulationScheduler(Callback):
                 raise MisconfigurationException(f"{pair} of an epoch (0 or more) and a number of batches (1 or more).")
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._set: int | None = None
 
     def going_to_accumulate_grad_batches(self) -> bool:

@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import Callback, GradientAccumulationScheduler, Timer
 from fulmen.utilities.errors import MisconfigurationException
@@ -146,3 +147,11 @@ def test_module_that_replaces_optimizer_hooks_is_warned(fit, scripted_model):
 
     with pytest.warns(UserWarning, match="optimizer_zero_grad"):
         fit(GradientAccumulationScheduler({1: 2}), Model(), max_epochs=1)
+
+
+def test_the_sanity_check_is_validation(tmp_path):
+    timer = Timer()
+    trainer = make_trainer(callbacks=[timer], limit_train_batches=0, num_sanity_val_steps=1)
+    trainer.fit(Regression(), make_loader(), make_loader())
+    assert timer.time_elapsed("validate") > 0
+    assert timer.time_elapsed("sanity_check") == 0
