@@ -23,6 +23,7 @@ class Callback:
     """
 
     monitors: ClassVar[bool] = False  # looks at metrics: its `on_train_epoch_end` runs after the module's
+    _changeable: ClassVar[str] = ""  # from this argument on, those in the state key may change when a run is resumed
     tunes: ClassVar[bool] = False  # runs trials at the start of a run, before all others
 
     @property
@@ -48,8 +49,9 @@ class Callback:
         """
 
     def _continues(self, key: str) -> bool:
-        """Is the state that another script stored under this key one that this callback can go on from?"""
-        return key == self.state_key
+        """Is the state that a script with other arguments stored under this key one that this callback continues?"""
+        fixed, found, _ = self.state_key.partition(f"{self._changeable!r}: ")
+        return bool(found) and key.startswith(fixed)
 
     def _forget_run(self) -> None:
         """Back to the state of a callback that was never used: another Trainer is going to fit with it."""

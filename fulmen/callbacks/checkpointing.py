@@ -67,6 +67,7 @@ class ModelCheckpoint(Checkpoint):
         async_save: go on training while a file is written, as of the moment it was due; see `AsyncCheckpointIO`.
     """
 
+    _changeable = "every_n_train_steps"
     CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "-", "=", "last"
     FILE_EXTENSION, STARTING_VERSION = ".ckpt", 1
 
@@ -133,10 +134,6 @@ class ModelCheckpoint(Checkpoint):
     def state_key(self) -> str:
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers)
 
-    def _continues(self, key: str) -> bool:
-        # The intervals are in the key, and a script may change them.
-        return key.startswith(self._generate_state_key(monitor=self.monitor, mode=self.mode)[:-1] + ",")
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         given, self.dirpath = self.dirpath, trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
         if given is None:
@@ -198,7 +195,7 @@ class ModelCheckpoint(Checkpoint):
         nothing_kept = not self._last_checkpoint_saved or self.save_top_k == 0
         if self.save_last and nothing_kept and not self._idle(trainer):
             self._write_last(trainer, _metrics_of(trainer))
-        self._settle(trainer)
+        _settle(self, trainer)
         _tell_loggers(self, trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -220,7 +217,7 @@ class ModelCheckpoint(Checkpoint):
         """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
         if self.save_top_k == 0:
             return
-        self._settle(trainer)
+        _settle(self, trainer)
         metrics = _metrics_of(trainer)
         if self.monitor is None:
             previous, before = self.best_model_path, _noted(self)
@@ -314,16 +311,6 @@ class ModelCheckpoint(Checkpoint):
         if _background(trainer) is not None and self._unsure is None:
             self._unsure = filepath, before
         return True
-
-    def _settle(self, trainer: Trainer) -> None:
-        """Waits for what is written in the background; that it failed is found out here."""
-        if self._unsure is None:
-            return
-        (filepath, before), self._unsure = self._unsure, None
-        try:
-            trainer.strategy.finish_saving()
-        except Exception as error:
-            _take_back(self, trainer, filepath, before, error)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
@@ -484,6 +471,17 @@ def _discard(callback: ModelCheckpoint, path: str, remove: Callable[[str], Any])
         if callback.on_save_error == "raise":
             raise
         rank_zero_warn(f"The checkpoint {path!r} could not be removed: {error}. Remove it by hand.")
+
+
+def _settle(callback: ModelCheckpoint, trainer: Trainer) -> None:
+    """Waits for what is written in the background; that it failed is found out here."""
+    if callback._unsure is None:
+        return
+    (filepath, before), callback._unsure = callback._unsure, None
+    try:
+        trainer.strategy.finish_saving()
+    except Exception as error:
+        _take_back(callback, trainer, filepath, before, error)
 
 
 def _tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
