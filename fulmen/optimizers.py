@@ -267,70 +267,79 @@ class Schedulers:
     def __init__(self, configs: list[LRSchedulerConfig], step: Callable[[Any, Any], None]) -> None:
         self._configs, self._step = configs, step
         self.any = bool(configs)
+        owners = [getattr(config.scheduler, "optimizer", None) for config in configs]
+        self._steps = dict.fromkeys(map(id, owners), 0)  # of the whole run, by the id of an optimizer
         self.open_epoch()
 
-    def open_epoch(self, batch: int = 0) -> None:
-        """Of this epoch only so many batches are done, and no step was left out."""
-        self._window_start = batch  # batches before the accumulation window
-        self._missed: dict[int, int] = {}  # by the id of an optimizer: batches whose step it left out
-        self._moved: set[int] = set()  # of those, the optimizers that made a step as well
+    def open_epoch(self) -> None:
+        """Of this epoch no step was made or left out."""
+        self._missed: set[int] = set()  # optimizers that left out a step, by id
+        self._moved: set[int] = set()  # of those, the ones that made a step as well
         self._idle: frozenset[int] = frozenset()  # those that left out the last one
+        self._made = False  # was a step made at all?
 
     def state(self, optimizers: list[Any]) -> dict[str, Any]:
-        """In plain types, what of this epoch is not in the schedulers themselves."""
+        """In plain types, what is not in the schedulers themselves."""
         index = {id(getattr(o, "optimizer", o)): i for i, o in enumerate(optimizers)}
-        missed = {index[owner]: count for owner, count in self._missed.items() if owner in index}
-        moved, idle = ([index[owner] for owner in owners if owner in index] for owners in (self._moved, self._idle))
-        return {"window_start": self._window_start, "missed": missed, "moved": moved, "idle": idle}
+        found = {"missed": self._missed, "moved": self._moved, "idle": self._idle}
+        state: dict[str, Any] = {name: [index[o] for o in owners if o in index] for name, owners in found.items()}
+        # Schedulers without an optimizer have the index -1.
+        return {**state, "made": self._made, "steps": {index.get(o, -1): count for o, count in self._steps.items()}}
 
-    def load_state(self, state: dict[str, Any] | None, optimizers: list[Any]) -> None:
-        """Goes on from what `state` gave."""
+    def load_state(self, state: dict[str, Any] | None, optimizers: list[Any], steps: int = 0) -> None:
+        """Continues from what `state` gave; a file that does not count by optimizer has all `steps` of the run."""
+        owners = [id(getattr(o, "optimizer", o)) for o in optimizers]
+        counted = (state or {}).get("steps", {})
+        for owner in self._steps:
+            position = owners.index(owner) if owner in owners else -1
+            self._steps[owner] = counted.get(position, steps // max(len(owners), 1))
         if state is not None:
-            owners = [id(getattr(o, "optimizer", o)) for o in optimizers]
-            self._window_start = state["window_start"]
-            self._missed = {owners[i]: count for i, count in state["missed"].items()}
-            self._moved, self._idle = {owners[i] for i in state["moved"]}, frozenset(owners[i] for i in state["idle"])
+            self._missed, self._moved, idle = ({owners[i] for i in state[name]} for name in ("missed", "moved", "idle"))
+            self._idle, self._made = frozenset(idle), bool(state.get("made", state.get("window_start", 1)))
 
-    def _due(self, interval: str, count: int, watching: bool) -> list[LRSchedulerConfig]:
-        """Those whose turn it is. Per step, batches are counted whose step was made; per epoch, one step is enough."""
+    def _due(self, interval: str, epoch: int, watching: bool) -> list[LRSchedulerConfig]:
+        """Those whose turn it is: the steps of their optimizer over the whole run are counted, or epochs with one."""
         due = []
         for config in self._configs:
             if config.interval != interval or config.reduce_on_plateau != watching:
                 continue
             owner = id(getattr(config.scheduler, "optimizer", None))
-            missed = self._missed.get(owner, 0)
-            stood_still = owner in self._idle if interval == "step" else missed and owner not in self._moved
-            if not stood_still and (count - (missed if interval == "step" else 0)) % config.frequency == 0:
+            if interval == "step":
+                stood_still, count = owner in self._idle, self._steps.get(owner, 0)
+            else:
+                stood_still, count = owner in self._missed and owner not in self._moved, epoch
+            if not stood_still and count % config.frequency == 0:
                 due.append(config)
         return due
 
-    def after_batch(self, batch: int, epoch: int, stepped: bool, is_last_batch: bool, idle: Iterable[Any] = ()) -> None:
+    def after_batch(self, epoch: int, stepped: bool, is_last_batch: bool, idle: Iterable[Any] = ()) -> None:
         """Those per step after an optimizer step; those per epoch after the last batch, before validation.
 
         Arguments:
-            batch, epoch: batches of this epoch and epochs, both counted from 1; a frequency divides them.
+            epoch: counted from 1; a frequency per epoch divides it.
             idle: optimizers that left this step out: a loss scaler skipped it, or there was no loss for them.
         """
         if stepped:
             self._idle = frozenset(map(id, idle))
-            if self._window_start > 0:
-                self._moved |= self._idle - self._missed.keys()
-            for owner in self._idle:
-                self._missed[owner] = self._missed.get(owner, 0) + batch - self._window_start
-            self._moved |= self._missed.keys() - self._idle
-            self._window_start = batch
-            for config in self._due("step", batch, watching=False):
+            if self._made:
+                self._moved |= self._idle - self._missed
+            self._missed |= self._idle
+            self._moved |= self._missed - self._idle
+            self._made = True
+            for owner in self._steps.keys() - self._idle:
+                self._steps[owner] += 1
+            for config in self._due("step", epoch, watching=False):
                 self._step(config.scheduler, None)
         for config in self._due("epoch", epoch, watching=False) if is_last_batch else ():
             self._step(config.scheduler, None)
 
-    def watch(self, interval: str, count: int, book: LogBook) -> None:
-        """Steps those that watch a metric.
+    def watch(self, interval: str, epoch: int, book: LogBook) -> None:
+        """Steps those that watch a metric; a frequency per epoch divides `epoch`, which is counted from 1.
 
         Raises:
             MisconfigurationException: if the metric was not logged and the scheduler is strict about it.
         """
-        for config in self._due(interval, count, watching=True):
+        for config in self._due(interval, epoch, watching=True):
             metrics = book.callback_metrics
             value = metrics.get(config.monitor) if config.monitor is not None else None
             if value is not None:

@@ -246,20 +246,37 @@ def _side_by_side(together: Callable, combined: CombinedLoader, iterators: list[
 
 def _cycling(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
     running = set(range(len(iterators))) - combined._over
+    vacant = {position for position, loader in enumerate(combined.flattened) if sized(loader) == 0}
+    running -= vacant
     for batch_idx in count(combined._done):
         batches = []
         for position, iterator in enumerate(iterators):
-            batch = next(iterator, _END)
+            batch = None if position in vacant else next(iterator, _END)
             if batch is _END:
                 running.discard(position)
                 combined._over.add(position)
-                if running:
-                    iterators[position] = combined.open(position, batch_idx)
-                    batch = next(iterators[position], _END)
-                if batch is _END:
+                if not running:
                     return
+                iterators[position] = combined.open(position, batch_idx)
+                batch = next(iterators[position], _END)
+                if batch is _END:
+                    raise RuntimeError(_cannot_begin_again(combined, position, batch_idx))
             batches.append(batch)
+        if not running:  # all of them say that they are empty
+            return
         yield combined.fill(batches), batch_idx, 0
+
+
+def _cannot_begin_again(combined: CombinedLoader, position: int, batch_idx: int) -> str:
+    loader = combined.flattened[position]
+    name = f"`{type(loader).__name__}`"
+    if (data := getattr(loader, "dataset", None)) is not None:
+        name += f" over `{type(data).__name__}`"
+    what = (
+        f"`CombinedLoader(mode='max_size_cycle')`: source {position}, a {name}, gave nothing when it was opened again"
+    )
+    fix = "Give one whose `__iter__` begins anew (no generator), or use mode 'max_size' or 'min_size'."
+    return f"{what} for batch {batch_idx}: it is empty or used up, and others are not. {fix}"
 
 
 def _sequential(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:

@@ -18,17 +18,25 @@ class Feed:
     """The batches of one epoch.
 
     `open()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx, dataloader_idx)`.
-    While a batch is out, `is_last` tells whether another will follow: by counting where the length is known, else by
-    reading one batch ahead. The limits of ``loaders`` are set, ``transfer(batch, dataloader_idx)`` gives the batch on
-    the device (see `data.batches`), and ``profile`` wraps the function that fetches one batch.
+    While a batch is out, `is_last` tells whether another will follow: by counting where the length is known for
+    certain, else by reading one batch ahead. The limits of ``loaders`` are set, ``transfer(batch, dataloader_idx)`` gives
+    the batch on the device (see `data.batches`), and ``profile`` wraps the function that fetches one batch.
+
+    Arguments:
+        counted: is `len()` of the loaders the number of batches they give?
     """
 
-    def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
+    def __init__(
+        self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None, counted: bool = True
+    ) -> None:
         self.loaders = loaders
         self.transfer = transfer
         self.profile = profile
         self.num_batches = loaders.num_batches()
+        self.counted = counted and self.num_batches < inf
         self.is_last = False
+        self.short: dict[int, tuple[int, float]] = {}  # by loader: the batches it gave in the last pass, and promised
+        self._over = False  # does no batch follow in this epoch?
         self.opened_at: int | None = None  # the epoch whose iterators were made last
         self.first_batch_idx = 0  # a resumed epoch goes on counting from here
         self._iterator: Any = None  # opened for the next pass
@@ -37,14 +45,17 @@ class Feed:
 
     def open(self, epoch: int | None = None) -> None:
         """Makes fresh iterators; called once before each pass, of this epoch."""
-        self.opened_at = epoch
+        self.opened_at, self._over = epoch, False
         self._iterator = iter(self.loaders) if self._single is None else self.loaders.open(0)
 
     def exhaust(self) -> None:
         """Lets no batch follow in this epoch."""
-        self._iterator = iter(())
+        self._over = True
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
+        self.is_last, self.short = False, {}
+        if self._over:
+            return
         if self._iterator is None:
             self.open()
         iterator, self._iterator = self._iterator, None
@@ -55,8 +66,8 @@ class Feed:
             fetch = self._noting(fetch)
         if self._single is None:
             yield from self._combined(fetch)
-        elif self.num_batches == inf:
-            yield from self._unsized(fetch)
+        elif not self.counted:
+            yield from self._looking_ahead(fetch)
         else:
             yield from self._sized(iterator if self.profile is None and not keeps else iter(fetch, _END))
 
@@ -71,45 +82,58 @@ class Feed:
         return noted
 
     def _sized(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
-        transfer, idx, last = self.transfer, self.first_batch_idx, self.num_batches - 1
-        self.is_last = False
+        transfer, idx = self.transfer, self.first_batch_idx
+        last = min(self.num_batches, self.loaders.num_batches()) - 1  # the dataset may have become smaller
         if idx > last:
             return
         for batch in iterator:
             self.is_last = idx >= last
             yield transfer(batch, 0), idx, 0
-            if idx >= last:
-                return
             idx += 1
+            if idx > last:
+                break
+        self._compare({0: idx})
 
-    def _unsized(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
-        idx = self.first_batch_idx
-        ahead = fetch()
+    def _looking_ahead(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
+        idx, end = self.first_batch_idx, self.num_batches
+        ahead = fetch() if idx < end else _END
         while ahead is not _END:
-            batch, ahead = ahead, fetch()
+            batch, ahead = ahead, fetch() if idx + 1 < end else _END
             self.is_last = ahead is _END
             yield self.transfer(batch, 0), idx, 0
             idx += 1
+        self._compare({0: idx})
 
     def _combined(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
-        given, unsized = self.first_batch_idx, self.num_batches == inf
-        ahead: Any = fetch() if unsized else None
-        while given < self.num_batches:
-            item = ahead if unsized else fetch()
+        given, end, in_turn = self.first_batch_idx, self.num_batches, self.loaders.mode == "sequential"
+        counts = dict.fromkeys(range(len(self.loaders.flattened)), 0) if in_turn else {0: given}
+        ahead: Any = _END if self.counted or given >= end else fetch()
+        while given < end:
+            item = fetch() if self.counted else ahead
             if item is _END:
-                return
-            ahead = fetch() if unsized else None
-            batch, batch_idx, dataloader_idx = item
+                break
             given += 1
-            self.is_last = given >= self.num_batches or ahead is _END
-            if self.loaders.mode != "sequential":
+            if not self.counted:
+                ahead = fetch() if given < end else _END
+            batch, batch_idx, dataloader_idx = item
+            counts[dataloader_idx] += 1
+            self.is_last = given >= end or (not self.counted and ahead is _END)
+            if not in_turn:
                 batch_idx = given - 1
             yield self.transfer(batch, dataloader_idx), batch_idx, dataloader_idx
+        self._compare(counts)
+
+    def _compare(self, counts: dict[int, int]) -> None:
+        """Notes the loaders that gave fewer batches than they promised, or none."""
+        promised = self.loaders.lengths() if len(counts) > 1 else [self.num_batches]
+        for (at, given), expected in zip(counts.items(), promised):
+            if given < expected and (expected < inf or not given):
+                self.short[at] = (given, expected)
 
     @property
     def ahead(self) -> int:
         """How many batches are read before they are asked for."""
-        return int(self.num_batches == inf)
+        return int(not self.counted)
 
     def taken(self, done: int, in_batch: bool) -> int:
         """How many batches were given to so many finished steps; the one that runs does not count."""
@@ -129,19 +153,21 @@ class SharedFeed(Feed):
     batch that is out. Where all lengths are known, nothing is exchanged to know it.
 
     Arguments:
-        counts: batches of each process.
-        ask: how many processes say yes, asked by all of them at every batch if a length is not known.
+        counts: batches of each process; infinite where that is not certain.
+        ask: how many processes say yes, asked by all of them at every batch if a length is not certain.
     """
 
     def __init__(
         self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None, counts: list[int | float],
         ask: Callable[[bool], int],
     ) -> None:  # fmt: skip
-        super().__init__(loaders, transfer, profile)
+        super().__init__(loaders, transfer, profile, counted=inf not in counts)
         self.counts, self.ask = counts, ask
         self.idle, self.present = False, len(counts)
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
+        if self._over:
+            return
         source, idx = super().__iter__(), self.first_batch_idx
         item, kept = next(source, None), None
         self.present = self._having(idx, item is not None)
@@ -154,7 +180,7 @@ class SharedFeed(Feed):
             elif kept is None:
                 kept = self._any_batch()
             yield kept, idx, 0
-            item, idx, self.present = next(source, None) if more else None, idx + 1, following
+            item, idx, self.present = next(source, None), idx + 1, following
 
     def _having(self, idx: int, here: bool) -> int:
         """How many processes have a batch of this index."""

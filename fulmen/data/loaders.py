@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
@@ -34,6 +43,26 @@ def length_of(loader: Any) -> int | float:
     if not math.isinf(length) and isinstance(getattr(loader, "dataset", None), IterableDataset):
         rank_zero_warn("The `__len__` of an `IterableDataset` is wrong if several workers do not share out the data.")
     return length
+
+
+# What gives exactly as many indices as it says.
+_COUNTED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+
+
+def length_is_certain(part: Any) -> bool:
+    """Do a loader's parts, or those of a sampler, leave no doubt that it gives as many batches as `len()` says?
+
+    `len()` of an `IterableDataset`, of a sampler or of a loader of one's own is a promise that nobody checks.
+    """
+    if isinstance(part, DataLoader):
+        own = type(part).__iter__ is not DataLoader.__iter__ or type(part).__len__ is not DataLoader.__len__
+        order = part.sampler if part.batch_sampler is None else part.batch_sampler
+        return not own and reads_indices(part) and length_is_certain(order)
+    if type(part) in (BatchSampler, IndexRecorder):
+        return length_is_certain(part.sampler if type(part) is BatchSampler else part.batch_sampler)
+    if isinstance(part, DistributedSampler) and "order" in vars(part):  # a process's part of another sampler
+        return length_is_certain(vars(part)["order"])
+    return type(part) in (*_COUNTED, list, tuple, range)
 
 
 def limit_batches(length: int | float, limit: int | float, *, name: str) -> int | float:

@@ -16,6 +16,7 @@ from fulmen.loops.exact import end_epoch, standing_in, sync_steps
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
+from fulmen.loops.shortfall import Shortfall
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
 from fulmen.utilities.rank_zero import warn_once
@@ -52,6 +53,7 @@ class EvaluationLoop:
         self.full: list[float] | None = None  # so many batches of each loader all processes have; None for one process
         self.loaded_at_epoch: int | None = None
         self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
+        self.shortfall = Shortfall()
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
 
     @property
@@ -78,6 +80,7 @@ class EvaluationLoop:
                 self.run_batch(batch, batch_idx, dataloader_idx)
                 if trainer.signals.pending is not None:
                     preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
+            self.shortfall.say(trainer.sources.get(self.kind).label, self.loaders, self.feed.short)
             return self.finish()
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
@@ -302,6 +305,7 @@ class EvaluationLoop:
 
     def teardown(self) -> None:
         self.frozen = None
+        self.shortfall = Shortfall()
         if self.feed is not None:
             self.feed.close()
 

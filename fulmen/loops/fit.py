@@ -19,6 +19,7 @@ from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetc
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
 from fulmen.loops.resume import Memory
+from fulmen.loops.shortfall import Shortfall
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
@@ -52,6 +53,8 @@ class FitLoop:
         self.given_loaders: Any = None
         self.num_batches: float = inf
         self.uneven = False  # may a process run out of batches before others do?
+        self.doubtful = False  # may an epoch have fewer batches than the loaders promise, in any process?
+        self.shortfall = Shortfall()
         self.hooks: HookPlan
         self.optimization: Optimization
         self.schedulers: Schedulers
@@ -59,6 +62,7 @@ class FitLoop:
         self.resumed = False  # the first epoch continues where a checkpoint was taken
         self.memory = Memory(self)  # what that checkpoint knows, and what the next one is told
         self.loaded_at_epoch: int | None = None
+        self.announced_epoch = -1  # the samplers know of
         self.validated_at = -1  # batches before the last validation
         self._validated_at_s = 0.0
         self._said_to_continue = False
@@ -69,6 +73,7 @@ class FitLoop:
         """All of training."""
         self.memory.starts.clear()
         self.memory.note_start()
+        self.shortfall = Shortfall()
         with isolate_rng():
             self.sanity_check()
         self.hooks = self.trainer.hooks
@@ -79,6 +84,9 @@ class FitLoop:
             self.memory.open_feed()
         configs = self.trainer.lr_scheduler_configs if self.trainer.lightning_module.automatic_optimization else []
         self.schedulers = Schedulers(configs, self.trainer.lightning_module.lr_scheduler_step)
+        if self.resumed:
+            kept = self.memory.content.get("schedulers")
+            self.schedulers.load_state(kept, self.trainer.optimizers, self.progress.steps)
         self.memory.finish_epoch()
         if self.resumed:  # what was logged shall be there to read if nothing is left to do
             self.memory.restore()
@@ -94,6 +102,7 @@ class FitLoop:
         self.memory.note_start()
         while not self.finished():
             self.run_epoch()
+        self.shortfall.after_training(self)
         self.hooks.on_train_end()
         preemption.conclude(self.trainer)
 
@@ -111,6 +120,7 @@ class FitLoop:
                 break
             self.progress.position = Position.IN_BATCH
         self.close_epoch()
+        self.shortfall.after_epoch(self)
 
     def run_batch(self, batch: Any, batch_idx: int) -> bool:
         """One batch. False when the module asked to skip the rest of the epoch."""
@@ -135,7 +145,7 @@ class FitLoop:
             self.trainer.book.hook = "lr_scheduler_step"  # nothing may be logged there
             stepped = self.optimization.stepped
             idle = self.optimization.idle() if stepped else ()
-            self.schedulers.after_batch(batch_idx + 1, progress.epochs + 1, stepped, progress.is_last_batch, idle)
+            self.schedulers.after_batch(progress.epochs + 1, stepped, progress.is_last_batch, idle)
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
         if book.shared:
@@ -200,16 +210,22 @@ class FitLoop:
         trainer.book.size_required = self.iterator_feed
         transfer = batch_transfer(trainer)
         profile = profiled_fetch(trainer, "[_TrainingEpochLoop].train_dataloader_next")
-        counts = trainer.strategy.exchange_objects(self.num_batches)
-        self.uneven = len(counts) > 1 and (len(set(counts)) > 1 or inf in counts)
+        counted = self.iterator_feed or all(map(loader_tools.length_is_certain, self.loaders.flattened))
+        told = trainer.strategy.exchange_objects((self.num_batches, counted))
+        counts = [promised for promised, _ in told]
+        self.doubtful = not all(certain for _, certain in told)
+        self.uneven = len(counts) > 1 and (len(set(counts)) > 1 or inf in counts or self.doubtful)
         if self.uneven:
             self.check_counts(counts)
             self.num_batches = max(counts)
-            self.feed = SharedFeed(self.loaders, transfer, profile, counts, lambda yes: votes(trainer, yes))
+            given = [promised if certain else inf for promised, certain in told]
+            self.feed = SharedFeed(self.loaders, transfer, profile, given, lambda yes: votes(trainer, yes))
+        elif self.iterator_feed:
+            self.feed = IteratorFeed(self.loaders, transfer, profile)
         else:
-            self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, transfer, profile)
-        for loader in self.loaders.flattened:
-            loader_tools.set_epoch(loader, self.progress.epochs)
+            self.feed = Feed(self.loaders, transfer, profile, counted)
+        loader_tools.set_epoch(self.loaders, self.progress.epochs)
+        self.announced_epoch = self.progress.epochs
         if self.resumed:
             self.memory.open_feed()
         else:  # what is opened once more when its epoch begins shall draw nothing here
@@ -297,9 +313,10 @@ class FitLoop:
         every = trainer.reload_dataloaders_every_n_epochs
         if every and self.loaded_at_epoch is not None and progress.epochs - self.loaded_at_epoch >= every:
             self.load_data()
-        assert self.feed is not None and self.loaders is not None
-        for loader in self.loaders.flattened:
-            loader_tools.set_epoch(loader, progress.epochs)
+        assert self.feed is not None
+        if self.announced_epoch != progress.epochs:
+            loader_tools.set_epoch(self.loaders, progress.epochs)
+            self.announced_epoch = progress.epochs
         self.hooks = trainer.compile_hooks()
         self.optimization.set_hooks(self.hooks)
         self.schedulers.open_epoch()
@@ -324,8 +341,8 @@ class FitLoop:
     def pick_up(self) -> None:
         """Continues inside an epoch, from the position the checkpoint was taken at."""
         progress, position, memory = self.progress, self.progress.position, self.memory
-        self.schedulers.open_epoch(progress.batch)
-        self.schedulers.load_state(memory.content.get("schedulers"), self.trainer.optimizers)
+        self.schedulers.open_epoch()
+        self.schedulers.load_state(memory.content.get("schedulers"), self.trainer.optimizers, progress.steps)
         memory.stop_if_told()
         if position != Position.IN_BATCH:
             progress.position = Position.BATCH_DONE
@@ -360,7 +377,7 @@ class FitLoop:
         """The loader gave None: no step, and of the hooks only `on_train_batch_end`."""
         rank_zero_warn("The training loader gave None instead of a batch: it is passed over.")
         progress, self.optimization.stepped = self.progress, False
-        self.schedulers.after_batch(0, progress.epochs + 1, stepped=False, is_last_batch=progress.is_last_batch)
+        self.schedulers.after_batch(progress.epochs + 1, stepped=False, is_last_batch=progress.is_last_batch)
         progress.finish_batch()
         self.hooks.on_train_batch_end(None, None, batch_idx)
         return True
@@ -368,7 +385,7 @@ class FitLoop:
     def skip_epoch(self) -> bool:
         """`on_train_batch_start` returned -1: this counts as the last batch of the epoch, without a step."""
         self.progress.is_last_batch = True
-        self.schedulers.after_batch(0, self.progress.epochs + 1, stepped=False, is_last_batch=True)
+        self.schedulers.after_batch(self.progress.epochs + 1, stepped=False, is_last_batch=True)
         return False
 
     def finish_batch(self) -> None:
@@ -378,7 +395,7 @@ class FitLoop:
             preemption.after_step(self)
         if self.optimization.stepped:
             if self.schedulers.any:
-                self.schedulers.watch("step", progress.batch, self.trainer.book)
+                self.schedulers.watch("step", progress.epochs + 1, self.trainer.book)
             progress.log_step += 1
 
     def stop_due(self) -> bool:
@@ -440,7 +457,11 @@ class FitLoop:
             return True
         if self.iterator_feed and progress.is_last_batch:
             return True
-        return progress.is_last_batch if every == inf else count % every == 0
+        if every == inf:
+            return progress.is_last_batch
+        # Of an epoch that is shorter than promised, the end stands for the rest of it.
+        missed = progress.is_last_batch and progress.batch < self.num_batches < inf and trainer.check_val_every_n_epoch
+        return count % every == 0 or bool(missed and self.num_batches // every > count // every)
 
     def validate(self) -> None:
         """A validation run in the middle of training; the position says so, for whoever resumes from here."""

@@ -40,7 +40,8 @@ def prepared_loaders(
         loader_tools.seed_workers(loader, trainer.global_rank)
         whole = loader = loader_tools.undropped(loader) if kind == "predict" else loader
         if place:
-            loader_tools.set_epoch(loader, trainer.current_epoch)
+            if not loader_tools.reads_indices(loader):  # what comes first is read here, to compare
+                loader_tools.set_epoch(loader, trainer.current_epoch)
             loader = shards.sharded(loader, **place, padded=kind == "train", seed=seeds[index])
             loader = shards.striped(loader, **place, exchange=strategy.exchange_objects)
         total = sized(whole) if loader is not whole and kind != "train" else inf

@@ -270,7 +270,7 @@ class Memory:
             if name in parts:
                 state = merged_metric(parts[name], state) if isinstance(state, list) else state
                 load_metric_state(parts[name], state)
-        loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers)
+        loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers, loop.progress.steps)
 
     def stop_if_told(self) -> None:
         """`EarlyStopping` had decided. Whoever else asked the run to stop wants it to go on now."""

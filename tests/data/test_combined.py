@@ -8,7 +8,7 @@ from collections import OrderedDict, defaultdict, namedtuple
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from fulmen.data.combined import CombinedLoader
 
@@ -35,6 +35,21 @@ class Letters:
 class Sized(Letters):
     def __len__(self):
         return self.size
+
+
+class Nothing(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class Shrinking:
+    """Gives three batches, then two, then one."""
+
+    size = 4
+
+    def __iter__(self):
+        self.size -= 1
+        return iter(range(self.size))
 
 
 class Stateful(Sized):
@@ -97,8 +112,22 @@ def test_shortest_mode_stops_reading_with_the_first_exhausted_loader():
 def test_empty_loaders(mode):
     assert list(CombinedLoader([[], []], mode)) == []
     found = list(CombinedLoader([Sized("a", 0), Sized("b", 2)], mode))
-    expected = {"max_size": [([None, "b0"], 0, 0), ([None, "b1"], 1, 0)], "sequential": [("b0", 0, 1), ("b1", 1, 1)]}
+    padded = [([None, "b0"], 0, 0), ([None, "b1"], 1, 0)]
+    expected = {"max_size": padded, "max_size_cycle": padded, "sequential": [("b0", 0, 1), ("b1", 1, 1)]}
     assert found == expected.get(mode, [])
+
+
+def test_a_source_that_cannot_begin_again_is_named():
+    for used_up in ((number for number in range(2)), DataLoader(Nothing(), batch_size=1)):
+        combined = iter(CombinedLoader({"a": range(4), "b": used_up}, "max_size_cycle"))
+        with pytest.raises(RuntimeError, match=rf"source 1, a `{type(used_up).__name__}`.*used up"):
+            list(combined)
+
+
+def test_a_source_that_is_shorter_when_it_begins_again_is_read_as_often_as_it_takes():
+    found = list(CombinedLoader([range(6), Shrinking()], "max_size_cycle"))
+    assert [batch[1] for batch, *_ in found] == [0, 1, 2, 0, 1, 0]
+    assert [batch[0] for batch, *_ in found] == list(range(6))
 
 
 @pytest.mark.parametrize(("mode", "total"), list(zip(MODES, (1, 2, 2, 3))))

@@ -552,25 +552,82 @@ def test_schedulers_step_once_per_epoch_by_default():
     assert rates == [1.0] * 4 + [0.5] * 4 + [0.25] * 4
 
 
+def stepped_every(frequency, **more):
+    def configure(self, opt):
+        settings = {"scheduler": halving(opt), "interval": "step", "frequency": frequency}
+        return {"optimizer": opt, "lr_scheduler": {**settings, **more}}
+
+    return configure
+
+
 @pytest.mark.parametrize(
     ("frequency", "arguments", "expected"),
     [
         (1, {}, [1.0, 0.5, 0.25, 0.125]),
-        (2, {}, [1.0, 1.0, 0.5, 0.5]),
         (3, {}, [1.0, 1.0, 1.0, 0.5]),
-        (2, {"accumulate_grad_batches": 2}, [1.0, 1.0, 0.5, 0.5]),
-        # a frequency counts batches of the epoch, and is looked at only where there was a step
-        (3, {"accumulate_grad_batches": 2}, [1.0, 1.0, 1.0, 1.0]),
+        (3, {"max_epochs": 2}, [1.0] * 3 + [0.5] * 3 + [0.25] * 2),  # over the ends of epochs
+        (6, {"max_epochs": 2}, [1.0] * 6 + [0.5] * 2),  # more than an epoch has
+        (2, {"accumulate_grad_batches": 2, "max_epochs": 2}, [1.0] * 4 + [0.5] * 4),  # steps, not batches
+        (3, {"accumulate_grad_batches": 3, "max_epochs": 2}, [1.0] * 7 + [0.5]),  # two steps per epoch
     ],
 )
-def test_the_frequency_of_step_schedulers_counts_batches_of_the_epoch(frequency, arguments, expected):
-    def configure(self, opt):
-        return {
-            "optimizer": opt,
-            "lr_scheduler": {"scheduler": halving(opt), "interval": "step", "frequency": frequency},
-        }
+def test_the_frequency_of_step_schedulers_counts_optimizer_steps_of_the_run(frequency, arguments, expected):
+    assert learning_rates(stepped_every(frequency), **arguments) == expected
 
-    assert learning_rates(configure, **arguments) == expected
+
+def test_the_frequency_of_each_scheduler_counts_the_steps_of_its_own_optimizer():
+    rates = []
+
+    class Two(Regression):
+        def training_step(self, batch, batch_idx):
+            rates.append([o.param_groups[0]["lr"] for o in self.optimizers()])
+            yield self.loss(batch)
+            yield self.loss(batch) if batch_idx % 2 else None
+
+        def configure_optimizers(self):
+            optimizers = [torch.optim.SGD([p], lr=1.0) for p in self.parameters()]
+            every = [{"scheduler": halving(o), "interval": "step", "frequency": 2} for o in optimizers]
+            return optimizers, every
+
+    make_trainer(max_epochs=2, limit_val_batches=0).fit(Two(), make_loader(16))
+    assert [first for first, _ in rates] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert [second for _, second in rates] == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]
+
+
+def test_a_plateau_that_is_watched_per_step_counts_steps_of_the_run():
+    def configure(self, opt):
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(opt, factor=0.5, patience=0)
+        watched = {"scheduler": plateau, "monitor": "flat_step", "interval": "step", "frequency": 3}
+        return {"optimizer": opt, "lr_scheduler": watched}
+
+    assert learning_rates(configure, max_epochs=3) == [1.0] * 6 + [0.5] * 3 + [0.25] * 3
+
+
+def test_a_resumed_run_counts_the_steps_of_the_run_before(tmp_path):
+    """Saved inside and between epochs of four steps; also if the file has no chapter of ours."""
+
+    class Model(Regression):
+        def training_step(self, batch, batch_idx):
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+            return 0 * self.loss(batch)
+
+        def configure_optimizers(self):
+            return stepped_every(3)(self, torch.optim.SGD(self.parameters(), lr=1.0))
+
+    def rates_of(path=None, **arguments):
+        model = Model()
+        model.rates = []
+        make_trainer(limit_val_batches=0, max_epochs=3, **arguments).fit(model, make_loader(16), ckpt_path=path)
+        return model.rates
+
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = rates_of(callbacks=[saver], enable_checkpointing=True)
+    for step in (1, 3, 4, 5, 8):
+        ours, foreign = tmp_path / f"step={step}.ckpt", tmp_path / "foreign.ckpt"
+        content = torch.load(ours, weights_only=True)
+        del content["fulmen"]
+        torch.save(content, foreign)
+        assert rates_of(ours) == rates_of(foreign) == whole[step:], step
 
 
 def test_the_frequency_of_epoch_schedulers_counts_epochs():

@@ -82,17 +82,17 @@ class Net(pl.LightningModule):
 
 
 def by_hand(net, interval, frequency, window):
-    """A step per window; the scheduler follows the batches whose step was made, or the epochs in which one was."""
-    scaler, rates, number = new_scaler(), [], 0
+    """A step per window; the scheduler follows the steps that were made in the whole run, or the epochs with one."""
+    scaler, rates, number, in_steps = new_scaler(), [], 0, 0
     parts = net.configure_optimizers()
     optimizer, scheduler = parts["optimizer"], parts["lr_scheduler"]["scheduler"]
     for _ in range(EPOCHS):
-        in_steps, pending, moved = 0, 0, False
+        moved = False
         for index, batch in enumerate(make_loader(4 * BATCHES)):
             size = min(window, BATCHES - index // window * window)
             with torch.autocast("cpu", torch.float16, cache_enabled=False):
                 loss = net.loss(batch, number)
-            number, pending = number + 1, pending + 1
+            number += 1
             if index % window == 0:
                 optimizer.zero_grad()
             scaler.scale(loss / size if window > 1 else loss).backward()
@@ -102,10 +102,9 @@ def by_hand(net, interval, frequency, window):
                 scaler.step(optimizer)
                 scaler.update()
                 if not found:
-                    moved, in_steps = True, in_steps + pending
+                    moved, in_steps = True, in_steps + 1
                     if interval == "step" and in_steps % frequency == 0:
                         scheduler.step()
-                pending = 0
             if interval == "epoch" and index + 1 == BATCHES and moved:
                 scheduler.step()
             rates.append(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,77 @@
+"""Loaders that gave fewer batches than they promised, or none: said once, and an error where nothing can be trained."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from fulmen.utilities.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from fulmen.loops.fit import FitLoop
+
+
+class Shortfall:
+    """What was said in one run about loaders that gave too few batches, and how many epochs had none."""
+
+    def __init__(self) -> None:
+        self.said: set[tuple[int, bool]] = set()  # index of the loader, and whether it gave any batch
+        self.empty_epochs = 0  # in a row
+
+    def after_epoch(self, loop: FitLoop) -> None:
+        """All processes call this together where one of them may have fewer batches than promised.
+
+        Raises:
+            MisconfigurationException: if epochs without a batch would follow each other for ever.
+        """
+        trainer, short = loop.trainer, loop.feed.short  # type: ignore[union-attr]
+        told = trainer.strategy.exchange_objects(short) if loop.uneven and loop.doubtful else [short]
+        for rank, of_rank in enumerate(told) if trainer.is_global_zero else ():
+            self.say(trainer.sources.get("train").label, loop.loaders, of_rank, rank if len(told) > 1 else None)
+        empty = any(not given for of_rank in told for given, _ in of_rank.values()) and not loop.progress.batch
+        self.empty_epochs = self.empty_epochs + 1 if empty else 0
+        if self.empty_epochs > 1 and loop.max_epochs == -1:
+            self.refuse(loop, f"in {self.empty_epochs} epochs in a row")
+
+    def after_training(self, loop: FitLoop) -> None:
+        """Refuses a run in which nothing was trained.
+
+        Raises:
+            MisconfigurationException: if no epoch had a batch.
+        """
+        if self.empty_epochs and not loop.progress.batches:
+            self.refuse(loop, "in any epoch: nothing was trained")
+
+    def refuse(self, loop: FitLoop, when: str) -> None:
+        label = loop.trainer.sources.get("train").label
+        what = f"No training batches: the loaders given by {label} gave none {when}."
+        why = "Their data is empty, or used up: a generator or an iterator can be read only once."
+        fix = "Give a `DataLoader`, or an iterable whose `__iter__` begins anew."
+        raise MisconfigurationException(f"{what} {why} {fix}")
+
+    def say(self, label: str, loaders: Any, short: dict[int, tuple[int, float]], rank: int | None = None) -> None:
+        """Names the loaders that are `short`, once each.
+
+        Arguments:
+            label: names the hook or argument that the loaders come from.
+            short: by index of the loader, the batches it gave and those it promised.
+            rank: of the process they are in, where there are several.
+        """
+        several = len(loaders.flattened) > 1
+        for index, (given, promised) in short.items():
+            if (index, given > 0) in self.said:
+                continue
+            self.said.add((index, given > 0))
+            loader = loaders if several and loaders.mode != "sequential" else loaders.flattened[index]
+            data = getattr(loader, "dataset", loader)
+            name = f"`{type(loader).__name__}`" + (f" over `{type(data).__name__}`" if data is not loader else "")
+            name += f" (number {index})" if several and loader is not loaders else ""
+            name += f" on rank {rank}" if rank is not None else ""
+            if not given:
+                what = f"No batches: the {name}, given by {label}, gave none."
+                warnings.warn(f"{what} Its data may be used up (a generator can be read once), or empty.", stacklevel=2)
+                continue
+            what = f"The {name}, given by {label}, promised {promised} batches with `len()` and gave {given}."
+            why = "It is over after the last one, whatever `len()` says."
+            fix = "Correct `__len__`: what is planned by it (bars, schedules, fractions of an epoch) is off otherwise."
+            warnings.warn(f"{what} {why} {fix}", stacklevel=2)
