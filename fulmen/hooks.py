@@ -82,10 +82,26 @@ LOG_RULES: dict[str, LogRule | None] = {
     **dict.fromkeys(("validation_step", "test_step"), EVALUATION),
 }
 
-# Hooks of 1.x that would silently never be called; defining one is an error that names the successor.
+# Hooks of 1.x that would silently never be called, and their successors.
 REMOVED_HOOKS: dict[str, str] = {
-    f"{stage}_epoch_end": f"on_{hook}_epoch_end"
+    f"{stage}_{old}": f"on_{hook}_{new}"
     for stage, hook in (("training", "train"), ("validation", "validation"), ("test", "test"), ("predict", "predict"))
+    for old, new in (("epoch_end", "epoch_end"), ("step_end", "batch_end"))
+} | {
+    "configure_sharded_model": "configure_model",
+    "on_before_accelerator_backend_setup": "setup",
+    "on_configure_sharded_model": "setup",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+    "on_epoch_start": "on_train_epoch_start",
+    "on_epoch_end": "on_train_epoch_end",
+    "on_hpc_load": "on_load_checkpoint",
+    "on_hpc_save": "on_save_checkpoint",
+    "on_init_start": "setup",
+    "on_init_end": "setup",
+    "on_keyboard_interrupt": "on_exception",
+    "on_pretrain_routine_start": "on_fit_start",
+    "on_pretrain_routine_end": "on_fit_start",
 }
 
 

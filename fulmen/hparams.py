@@ -94,6 +94,16 @@ class HyperparametersMixin:
         return _copied(self.__dict__.get("_hparams_initial", AttributeDict()))
 
 
+def save_hyperparameters(
+    obj: Any, *args: Any, ignore: Iterable[str] | str | None = None, frame: FrameType | None = None,
+    given_hparams: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """`HyperparametersMixin.save_hyperparameters` as a function; ``given_hparams`` are kept as they are."""
+    given = args if given_hparams is None else (dict(given_hparams),)
+    frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+    HyperparametersMixin.save_hyperparameters(obj, *given, ignore=ignore, frame=frame)
+
+
 def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     """The arguments of all constructors of `obj` that are running in `frame` and its callers."""
     found: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fulmen.hooks import LOG_RULES, LogRule
 from fulmen.utilities.collections import extract_batch_size
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
 from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
@@ -185,6 +185,8 @@ class MetricEntry(Entry):
             self.metric = value
         if self.on_step:
             self.newest = value._forward_cache
+            if type(self.newest) is not Tensor or self.newest.dim():
+                self._check("forward", self.newest)
         self.empty = False
 
     def freeze(self) -> None:
@@ -194,14 +196,35 @@ class MetricEntry(Entry):
             self.metric.reset()
 
     def epoch_value(self) -> Any:
-        value = self.metric.compute()
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"`compute()` of the metric logged as `{self.callback_name}` returned {type(value).__name__}. "
-                "Only a tensor with one element can be logged. "
-                "Log its parts one by one, or override `compute` to return a tensor."
-            )
+        never = not any(metric._update_count for metric in metrics_in(self.metric))
+        what = f"The metric logged as `{self.callback_name}`, a {type(self.metric).__name__}, was never updated"
+        fix = "Call `update(...)`, or the metric itself, on each batch."
+        if never:
+            warn_once(f"{what} since its last reset, so its value means nothing. {fix}")
+        try:
+            value = self.metric.compute()
+        except Exception as error:
+            if never:
+                raise ValueError(f"{what}, and its `compute()` fails without data: {error} {fix}") from error
+            raise
+        self._check(".compute()", value)
         return value
+
+    def _check(self, source: str, value: Any) -> None:
+        """Refuses what a metric gives if it is not one number."""
+        name, kind = self.callback_name, type(self.metric).__name__
+        if value is None:
+            what = f"`self.log('{name}', ...)` with `on_step=True`: the {kind} has no value of this step, because only"
+            warn_once(
+                f"{what} `update` was called. Call the metric itself, or log with `on_step=False, on_epoch=True`."
+            )
+        elif not isinstance(value, Tensor) or value.numel() != 1:
+            shape = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"The `{source}` return of the metric logged as `{name}`, a {kind}, must be one number for `self.log`, "
+                f"but it is a {shape}. In an epoch hook, log the parts of `metric.compute()` by `self.log_dict`, or show "
+                "the whole by `self.logger.experiment`, and call `metric.reset()`."
+            )
 
 
 KINDS: dict[Any, type[Entry]] = {
@@ -237,7 +260,7 @@ class Page:
             if self.epoch_over and entry.on_epoch:
                 value = entry.epoch_value() if entry.final is None else entry.final
                 found.append((entry, entry.epoch_name, value))
-            elif not self.epoch_over and entry.on_step:
+            elif not self.epoch_over and entry.on_step and entry.newest is not None:
                 found.append((entry, entry.step_name, entry.newest))
         return [(entry, name, value) for entry, name, value in found if value is not None]
 
@@ -639,9 +662,9 @@ def _check_value(name: str, value: Any) -> None:
                 f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. Only one number can be "
                 f"logged under one name. Reduce it first, for example `self.log('{name}', value.mean())`."
             )
-    elif not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+    elif isinstance(value, type) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
         raise ValueError(
-            f"`self.log('{name}', ...)` received a {type(value).__name__}; {type(value).__name__} values cannot be "
+            f"`self.log('{name}', ...)` received {describe_received(value)}; {type(value).__name__} values cannot be "
             "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "
             "one with `self.log_dict`, or text with `self.logger.experiment`."
         )

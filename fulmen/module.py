@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from fulmen.engine.precision import MixedPrecision
 from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.collections import apply_to_collection
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.modules import uncompiled
 from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import GradClipAlgorithmType
@@ -87,6 +88,13 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             _device=torch.device("cpu"), _dtype=torch.get_default_dtype(), _requires_grad_before_toggle={},
             _clipped_norms={},
         )  # fmt: skip
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        init = vars(cls).get("__init__")
+        # A constructor that names no other one has forgotten the base class, and what torch says then hides it.
+        if "__init__" not in getattr(getattr(init, "__code__", None), "co_names", ("__init__",)):
+            cls.__init__ = _explain_missing_init(cls, init)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ where it runs
 
@@ -294,7 +302,11 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         add_dataloader_idx: bool = True, batch_size: int | None = None, rank_zero_only: bool = False,
     ) -> None:  # fmt: skip
         """`log` for several names at once: a mapping, or a torchmetrics `MetricCollection`."""
-        items = dictionary.items()
+        try:
+            items = dictionary.items()
+        except (AttributeError, TypeError):
+            fix = "Pass a mapping from names to numbers, or a `MetricCollection`; of one metric, its computed values."
+            raise TypeError(f"`self.log_dict` received {describe_received(dictionary)}. {fix}") from None
         if hasattr(dictionary, "compute_groups"):
             # a MetricCollection: the members themselves, not copies, under their prefixed names
             items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
@@ -496,6 +508,28 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         # Compiled methods cannot be pickled, and would go on calling this module: the copy has those of its class.
         state = uncompiled(super().__getstate__())
         return {**state, "_trainer": None, "_book": None, "_requires_grad_before_toggle": {}, "_clipped_norms": {}}
+
+
+def missing_super_init(module: object) -> str:
+    """What is wrong with a module whose base constructor has not run."""
+    return f"`{type(module).__name__}.__init__` does not call `super().__init__()`. Make that its first line."
+
+
+def _explain_missing_init(cls: type, init: Any) -> Any:
+    """A constructor that says so when it did not reach that of `torch.nn.Module`."""
+
+    @wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except AttributeError as error:
+            if "_modules" in vars(self):
+                raise
+            raise AttributeError(missing_super_init(self)) from error
+        if type(self) is cls and "_modules" not in vars(self):
+            raise TypeError(missing_super_init(self))
+
+    return checked_init
 
 
 def _parameters(optimizer: Any) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from fulmen.loggers.csv_logs import CSVLogger
 from fulmen.loggers.logger import DummyLogger, Logger
 from fulmen.loggers.tensorboard import TensorBoardLogger
 from fulmen.profilers.profiler import PassThroughProfiler, Profiler
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
 from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     from fulmen.settings import Settings
@@ -45,11 +46,7 @@ def _entries(path: tuple[str, ...]) -> list[EntryPoint]:
 
 def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     """The user's callbacks and the default ones. The user's own list is left as it is."""
-    callbacks = [] if given is None else [given] if isinstance(given, Callback) else list(given)
-    for callback in callbacks:
-        if not isinstance(callback, Callback):
-            what = f"`Trainer(callbacks=...)` received {callback!r}, a {type(callback).__name__}."
-            raise MisconfigurationException(f"{what} Pass instances of `Callback`, not classes or strings.")
+    callbacks = as_callbacks(given, "Trainer(callbacks=...)")
     if _missing(callbacks, Checkpoint, settings, "enable_checkpointing"):
         callbacks.append(ModelCheckpoint())
     if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
@@ -61,7 +58,8 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
         callbacks.append(RichModelSummary() if available(*RICH) else ModelSummary())
     for entry in _entries(tuple(sys.path)):
-        made = entry.load()()
+        with isolate_rng():
+            made = entry.load()()
         new = [made] if isinstance(made, Callback) else list(made)
         callbacks.extend(new)
         rank_zero_info(f"The entry point {entry.name!r} brings {len(new)} callback(s).")
@@ -73,6 +71,17 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
             raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
         seen.add(callback.state_key)
     return in_order(callbacks)
+
+
+def as_callbacks(given: Any, source: str) -> list[Callback]:
+    """One callback, several or None as a new list; an error that names ``source`` for anything else."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    callbacks = [] if given is None else list(given) if several and not isinstance(given, Callback) else [given]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            what = f"`{source}` received {describe_received(callback)}."
+            raise MisconfigurationException(f"{what} Pass one or several instances of `Callback`.")
+    return callbacks
 
 
 def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings, switch: str) -> bool:
@@ -88,7 +97,7 @@ def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings
 
 def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Callback] | None) -> list[Callback]:
     """The trainer's callbacks with those of `configure_callbacks`, which replace the ones of the same class."""
-    new = [from_module] if isinstance(from_module, Callback) else list(from_module or [])
+    new = as_callbacks(from_module, "configure_callbacks()")
     if not new:
         return list(callbacks)
     kinds = {type(old) for old in callbacks if any(issubclass(type(n), type(old)) for n in new)} - {Callback}
@@ -123,7 +132,7 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
 
 def assemble_loggers(settings: Settings) -> list[Logger]:
     """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
-    given = settings.logger or []
+    given: Any = settings.logger or []
     if given is True:
         has_tensorboard = available("tensorboard") or available("tensorboardX")
         if not has_tensorboard:
@@ -131,7 +140,13 @@ def assemble_loggers(settings: Settings) -> list[Logger]:
             rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
         version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
         given = (TensorBoardLogger if has_tensorboard else CSVLogger)(settings.default_root_dir, version=version)
-    loggers = list(given) if isinstance(given, Iterable) and not isinstance(given, Logger) else [given]
+    several = isinstance(given, Iterable) and not isinstance(given, (Logger, str, bytes, Mapping, type))
+    loggers = list(given) if several else [given]
+    for logger in loggers:
+        if isinstance(logger, type) or not callable(getattr(logger, "log_metrics", None)):
+            what = f"`Trainer(logger=...)` received {describe_received(logger)}."
+            fix = "Pass True or False, or instances of loggers, such as `TensorBoardLogger(...)` or `CSVLogger(...)`."
+            raise TypeError(f"{what} {fix}")
     return [DummyLogger()] if settings.fast_dev_run and loggers else loggers
 
 
@@ -159,7 +174,7 @@ def assemble_profiler(given: Any) -> Profiler:
     if isinstance(given, Profiler):
         return given
     if not isinstance(given, str) or given.lower() not in PROFILERS:
-        what = f"`Trainer(profiler={given!r})` is not known.{suggestion(str(given), PROFILERS)}"
+        what = f"`Trainer(profiler=...)` received {describe_received(given)}.{suggestion(str(given), PROFILERS)}"
         fix = f"Use one of {list(PROFILERS)}, or a `Profiler`."
         raise MisconfigurationException(f"{what} {fix}")
     return getattr(profilers, f"{PROFILERS[given.lower()]}Profiler")()

@@ -34,7 +34,7 @@ from fulmen.loops.fit import FitLoop
 from fulmen.loops.loading import loaders_as_given
 from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.signals import Signals
-from fulmen.module import LightningModule
+from fulmen.module import LightningModule, missing_super_init
 from fulmen.optimizers import LightningOptimizer, read_optimizers
 from fulmen.run_parts import (
     arrange,
@@ -47,12 +47,13 @@ from fulmen.run_parts import (
 )
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.filesystem import is_remote
 from fulmen.utilities.introspection import alias, overridden
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from fulmen.utilities.seed import seed_everything  # noqa: F401  (imported from here by many scripts)
+from fulmen.utilities.seed import isolate_rng
+from fulmen.utilities.seed import seed_everything as seed_everything  # imported from here by many scripts
 from fulmen.utilities.types import RunningStage, TrainerFn, TrainerState, TrainerStatus
 
 if TYPE_CHECKING:
@@ -262,9 +263,18 @@ class Trainer:
             model = from_compiled(model)
         if not isinstance(model, LightningModule):
             raise TypeError(
-                f"`{name}()` requires a `LightningModule`, got: {type(model).__qualname__}. "
-                "Derive your model from `fulmen.LightningModule`."
+                f"`{name}()` requires a `LightningModule`, got: {describe_received(model)}. "
+                "Pass an instance of a class derived from `fulmen.LightningModule`."
             )
+        if "_modules" not in vars(model):
+            raise TypeError(missing_super_init(model))
+        if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+            raise TypeError(
+                f"`{name}(datamodule=...)` requires a `LightningDataModule`, got: {describe_received(datamodule)}. "
+                "Pass an instance of a class derived from `fulmen.LightningDataModule`."
+            )
+        if any(isinstance(loader, LightningDataModule) for loader in loaders.values()):
+            raise TypeError(f"`{name}` received a datamodule in place of loaders. Pass it as `datamodule=`.")
         if datamodule is not None and any(loader is not None for loader in loaders.values()):
             raise MisconfigurationException(
                 f"`{name}` received loaders and a datamodule at the same time. Pass one of the two."
@@ -386,7 +396,8 @@ class Trainer:
             self.strategy.setup(self)
             if fit:
                 self.hooks.on_fit_start()
-            send_hparams(self)
+            with isolate_rng():
+                send_hparams(self)
             if late:
                 snapshot.restore_model()
             snapshot.restore_training()
@@ -431,8 +442,9 @@ class Trainer:
         if self.datamodule is not None:
             self.datamodule.teardown(stage)
         self.hooks.teardown(stage)
-        for logger in self.loggers:
-            logger.finalize("success")
+        with isolate_rng():
+            for logger in self.loggers:
+                logger.finalize("success")
         self.profiler.describe()
         self.profiler.teardown(stage)
         self.state.status, self.state.stage = TrainerStatus.FINISHED, None
@@ -504,8 +516,9 @@ class Trainer:
             if owner is not None:
                 drop_unpicklable(owner)
         module.__dict__["_device"] = self.strategy.root_device
-        for logger in self.loggers:
-            _ = getattr(logger, "experiment", None)
+        with isolate_rng():
+            for logger in self.loggers:
+                _ = getattr(logger, "experiment", None)
         self._share_log_dir()
         self.strategy.barrier("pre_setup")
         if self.datamodule is not None:

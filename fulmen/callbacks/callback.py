@@ -24,6 +24,7 @@ class Callback:
 
     monitors: ClassVar[bool] = False  # looks at metrics: its `on_train_epoch_end` runs after the module's
     _changeable: ClassVar[str] = ""  # from this argument on, those in the state key may change when a run is resumed
+    only_shows: ClassVar[bool] = False  # draws on a screen, and must not change the random numbers of the run
     tunes: ClassVar[bool] = False  # runs trials at the start of a run, before all others
 
     @property

@@ -20,6 +20,8 @@ class ModelSummary(Callback):
     A depth of 1 shows the direct children, -1 everything, 0 switches the table off.
     """
 
+    only_shows = True
+
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
         self._max_depth, self._summarize_kwargs = max_depth, summarize_kwargs
 

@@ -29,6 +29,7 @@ SHORTEST_BAR = 8  # columns; where a line has no room for it, metrics stand on l
 class ProgressBar(Callback):
     """Base class for bars of your own: override the hooks in which you draw. Only the first process has a bar."""
 
+    only_shows = True
     is_enabled: Any = True
     _trainer: Trainer | None = None
     _current_eval_dataloader_idx: int | None = None

@@ -40,10 +40,10 @@ profilers.profiler: profilers.advanced profilers.base profilers.simple
 data.combined: utilities.combined_loader  data.loaders: utilities.data
 checkpoint.consolidate: utilities.consolidate_checkpoint
 checkpoint.upgrade: utilities.upgrade_checkpoint  checkpoint.migrate: utilities.migration utilities.migration.utils
-utilities.collections: utilities.data utilities.memory utilities.parsing
+utilities.collections: utilities.data utilities.parsing  utilities.arguments: utilities.parsing
 utilities.errors: utilities.exceptions utilities.warnings
 utilities.introspection: utilities.model_helpers utilities.signature_utils
-utilities.modules: utilities.compile utilities.grads utilities.memory utilities.parameter_tying utilities.parsing
+utilities.modules: utilities.compile utilities.grads utilities.parameter_tying utilities.parsing
 utilities.model_summary: utilities.model_summary.model_summary
 utilities.types: trainer.states utilities.enums
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
 from fulmen.utilities.modules import suggested_max_num_workers
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.seed import pl_worker_init_function
@@ -95,7 +95,7 @@ def check_iterable(loader: Any, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
     if isinstance(loader, (str, bytes, type)) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
         fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
-        raise TypeError(f"No batches can be read from {loader!r}, given by {label}. {fix}")
+        raise TypeError(f"No batches can be read from {describe_received(loader)}, given by {label}. {fix}")
 
 
 def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:

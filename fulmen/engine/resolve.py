@@ -21,7 +21,13 @@ from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecisi
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
 from fulmen.engine.transformer_engine import TransformerEnginePrecision
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, nearest, suggestion
+from fulmen.utilities.errors import (
+    MisconfigurationException,
+    PossibleUserWarning,
+    describe_received,
+    nearest,
+    suggestion,
+)
 from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -302,13 +308,13 @@ def announce(strategy: Strategy) -> None:
         rank_zero_warn(what, category=PossibleUserWarning)
 
 
-def _known(argument: str, value: Any, names: Sequence[str], kind: type = NoneType) -> Any:
+def _known(argument: str, value: Any, names: Sequence[str], kind: type) -> Any:
     """The value, which must be one of the names or an object of that kind."""
     if isinstance(value, kind) or (isinstance(value, str) and value in names):
         return value
-    or_else = "" if kind is NoneType else f", and no `{kind.__name__}` object"
-    known = f"{', '.join(map(repr, names))}{or_else}"
-    raise ValueError(f"`{argument}={value!r}` is none of {known}.{suggestion(str(value), names)}")
+    what = f"`{argument}` received {describe_received(value)}" if isinstance(value, type) else f"`{argument}={value!r}`"
+    known = f"{', '.join(map(repr, names))}, or an instance of `{kind.__name__}`"
+    raise ValueError(f"{what}; it must be one of {known}.{suggestion(str(value), names)}")
 
 
 def _by_kind(plugins: Any) -> dict[type, Any]:
@@ -316,7 +322,9 @@ def _by_kind(plugins: Any) -> dict[type, Any]:
     for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
         kind = next((kind for kind in PLUGINS if isinstance(plugin, kind)), None)
         if kind is None:
-            raise MCE(f"{plugin!r} is not a plugin. Pass an object of one of {', '.join(k.__name__ for k in PLUGINS)}.")
+            what = f"`plugins` received {describe_received(plugin)}; that" if isinstance(plugin, type) else repr(plugin)
+            kinds = ", ".join(kind.__name__ for kind in PLUGINS)
+            raise MCE(f"{what} is not a plugin. Pass an object of one of {kinds} in `plugins`.")
         if kind in found:
             raise MCE(f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one.")
         found[kind] = plugin

@@ -16,6 +16,7 @@ import torch
 
 from fulmen.utilities.filesystem import atomic_write, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_only
+from fulmen.utilities.seed import isolate_rng
 
 Params = dict[str, Any] | argparse.Namespace
 
@@ -112,7 +113,8 @@ class ExperimentLogger(Logger):
     def experiment(self) -> Any:
         """The library's own object, for everything this logger has no method for."""
         if self._experiment is None:
-            self._experiment = self._open()
+            with isolate_rng():  # clients draw names and ids
+                self._experiment = self._open()
         return self._experiment
 
     @abstractmethod

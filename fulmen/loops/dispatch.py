@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.hooks import HOOKS
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.introspection import is_overridden, overridden
+from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ class HookPlan:
         ) -> list[Callable[..., Any]]:
             """Those of the parties that implement the hook, timed if somebody profiles."""
             return [
-                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(getattr(party, name), *given))
+                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(_method(party, name), *given))
                 for party in parties
                 if overridden(party, name, base)
             ]
@@ -62,6 +63,13 @@ class HookPlan:
 
     def __getattr__(self, name: str) -> Any:  # only for type checkers: every hook of the table is an attribute
         raise AttributeError(name)
+
+
+def _method(party: Any, name: str) -> Callable[..., Any]:
+    """What is called: what only shows something leaves the random numbers of the run alone, also when it imports."""
+    method = getattr(party, name)
+    once_per_batch = "batch" in name
+    return isolate_rng()(method) if getattr(party, "only_shows", False) and not once_per_batch else method
 
 
 def _label(party: Any) -> str:

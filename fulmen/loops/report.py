@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from fulmen.utilities.optional import available
+from fulmen.utilities.seed import isolate_rng
 from fulmen.utilities.tables import rich_console, text_table
 
 _LOADER_SUFFIX = re.compile(r"/dataloader_idx_\d+$")
 
 
+@isolate_rng()  # it may import Rich
 def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
     """Prints a column per loader and a row per metric, with Rich if it is there; nothing when nothing was logged."""
     columns = result_columns(results, verb)

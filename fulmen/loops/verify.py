@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.timing import Timer
+from fulmen.datamodule import LightningDataModule
 from fulmen.hooks import REMOVED_HOOKS
 from fulmen.module import LightningModule
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
-from fulmen.utilities.introspection import overridden, parameters_of
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, is_one_letter_apart, nearest
+from fulmen.utilities.introspection import overridden, parameters_of, texts_compared_with
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
@@ -30,13 +32,13 @@ def configuration(trainer: Trainer) -> None:
     """Raises for a module, datamodule or combination of arguments that cannot run."""
     module, verb = trainer.lightning_module, trainer.state.fn
     assert verb is not None
-    for name, successor in REMOVED_HOOKS.items():
-        if callable(getattr(module, name, None)):
-            what = f"Support for `{name}` has been removed: `{type(module).__name__}.{name}` would never be called."
-            raise NotImplementedError(f"{what} Collect what you need in the step and use `{successor}(self)`.")
-    refuse_misspelt(module, LightningModule)
-    for callback in trainer.callbacks:
-        refuse_misspelt(callback, Callback)
+    for owner, base in (
+        (module, LightningModule),
+        (trainer.datamodule, LightningDataModule),
+        *((callback, Callback) for callback in trainer.callbacks),
+    ):
+        check_hook_names(owner, base)
+        check_stage_names(owner, base)
     kind, *signatures = NEEDED[verb.value]
     for signature in signatures:
         method = signature.partition("(")[0]
@@ -92,17 +94,70 @@ def _resolve_durations(trainer: Trainer) -> None:
         loop.min_epochs = 1 if loop.min_steps is not None else 0
 
 
-def refuse_misspelt(owner: Any, base: type) -> None:
-    """A method whose name is nearly a hook's, while that hook itself is not overridden, would never be called."""
-    known = {name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name, None))}
+def check_hook_names(owner: Any, base: type) -> None:
+    """Refuses, or warns of, a method that would never be called because its name is only nearly that of a hook."""
+    hooks = {name for name in dir(base) if _HOOK_NAME.fullmatch(name)}
+    by_usual_words = {_in_usual_words(hook): hook for hook in hooks}
     for cls in type(owner).__mro__:
-        if cls.__module__.startswith(("fulmen.", "torch")):
+        if cls.__module__.startswith(("fulmen.", "torch")) or cls is object:
             continue
         for name, member in vars(cls).items():
-            if name.startswith("_") or name in known or not callable(member) or isinstance(member, type):
+            if name.startswith("_") or name in hooks or not callable(member) or isinstance(member, type):
                 continue
-            for hook in get_close_matches(name, known, n=1, cutoff=0.9):
-                if not overridden(owner, hook, base):
-                    what = f"`{cls.__name__}.{name}` looks like a misspelt hook, and would never be called."
-                    fix = f"Did you mean `{hook}`? Rename it; if it is a method of your own, to something less alike."
-                    raise MisconfigurationException(f"{what} {fix}")
+            what = f"`{cls.__name__}.{name}` would never be called:"
+            successor = REMOVED_HOOKS.get(name)
+            refused_always = name.endswith("_epoch_end") and not name.startswith("on_")
+            if successor in hooks and (refused_always or not overridden(owner, str(successor), base)):
+                what = f"Support for `{name}` has been removed. {what} it is a hook of an older version."
+                raise NotImplementedError(f"{what} Use `{successor}`, and collect in the step what it needs.")
+            near = next((hook for hook in hooks if is_one_letter_apart(name, hook)), None)
+            if near is not None and not overridden(owner, near, base):
+                fix = f"Did you mean `{near}`? Rename it; if it is a method of your own, to something less alike."
+                raise MisconfigurationException(f"{what} it looks like a misspelt hook. {fix}")
+            near = by_usual_words.get(_in_usual_words(name)) or next(iter(get_close_matches(name, hooks, 1, 0.9)), None)
+            if near is not None and successor is None and not overridden(owner, near, base):
+                what = f"{what[:-1]} by the Trainer. Did you mean the hook `{near}`?"
+                rank_zero_warn(
+                    f"{what} If you call it yourself, ignore this, or give it a name less alike.",
+                    category=PossibleUserWarning,
+                )
+
+
+# What users may write in a module, datamodule or callback and the Trainer calls.
+_HOOK_NAME = re.compile(
+    r"(on|configure)_\w+|\w+_step|\w+_dataloader|setup|teardown|prepare_data|forward|backward|optimizer_zero_grad"
+    r"|transfer_batch_to_device|(load_)?state_dict"
+)
+_USUAL_WORDS = {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "begin": "start"}
+
+
+def _in_usual_words(name: str) -> str:
+    words = [_USUAL_WORDS.get(word, word) for word in name.split("_")]
+    return "_".join("batch" if word == "step" and words[0] == "on" else word for word in words)
+
+
+def check_stage_names(owner: Any, base: type) -> None:
+    """Warns of a `setup` or `teardown` that asks for a stage which there is not: it would silently do nothing."""
+    for hook in ("setup", "teardown"):
+        if not overridden(owner, hook, base):
+            continue
+        method = getattr(owner, hook)
+        names = [parameter.name for parameter in parameters_of(method)]
+        compared = texts_compared_with(method, names[-1] if names else "stage")
+        served = set().union(*compared)
+        for text in sorted(text for texts in compared if not texts & set(STAGES) for text in texts):
+            meant = _USUAL_STAGES.get(text.lower()) or nearest(text, STAGES)
+            if meant in served:  # both spellings are
+                continue
+            what = f"`{type(owner).__name__}.{hook}` compares `stage` with {text!r}, which it never is."
+            hint = f" Did you mean {meant!r}?" if meant else ""
+            rank_zero_warn(f"{what} It is one of {', '.join(map(repr, STAGES))}.{hint}", category=PossibleUserWarning)
+
+
+STAGES = tuple(NEEDED)
+_USUAL_STAGES = {
+    **dict.fromkeys(("train", "training", "trainer"), "fit"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "evaluate", "dev"), "validate"),
+    **dict.fromkeys(("testing", "evaluation"), "test"),
+    **dict.fromkeys(("prediction", "inference", "infer"), "predict"),
+}

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from fulmen.data.combined import CombinedLoader
     from fulmen.utilities.collections import AttributeDict, apply_to_collection, move_data_to_device
     from fulmen.utilities.errors import MisconfigurationException, disable_possible_user_warnings
-    from fulmen.utilities.modules import grad_norm, is_picklable, suggested_max_num_workers
+    from fulmen.utilities.modules import (
+        find_shared_parameters,
+        grad_norm,
+        is_picklable,
+        set_shared_parameters,
+        suggested_max_num_workers,
+    )
     from fulmen.utilities.rank_zero import (
         rank_zero_debug,
         rank_zero_deprecation,

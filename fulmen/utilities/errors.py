@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 
 class MisconfigurationException(Exception):
@@ -37,6 +39,19 @@ if os.environ.get("POSSIBLE_USER_WARNINGS", "").lower() in ("0", "off"):
     disable_possible_user_warnings()
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxother = _SHORT.maxstring = 80
+
+
+def describe_received(value: Any) -> str:
+    """How an error names a value of the wrong type; for a class, how an instance of it is made."""
+    if isinstance(value, type):
+        name = value.__name__
+        return f"the class `{name}` instead of an instance (pass `{name}(...)`, not `{name}`)"
+    text = " ".join(_SHORT.repr(value).split())
+    return f"{text}, {'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like ``name``, or None when nothing comes close."""
     by_lower = {choice.lower(): choice for choice in choices}
@@ -48,3 +63,16 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     """A sentence to append to an error about an unknown name (with its leading space), or an empty string."""
     found = nearest(name, choices)
     return f" Did you mean `{found}`?" if found else ""
+
+
+def is_one_letter_apart(name: str, other: str) -> bool:
+    """Is one of the two the other with a letter changed, added or left out, or with two neighbours swapped?"""
+    start = _shared_start(name, other)
+    name, other = name[start:], other[start:]
+    end = _shared_start(name[::-1], other[::-1])
+    name, other = name[: len(name) - end], other[: len(other) - end]
+    return name != other and (max(len(name), len(other)) == 1 or (len(name) == 2 and name == other[::-1]))
+
+
+def _shared_start(name: str, other: str) -> int:
+    return next((i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import math
@@ -73,3 +74,22 @@ def alias(path: str, doc: str) -> Any:
         return functools.reduce(getattr, parts, obj)
 
     return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)
+
+
+def texts_compared_with(function: Any, parameter: str) -> list[set[str]]:
+    """The constant texts that a function compares its parameter with: per comparison one, or those of an `in (...)`.
+
+    Read from the compiled code, because a function typed into an interpreter has no source.
+    """
+    code = getattr(inspect.unwrap(_plain_function(function)), "__code__", None)
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOP")] if code else []
+    if any(step.argval == parameter and step.opname.startswith("STORE") for step in steps):
+        return []  # it has another meaning from there on
+    found = []
+    for left, right, compare in zip(steps, steps[1:], steps[2:], strict=False):
+        loads_it = parameter in (left.argval, right.argval)
+        constants = [step.argval for step in (left, right) if step.opname == "LOAD_CONST"]
+        if loads_it and constants and compare.opname in ("COMPARE_OP", "CONTAINS_OP"):
+            values = constants[0] if isinstance(constants[0], (tuple, frozenset)) else constants
+            found.append({value for value in values if isinstance(value, str)})
+    return found

@@ -224,7 +224,7 @@ def totals(total: int, trainable: int, megabytes: float, modes: dict[str, int], 
         ("Trainable params", _short(trainable)),
         ("Non-trainable params", _short(total - trainable)),
         ("Total params", _short(total)),
-        ("Total estimated model params size (MB)", f"{megabytes:,.3f}"),
+        ("Total estimated model params size (MB)", get_formatted_model_size(megabytes)),
         ("Modules in train mode", str(modes["train"])),
         ("Modules in eval mode", str(modes["eval"])),
         ("Total Flops", _short(flops)),
@@ -239,3 +239,8 @@ def with_totals(columns: list[tuple[str, list[str]]], *numbers: Any) -> str:
 def summarize(lightning_module: nn.Module, max_depth: int = 1) -> ModelSummary:
     """The summary of a module; `ModelSummary` says what ``max_depth`` means."""
     return ModelSummary(lightning_module, max_depth=max_depth)
+
+
+def get_formatted_model_size(total_model_size: float) -> str:
+    """Megabytes with three decimals."""
+    return f"{total_model_size:,.3f}"

@@ -172,3 +172,21 @@ def uncompiled(state: dict[str, Any]) -> dict[str, Any]:
     context = state.get("_compiler_ctx", {"steps": (), "before": {}})
     kept = {key: value for key, value in state.items() if key not in (*context["steps"], "_compiler_ctx")}
     return {**kept, **context["before"]}
+
+
+def find_shared_parameters(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that stands at several places of a module, by parameter."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def set_shared_parameters(module: nn.Module, shared_params: list[list[str]]) -> nn.Module:
+    """Puts the first parameter of each list of names at the places of the others; returns the module."""
+    for first, *others in shared_params:
+        parameter = module.get_parameter(first)
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, parameter)
+    return module

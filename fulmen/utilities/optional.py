@@ -9,6 +9,8 @@ import importlib.util
 import re
 from types import ModuleType
 
+from fulmen.utilities.generators import isolate_rng
+
 
 def _distribution(package: str) -> str:
     """What is installed to have the package."""
@@ -39,4 +41,5 @@ def require(package: str, why: str, minimum: str = "") -> ModuleType:
         missing = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
         fix = f'Run `pip install "{_distribution(package)}{minimum}"`.'
         raise ModuleNotFoundError(f"{missing} installed. {fix}", name=package)
-    return importlib.import_module(package)
+    with isolate_rng():
+        return importlib.import_module(package)

@@ -7,12 +7,11 @@ import importlib
 import os
 import random
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fulmen.utilities.generators import isolate_rng as isolate_rng
 from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -113,13 +112,3 @@ def same_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Are these the same states of python, torch and numpy?"""
     pairs = [(a["torch"], b["torch"]), *zip(a["python"], b["python"]), *zip(a.get("numpy", ()), b.get("numpy", ()))]
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
-
-
-@contextmanager
-def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
-    """Random numbers drawn inside do not change those drawn afterwards."""
-    states = generator_states(include_cuda)
-    try:
-        yield
-    finally:
-        set_generator_states(states)

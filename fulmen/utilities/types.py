@@ -40,6 +40,16 @@ class GradClipAlgorithmType(LightningEnum):
     VALUE = "value"
     NORM = "norm"
 
+    @staticmethod
+    def supported_type(val: str) -> bool:
+        """Is it the value of a member?"""
+        return val in GradClipAlgorithmType.supported_types()
+
+    @staticmethod
+    def supported_types() -> list[str]:
+        """The values of all members."""
+        return [member.value for member in GradClipAlgorithmType]
+
 
 class TrainerStatus(LightningEnum):
     """Where the Trainer is between being made and being done."""
@@ -109,8 +119,18 @@ class LRSchedulerConfig:
     strict: bool = True
 
 
-# What `configure_optimizers` may give for a scheduler, with the keys of `LRSchedulerConfig`, and for an optimizer alone.
-LRSchedulerConfigType = dict[str, Any]
+class LRSchedulerConfigType(TypedDict, total=False):
+    """What `configure_optimizers` may give for a scheduler, with the keys of `LRSchedulerConfig`."""
+
+    scheduler: Any
+    name: str | None
+    interval: str
+    frequency: int
+    reduce_on_plateau: bool
+    monitor: str | None
+    strict: bool
+
+
 OptimizerConfig = dict[str, Any]
 
 
