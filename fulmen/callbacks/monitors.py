@@ -58,7 +58,8 @@ class LearningRateMonitor(Callback):
         self.last_momentum_values = {f"{name}-momentum": None for name in names}
         self.last_weight_decay_values = {f"{name}-weight_decay": None for name in names}
         if self.log_momentum and not all({"momentum", "betas"} & opt.defaults.keys() for _, opt, _ in self._watched):
-            rank_zero_warn("`log_momentum=True`: optimizers without momentum log 0.", category=RuntimeWarning)
+            what = "`log_momentum=True`, but some optimizers do not have momentum: for these 0 is logged."
+            rank_zero_warn(what, category=RuntimeWarning)
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self.logging_interval != "epoch" and _log_due(trainer):
@@ -93,8 +94,10 @@ class LearningRateMonitor(Callback):
 def _logs_stats(hook: str) -> Callable[..., None]:
     """The method of `DeviceStatsMonitor` for one hook."""
 
+    position = 3 if hook.endswith("_end") else 2  # of `batch_idx` in the arguments behind `trainer`
+
     def log(self: DeviceStatsMonitor, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if not _log_due(trainer):
+        if not _log_due(trainer, args[position]):
             return
         stats = [source.get_device_stats(trainer.strategy.root_device) for source in self._sources]
         prefix = f"{type(self).__qualname__}.{hook}/"
@@ -216,7 +219,7 @@ class ThroughputMonitor(Callback):
             self._paces["train"].batch_start = _mark(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
-                           *_: Any, **__: Any) -> None:  # fmt: skip
+                           batch_idx: int, *_: Any, **__: Any) -> None:  # fmt: skip
         every, training, stage = trainer.log_every_n_steps, trainer.training, trainer.stage.value
         if not trainer.loggers or every == 0 or trainer.sanity_checking:
             return
@@ -227,7 +230,7 @@ class ThroughputMonitor(Callback):
         pace.waiting.append((pace.batch_start, end, counts))
         pace.batch_start = end
         pace.num_batches += 1
-        if _log_due(trainer) and trainer.fit_loop.optimization.stepped if training else pace.num_batches % every == 0:
+        if _log_due(trainer, batch_idx) and (not training or trainer.fit_loop.optimization.stepped):
             metrics = pace.measure(getattr(pl_module, "flops_per_batch", None))
             metrics = {f"{stage}{pace.throughput.separator}{name}": value for name, value in metrics.items()}
             step = trainer.fit_loop.progress.log_step if training else pace.num_batches
@@ -315,14 +318,16 @@ class SpikeDetection(Callback):
 
 def _require_logger(callback: Callback, trainer: Trainer) -> None:
     if not trainer.loggers:
-        what = f"`{type(callback).__name__}` needs a logger."
-        raise MisconfigurationException(f"{what} Pass `Trainer(logger=True)` or a logger, or remove the callback.")
+        what = f"`{type(callback).__name__}` cannot be used with a `Trainer` that has no logger."
+        fix = "Pass a logger, or `Trainer(logger=True)` instead of `Trainer(logger=False)`, or remove the callback."
+        raise MisconfigurationException(f"{what} {fix}")
 
 
-def _log_due(trainer: Trainer) -> bool:
-    """Do the loggers get the values of the current training batch? During evaluation: of the one before it."""
+def _log_due(trainer: Trainer, batch_idx: int = 0) -> bool:
+    """Do the loggers get values of this batch? In training steps are counted, in evaluation batches of the loader."""
     every = trainer.log_every_n_steps
-    return every > 0 and (trainer.fit_loop.progress.log_step + 1) % every == 0
+    count = trainer.fit_loop.progress.log_step if trainer.training else batch_idx
+    return every > 0 and (count + 1) % every == 0 and not trainer.sanity_checking
 
 
 def _named_optimizers(trainer: Trainer) -> list[tuple[str, Optimizer, str | None]]:
@@ -347,6 +352,6 @@ def _group_names(base: str, optimizer: Optimizer) -> list[str]:
     names = [str(group.get("name", f"pg{number}")) for number, group in enumerate(groups, start=1)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        what = f"`LearningRateMonitor`: parameter groups of `{base}` have the same name: {repeated}."
+        what = f"`LearningRateMonitor`: `{base}` has duplicated parameter group names: {repeated}."
         raise MisconfigurationException(f"{what} Give every group of one optimizer another `name`, or none.")
     return [f"{base}/{name}" for name in names]

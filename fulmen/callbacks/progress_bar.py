@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.tables import encodable
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
@@ -338,9 +339,3 @@ def print_line(track: Track, metrics: dict[str, Any]) -> None:
     batches = track.done - min(track.first, 0)
     line = f"{track.name}: {', '.join([f'{batches} batches in {time}', f'{track.rate:.2f} it/s', *values])}"
     print(encodable(line, sys.stdout), flush=True)
-
-
-def encodable(text: str, stream: Any) -> str:
-    """The text with escapes for what a stream cannot encode: a name of a metric shall not end a run."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)

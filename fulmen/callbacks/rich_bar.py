@@ -14,11 +14,11 @@ from fulmen.callbacks.progress_bar import (
     SHORTEST_BAR,
     TerminalProgressBar,
     Track,
-    encodable,
     leaves_lines,
     wrap_items,
 )
 from fulmen.utilities.optional import require
+from fulmen.utilities.tables import encodable
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task

@@ -12,8 +12,9 @@ from math import inf
 from time import time
 from typing import Any
 
-from fulmen.callbacks.progress_bar import SHORTEST_BAR, TerminalProgressBar, Track, encodable, leaves_lines, wrap_items
+from fulmen.callbacks.progress_bar import SHORTEST_BAR, TerminalProgressBar, Track, leaves_lines, wrap_items
 from fulmen.utilities.optional import require
+from fulmen.utilities.tables import encodable
 
 
 @functools.cache

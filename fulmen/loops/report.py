@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from fulmen.utilities.optional import available
 from fulmen.utilities.seed import isolate_rng
-from fulmen.utilities.tables import rich_console, text_table
+from fulmen.utilities.tables import encodable, rich_console, text_table
 
 _LOADER_SUFFIX = re.compile(r"/dataloader_idx_\d+$")
 
@@ -19,19 +20,21 @@ def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
     if not columns[0][1]:
         return
     if not available("rich", ">=10.2.2"):
-        return print(text_table(columns))
+        return print(encodable(text_table(columns), sys.stdout))
     from rich.table import Table
 
     console = rich_console()
+    columns = [(header, [encodable(cell, console) for cell in cells]) for header, cells in columns]
     names, *loaders = columns
     name_width, *widths = (max(map(len, [header, *cells])) + 3 for header, cells in columns)
+    name_width = min(name_width, console.width - max(widths) - 1)
     while loaders:
         # As many loaders as fit beside the names; the others get a table of their own below.
         count = sum(name_width + sum(widths[: i + 1]) < console.width for i in range(len(widths))) or 1
         table = Table(header_style="bold magenta")
-        table.add_column(names[0], style="cyan", justify="center", no_wrap=True)
+        table.add_column(names[0], style="cyan", justify="center", overflow="fold")
         for header, _ in loaders[:count]:
-            table.add_column(header, style="magenta", justify="center")
+            table.add_column(header, style="magenta", justify="center", no_wrap=True)
         for row in zip(names[1], *(cells for _, cells in loaders[:count])):
             table.add_row(*row)
         console.print(table)

@@ -82,7 +82,7 @@ class Profiler(ABC):
         """The path of a file of this profiler, with everything in its name that tells it from others."""
         rank = None if self._local_rank is None else str(self._local_rank)
         name = "-".join(part for part in (self._stage, self.filename, rank, action_name) if part) + extension
-        name = re.sub(r'[/\\:*?"<>|]', "_", name)  # actions contain what file systems do not take
+        name = re.sub(r'[/\\:*?"<>|\x00-\x1f\x7f]+', "_", name)  # actions contain what file systems do not take
         return os.path.join(self.dirpath or "", name)
 
     def _report(self, sections: Mapping[str, str]) -> str:
@@ -133,12 +133,14 @@ class SimpleProfiler(Profiler):
 
     def start(self, action_name: str) -> None:
         if action_name in self.current_actions:
-            raise ValueError(f"The action `{action_name}` is already running. Stop it, or give this one another name.")
+            raise ValueError(f"The action `{action_name}` has already started. Stop it, or give this one another name.")
         self.current_actions[action_name] = time.monotonic()
 
     def stop(self, action_name: str) -> None:
         if action_name not in self.current_actions:
-            raise ValueError(f"The action `{action_name}` was stopped but never started. Call `start` before `stop`.")
+            raise ValueError(
+                f"The action `{action_name}` cannot stop: it was never started. Call `start` before `stop`."
+            )
         duration = time.monotonic() - self.current_actions.pop(action_name)
         self.recorded_durations.setdefault(action_name, array("d")).append(duration)
 
@@ -191,7 +193,9 @@ class AdvancedProfiler(Profiler):
 
     def stop(self, action_name: str) -> None:
         if action_name not in self._running:
-            raise ValueError(f"The action `{action_name}` was stopped but never started. Call `start` before `stop`.")
+            raise ValueError(
+                f"The action `{action_name}` cannot stop: it was never started. Call `start` before `stop`."
+            )
         self.profiled_actions[self._running[-1]].disable()
         # Usually the last one; actions that overlap without nesting may end in any order.
         del self._running[len(self._running) - 1 - self._running[::-1].index(action_name)]

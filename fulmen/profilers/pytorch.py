@@ -61,7 +61,7 @@ class PyTorchProfiler(Profiler):
         allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
         for key in set(table_kwargs or ()) - allowed:
             own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
-            raise KeyError(f"`table_kwargs` has the unknown key {key!r}.{own} Allowed are {sorted(allowed)}.")
+            raise KeyError(f"`table_kwargs` has the invalid key {key!r}.{own} Allowed are {sorted(allowed)}.")
         self._table_kwargs = {**(table_kwargs or {}), "row_limit": row_limit}
         self._export_to_flame_graph = profiler_kwargs.pop("export_to_flame_graph", False)
         self._metric = profiler_kwargs.pop("metric", "self_cpu_time_total")
@@ -69,7 +69,8 @@ class PyTorchProfiler(Profiler):
         default_schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
         schedule = profiler_kwargs.setdefault("schedule", default_schedule)
         if schedule is not None and not (callable(schedule) and isinstance(schedule(0), ProfilerAction)):
-            what = f"`{schedule=}` is no function that gives a `ProfilerAction` for a step."
+            got = repr(schedule(0)) if callable(schedule) else repr(schedule)
+            what = f"`schedule` must be a function that returns a `torch.profiler.ProfilerAction`, but this is {got}."
             raise MisconfigurationException(f"{what} Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`.")
         known_options = inspect.signature(torch.profiler.profile).parameters
         if unknown := sorted(set(profiler_kwargs) - set(known_options)):

@@ -61,7 +61,6 @@ class LayerSummary:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.layer_type = type(module).__name__
         # Script modules take no forward hooks.
         scripted = isinstance(module, torch.jit.ScriptModule)
         self._handle = None if scripted else module.register_forward_hook(self._remember_sizes, with_kwargs=True)
@@ -76,6 +75,10 @@ class LayerSummary:
         """Stop waiting for a forward pass."""
         if self._handle is not None:
             self._handle.remove()
+
+    @property
+    def layer_type(self) -> str:
+        return type(self._module).__name__  # asked after the forward pass, which changes that of a lazy layer
 
     @property
     def num_parameters(self) -> int:
@@ -115,10 +118,12 @@ class ModelSummary:
     def summarize(self) -> dict[str, LayerSummary]:
         """Look at the layers again; called by the constructor."""
         layers = {name: LayerSummary(module) for name, module in self.named_modules}
-        if self._has_example:
-            self._forward_example()
-        for layer in layers.values():
-            layer.detach_hook()
+        try:
+            if self._has_example:
+                self._forward_example()
+        finally:
+            for layer in layers.values():
+                layer.detach_hook()
         return layers
 
     def _forward_example(self) -> None:

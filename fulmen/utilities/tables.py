@@ -25,3 +25,9 @@ def rich_console() -> Any:
     if console.is_terminal or console.is_jupyter:
         return console
     return Console(file=sys.stdout, width=160)  # nobody can say how wide the page is
+
+
+def encodable(text: str, stream: Any) -> str:
+    """The text with escapes for what a stream cannot encode: a name of a metric shall not end a run."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -60,3 +60,16 @@ def test_many_loaders_stay_readable(with_rich, capsys):
 def test_nothing_is_printed_when_nothing_was_logged(with_rich, results, capsys):
     print_results(results, "test")
     assert capsys.readouterr().out == ""
+
+
+def test_values_stay_where_a_name_is_longer_than_the_terminal(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    monkeypatch.setattr("fulmen.loops.report.rich_console", lambda: Console(width=50))
+    name = "a_metric_with_a_name/that_is_longer/than_a_line_of_this_terminal_is"
+    print_results([{f"{name}/dataloader_idx_{i}": i + 0.125} for i in range(4)], "test")
+    text = capsys.readouterr().out
+    assert all(f"{i}.125" in text and f"DataLoader {i}" in text for i in range(4))
+    first = "".join(line.split("│")[1].strip() for line in text.splitlines()[3:7] if "│" in line)
+    assert first.startswith(name[:60])

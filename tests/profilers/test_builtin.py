@@ -116,14 +116,14 @@ def test_the_report_names_the_stage(tmp_path):
 
 @pytest.mark.parametrize("profiler_class", [SimpleProfiler, AdvancedProfiler])
 def test_stopping_what_was_never_started_is_an_error(profiler_class):
-    with pytest.raises(ValueError, match="`x` was stopped but never started"):
+    with pytest.raises(ValueError, match="`x` cannot stop: it was never started"):
         profiler_class().stop("x")
 
 
 def test_starting_twice_is_an_error():
     profiler = SimpleProfiler()
     profiler.start("x")
-    with pytest.raises(ValueError, match="`x` is already running"):
+    with pytest.raises(ValueError, match="`x` has already started"):
         profiler.start("x")
 
 
@@ -193,3 +193,16 @@ def test_profiles_can_be_dumped_for_other_tools(tmp_path):
     profiler.teardown("fit")
     assert profiler.profiled_actions == {}
     assert pickle.loads(pickle.dumps(profiler)).dump_stats
+
+
+@pytest.mark.parametrize("kind", [SimpleProfiler, AdvancedProfiler])
+@pytest.mark.parametrize(
+    ("name", "file"), [("a/b", "a_b"), ("x\n\t\x07\x1by", "x_y"), ('p:q*?"<>|r', "p_q_r"), ("..\\up", ".._up")]
+)
+def test_names_of_files_have_nothing_that_a_file_system_or_a_terminal_minds(tmp_path, kind, name, file):
+    profiler = kind(dirpath=tmp_path / "new" / "folder", filename=name)
+    profiler.setup("fit")
+    with profiler.profile("act"):
+        pass
+    profiler.describe()
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [f"fit-{file}.txt"]

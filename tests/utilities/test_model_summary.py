@@ -126,3 +126,17 @@ def test_a_layer_remembers_the_sizes_of_one_forward():
     lstm(torch.zeros(2, 32))
     lstm(torch.zeros(7, 32))
     assert layer.in_size == [2, 32] and layer.out_size == [[2, 3], [[1, 3], [1, 3]]]
+
+
+def test_a_lazy_layer_has_the_type_that_the_example_made_it():
+    model = nn.Sequential(nn.LazyLinear(3))
+    model.example_input_array = torch.ones(4, 2)
+    assert ModelSummary(model).layer_types == ["Linear"]
+
+
+def test_a_failing_example_leaves_no_hooks():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(9, 1))
+    model.example_input_array = torch.ones(4, 2)
+    with pytest.raises(RuntimeError, match="shape"):
+        ModelSummary(model)
+    assert not any(layer._forward_hooks for layer in model.modules())
