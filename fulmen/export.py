@@ -50,8 +50,7 @@ def to_torchscript(
     rank_zero_deprecation("`to_torchscript` is deprecated like TorchScript itself. Use `torch.export.export`.")
     if method not in ("script", "trace"):
         raise ValueError(f"`to_torchscript(method={method!r})` is not known. Use 'script' or 'trace'.")
-    # TorchScript reads every attribute, and `trainer` is an error while there is none.
-    with _evaluating(module, trainer=object()):
+    with _evaluating(module):
         if method == "script":
             converted = torch.jit.script(module, **kwargs)
         else:
@@ -78,17 +77,12 @@ def _inputs(module: LightningModule, given: Any, method: str, name: str = "input
 
 
 @contextmanager
-def _evaluating(module: LightningModule, trainer: Any = None) -> Iterator[None]:
-    """In eval mode and without gradients; `trainer` stands in where there is none."""
+def _evaluating(module: LightningModule) -> Iterator[None]:
+    """In eval mode and without gradients."""
     restore = capture_modes(module)
-    unattached = [child for child in module.modules() if getattr(child, "_trainer", child) is None]
-    for child in unattached:
-        child.__dict__["_trainer"] = trainer
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         restore()
-        for child in unattached:
-            child.__dict__["_trainer"] = None

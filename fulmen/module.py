@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -168,6 +169,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """
         trainer = self._trainer
         if trainer is None:
+            # TorchScript reads every attribute there is, and does not mean this one.
+            if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.jit", "torch._jit")):
+                return None  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`. It is from `trainer.fit(module)` on; "
                 "use `self._trainer` to ask without an error."
@@ -448,7 +452,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Only the parameters of this optimizer require gradients, until `untoggle_optimizer`."""
-        before: dict[Tensor, bool] = {}
+        before = dict(self._requires_grad_before_toggle)  # of another one, that is still toggled
         for other in self.optimizers(use_pl_optimizer=False) if len(self.trainer.optimizers) > 1 else ():
             for parameter in _parameters(other):
                 before.setdefault(parameter, parameter.requires_grad)

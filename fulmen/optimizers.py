@@ -11,6 +11,7 @@ from warnings import warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from fulmen.engine.precision import step_with_closure
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import alias, is_overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -51,6 +52,15 @@ class LightningOptimizer:
             raise AttributeError(name)
         return getattr(self._optimizer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Methods of the wrapped optimizer's class run on the wrapper, too, and what they write belongs to the optimizer.
+        own = name in ("_optimizer", "_run_step", "_module", "_sync_context") or hasattr(LightningOptimizer, name)
+        object.__setattr__(self if own else self._optimizer, name, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of the wrapped optimizer."""
+        self._optimizer.load_state_dict(state_dict)
+
     def __repr__(self) -> str:
         return f"Lightning{self._optimizer!r}"
 
@@ -67,7 +77,9 @@ class LightningOptimizer:
                 "Pass a function without arguments, or nothing."
             )
         if self._run_step is None:  # outside of a run: an ordinary step
-            return self._optimizer.step(closure, **kwargs) if closure is not None else self._optimizer.step(**kwargs)
+            if closure is None:
+                return self._optimizer.step(**kwargs)
+            return step_with_closure(self._optimizer, closure, **kwargs)
         return self._run_step(self._optimizer, closure, **kwargs)
 
     @contextmanager
@@ -131,6 +143,12 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
                 f"The optimizer {type(optimizer).__name__} of `configure_optimizers` has no parameters. Its steps "
                 "would change nothing. Create layers in `__init__` (or `configure_model`) and pass `self.parameters()`."
             )
+    known = {id(parameter) for parameter in module.parameters()}
+    if known and not any(id(p) in known for o in optimizers for group in o.param_groups for p in group["params"]):
+        rank_zero_warn(
+            f"None of the parameters in the optimizers of `configure_optimizers` belongs to `{type(module).__name__}`. "
+            "Its weights will not change. Pass `self.parameters()`."
+        )
     configs = [_scheduler_config(given, monitor, module.automatic_optimization) for given, monitor in schedulers]
     _check_schedulers(configs, optimizers, module)
     return optimizers, configs

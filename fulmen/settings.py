@@ -195,7 +195,8 @@ def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | Non
     if isinstance(interval, (str, timedelta, dict)):
         interval, seconds = 1.0, parse_duration(interval, "val_check_interval").total_seconds()
     interval = batches("val_check_interval", interval)
-    if interval == 0 and isinstance(interval, int):
+    trains = given["max_steps"] != 0 and given["max_epochs"] != 0
+    if interval == 0 and isinstance(interval, int) and trains and given["limit_val_batches"] != 0:
         fix = "Use `limit_val_batches=0` to switch validation off."
         raise MisconfigurationException(f"`val_check_interval=0` would validate every 0 batches. {fix}")
     if given["check_val_every_n_epoch"] is None and isinstance(interval, float) and interval < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from math import inf
 from typing import TYPE_CHECKING, Any, cast
@@ -375,7 +375,8 @@ class Trainer:
     def _run(self, loop: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
         """Everything around a loop, in order."""
         fit = self.state.fn == TrainerFn.FITTING
-        with self._lifecycle(loop):
+        # The caller may have switched gradients off: a generator that waits inside of `no_grad` does it, too.
+        with torch.inference_mode(False), torch.enable_grad(), self._lifecycle(loop):
             module = self.lightning_module
             self.strategy.connect(module)
             self._connect_callbacks()
@@ -469,19 +470,20 @@ class Trainer:
     def _tell(self, error: BaseException) -> None:
         """Of an exception, everybody who wants to know. The watchdog does it too."""
         self.book.hook = "on_exception"
-        try:
-            for callback in self.callbacks:
-                callback.on_exception(self, self.lightning_module, error)
+        with ExitStack() as told:  # also if one of them fails the others are told, and what was logged is written
+            for logger in reversed(self.loggers):
+                told.callback(logger.finalize, "finished" if self.signals.requeueing else "failed")
+            told.callback(self.strategy.on_exception, error)
             if self.datamodule is not None:
-                self.datamodule.on_exception(error)
-            self.strategy.on_exception(error)
-        finally:  # also if one of them fails, what was logged is written
-            for logger in self.loggers:
-                logger.finalize("finished" if self.signals.requeueing else "failed")
+                told.callback(self.datamodule.on_exception, error)
+            for callback in reversed(self.callbacks):
+                told.callback(callback.on_exception, self, self.lightning_module, error)
 
     def _close(self, loop: Any) -> None:
         self.strategy.teardown()
         loop.teardown()
+        if self.lightning_module is not None:
+            self.lightning_module.untoggle_optimizer(None)  # one that is toggled when the run breaks
         self.book.move_to_cpu()
         for optimizer in self.__dict__.pop("_lightning_optimizers", None) or ():
             optimizer._run_step = None

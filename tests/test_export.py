@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from support import Regression
 
 import fulmen as pl
 from fulmen.utilities.errors import LightningDeprecationWarning
@@ -126,3 +127,12 @@ def test_torchscript_refuses_what_it_cannot_do(net):
         net.to_torchscript(method="compile")
     with pytest.raises(ValueError, match="example_inputs"):
         net.to_torchscript(method="trace")
+
+
+def test_a_module_without_a_trainer_is_traced_scripted_and_drawn(tmp_path):
+    module, example = Regression().eval(), torch.ones(2, 4)
+    assert torch.equal(torch.jit.trace(module, example)(example), module(example))
+    pl.loggers.TensorBoardLogger(tmp_path, log_graph=True).log_graph(module, example)
+    assert list(tmp_path.rglob("events*"))
+    with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):
+        _ = module.trainer

@@ -242,3 +242,99 @@ def test_schedulers_built_on_the_wrapped_optimizer_count_its_steps(recwarn):
     """torch warns about schedulers stepped before the optimizer; here they are stepped after it."""
     trained(as_dict_of_dicts)
     assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
+
+
+class Plain(torch.optim.Optimizer):
+    """Gradient descent whose `step` is made in one of the ways that are found outside of `torch.optim`."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+        self.steps = 0
+
+    def descend(self):
+        self.steps += 1
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad)
+
+
+class WithoutClosure(Plain):
+    def step(self):
+        self.descend()
+
+
+class AnotherName(Plain):
+    def step(self, fn=None):
+        fn()
+        self.descend()
+
+
+class WithoutGradients(Plain):
+    @torch.no_grad()
+    def step(self, closure=None):
+        closure()
+        self.descend()
+
+
+class InInferenceMode(WithoutClosure):
+    @torch.no_grad()
+    def step(self, closure):
+        closure()
+        self.descend()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("kind", [WithoutClosure, AnotherName, WithoutGradients, InInferenceMode])
+@pytest.mark.parametrize("manual", [False, True])
+def test_steps_of_any_signature_are_those_of_sgd(kind, window, manual):
+    def weights(make):
+        class Model(Regression):
+            def training_step(self, batch, batch_idx):
+                loss = self.loss(batch)
+                if manual:
+                    optimizer = self.optimizers()
+                    optimizer.zero_grad()
+                    self.manual_backward(loss)
+                    optimizer.step()
+                return loss
+
+            def configure_optimizers(self):
+                return make(self.parameters())
+
+        torch.manual_seed(0)
+        model = Model()
+        model.automatic_optimization = not manual
+        trainer = make_trainer(limit_val_batches=0, accumulate_grad_batches=1 if manual else window)
+        trainer.fit(model, make_loader())
+        return model.layer.weight.detach()
+
+    expected = weights(lambda params: torch.optim.SGD(params, lr=0.1))
+    torch.testing.assert_close(weights(kind), expected, rtol=0, atol=1e-6)
+
+
+def test_what_a_method_writes_through_the_wrapper_belongs_to_the_optimizer():
+    class Model(Regression):
+        def on_train_epoch_end(self):
+            wrapped, raw = self.optimizers(), self.optimizers(use_pl_optimizer=False)
+            state = copy.deepcopy(wrapped.state_dict())
+            state["param_groups"][0]["lr"] = 0.5
+            wrapped.load_state_dict(state)
+            wrapped.steps = 7
+            assert wrapped.param_groups is raw.param_groups and raw.param_groups[0]["lr"] == 0.5 and raw.steps == 7
+            wrapped.descend()
+            assert wrapped.steps == raw.steps == 8
+
+        def configure_optimizers(self):
+            return WithoutClosure(self.parameters())
+
+    make_trainer(limit_val_batches=0).fit(Model(), make_loader())
+
+
+def test_an_optimizer_of_other_parameters_is_named():
+    class Model(Regression):
+        def configure_optimizers(self):
+            return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+    with pytest.warns(UserWarning, match="None of the parameters in the optimizers.*belongs to `Model`"):
+        make_trainer(limit_val_batches=0).fit(Model(), make_loader())

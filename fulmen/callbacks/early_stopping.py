@@ -31,7 +31,8 @@ class EarlyStopping(Callback):
     """Sets ``trainer.should_stop`` once ``monitor`` has not improved ``patience`` times in a row.
 
     It looks after every training epoch, or after every validation when that does not run once per epoch. Ranks stop
-    together as soon as one of them wants to. The trainer still completes ``min_epochs`` and ``min_steps``.
+    together as soon as one of them wants to. The trainer still completes ``min_epochs`` and ``min_steps``; if the value
+    has recovered until then, training continues.
 
     Args:
         min_delta: what counts as an improvement: a change by more than this.
@@ -67,6 +68,8 @@ class EarlyStopping(Callback):
         self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
+        self._asks = False  # for an end, as of the last check
+        self._switched = False  # did it set `trainer.should_stop`, and nobody before it?
 
     @property
     def state_key(self) -> str:
@@ -78,6 +81,7 @@ class EarlyStopping(Callback):
         return self.mode_dict[self.mode]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._asks = self._switched = False
         if self._given_check is None:
             once_per_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
             self._check_on_train_epoch_end = once_per_epoch and trainer.val_check_time_s is None
@@ -110,8 +114,21 @@ class EarlyStopping(Callback):
         if told and self.verbose and not (rank and self.log_rank_zero_only):
             log.info(rank_prefixed_message(told, None if self.log_rank_zero_only else rank))
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
+            self._asks, self._switched = True, self._switched or not trainer.should_stop
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
+        elif self._asks:
+            self._withdraw(trainer)
+
+    def _withdraw(self, trainer: Trainer) -> None:
+        """Training went on below `min_epochs` or `min_steps`, and there is no reason to stop any more."""
+        self._asks, self.stopped_epoch = False, 0
+        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
+        alike = trainer.early_stopping_callbacks
+        if any(callback._switched for callback in alike) and not any(callback._asks for callback in alike):
+            trainer.should_stop = False  # what nobody else asked for
+            for callback in alike:
+                callback._switched = False
 
     def still_stops(self, metrics: Mapping[str, Any]) -> bool:
         """Would the run that is resumed have ended by the arguments of today, too? If not, its end is taken back.
@@ -126,6 +143,7 @@ class EarlyStopping(Callback):
             stops = self.wait_count >= self.patience
         elif stops and value is not None:  # sync: once, as a run is resumed
             stops = self._judge_alone(torch.as_tensor(value).detach().cpu().squeeze())[0] is not none
+        self._asks = self._switched = stops
         if not stops:
             self.stopping_reason, self.stopping_reason_message, self.stopped_epoch = none, None, 0
         return stops

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,11 +13,11 @@ from torch import Tensor
 from fulmen.engine.rounding import step_in_float32, widened
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import num_positional, overridden, takes_argument
 from fulmen.utilities.modules import total_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from torch.nn import Module
     from torch.optim import Optimizer
@@ -26,6 +28,26 @@ _LBFGS = (
     "`precision='{}'`: LBFGS evaluates the loss several times inside its step, {}. "
     "Use 'bf16-mixed' or '32-true', or another optimizer."
 )
+
+
+@lru_cache(maxsize=32)
+def _way_of_the_closure(step: Any) -> str:
+    """How a `step` function takes its closure: "by name", "by position", or "not at all"."""
+    if takes_argument(step, "closure"):
+        return "by name"
+    return "by position" if num_positional(step) > 1 else "not at all"
+
+
+def step_with_closure(optimizer: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    """`optimizer.step(closure)`; where the optimizer takes none, the closure runs first."""
+    way = _way_of_the_closure(getattr(type(optimizer), "step", None) or optimizer.step)
+    if way == "by name":
+        return optimizer.step(closure=closure, **kwargs)
+    if way == "by position":
+        return optimizer.step(closure, **kwargs)
+    outcome = closure()
+    optimizer.step(**kwargs)
+    return outcome
 
 
 class Precision:
@@ -88,7 +110,7 @@ class Precision:
 
     def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
         """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
-        return optimizer.step(closure=closure, **kwargs)
+        return step_with_closure(optimizer, closure, **kwargs)
 
     def clip_gradients(
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | GradClipAlgorithmType = "norm"

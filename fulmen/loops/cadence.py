@@ -11,9 +11,12 @@ def validation_epoch_due(epoch: int, every_n_epochs: int | None) -> bool:
 
 
 def validation_interval(interval: int | float, num_batches: float) -> float:
-    """`val_check_interval` in batches: ints as they are, fractions of the epoch rounded down, but at least one."""
+    """`val_check_interval` in batches: ints as they are, fractions of the epoch rounded down, but at least one.
+
+    0 is accepted where nothing is trained or validated, and means never.
+    """
     if isinstance(interval, int):
-        return interval
+        return interval or inf
     return inf if num_batches == inf else max(1, int(num_batches * interval))
 
 

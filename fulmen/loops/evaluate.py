@@ -66,22 +66,27 @@ class EvaluationLoop:
         """All loaders. Returns the epoch metrics, one dict per loader."""
         trainer = self.trainer
         plain = self.inside_fit or not trainer.inference_mode or trainer.strategy.needs_plain_tensors
-        with torch.no_grad() if plain else torch.inference_mode():
+        with torch.inference_mode(not plain), torch.no_grad():
             self.load_data()
             if self.nothing_to_do():
                 return []
-            self.start()
-            assert self.feed is not None
-            for batch, batch_idx, dataloader_idx in self.feed:
-                if dataloader_idx != self.dataloader_idx:
-                    self.next_loader(dataloader_idx)
-                if self.full is not None and batch_idx >= self.full[dataloader_idx]:
-                    self.go_on_without(batch_idx, dataloader_idx)
-                self.run_batch(batch, batch_idx, dataloader_idx)
-                if trainer.signals.pending is not None:
-                    preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
-            self.shortfall.say(trainer.sources.get(self.kind).label, self.loaders, self.feed.short)
-            return self.finish()
+            try:
+                self.start()
+                assert self.feed is not None
+                for batch, batch_idx, dataloader_idx in self.feed:
+                    if dataloader_idx != self.dataloader_idx:
+                        self.next_loader(dataloader_idx)
+                    if self.full is not None and batch_idx >= self.full[dataloader_idx]:
+                        self.go_on_without(batch_idx, dataloader_idx)
+                    self.run_batch(batch, batch_idx, dataloader_idx)
+                    if trainer.signals.pending is not None:
+                        preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
+                self.shortfall.say(trainer.sources.get(self.kind).label, self.loaders, self.feed.short)
+                return self.finish()
+            except BaseException:  # whoever catches it trains on, and not in eval mode
+                if self.frozen is not None:
+                    self.restore_modes()
+                raise
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """One batch."""

@@ -302,8 +302,8 @@ class FitLoop:
         if not allowed and not self._said_to_continue:
             self._said_to_continue = True
             rank_zero_info(
-                f"The trainer was signaled to stop, and goes on until `min_epochs={self.min_epochs!r}` and "
-                f"`min_steps={self.min_steps!r}` are reached."
+                f"The trainer was signaled to stop, but `min_epochs={self.min_epochs!r}` and "
+                f"`min_steps={self.min_steps!r}` are not met yet. Training will continue until then."
             )
         return allowed
 

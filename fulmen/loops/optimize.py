@@ -272,7 +272,8 @@ class AutomaticOptimization(Optimization):
             if self.closure_ran and (self.only or not opens):
                 raise MisconfigurationException(self.one_evaluation())
             self.closure_ran = True
-            outputs = self.forward_backward(batch, batch_idx, opens)
+            with torch.enable_grad():  # the step that calls this may run without
+                outputs = self.forward_backward(batch, batch_idx, opens)
             self.finish_gradients()
             return self.closure_result
 
@@ -452,7 +453,8 @@ class ManualOptimization(Optimization):
 
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         def finish() -> Any:
-            result = closure() if closure is not None else None
+            with torch.enable_grad():  # the step that calls this may run without
+                result = closure() if closure is not None else None
             if self.unscale:
                 self.unscale_if_seen(optimizer)
             self.hooks.on_before_optimizer_step(optimizer)

@@ -93,7 +93,7 @@ def test_where_training_ends(arguments, story, epochs, steps):
     [
         ({"max_epochs": 1}, "`Trainer.fit` stopped: `max_epochs=1` reached."),
         ({"max_steps": 2}, "`Trainer.fit` stopped: `max_steps=2` reached."),
-        ({"stop_at": 1, "max_epochs": 3, "min_epochs": 2}, "The trainer was signaled to stop, and goes on"),
+        ({"stop_at": 1, "max_epochs": 3, "min_epochs": 2}, "The trainer was signaled to stop, but `min_epochs=2`"),
     ],
 )
 def test_the_reason_is_said(caplog, arguments, message):
