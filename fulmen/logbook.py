@@ -605,6 +605,39 @@ def metric_states(metric: Any) -> list[dict[str, Any]]:
     return [metric_state(member) for member in metrics_in(metric)]
 
 
+def capture_metrics(module: Any) -> Callable[[], None]:
+    """Remember what all metrics in a module have seen; the returned function, called once, lets them forget the rest."""
+    metrics = metrics_in(module)
+    names = [[*metric._defaults, "_update_count", "_computed", "_forward_cache"] for metric in metrics]
+    kept = [{name: _copied(getattr(m, name)) for name in of_metric} for m, of_metric in zip(metrics, names)]
+
+    def restore() -> None:
+        for metric, states in zip(metrics, kept):
+            for name, value in states.items():
+                setattr(metric, name, value)
+
+    return restore
+
+
+def capture_sums(book: LogBook) -> Callable[[], None]:
+    """Remember what the open page has added up; the returned function takes out the rest. Newest values stay."""
+    book.copy_jottings()
+    page = book.page
+    entries = {} if page is None else page.entries
+    kept = {key: (entry.empty, _copied(entry.total), entry.weight) for key, entry in entries.items()}
+
+    def restore() -> None:
+        book.copy_jottings()
+        for key, entry in entries.items():
+            entry.empty, entry.total, entry.weight = kept.get(key, (True, None, 0))
+
+    return restore
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+
+
 def book_state(book: LogBook) -> dict[str, Any]:
     """What the training epoch has logged, and the three dictionaries, in plain types; it waits for devices (sync)."""
     book.copy_jottings()

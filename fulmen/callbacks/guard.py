@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from math import inf
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from fulmen.callbacks.callback import Callback
 from fulmen.engine.precision import MixedPrecision
+from fulmen.logbook import capture_metrics, capture_sums
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.filesystem import atomic_write, ensure_dir
-from fulmen.utilities.modules import local_part
+from fulmen.utilities.modules import capture_buffers, local_part
 from fulmen.utilities.rank_zero import rank_zero_warn
-from fulmen.utilities.types import TrainerStatus
+from fulmen.utilities.types import TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -50,14 +51,17 @@ class Fault:
     loss: bool  # was the loss itself not finite?
     parameter: str | None = None  # of those whose gradient is not finite, the nearest to the loss
     num_parameters: int = 0  # how many there are of them
+    rank: int | None = None  # whose batch it was; None for one process
 
     def __str__(self) -> str:
+        where = f"epoch {self.epoch}, batch {self.batch_idx}, step {self.step}"
+        where += "" if self.rank is None else f", rank {self.rank}"
         found = ["the loss"] if self.loss else []
         if self.parameter is not None:
             more = f" (and of {self.num_parameters - 1} more)" if self.num_parameters > 1 else ""
             found.append(f"the gradient of `{self.parameter}`{more}")
         verb = "are" if len(found) + self.num_parameters > 2 else "is"
-        return f"epoch {self.epoch}, batch {self.batch_idx}, step {self.step}: {' and '.join(found)} {verb} not finite"
+        return f"{where}: {' and '.join(found)} {verb} not finite"
 
 
 @dataclass
@@ -81,7 +85,8 @@ class NonFiniteGuard(Callback):
     Arguments:
         policy: "stop" raises `NonFiniteError`, which names the step, the batch and the parameter. "skip" leaves out the
             step; this has to be known before it, so the answer is read at each. "rollback" goes back to the weights,
-            optimizers and schedulers of the last reading, kept in memory, and on with the next batch.
+            optimizers and schedulers of the last reading, kept in memory, and on with the next batch. Under both,
+            buffers, metrics and the values of the epoch are as if the batches of that step had not been there.
         every_n_steps: optimizer steps between two readings, each of which waits for the device once.
         max_in_a_row: so many faults, with nothing good in between, end the run under every policy.
         dirpath: where batches that were skipped or rolled back are written (``torch.load`` reads them). The batches
@@ -103,6 +108,7 @@ class NonFiniteGuard(Callback):
         self._looks: list[_Look] = []
         self._batches: dict[int, Any] = {}
         self._good: dict[str, Any] = {}
+        self._take_out: list[Callable[[], None]] = []  # of buffers, metrics and sums: what came since the last step
         self._in_a_row = 0
         self._at = (0, 0)
         self._read_at_step = 0
@@ -122,6 +128,9 @@ class NonFiniteGuard(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._at = trainer.current_epoch, batch_idx
+        if not self._take_out and self.policy != "stop":
+            parts = capture_buffers(pl_module), capture_metrics(pl_module), capture_sums(trainer.book)
+            self._take_out = [*parts]
         if self.dirpath is not None:
             self._batches[batch_idx] = batch
 
@@ -142,6 +151,7 @@ class NonFiniteGuard(Callback):
             self._looks.append(_Look(*self._at, trainer.global_step, each.any(), names, each))
         if self.policy == "skip" and (fault := self._read(trainer)) is not None:
             trainer.fit_loop.optimization.leave_out(optimizer)
+            self._undo()
             self._put_aside(fault, "its step is skipped")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -151,18 +161,29 @@ class NonFiniteGuard(Callback):
     # ------------------------------------------------------------------ reading
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._looks and trainer.fit_loop.optimization.stepped:
+        if self._pending(trainer) and trainer.fit_loop.optimization.stepped:
             self._settle(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._looks and trainer.state.status == TrainerStatus.RUNNING and self._settle(trainer):
+        if self._pending(trainer) and trainer.state.status == TrainerStatus.RUNNING and self._settle(trainer):
             # Weights were put back in place; what was collected as values before is collected again.
             strategy = trainer.strategy
             checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+
+    def _pending(self, trainer: Trainer) -> bool:
+        """May there be something to read, in this process or in others?"""
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return bool(self._looks) or (training and trainer.world_size > 1)
+
+    def _undo(self) -> None:
+        """Takes out of buffers, metrics and sums what the batches since the last step added."""
+        for take_out in self._take_out:
+            take_out()
+        self._take_out = []
 
     def _settle(self, trainer: Trainer) -> bool:
         """Reads what was looked at and acts on it. True if the model was rolled back."""
@@ -174,6 +195,7 @@ class NonFiniteGuard(Callback):
             self._remember(trainer)
             return False
         if self.policy == "skip":  # a loss without a step, in a window that is still open
+            self._undo()
             self._put_aside(fault, "its gradients are dropped")
             return False
         self._roll_back(trainer)
@@ -187,20 +209,18 @@ class NonFiniteGuard(Callback):
             NonFiniteError: for the policy "stop", or if there were too many in a row.
         """
         looks, self._looks = self._looks, []
-        if not looks:
-            return None
         # sync: the one transfer of a reading
-        flags = torch.stack([look.bad.to(looks[0].bad.device) for look in looks]).tolist()
-        if True not in flags:
-            self._in_a_row = 0
+        flags = torch.stack([look.bad.to(looks[0].bad.device) for look in looks]).tolist() if looks else []
+        several, strategy = trainer.world_size > 1, trainer.strategy
+        if not (strategy.reduce_boolean_decision(True in flags, all=False) if several else True in flags):
+            self._in_a_row = 0 if looks else self._in_a_row
             return None
-        first = looks[flags.index(True)]
-        fault = Fault(first.epoch, first.batch_idx, first.step, loss=first.each is None)
-        same_step = (look for look in looks[flags.index(True) :] if look.each is not None and look.step == first.step)
-        if (gradients := next(same_step, None)) is not None and gradients.each is not None:
-            each = gradients.each.tolist()  # sync: once a fault
-            bad = [name for name, is_bad in zip(gradients.names, each) if is_bad]
-            fault.parameter, fault.num_parameters = bad[-1] if bad else None, len(bad)
+        fault = self._first_fault(looks, flags) if True in flags else None
+        if several:  # all leave out the step for what one has found
+            if fault is not None:
+                fault.rank = trainer.global_rank
+            fault = min(filter(None, strategy.exchange_objects(fault)), key=lambda found: not found.loss)
+        assert fault is not None
         self._in_a_row += 1
         if self.policy == "stop":
             fix = "The last checkpoint is from before it. `NonFiniteGuard(policy='skip')` or 'rollback' would go on."
@@ -210,6 +230,17 @@ class NonFiniteGuard(Callback):
             what = f"{self._in_a_row} faults in a row, the last in {fault}. Then it is not the batches:"
             fix = "Lower the learning rate, clip gradients, or look at the loss; `max_in_a_row` allows more."
             raise NonFiniteError(f"{what} {fix}", fault)
+        return fault
+
+    @staticmethod
+    def _first_fault(looks: list[_Look], flags: list[bool]) -> Fault:
+        first = looks[flags.index(True)]
+        fault = Fault(first.epoch, first.batch_idx, first.step, loss=first.each is None)
+        same_step = (look for look in looks[flags.index(True) :] if look.each is not None and look.step == first.step)
+        if (gradients := next(same_step, None)) is not None and gradients.each is not None:
+            each = gradients.each.tolist()  # sync: once a fault
+            bad = [name for name, is_bad in zip(gradients.names, each) if is_bad]
+            fault.parameter, fault.num_parameters = bad[-1] if bad else None, len(bad)
         return fault
 
     def _refuse_dead_scale(self, trainer: Trainer) -> None:
@@ -231,10 +262,12 @@ class NonFiniteGuard(Callback):
 
     def _remember(self, trainer: Trainer) -> None:
         """Keeps a copy of all that a step changes, where it is: device memory for device tensors."""
+        self._take_out = []
         if self.policy == "rollback":
             self._good = deepcopy(_live_state(trainer))
 
     def _roll_back(self, trainer: Trainer) -> None:
+        self._undo()
         if not self._good:
             return
         precision, live = trainer.precision_plugin, _live_state(trainer)

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.hooks import LOG_RULES
-from fulmen.logbook import KINDS, Entry, Maximum, Mean, MetricEntry, Minimum, metric_states, metrics_in, to_host
+from fulmen.logbook import (
+    KINDS,
+    Entry,
+    Maximum,
+    Mean,
+    MetricEntry,
+    Minimum,
+    capture_metrics,
+    metric_states,
+    metrics_in,
+    to_host,
+)
 from fulmen.loops.dispatch import nothing
 
 if TYPE_CHECKING:
@@ -228,18 +239,10 @@ def votes(trainer: Trainer, yes: bool) -> int:
 @contextmanager
 def standing_in(module: Any) -> Generator[None]:
     """Inside, a step runs only because others run theirs: metrics forget it, and batch norm does not count it."""
-    metrics = metrics_in(module)
-    names = [[*metric._defaults, "_update_count", "_computed", "_forward_cache"] for metric in metrics]
-    kept = [{name: _copied(getattr(m, name)) for name in of_metric} for m, of_metric in zip(metrics, names)]
+    restore = capture_metrics(module)
     SyncBatchNorm.idle = True
     try:
         yield
     finally:
         SyncBatchNorm.idle = False
-        for metric, states in zip(metrics, kept):
-            for name, value in states.items():
-                setattr(metric, name, value)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
+        restore()

@@ -72,6 +72,19 @@ def capture_modes(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
+def capture_buffers(module: nn.Module) -> Callable[[], None]:
+    """Remember the values of all buffers, by copies where they are; the returned function puts them back."""
+    slots = [(part._buffers, name, buffer) for part in module.modules() for name, buffer in part._buffers.items()]
+    kept = [(owner, name, buffer, buffer.detach().clone()) for owner, name, buffer in slots if buffer is not None]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for owner, name, buffer, value in kept:
+            owner[name] = buffer.copy_(value)
+
+    return restore
+
+
 def modules_in_eval(module: nn.Module) -> list[str]:
     """The names of the sub-modules in eval mode; the module's own is empty."""
     return [name for name, part in module.named_modules() if not part.training]
