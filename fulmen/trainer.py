@@ -519,7 +519,7 @@ class Trainer:
                 drop_unpicklable(owner)
         module.__dict__["_device"] = self.strategy.root_device
         with isolate_rng():
-            for logger in self.loggers:
+            for logger in sorted(self.loggers, key=lambda logger: not getattr(logger, "opens_first", False)):
                 _ = getattr(logger, "experiment", None)
         self._share_log_dir()
         self.strategy.barrier("pre_setup")

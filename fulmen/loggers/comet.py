@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from fulmen.loggers.logger import Params, ServiceLogger, as_dict, as_numbers, flatten_params
+from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_params
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import log, rank_zero_only
 
@@ -21,7 +21,8 @@ class CometLogger(ServiceLogger):
         kwargs: passed to ``comet_ml.ExperimentConfig``, such as ``name``, ``tags`` or ``offline_directory``.
     """
 
-    name = save_dir = None  # the project; where files for a later upload go
+    name = property(lambda self: self._project, doc="The project.")
+    save_dir = property(lambda self: self._save_dir, doc="The folder of files for a later upload.")
 
     def __init__(
         self, *, api_key: str | None = None, workspace: str | None = None, project: str | None = None,
@@ -38,8 +39,8 @@ class CometLogger(ServiceLogger):
         if "offline" in kwargs:
             log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
             online = not kwargs.pop("offline")
-        self.name, self.save_dir = kwargs.pop("project", project), kwargs.get("offline_directory")
-        self._config_options, account = kwargs, {"api_key": api_key, "workspace": workspace, "project": self.name}
+        self._project, self._save_dir = kwargs.pop("project", project), kwargs.get("offline_directory")
+        self._config_options, account = kwargs, {"api_key": api_key, "workspace": workspace, "project": self._project}
         self._start_options = {**account, "experiment_key": experiment_key, "mode": mode, "online": online}
 
     def _open(self) -> Any:
@@ -59,7 +60,8 @@ class CometLogger(ServiceLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
         """Records parameters, also flattened, so that the web page can filter by each."""
-        self.experiment.log_parameters({**as_dict(params), **flatten_params(params)})
+        plain = plain_params(params)
+        self.experiment.log_parameters({**plain, **flatten_params(plain)})
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -46,8 +46,7 @@ class ExperimentWriter:
             self._files.rm(self.metrics_file_path)
 
     def position(self) -> dict[str, Any]:
-        self.save()
-        return {"rows": self.num_rows, "last": self.last}
+        return {"rows": self.num_rows - len(self.metrics), "last": self.last}
 
     def go_on(self, position: dict[str, Any]) -> None:
         """Keeps so many rows of the file, if the last of them is the one that was written then."""
@@ -131,7 +130,7 @@ class CSVLogger(FolderLogger):
         writer, limit = self._experiment or self.experiment, self._flush_logs_every_n_steps
         writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
         if len(writer.metrics) >= limit or (step is not None and (step + 1) % limit == 0):
-            writer.save()
+            self._save_now()
 
     @rank_zero_only
     def save(self) -> None:
@@ -142,8 +141,16 @@ class CSVLogger(FolderLogger):
             writer.save()
             self._written_at = time.monotonic()
 
+    def _save_now(self) -> None:
+        """Through `save`, which subclasses override."""
+        self._rows_at_last_save = (self._experiment or self.experiment).num_rows
+        self.save()
+
     def position(self) -> dict[str, Any] | None:
-        return None if self._experiment is None else self._experiment.position()
+        if self._experiment is None:
+            return None
+        self._save_now()
+        return self._experiment.position()
 
     @rank_zero_only
     def go_on(self, position: Any, step: int) -> None:
@@ -153,7 +160,7 @@ class CSVLogger(FolderLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._experiment is not None:  # a logger that was never used leaves no folder behind
-            self._experiment.save()
+            self._save_now()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__  # the rows that wait travel along

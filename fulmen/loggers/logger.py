@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
@@ -15,10 +18,13 @@ from typing import Any, Literal
 import torch
 
 from fulmen.utilities.filesystem import atomic_write, get_filesystem
-from fulmen.utilities.rank_zero import rank_zero_only
+from fulmen.utilities.rank_zero import rank_zero_only, warn_once
 from fulmen.utilities.seed import isolate_rng
 
 Params = dict[str, Any] | argparse.Namespace
+# Of hyper-parameters: arrays with more elements are abbreviated, what is nested deeper (in itself, say) is shown as text.
+MAX_ELEMENTS, MAX_DEPTH = 100, 20
+_NESTED = (Mapping, list, tuple, set, frozenset)
 
 
 class Logger(ABC):
@@ -132,13 +138,17 @@ class FolderLogger(ExperimentLogger):
     # `save` is called after everything the Trainer logs; nobody sees it if files follow at most this much later.
     WRITE_EVERY_SECONDS = 5.0
     log_dir_is_run_dir = True
-    name = save_dir = ""
-    sub_dir: str | None = None  # one more level of `log_dir`
     _written_at = float("-inf")
 
     def __init__(self, save_dir: str | os.PathLike, name: str | None, version: int | str | None, prefix: str) -> None:
         super().__init__(prefix)
-        self.save_dir, self.name, self._version = os.fspath(save_dir), name or "", version
+        self._save_dir, self._name, self._version = os.fspath(save_dir), name or "", version
+        self._sub_dir: str | None = None
+
+    # Not attributes: subclasses define them as properties.
+    name = property(lambda self: self._name, doc="The level of folders below `save_dir`.")
+    save_dir = property(lambda self: self._save_dir, doc="The folder under which all runs are.")
+    sub_dir = property(lambda self: self._sub_dir, doc="One more level of `log_dir`.")
 
     @property
     def version(self) -> int | str:
@@ -207,26 +217,58 @@ class LitLogger:
         raise RuntimeError("`LitLogger` is not supported: it serves one vendor. Use `CSVLogger` or another.")
 
 
-def as_numbers(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The metrics with numbers in place of one-element tensors, and the prefix in front of each name."""
-    start = prefix and f"{prefix}-"
-    return {start + name: value.item() if isinstance(value, torch.Tensor) else value for name, value in metrics.items()}
+def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool = False) -> dict[str, Any]:
+    """The metrics with numbers in place of one-element tensors, and the prefix in front of each name.
+
+    Tensors and arrays of several elements become an entry each, ``name_0``, ``name_1``, ..., but for `keep_arrays`.
+    """
+    start, numbers = prefix and f"{prefix}-", {}
+    for name, value in metrics.items():
+        if type(value) is float or not hasattr(value, "tolist"):
+            numbers[start + name] = value
+        elif math.prod(value.shape) == 1:
+            numbers[start + name] = value.item()
+        elif keep_arrays:
+            numbers[start + name] = value
+        else:
+            elements = list(_flat(value.tolist()))
+            warn_once(
+                f"The metric `{name}` has {len(elements)} elements: each is logged as a metric, `{name}_0` and so on."
+            )
+            numbers.update({f"{start}{name}_{i}": element for i, element in enumerate(elements)})
+    return numbers
 
 
-def as_dict(params: Mapping[str, Any] | argparse.Namespace | None) -> dict[str, Any]:
-    """Hyper-parameters as a dictionary, whatever they came as."""
-    return dict(vars(params) if isinstance(params, argparse.Namespace) else params or {})
+def _flat(items: Any) -> Iterator[Any]:
+    for item in items:
+        yield from _flat(item) if isinstance(item, list) else (item,)
 
 
-def flatten_params(params: Mapping[str, Any] | argparse.Namespace) -> dict[str, Any]:
+def as_dict(params: Any) -> dict[str, Any]:
+    """Hyper-parameters as a dictionary, whatever they came as: a mapping, a `Namespace`, a dataclass, a configuration."""
+    return dict(_opened(params) or {})
+
+
+def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
     """Nested dictionaries as one level: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in as_dict(params).items():
-        if isinstance(value, (Mapping, argparse.Namespace)):
-            flat.update({f"{name}/{key}": item for key, item in flatten_params(value).items()})
+        value = _opened(value)
+        if isinstance(value, Mapping) and depth:
+            flat.update({f"{name}/{key}": item for key, item in flatten_params(value, depth - 1).items()})
         else:
             flat[str(name)] = value
     return flat
+
+
+def plain_params(params: Any, leaf: Callable[[Any], Any] | None = None, depth: int = MAX_DEPTH) -> Any:
+    """The same with nothing but dictionaries with texts as keys, lists, and what `leaf` makes of the rest."""
+    leaf, value = leaf or plain_value, _opened(params)
+    if not isinstance(value, _NESTED) or not depth:
+        return leaf(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain_params(item, leaf, depth - 1) for name, item in value.items()}
+    return [plain_params(item, leaf, depth - 1) for item in value]
 
 
 def plain_value(value: Any) -> bool | int | float | str | None:
@@ -235,11 +277,33 @@ def plain_value(value: Any) -> bool | int | float | str | None:
         return value.name
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if callable(getattr(value, "item", None)) and math.prod(getattr(value, "shape", ())) == 1:
-        return value.item()
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return str(value)
+    try:
+        if callable(getattr(value, "item", None)) and math.prod(getattr(value, "shape", ())) == 1:
+            number = value.item()
+            return number if isinstance(number, (bool, int, float)) else str(number)
+        if callable(value) and hasattr(value, "__qualname__"):
+            return f"{value.__module__}.{value.__qualname__}"
+        return str(value)
+    except Exception:  # what objects do when they are shown is up to them
+        return f"<{type(value).__qualname__}>"
+
+
+def _opened(value: Any) -> Any:
+    """A dict or list in place of what holds entries by name or number; anything else as it is."""
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    if type(value).__module__.startswith("omegaconf."):
+        to_container = sys.modules["omegaconf"].OmegaConf.to_container
+        try:
+            return to_container(value, resolve=True)
+        except Exception:  # of what cannot be resolved here, the reference is shown
+            return to_container(value)
+    if hasattr(value, "tolist") and 1 < math.prod(getattr(value, "shape", ())) <= MAX_ELEMENTS:
+        with contextlib.suppress(Exception):  # a tensor without memory
+            return value.tolist()
+    return value
 
 
 def expand(path: str) -> str:
@@ -249,30 +313,26 @@ def expand(path: str) -> str:
 
 def write_yaml(path: str, values: Mapping[str, Any]) -> None:
     """A YAML file that any reader loads safely: objects become text. The same with and without PyYAML installed."""
-    atomic_write(path, ("".join(_yaml_lines(values)) or "{}\n").encode())
+    atomic_write(path, ("".join(_yaml_lines(plain_params(values))) or "{}\n").encode())
 
 
 def _yaml_lines(value: Any, indent: str = "") -> Iterator[str]:
-    for entry in sorted(value, key=str) if isinstance(value, Mapping) else value:
-        head, item = (f"{_scalar(str(entry))}:", value[entry]) if isinstance(value, Mapping) else ("-", entry)
-        item = vars(item) if isinstance(item, argparse.Namespace) else item
-        if item and isinstance(item, (Mapping, list, tuple, set, frozenset)):
+    for entry in sorted(value) if isinstance(value, dict) else value:
+        head, item = (f"{_scalar(entry)}:", value[entry]) if isinstance(value, dict) else ("-", entry)
+        if item and isinstance(item, (dict, list)):
             yield f"{indent}{head}\n"
             yield from _yaml_lines(item, indent + "  ")
         else:
             yield f"{indent}{head} {_scalar(item)}\n"
 
 
-def _scalar(item: Any) -> str:
-    if isinstance(item, (Mapping, list, tuple, set, frozenset)):
-        return "{}" if isinstance(item, Mapping) else "[]"
-    value = plain_value(item)
+def _scalar(value: Any) -> str:
     if isinstance(value, float):
         special = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}
         text = special.get(str(float(value)), float.__repr__(value))
         return text if "." in text else text.replace("e", ".0e")  # YAML 1.1 takes "1e-05" for a text
     if not isinstance(value, str):
-        return json.dumps(value)
+        return json.dumps(value)  # an empty dict or list, too
     reserved = value.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
     if re.fullmatch(r"[A-Za-z_/][\w./\-]*", value, re.ASCII) and not reserved:
         return value

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +15,20 @@ from fulmen.utilities.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-MAX_PARAM_LENGTH, PARAMS_PER_CALL = 250, 100
+MAX_NAME_LENGTH, MAX_PARAM_LENGTH, PARAMS_PER_CALL, METRICS_PER_CALL = 250, 250, 100, 1000
 
 
 class MLFlowLogger(ServiceLogger):
     """Logs to a run of an MLflow experiment, in a folder or on a server.
 
     Args:
-        tracking_uri: the server, or ``file:<folder>``; defaults to ``MLFLOW_TRACKING_URI``, then ``file:<save_dir>``.
+        tracking_uri: the server, ``sqlite:///<file>`` or ``file:<folder>``; defaults to ``MLFLOW_TRACKING_URI``, then to
+            ``file:<save_dir>``, or ``sqlite:///<save_dir>/mlflow.db`` for clients that no longer write folders.
         run_id: a run to continue; ``experiment_name`` is then ignored.
         synchronous: wait for the server at each call; needs mlflow 2.8.
     """
 
-    save_dir: str | None = None
+    save_dir = property(lambda self: self._save_dir, doc="The folder of the runs, if they are kept in one.")
 
     def __init__(
         self, experiment_name: str = "lightning_logs", run_name: str | None = None, tracking_uri: str | None = None,
@@ -37,16 +40,23 @@ class MLFlowLogger(ServiceLogger):
         super().__init__(prefix, log_model)
         self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id
         self._experiment_id: str | None = None
-        self._tracking_uri = tracking_uri or os.getenv("MLFLOW_TRACKING_URI") or f"file:{save_dir}"
-        local = self._tracking_uri.startswith("file:")
-        self.save_dir = local_path(self._tracking_uri).removeprefix("file:") if local else None
         self._artifact_location, self.tags = artifact_location, tags
+        chosen, folder = tracking_uri or os.getenv("MLFLOW_TRACKING_URI"), save_dir or "./mlruns"
+        if chosen is None and not _writes_folders():
+            chosen, self._save_dir = f"sqlite:///{os.path.join(folder, 'mlflow.db')}", folder
+            self._artifact_location = artifact_location or os.path.abspath(os.path.join(folder, experiment_name))
+        else:
+            chosen = chosen or f"file:{folder}"
+            self._save_dir = local_path(chosen).removeprefix("file:") if chosen.startswith("file:") else None
+        self._tracking_uri = chosen
         self._call_options = {} if synchronous is None else {"synchronous": synchronous}
 
     def _open(self) -> Any:
         from mlflow.tracking import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
 
+        if self._tracking_uri.startswith("sqlite:") and self._save_dir:
+            os.makedirs(self._save_dir, exist_ok=True)
         client = MlflowClient(self._tracking_uri)
         if self._run_id is not None:
             self._experiment_id = client.get_run(self._run_id).info.experiment_id
@@ -64,31 +74,56 @@ class MLFlowLogger(ServiceLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
-        """Records parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value."""
+        """Records parameters, nested names joined with "/"; MLflow takes at most 250 characters of a value.
+
+        It keeps the first value of each: others are left out, with a warning.
+        """
         from mlflow.entities import Param
 
-        flat = flatten_params(params)
-        rest = [Param(name, str(plain_value(value))[:MAX_PARAM_LENGTH]) for name, value in flat.items()]
-        while rest:
-            batch, rest = rest[:PARAMS_PER_CALL], rest[PARAMS_PER_CALL:]
+        known = dict(self.experiment.get_run(self.run_id).data.params)
+        new, kept = [], []
+        for name, value in flatten_params(params).items():
+            name, text = _allowed_name(name), str(plain_value(value))[:MAX_PARAM_LENGTH]
+            if name in known or self._is_folder(name, known):
+                kept += (
+                    [f"{name}={text} (kept: {known.get(name, 'the names below it')})"]
+                    if known.get(name) != text
+                    else []
+                )
+            else:
+                known[name] = text
+                new.append(Param(name, text))
+        if kept:
+            what = (
+                f"MLflow keeps the first value of a parameter, and the run {self.run_id} has others: {', '.join(kept)}."
+            )
+            rank_zero_warn(
+                f"{what} To record the new values, log to a new run: leave `run_id` out, or make a new logger."
+            )
+        for batch in _batches(new, PARAMS_PER_CALL):
             self.experiment.log_batch(run_id=self.run_id, params=batch, **self._call_options)
+
+    def _is_folder(self, name: str, known: Iterable[str]) -> bool:
+        """Would the file of this parameter be the folder of another one, or the other way round?"""
+        in_files = self._tracking_uri.startswith("file:")
+        return in_files and any(f"{k}/".startswith(f"{name}/") or f"{name}/".startswith(f"{k}/") for k in known)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Records numbers; text is left out with a warning, and so are characters that MLflow refuses in names."""
+        """Records numbers; others are left out with a warning, and so are characters that MLflow refuses in names."""
         from mlflow.entities import Metric
 
-        now, batch = int(time.time() * 1000), []
+        now, entries = int(time.time() * 1000), []
         for name, value in as_numbers(metrics, self._prefix).items():
-            if isinstance(value, str):
-                rank_zero_warn(f"The metric `{name}` has the text {value!r} as value, which MLflow cannot record.")
+            if not isinstance(value, (int, float)):
+                kind = f"text {value!r}" if isinstance(value, str) else f"`{type(value).__name__}` {value!r}"
+                rank_zero_warn(
+                    f"The metric `{name}` has the {kind} as value, which MLflow cannot record. Log a number."
+                )
                 continue
-            allowed = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)
-            if allowed != name:
-                what = f"MLflow allows letters, digits and `_/. -` in names: `{name}` is recorded as `{allowed}`."
-                rank_zero_warn(what, category=RuntimeWarning)
-            batch.append(Metric(key=allowed, value=value, timestamp=now, step=step or 0))
-        self.experiment.log_batch(run_id=self.run_id, metrics=batch, **self._call_options)
+            entries.append(Metric(key=_allowed_name(name), value=value, timestamp=now, step=step or 0))
+        for batch in _batches(entries, METRICS_PER_CALL):
+            self.experiment.log_batch(run_id=self.run_id, metrics=batch, **self._call_options)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -101,3 +136,25 @@ class MLFlowLogger(ServiceLogger):
         folder = f"model/checkpoints/{Path(path).stem}"
         self.experiment.log_artifact(self.run_id, path, folder)
         self.experiment.log_dict(self.run_id, {"aliases": aliases, **about}, f"{folder}/metadata.yaml")
+
+
+def _writes_folders() -> bool:
+    """Does the client that is installed keep runs in a folder? Newer ones refuse to, unless a variable asks for it."""
+    from mlflow import environment_variables
+
+    switch = getattr(environment_variables, "MLFLOW_ALLOW_FILE_STORE", None)
+    return switch is None or bool(switch.get())
+
+
+def _allowed_name(name: str) -> str:
+    """The name as MLflow takes it, with a warning if that is another one."""
+    letters = re.sub(r"[^\w/. -]", "", name, flags=re.ASCII)
+    allowed = posixpath.normpath(f"/{letters}").strip("/")[:MAX_NAME_LENGTH] or "_"
+    if allowed != name:
+        what = f"MLflow allows letters, digits and `_/. -` in names: `{name}` is recorded as `{allowed}`."
+        rank_zero_warn(what, category=RuntimeWarning)
+    return allowed
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -37,8 +37,9 @@ class TensorBoardLogger(FolderLogger):
         if not available("tensorboardX"):
             require("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
-        self.sub_dir = None if sub_dir is None else os.fspath(sub_dir)
+        self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph, self._default_hp_metric, self._writer_kwargs = log_graph, default_hp_metric, kwargs
+        self._has_hp_metric = False
         self.hparams: dict[str, Any] = {}
 
     def _open(self) -> Any:
@@ -53,6 +54,7 @@ class TensorBoardLogger(FolderLogger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds a point to each curve; a dictionary as value becomes several curves in one chart."""
         writer = self._experiment or self.experiment
+        self._has_hp_metric |= "hp_metric" in metrics
         for name, value in as_numbers(metrics, self._prefix).items():
             try:
                 (writer.add_scalars if isinstance(value, dict) else writer.add_scalar)(name, value, step)
@@ -70,9 +72,13 @@ class TensorBoardLogger(FolderLogger):
             write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
         if metrics is None and not self._default_hp_metric:
             return
-        if not isinstance(metrics, dict):
-            metrics = {"hp_metric": -1 if metrics is None else metrics}
-        self.log_metrics(metrics, step)
+        if metrics is None:
+            metrics = {"hp_metric": -1}
+            if not self._has_hp_metric and not self._found:  # what was logged stays, also when a later verb runs
+                self.log_metrics(metrics, step)
+        else:
+            metrics = metrics if isinstance(metrics, dict) else {"hp_metric": metrics}
+            self.log_metrics(metrics, step)
         plain = {k: "None" if v is None else plain_value(v) for k, v in flatten_params(params).items()}
         library = importlib.import_module(f"{self._library}.summary")
         for summary in library.hparams(plain, as_numbers(metrics, self._prefix)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from fulmen.loggers.logger import Params, ServiceLogger, as_dict, as_numbers
+from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, plain_params, plain_value
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -26,7 +26,9 @@ class WandbLogger(ServiceLogger):
         kwargs: passed to ``wandb.init``.
     """
 
-    name = save_dir = ""  # the project; where checkpoints go
+    opens_first = True  # `sync_tensorboard` sees the event files of writers that are made afterwards
+    name = property(lambda self: self._project, doc="The project.")
+    save_dir = property(lambda self: self._save_dir, doc="The folder under which checkpoints are put.")
 
     def __init__(
         self, name: str | None = None, save_dir: str | os.PathLike = ".", version: str | None = None,
@@ -41,9 +43,15 @@ class WandbLogger(ServiceLogger):
             raise MisconfigurationException(f"{what} Leave one of the two out.")
         super().__init__(prefix, log_model)
         self._experiment, self._checkpoint_name, self.add_file_policy = experiment, checkpoint_name, add_file_policy
-        self.name = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
-        self.save_dir = os.fspath(save_dir if dir is None else dir)
-        options = {"name": name, "project": self.name, "dir": self.save_dir, "id": version or id, "resume": "allow"}
+        self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        self._save_dir = os.fspath(save_dir if dir is None else dir)
+        options = {
+            "name": name,
+            "project": self._project,
+            "dir": self._save_dir,
+            "id": version or id,
+            "resume": "allow",
+        }
         modes = {**({"anonymous": "allow"} if anonymous else {}), **({"mode": "offline"} if offline else {})}
         self._init_options: dict[str, Any] = {**options, **modes, **kwargs}
         # With `sync_tensorboard`, wandb itself logs an axis of this name.
@@ -56,7 +64,7 @@ class WandbLogger(ServiceLogger):
             what = "A wandb run is already in progress and is used by this `WandbLogger`."
             rank_zero_warn(f"{what} Call `wandb.finish()` before making the logger to get a new run.")
         else:
-            os.makedirs(self.save_dir, exist_ok=True)
+            os.makedirs(self._save_dir, exist_ok=True)
             run = wandb.init(**self._init_options)
         self._init_options["id"] = run.id
         if callable(getattr(run, "define_metric", None)):
@@ -71,13 +79,13 @@ class WandbLogger(ServiceLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
-        config = {key: getattr(value, "__name__", value) for key, value in as_dict(params).items()}
+        config = plain_params(params, lambda value: getattr(value, "__name__", None) or plain_value(value))
         self.experiment.config.update(config, allow_val_change=True)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         axis = {} if step is None else {self._step_name: step}
-        self.experiment.log({**as_numbers(metrics, self._prefix), **axis})
+        self.experiment.log({**as_numbers(metrics, self._prefix, keep_arrays=True), **axis})  # they become histograms
 
     def watch(self, model: Any, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True) -> None:
         """Sends histograms of gradients and/or parameters ("gradients", "parameters", "all") and the graph."""
