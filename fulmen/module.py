@@ -191,7 +191,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     global_rank = _from_trainer("global_rank", 0, "Index of this process over all nodes; 0 without a trainer.")
     local_rank = _from_trainer("local_rank", 0, "Index of this process on its node; 0 without a trainer.")
     logger = _from_trainer("logger", None, "The first logger.")
-    loggers = _from_trainer("loggers", (), "All loggers.")
+    loggers = property(lambda self: [] if self._trainer is None else self._trainer.loggers, doc="All loggers.")
 
     # ------------------------------------------------------------------ switches
 

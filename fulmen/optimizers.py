@@ -61,6 +61,9 @@ class LightningOptimizer:
         """Loads the state of the wrapped optimizer."""
         self._optimizer.load_state_dict(state_dict)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LightningOptimizer, (self._optimizer,)  # a copy wraps a copy, and belongs to no run
+
     def __repr__(self) -> str:
         return f"Lightning{self._optimizer!r}"
 

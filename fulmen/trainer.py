@@ -147,13 +147,16 @@ class Trainer:
         self._num_nodes = arguments["num_nodes"]
         announce(self.strategy)
         self.profiler = assemble_profiler(arguments["profiler"])
-        self.loggers: list[Logger] = assemble_loggers(checked)
+        self.loggers = assemble_loggers(checked)
         self.callbacks: list[Callback] = assemble_callbacks(arguments["callbacks"], checked)
         self.fit_loop = FitLoop(self, checked.max_epochs, checked.min_epochs)
         self.fit_loop.max_steps, self.fit_loop.min_steps = checked.max_steps, checked.min_steps
         self.validate_loop = EvaluationLoop(self, RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(self, RunningStage.TESTING)
         self.predict_loop = PredictionLoop(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("hooks", "_lightning_optimizers")}
 
     def _keep(self, checked: settings.Settings) -> None:
         """The settings users read and change at run time become plain attributes."""
@@ -319,7 +322,6 @@ class Trainer:
         """`_run` in as many processes as there are devices."""
         for logger in self.loggers:
             _ = logger.version  # looked for once: all processes, this one too, mean the same folder
-        self.__dict__.pop("hooks", None)
         try:
             return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
         except BaseException:
@@ -711,6 +713,15 @@ class Trainer:
         if self.world_size > 1:
             self._log_dir = None
             self._log_dir = self.strategy.broadcast(self.log_dir)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """All loggers; an empty list without any."""
+        return self._loggers
+
+    @loggers.setter
+    def loggers(self, loggers: Iterable[Logger] | None) -> None:
+        self._loggers = list(loggers or [])
 
     @property
     def logger(self) -> Logger | None:

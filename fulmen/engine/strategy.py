@@ -67,6 +67,9 @@ class Strategy(ABC):
         # What moves a batch; the feed puts the user's transfer hook in.
         self.transfer: Callable[..., Any] = _moved
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "run_backward": self._plain_backward, "transfer": _moved}  # without what a run put in
+
     lightning_module = alias("_lightning_module", "The user's module, never wrapped.")
 
     @property

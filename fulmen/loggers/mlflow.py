@@ -41,6 +41,7 @@ class MLFlowLogger(ServiceLogger):
         self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id
         self._experiment_id: str | None = None
         self._artifact_location, self.tags = artifact_location, tags
+        self._save_dir: str | None
         chosen, folder = tracking_uri or os.getenv("MLFLOW_TRACKING_URI"), save_dir or "./mlruns"
         if chosen is None and not _writes_folders():
             chosen, self._save_dir = f"sqlite:///{os.path.join(folder, 'mlflow.db')}", folder

@@ -56,6 +56,19 @@ class EvaluationLoop:
         self.shortfall = Shortfall()
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a run binds (hooks, feeds, loaders) cannot be pickled, and the next run binds its own.
+        lasting = ("trainer", "inside_fit", "infix", "kind", "step_name", "verbose", "max_batches", "batches_seen")
+        fresh: dict[str, Any] = {
+            "loaders": None,
+            "given_loaders": None,
+            "feed": None,
+            "full": None,
+            "frozen": None,
+            "everywhere": [],
+        }
+        return {**{name: getattr(self, name) for name in lasting}, **fresh, "loaded_at_epoch": None}
+
     @property
     def loaded(self) -> bool:
         return self.loaders is not None

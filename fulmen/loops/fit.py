@@ -67,6 +67,24 @@ class FitLoop:
         self._validated_at_s = 0.0
         self._said_to_continue = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a run binds (hooks, feeds, loaders) cannot be pickled, and the next run binds its own.
+        lasting = (
+            "trainer",
+            "max_epochs",
+            "min_epochs",
+            "max_steps",
+            "min_steps",
+            "progress",
+            "val_loop",
+            "num_batches",
+        )
+        return {name: getattr(self, name) for name in (*lasting, "automatic", "validated_at")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FitLoop.__init__(self, state["trainer"], state["max_epochs"], state["min_epochs"])
+        vars(self).update(state)
+
     # ------------------------------------------------------------------ the story
 
     def run(self) -> None:

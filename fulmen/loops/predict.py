@@ -32,6 +32,10 @@ class PredictionLoop(EvaluationLoop):
         self.current_batch_indices: list[int] = []
         self.epoch_batch_indices: list[list[list[int]]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        fresh: dict[str, Any] = {"outputs": [], "current_batch_indices": [], "epoch_batch_indices": []}
+        return {**super().__getstate__(), **fresh, "return_predictions": self.return_predictions}
+
     @property
     def predictions(self) -> list[Any]:
         """What is kept: a list per batch, nested in one per loader if there are several."""

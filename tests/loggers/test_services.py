@@ -223,6 +223,26 @@ def test_mlflow_keeps_checkpoints_with_what_is_known_about_them(tmp_path, monkey
 
 
 @needs_mlflow
+@pytest.mark.parametrize("store", ["file", "sqlite"])
+def test_mlflow_keeps_the_first_value_of_a_parameter_and_training_goes_on(tmp_path, monkeypatch, store):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", str(store == "file"))
+    first = MLFlowLogger(save_dir=str(tmp_path / "ml"))
+    first.log_hyperparams({"lr": 0.1, "net": {"a": 1}})
+    continued = MLFlowLogger(save_dir=str(tmp_path / "ml"), run_id=first.run_id)
+    for logger in (first, continued):
+        with pytest.warns(UserWarning, match=r"keeps the first value.*lr=0.2 \(kept: 0.1\).*new run"):
+            logger.log_hyperparams({"lr": 0.2, "net": {"a": 1}, "new": 3, "odd//name@": 1})
+        logger.log_metrics({"loss": 1.0})
+    params = first.experiment.get_run(first.run_id).data.params
+    assert params == {"lr": "0.1", "net/a": "1", "new": "3", "odd/name": "1"}
+    assert (tmp_path / "ml" / "mlflow.db").exists() == (store == "sqlite") and first.save_dir == str(tmp_path / "ml")
+    if store == "file":
+        with pytest.warns(UserWarning, match="net=None"):
+            continued.log_hyperparams({"net": None})
+
+
+@needs_mlflow
 def test_mlflow_servers_have_no_local_folder(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert MLFlowLogger(tracking_uri="http://nowhere:1").save_dir is None

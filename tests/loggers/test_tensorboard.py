@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import Regression, make_loader, make_trainer
 
 from fulmen.loggers import TensorBoardLogger
 from fulmen.utilities.rank_zero import rank_zero_only
@@ -173,3 +174,19 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch):
     logger.save()
     logger.finalize("success")
     assert not any(tmp_path.iterdir())
+
+
+def test_the_metric_of_the_table_stays_when_other_verbs_run_and_when_the_run_is_opened_again(tmp_path):
+    class Model(Regression):
+        def on_train_epoch_end(self):
+            self.log("hp_metric", 0.25)
+
+    for _ in range(2):
+        logger, model = TensorBoardLogger(tmp_path, version=0), Model()
+        trainer = make_trainer(max_epochs=1, logger=logger)
+        trainer.fit(model, make_loader())
+        trainer.test(model, make_loader(), verbose=False)
+        assert scalars_of(logger.log_dir)["hp_metric"][-1][1] == 0.25
+    again = TensorBoardLogger(tmp_path, version=0)
+    make_trainer(logger=again).test(model, make_loader(), verbose=False)
+    assert scalars_of(again.log_dir)["hp_metric"][-1][1] == 0.25
