@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -14,6 +14,7 @@ from fulmen.data.loaders import set_epoch
 from fulmen.loops import preemption
 from fulmen.loops.exact import end_epoch, standing_in, sync_steps
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
+from fulmen.loops.loop import Loop
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
 from fulmen.loops.shortfall import Shortfall
@@ -33,13 +34,15 @@ WORDS = {
 }
 
 
-class EvaluationLoop:
+class EvaluationLoop(Loop):
     """One pass over the loaders of validation or test; `PredictionLoop` is the same story with other results.
 
     Arguments:
         stage: VALIDATING, TESTING or PREDICTING; decides which hooks, loaders and step are used.
         inside_fit: validation during training: always `no_grad`, nothing printed.
     """
+
+    lasting: ClassVar[tuple[str, ...]] = ("verbose", "max_batches", "batches_seen")
 
     def __init__(self, trainer: Trainer, stage: RunningStage, inside_fit: bool = False) -> None:
         self.trainer, self.inside_fit = trainer, inside_fit
@@ -55,19 +58,6 @@ class EvaluationLoop:
         self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
         self.shortfall = Shortfall()
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What a run binds (hooks, feeds, loaders) cannot be pickled, and the next run binds its own.
-        lasting = ("trainer", "inside_fit", "infix", "kind", "step_name", "verbose", "max_batches", "batches_seen")
-        fresh: dict[str, Any] = {
-            "loaders": None,
-            "given_loaders": None,
-            "feed": None,
-            "full": None,
-            "frozen": None,
-            "everywhere": [],
-        }
-        return {**{name: getattr(self, name) for name in lasting}, **fresh, "loaded_at_epoch": None}
 
     @property
     def loaded(self) -> bool:

@@ -16,6 +16,7 @@ from fulmen.loops import cadence, preemption
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.exact import end_epoch, report_epoch, sync_steps, votes
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
+from fulmen.loops.loop import Loop
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
 from fulmen.loops.resume import Memory
@@ -35,11 +36,16 @@ if TYPE_CHECKING:
 SKIP_EPOCH = -1
 
 
-class FitLoop:
+class FitLoop(Loop):
     """Training from the first epoch to the last.
 
     Owns the counters (`progress`), the batches (`feed`) and the validation inside training (`val_loop`).
     """
+
+    lasting = (
+        "max_epochs", "min_epochs", "max_steps", "min_steps", "progress", "val_loop", "num_batches", "automatic",
+        "validated_at",
+    )  # fmt: skip
 
     def __init__(self, trainer: Trainer, max_epochs: int | None, min_epochs: int | None) -> None:
         self.trainer = trainer
@@ -66,24 +72,6 @@ class FitLoop:
         self.validated_at = -1  # batches before the last validation
         self._validated_at_s = 0.0
         self._said_to_continue = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What a run binds (hooks, feeds, loaders) cannot be pickled, and the next run binds its own.
-        lasting = (
-            "trainer",
-            "max_epochs",
-            "min_epochs",
-            "max_steps",
-            "min_steps",
-            "progress",
-            "val_loop",
-            "num_batches",
-        )
-        return {name: getattr(self, name) for name in (*lasting, "automatic", "validated_at")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        FitLoop.__init__(self, state["trainer"], state["max_epochs"], state["min_epochs"])
-        vars(self).update(state)
 
     # ------------------------------------------------------------------ the story
 

@@ -25,16 +25,14 @@ class PredictionLoop(EvaluationLoop):
     others return their own. Without `return_predictions`, nothing is sent.
     """
 
+    lasting = (*EvaluationLoop.lasting, "return_predictions")
+
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, RunningStage.PREDICTING)
         self.return_predictions = True
         self.outputs: list[list[Any]] = []
         self.current_batch_indices: list[int] = []
         self.epoch_batch_indices: list[list[list[int]]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"outputs": [], "current_batch_indices": [], "epoch_batch_indices": []}
-        return {**super().__getstate__(), **fresh, "return_predictions": self.return_predictions}
 
     @property
     def predictions(self) -> list[Any]:
