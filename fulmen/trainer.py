@@ -21,8 +21,9 @@ from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
+from fulmen.engine import watchdog
 from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.launch import INTERRUPTED, is_interactive, plain_attributes
+from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, plain_attributes
 from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
@@ -164,6 +165,7 @@ class Trainer:
             setattr(self, name, getattr(checked, name))
         self._default_root_dir = checked.default_root_dir
 
+    _elsewhere = False  # is the run that failed one of other processes?
     # declared for readers and tools; set by `_keep`
     accumulate_grad_batches: int
     barebones: bool
@@ -324,9 +326,26 @@ class Trainer:
             _ = logger.version  # looked for once: all processes, this one too, mean the same folder
         try:
             return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
-        except BaseException:
+        except BaseException as error:
             self.state.status, self.state.stage = TrainerStatus.INTERRUPTED, None
+            if isinstance(self.strategy.launcher, ProcessLauncher):
+                self._tell_here(error)
             raise
+
+    def _tell_here(self, error: BaseException) -> None:
+        """A run in other processes failed, which told their callbacks, saved and closed loggers: those here hear of it."""
+        told = KeyboardInterrupt() if isinstance(error, SystemExit) and error.code == INTERRUPTED else error
+        self._elsewhere = True
+        try:
+            limit = watchdog.limit_seconds(getattr(self.strategy, "watchdog_timeout_s", None))
+            with watchdog.ended_if_asleep(limit):
+                for callback in self.callbacks:
+                    if not isinstance(callback, Checkpoint):
+                        callback.on_exception(self, self.lightning_module, told)
+                if self.datamodule is not None:
+                    self.datamodule.on_exception(told)
+        finally:
+            self._elsewhere = False
 
     def _run_launched(self, *args: Any) -> Any:
         # A module or datamodule that was pickled arrives without its trainer.
@@ -419,7 +438,8 @@ class Trainer:
         try:
             yield
             self._finish(loop)
-            self.strategy.unwatch()
+            if getattr(self.strategy, "tell_parent", None) is None:  # else once its results are on their way
+                self.strategy.unwatch()
         except BaseException as error:
             told = self.signals.behind(error)
             if interrupted := isinstance(told, KeyboardInterrupt):
@@ -618,6 +638,12 @@ class Trainer:
                 "There is nothing to save: no model is attached to this Trainer yet. "
                 "Call `trainer.fit`, `validate`, `test` or `predict` first."
             )
+        if self._elsewhere:
+            what = f"No checkpoint is written to {os.fspath(filepath)!r}: the run was in other processes, and here are"
+            rank_zero_warn(
+                f"{what} the weights from before it. `on_exception` runs there too, and saves what they had."
+            )
+            return
         if self.strategy.leaving and self.strategy.saves_together:
             what = f"No checkpoint is written to {os.fspath(filepath)!r}: the weights are spread over processes,"
             rank_zero_warn(f"{what} and this one ends because of an exception. Resume from the last one before.")

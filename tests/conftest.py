@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,21 @@ def own_directory(tmp_path, monkeypatch):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
     return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C does here, and in what is started from here, what it does to a program in a terminal.
+
+    What was started in the background of a script ignores SIGINT, and so does all that it starts.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ class Task:
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 60) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 300) -> list[Any]:
     """What `function(*arguments)` returns on each rank, by rank.
 
     The function stands at the top level of a file. `torch.distributed` is initialised when it runs, and the environment

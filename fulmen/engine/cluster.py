@@ -105,6 +105,8 @@ class LightningEnvironment(ClusterEnvironment):
         return _read("NODE_RANK", _read("GROUP_RANK", 0))
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if type(self).world_size is not LightningEnvironment.world_size:
+            return  # it knows its processes by other means, and is asked for every number
         if self.creates_processes_externally and "WORLD_SIZE" in os.environ:
             _same_world(num_devices, num_nodes, _read("WORLD_SIZE"), "WORLD_SIZE says that somebody")
         for name, rank, count, argument in (
@@ -115,7 +117,7 @@ class LightningEnvironment(ClusterEnvironment):
                 what = f"This process has {name}={rank}, but with `{argument}={count}` the last one is {count - 1}"
                 raise ValueError(f"{what}. Use `Trainer({argument}=...)` for what was started, or unset {name}.")
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if num_nodes > 1 and missing:
+        if num_nodes > 1 and missing and type(self).main_address is LightningEnvironment.main_address:
             what = f"`num_nodes={num_nodes}`, but {' and '.join(missing)} of rank 0 are not set on this node"
             fix = "Start the script with `torchrun --nnodes ...`, or set them and NODE_RANK on every node."
             raise ValueError(f"{what}, so the nodes would not find each other. {fix}")

@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fulmen.engine import collectives, watchdog
+from fulmen.engine.cluster import LightningEnvironment
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only
 from fulmen.utilities.seed import seed_everything
@@ -34,6 +36,7 @@ GRACE_SECONDS = 5.0  # between asking a process to end and ending it
 INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, by convention
 # Set for the processes that are started here: whose they are, and where one says that it has no main guard.
 PARENT, FOLDER = "FULMEN_PARENT", "FULMEN_LAUNCH_FOLDER"
+FINISHED = "finished-"  # a file of this name and the rank says that a process ended well
 
 
 class ScriptLauncher:
@@ -50,6 +53,7 @@ class ScriptLauncher:
         self.started = False
         self.failed = False  # one of the others did, while this process was well
         self.over = False  # this process raised
+        self.running = False
         self.signalled = False
 
     def launch(self, function: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
@@ -59,6 +63,7 @@ class ScriptLauncher:
         elif any(child.poll() is not None for child in self.children):
             what = "The processes that were started for the other devices have ended, this one cannot go on alone."
             raise RuntimeError(f"{what} Do not catch what ended them, and run the script again.")
+        self.running = True
         try:
             return function(*args)
         except BaseException as error:
@@ -71,6 +76,8 @@ class ScriptLauncher:
             told = isinstance(error, (SystemExit, KeyboardInterrupt))
             self.end(patience=1.0 if told else 2 * GRACE_SECONDS)
             raise
+        finally:
+            self.running = False
 
     def start(self) -> None:
         """Starts the others and watches them."""
@@ -91,9 +98,15 @@ class ScriptLauncher:
 
     def watch(self) -> None:
         """One of them fails: the others are ended, and this process too if it cannot get out of a collective."""
+        stopped = Stopped(self.strategy)
         while not any(child.poll() for child in self.children):
-            if all(child.returncode == 0 for child in self.children):
+            ended = [child.returncode == 0 for child in self.children]
+            if any(ended) and self.running and self.strategy.store is None:
+                break  # with 0, and this process would wait for it to come
+            if all(ended):
                 return
+            first = self.strategy.global_rank + 1
+            stopped.look({r: child.pid for r, child in enumerate(self.children, first) if child.returncode is None})
             time.sleep(0.2)
         if self.over:
             return
@@ -110,7 +123,8 @@ class ScriptLauncher:
     def name_failed(self) -> None:
         """Says which of the others failed, unless all were told to end."""
         for rank, child in enumerate(self.children, self.strategy.global_rank + 1):
-            if child.poll() and not self.signalled:
+            early = child.poll() == 0 and self.running and self.strategy.store is None
+            if (child.poll() or early) and not self.signalled:
                 print(f"Rank {rank} {how_it_ended(child.returncode)}: all others end too.", file=sys.stderr, flush=True)
 
     def ending(self, rank: int) -> str:
@@ -184,7 +198,8 @@ class ProcessLauncher:
 
         Raises:
             RuntimeError: CUDA is in use already and processes are forked, the script has no main guard, something
-                cannot be pickled, or a process died. What a process raised is raised here.
+                cannot be pickled, or a process died. What a process raised is raised here, as an instance of its own type
+                and of `torch.multiprocessing.ProcessRaisedException`.
         """
         self.check()
         folder = Path(tempfile.mkdtemp(prefix="fulmen-"))
@@ -226,21 +241,29 @@ class ProcessLauncher:
 
     def supervise(self, children: list[Any], folder: Path, signalled: list[int]) -> None:
         """Until all have ended. If one fails, the others are ended and its error is raised."""
+        stopped = Stopped(self.strategy)
         try:
             while any(child.exitcode is None for child in children):
                 wait([child.sentinel for child in children if child.exitcode is None], timeout=1)
-                if any(child.exitcode for child in children):
+                if _broken(children, folder):
                     break
+                stopped.look({rank: child.pid for rank, child in enumerate(children) if child.exitcode is None})
         except KeyboardInterrupt:
             _signal(children, signal.SIGTERM)  # a terminal has sent them the other already
             wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS)
             if is_interactive():
                 raise
             raise SystemExit(INTERRUPTED) from None  # as where the run is in this process
-        if all(child.exitcode == 0 for child in children):
+        if all(child.exitcode == 0 for child in children) and not _broken(children, folder):
             return
         wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else GRACE_SECONDS)
         raise _failure(children, folder)
+
+
+def _broken(children: list[Any], folder: Path) -> list[int]:
+    """The ranks whose processes have ended, but not well: also those that exit with 0 from within the run."""
+    ended = [rank for rank, child in enumerate(children) if child.exitcode is not None]
+    return [rank for rank in ended if children[rank].exitcode or not (folder / f"{FINISHED}{rank}").exists()]
 
 
 def _failure(children: list[Any], folder: Path) -> BaseException:
@@ -251,19 +274,44 @@ def _failure(children: list[Any], folder: Path) -> BaseException:
     paths = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
     reports = {path.name[6:]: torch.load(path, weights_only=False) for path in paths}
     error: BaseException = RuntimeError("The processes ended without a result.")
-    silent = [rank for rank, child in enumerate(children) if child.exitcode and str(rank) not in reports]
+    silent = [rank for rank in _broken(children, folder) if str(rank) not in reports]
     if silent:
-        what = (
-            f"The process of local rank {silent[0]} {how_it_ended(children[silent[0]].exitcode)} without an exception."
-        )
-        error = RuntimeError(f"{what} The others were ended.")
+        child = children[silent[0]]
+        what = f"The process of local rank {silent[0]} {how_it_ended(child.exitcode)} without an exception."
+        text = f"{what} The others were ended."
+        error = also(RuntimeError(text), ProcessExitedException, text, silent[0], child.pid, child.exitcode)
     elif reports:
         origin, told = min(reports.items(), key=lambda report: report[1]["echo"])
         error = told["error"] or RuntimeError(f"Rank {origin} raised {told['text']}")
+        error = also(error, ProcessRaisedException, told["traceback"], int(origin), children[int(origin)].pid)
         error.__cause__ = RemoteTraceback(f"\n\nof rank {origin}:\n{told['traceback']}")
     if any(told["reported"] for told in reports.values()):
         watchdog.quiet(error)
     return error
+
+
+def also(error: BaseException, kind: type[Exception], *arguments: Any) -> BaseException:
+    """The same error, which is an instance of `kind`, one of those that `torch.multiprocessing` raises, too.
+
+    Returns:
+        The error itself if its type cannot have a second base: those of the interpreter that hold fields in C.
+    """
+    own = type(error)
+
+    def reduce(_: Any) -> Any:
+        return error.__reduce__()
+
+    try:
+        if not isinstance(error, Exception):
+            return error
+        both = type(own.__name__, (own, kind), {"__module__": own.__module__, "__reduce__": reduce, "__doc__": None})
+        made: Any = both.__new__(both, *error.args)
+        kind.__init__(made, *arguments)
+        made.args = error.args
+        made.__dict__.update(error.__dict__)
+    except Exception:
+        return error
+    return made
 
 
 def how_it_ended(code: int) -> str:
@@ -305,7 +353,11 @@ def _child(
         result = function(*args)
         if rank == 0:
             torch.save({"packed": owner.pack_results(), "result": result}, folder / "result")
+        strategy.unwatch()
+        if (failed := watchdog.wait_for_others()) is not None:
+            raise failed
         collectives.leave()
+        (folder / f"{FINISHED}{rank}").touch()
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         _tell(folder, rank, error, watchdog.readable(traceback.format_exc()), getattr(error, "_fulmen_echo", False))
@@ -397,10 +449,11 @@ def _unpickled(path: Path) -> Any:
 def meeting_point(strategy: Any) -> dict[str, str]:
     """The variables by which started processes find each other.
 
-    Unless the user chose it, the port is one that this process holds until rank 0 listens there.
+    Unless the user or an environment of theirs chose it, the port is one that this process holds until rank 0 listens there.
     """
     cluster = strategy.cluster_environment
-    if cluster.node_rank() == 0 and "MASTER_PORT" not in os.environ:
+    free = getattr(type(cluster), "main_port", None) is LightningEnvironment.main_port
+    if cluster.node_rank() == 0 and free and "MASTER_PORT" not in os.environ:
         # Processes that are earlier than rank 0 wait in its queue.
         strategy.listener = socket.create_server(("" if "MASTER_ADDR" in os.environ else cluster.main_address, 0))
         port = strategy.listener.getsockname()[1]
@@ -410,7 +463,7 @@ def meeting_point(strategy: Any) -> dict[str, str]:
         "MASTER_ADDR": cluster.main_address,
         "MASTER_PORT": str(port),
         "NODE_RANK": str(cluster.node_rank()),
-        "WORLD_SIZE": str(strategy.num_nodes * strategy.num_processes),
+        "WORLD_SIZE": str(strategy.world_size),
     }
 
 
@@ -507,6 +560,30 @@ def _end_with(parent: int) -> None:
         time.sleep(0.5)
     watchdog.orphaned()  # says so, and closes what is open
     os._exit(1)
+
+
+class Stopped:
+    """Ends processes that are stopped for longer than a run may stand still: nobody else may be there to see it."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.limit = watchdog.limit_seconds(strategy.watchdog_timeout_s)
+        self.since: dict[int, float] = {}
+        self.looked = 0.0
+
+    def look(self, processes: dict[int, int]) -> None:
+        """At the processes that run, by rank."""
+        now = time.monotonic()
+        if now - self.looked > 5:  # this one was stopped too, as by Ctrl-Z
+            self.since.clear()
+        self.looked = now
+        for rank, pid in processes.items():
+            if watchdog.process_state(pid) != "T":
+                self.since.pop(rank, None)
+            elif now - self.since.setdefault(rank, now) > self.limit > 0:
+                watchdog.say(
+                    f"Rank {rank} does nothing for {self.limit:g} s: its process {pid} is stopped, and is ended."
+                )
+                os.kill(pid, signal.SIGKILL)
 
 
 def end_all(processes: list[tuple[int, Callable[[], Any]]]) -> None:

@@ -16,6 +16,7 @@ from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
 from fulmen.engine.strategy import Strategy
 from fulmen.utilities.introspection import alias
+from fulmen.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
     import socket
@@ -100,6 +101,7 @@ class ParallelStrategy(Strategy, ABC):
         cluster: Any = self.cluster_environment
         cluster.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         cluster.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def configure_launcher(self) -> None:
         """Chooses who starts the processes; nobody if they exist."""
@@ -142,6 +144,14 @@ class ParallelStrategy(Strategy, ABC):
 
     def watch(self, trainer: Any) -> None:
         self.watchdog = watchdog.watch(self, trainer, watchdog.limit_seconds(self.watchdog_timeout_s))
+
+    def leave(self, error: BaseException) -> BaseException:
+        """The same; a process that leaves the others by `sys.exit(0)` fails, as they do."""
+        error = super().leave(error)
+        if self.world_size > 1 and isinstance(error, SystemExit) and not error.code:
+            error, error.__cause__ = SystemExit(1), error
+            error._fulmen_told = "here"  # type: ignore[attr-defined]
+        return error
 
     def model_to_device(self) -> None:
         self.model.to(self.root_device)

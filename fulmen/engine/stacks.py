@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fulmen.engine import workers
+
 _TORCH, _FULMEN = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
 _LIBRARIES = (_TORCH, _FULMEN, *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -24,6 +26,7 @@ _COLLECTIVES = tuple(
 )
 _BACKWARD = os.path.join(_TORCH, "autograd", "graph.py")
 _LOOPS = os.path.join(_FULMEN, "loops", "")
+_RUN = (_LOOPS, os.path.join(_FULMEN, "trainer.py"))  # what is on the stack while a run is, in its hooks too
 _PLUMBING = tuple(
     os.path.join(_STANDARD, *path)
     for path in (
@@ -33,6 +36,7 @@ _PLUMBING = tuple(
         ("multiprocessing", "spawn.py"),
     )
 )
+_WAITS = tuple(os.path.join(_STANDARD, name) for name in ("threading.py", "queue.py"))
 _FRAME = re.compile(r'  File "(.*?)", line (\d+), in (\S+)')
 _BROKEN = re.compile(r"(?i)connection|peer|broken pipe|timed? ?out|socket|gloo|nccl|abort")
 _DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py", "debugger.py")
@@ -47,21 +51,14 @@ class Sample:
         self.seq, self.frozen_at = -1, time.monotonic()
         self.moved_at, self.used = self.frozen_at, 0.0
         self.frozen = 0.0
-        self.last: dict[str, Any] = {
-            "kind": "busy",
-            "what": "",
-            "where": "",
-            "seq": 0,
-            "frozen": 0.0,
-            "since": 0.0,
-            "in_loop": False,
-        }
+        self.last: dict[str, Any] = {"kind": "busy", "what": "", "where": "", "seq": 0, "frozen": 0.0, "since": 0.0}
 
     def take(self, thread: threading.Thread, patience: float) -> dict[str, Any]:
         """Looks at it now.
 
         Returns:
-            kind: "waiting" in a collective, "asleep" in the user's code, idle "outside" of it, or "busy".
+            kind: "waiting" in a collective, "asleep" in the user's code, here or in the loader's worker that it waits
+                for, idle "outside" of it, or "busy".
             what, where: the collective; the place in the source.
             seq: how many collectives this process has begun.
             frozen, since: seconds in this very place; seconds since the last collective.
@@ -71,7 +68,9 @@ class Sample:
             frames.append(frame)
             frame = frame.f_back
         now, seq = time.monotonic(), collectives_begun()
-        key = [(id(frame.f_code), frame.f_lasti) for frame in frames]
+        loader = workers.waiting_for(frames)
+        outer = frames[frames.index(loader) :] if loader is not None else frames  # it looks around now and then
+        key = [(id(frame.f_code), frame.f_lasti) for frame in outer]
         if seq != self.seq:
             self.moved_at = now
         if key != self.key or seq != self.seq:
@@ -79,10 +78,14 @@ class Sample:
         self.frozen = now - self.frozen_at
         idle = cpu_seconds() - self.used < 0.02 * self.frozen + 0.05
         what, where = doing(frames)
-        own = bool(frames) and not in_library(frames[0].f_code.co_filename)
-        in_loop = any(frame.f_code.co_filename.startswith(os.path.join(_FULMEN, "loops")) for frame in frames)
-        debugged = any(frame.f_code.co_filename.endswith(_DEBUGGERS) for frame in frames)
-        kind = "busy" if not idle or not in_loop or debugged else "asleep" if own else "outside"
+        own = bool(frames) and (not in_library(frames[0].f_code.co_filename) or only_waits(frames, thread))
+        if loader is not None and idle and self.frozen > patience / 2:
+            own, worker = workers.looked_at(loader)
+            where = f"{where}, waiting for {worker}"
+        files = [frame.f_code.co_filename for frame in frames]
+        runs = any(file.startswith(_RUN if own else _LOOPS) for file in files)
+        debugged = any(file.endswith(_DEBUGGERS) for file in files)
+        kind = "busy" if not idle or not runs or debugged else "asleep" if own else "outside"
         if what and (idle or what != IN_BACKWARD):  # a backward pass may also compute
             kind = "waiting"
         stack = ""
@@ -91,9 +94,23 @@ class Sample:
             stack = readable("Stack (most recent call last):\n" + "".join(found.format()))
         self.last = {
             "kind": kind, "what": what, "where": where, "seq": seq, "frozen": self.frozen,
-            "since": now - self.moved_at, "stack": stack, "in_loop": in_loop,
+            "since": now - self.moved_at, "stack": bounded(stack),
         }  # fmt: skip
         return dict(self.last)
+
+    def overslept(self, thread: threading.Thread, patience: float) -> bool:
+        """Does it sleep in the user's code for longer than that?"""
+        told = self.take(thread, patience)
+        return bool(told["kind"] == "asleep" and told["frozen"] > patience)
+
+
+def only_waits(frames: list[Any], thread: threading.Thread) -> bool:
+    """Does this thread wait for another one of which none could wait for a disk or a network?"""
+    if not frames[0].f_code.co_filename.startswith(_WAITS):
+        return False
+    passive = {thread.ident, threading.get_ident()}
+    tops = [frame.f_code.co_filename for ident, frame in sys._current_frames().items() if ident not in passive]
+    return all(file.startswith((*_WAITS, _FULMEN)) or not in_library(file) for file in tops)
 
 
 def doing(frames: list[Any]) -> tuple[str, str]:
@@ -112,7 +129,7 @@ def doing(frames: list[Any]) -> tuple[str, str]:
     nearest = own if own is not None else frames[0] if frames else None
     if nearest is None:
         return "", "no Python code"
-    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno).strip()
+    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno).strip()[:200]
     inside = f", inside of {place(frames[0])}" if nearest is not frames[0] else ""
     return "", f"{place(nearest)}{f': `{line}`' if line else ''}{inside}"
 
@@ -183,6 +200,11 @@ def because_of_others(error: BaseException) -> bool:
     frames = frames_of(error)
     in_torch = error.__traceback__ is not None and frames[0].f_code.co_filename.startswith(_TORCH)
     return bool((isinstance(error, dist.DistError) or in_torch) and _BROKEN.search(str(error)))
+
+
+def bounded(text: str, most: int = 100_000) -> str:
+    """Without its middle, if it is too long to be sent."""
+    return text if len(text) <= most else f"{text[: most // 2]}\n...\n{text[-most // 2 :]}"
 
 
 def readable(text: str) -> str:

@@ -7,8 +7,8 @@ too, which the main thread cannot take while it hangs in a collective.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import functools
 import multiprocessing
 import os
 import signal
@@ -17,22 +17,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 
+from fulmen.engine import workers
 from fulmen.engine.board import Board
-from fulmen.engine.stacks import Sample, because_of_others, doing, frames_of, origin, readable
+from fulmen.engine.stacks import Sample, because_of_others, bounded, doing, frames_of, origin, readable
+from fulmen.engine.survey import GONE, OUT_OF_DATA, Survey, host, numbers, say
+from fulmen.engine.workers import process_state
 from fulmen.utilities.errors import MisconfigurationException, SIGTERMException
 
 VARIABLE, DEFAULT_SECONDS = "FULMEN_WATCHDOG_TIMEOUT_S", 30.0
-OUTSIDE = 10  # times as long for what waits in a library, for a disk or a network perhaps
 SIGNAL_SECONDS = 7.0  # after a signal, for the main thread to begin to end
-LOST = "is gone: it was killed, or its machine cannot be reached."
-OUT_OF_DATA = "is done with its run while others wait for it: it had fewer batches, or called fewer collectives."
-GONE = ("gone", "Z", "X")  # states of a process
-_host = functools.cache(socket.gethostname)
 
 
 def limit_seconds(given: float | None = None) -> float:
@@ -57,8 +55,29 @@ def watch(strategy: Any, trainer: Any, limit: float) -> Watchdog | None:
         say(f"{what}: if a process hangs, the others do too until the `timeout` of the strategy.")
         return None
     found = Watchdog(strategy, trainer, board, limit)
+    atexit.unregister(_at_exit)  # once, and before the group is left
+    atexit.register(_at_exit)
     found.start()
     return found
+
+
+@contextlib.contextmanager
+def ended_if_asleep(limit: float) -> Iterator[None]:
+    """Inside, callbacks in the process that made the call hear of a failure; if they fall asleep, it is ended."""
+    over, thread, sample = threading.Event(), threading.current_thread(), Sample()
+
+    def look() -> None:
+        while not over.wait(limit / 12):
+            if sample.overslept(thread, limit * 0.7):
+                say(f"The process that started the ranks does not end: it is in {sample.last['where']}, and is ended.")
+                os._exit(1)
+
+    if limit > 0:
+        threading.Thread(target=look, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 class Watchdog:
@@ -77,13 +96,15 @@ class Watchdog:
         self.closing = self.forced = self.told = self.done = self.stopped = self.reacted = False
         self.printed = threading.Event()  # what was to be told is out
         self.alone: dict[str, Any] | None = None  # a verdict that could not be shared
-        self.beats: dict[int, dict[str, Any]] = {}
-        self.heard: dict[int, float] = {}  # when a rank last said something new
-        self.broken_at = 0.0  # when a collective failed somewhere, and nobody had said why
-        self.warned: set[str] = set()
+        self.survey = Survey(board, self.size, self.patience, self.ending)
+        self.end = Sample()  # of the main thread after a failure
+        self.failures: set[str] = set()  # of its own thread
         self.sample = Sample()
         self.signals: socket.socket | None = None
+        self.due = 0.0  # when to look around again
         self.signalled: tuple[int, float] | None = None  # which signal came, and when
+
+    thread: threading.Thread
 
     @property
     def verdict(self) -> dict[str, Any] | None:
@@ -95,16 +116,19 @@ class Watchdog:
     def start(self) -> None:
         """Called by the main thread, when the processes have met."""
         quiet_excepthook()
+        workers.prepare()
         if threading.current_thread() is self.main:
             self.signals, self.wakeup = socket.socketpair()
             self.wakeup.setblocking(False)
             self.wakeup_before = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         _running.append(self)
+        _latest[:] = [one for one in _latest if one.thread.is_alive()]
+        _latest.append(self)
         self.thread = threading.Thread(target=self.run, daemon=True, name="fulmen-watchdog")
         self.thread.start()
 
     def stop(self) -> None:
-        """The run is over in this process; rank 0 watches on, for those that are not so far."""
+        """The run is over in this process, which watches on until it is everywhere, unless it failed."""
         self.done = True
         if self in _running:
             _running.remove(self)
@@ -113,28 +137,51 @@ class Watchdog:
                 signal.set_wakeup_fd(self.wakeup_before)
         self.board.set(f"closed/{self.rank}", True)
         self.beat()
-        everybody = all(beat["done"] for beat in self.beats.values())
-        self.stopped = self.rank != 0 or self.closing or everybody
+        self.stopped = self.closing
 
     def run(self) -> None:
-        """What the thread does."""
-        due = 0.0
+        """What the thread does. A failure of its own is said, and it watches on."""
         while not self.stopped:
-            signalled = self.board.pump(min(max(due - time.monotonic(), 0), 0.2), self.signals)
-            if signalled and self.signals is not None:
-                self.hear(self.signals.recv(64))
-            self.hear_of_others()
-            self.obey()
-            if (verdict := self.verdict) is not None and not self.reacted:
-                self.reacted = True
-                self.react(verdict)
-            if time.monotonic() >= due:
-                self.beat()
-                self.look()
-                due = time.monotonic() + self.interval
-                if self.rank == 0 and self.done and all(beat["done"] for beat in self.beats.values()):
-                    break  # it has said so itself: the beat was later
+            try:
+                self.once()
+            except Exception as error:
+                if (text := f"{type(error).__name__}: {error}") not in self.failures:
+                    self.failures.add(text)
+                    say(f"The watchdog of rank {self.rank} failed, and watches on:\n{traceback.format_exc()}")
+                time.sleep(0.2)
         self.board.close()
+
+    def once(self) -> None:
+        """Hears what has come, and looks around if it is time to."""
+        signalled = self.board.pump(min(max(self.due - time.monotonic(), 0), 0.2), self.signals)
+        if signalled and self.signals is not None:
+            self.hear(self.signals.recv(64))
+        self.hear_of_others()
+        self.obey()
+        if (verdict := self.verdict) is not None and not self.reacted:
+            self.reacted = True
+            self.react(verdict)
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + self.interval
+            self.beat()
+            self.look()
+            self.close_in_time()
+        self.stopped = self.stopped or (self.done and (verdict is not None or self.survey.is_over()))
+
+    def ending(self, rank: int) -> str:
+        """How the process of another rank ended, where that can be known."""
+        return "" if self.strategy.launcher is None else self.strategy.launcher.ending(rank)
+
+    def close_in_time(self) -> None:
+        """After a failure: ends this process if its main thread falls asleep while callbacks hear of it."""
+        if not self.closing or self.done:
+            return
+        if self.end.overslept(self.main, self.patience):
+            say(f"Rank {self.rank} does not end: it is in {self.end.last['where']}, and is ended.")
+            for logger in self.trainer.loggers:
+                with contextlib.suppress(Exception):
+                    logger.finalize("failed")
+            self.leave((self.verdict or {}).get("code", 1))
 
     def until(self, key: str, deadline: float) -> Any:
         """Waits for a value; None if it does not come."""
@@ -156,93 +203,20 @@ class Watchdog:
         """Says what the main thread does."""
         with self.lock:  # what failed stays what is told, and what is done stays done
             told = dict(self.sample.last) if self.closing else self.sample.take(self.main, self.patience)
-            told.update(pid=os.getpid(), host=_host(), done=self.done, moment=moment(self.trainer))
+            told.update(pid=os.getpid(), host=host(), done=self.done, moment=moment(self.trainer))
             self.board.set(f"beat/{self.rank}", told)
 
     def look(self) -> None:
         """Rank 0 looks at all others, they only at rank 0."""
         if self.verdict is not None:
             return
-        for rank in range(self.size if self.rank == 0 else 1):
-            beat = self.board.values.get(f"beat/{rank}")
-            if beat is not None and beat != self.beats.get(rank):
-                self.beats[rank], self.heard[rank] = beat, time.monotonic()
-        found = next(filter(None, (self.missing(rank) for rank in self.beats if rank != self.rank)), None)
-        if found is None and self.rank == 0:
-            found = self.held_up() or self.absent()
+        found = self.survey.look()
         if found is None and self.rank != 0 and not self.board.peers:  # rank 0 is done, and one still waits for it
             last = self.sample.last
             if last["frozen"] > 2 and last["kind"] == "waiting":
                 found = {"rank": 0, "kind": "done", "text": OUT_OF_DATA}
         if found is not None:
             self.accuse(found)
-
-    def missing(self, rank: int) -> dict[str, Any] | None:
-        """Is that process gone or stopped?"""
-        beat = self.beats[rank]
-        if beat["done"]:
-            return None
-        silent = time.monotonic() - self.heard[rank]
-        state = process_state(beat["pid"]) if beat["host"] == _host() else None
-        last = f"Last seen in {beat['moment']}."
-        if rank not in self.board.gone and state in GONE:  # what it said last may still be on its way
-            self.board.drain(rank)
-            if self.board.values[f"beat/{rank}"]["done"]:
-                return None
-        if rank in self.board.gone or state in GONE:
-            how = self.strategy.launcher.ending(rank) if self.strategy.launcher is not None else ""
-            text = f"is gone: its process {beat['pid']} {how or 'was killed'} (by want of memory?). {last}"
-            text = text if not how or "SIGKILL" in how else text.replace(" (by want of memory?)", "")
-        elif silent > self.patience * (1 if state else OUTSIDE) and state in ("T", "t", None):
-            how = f"its process {beat['pid']} is stopped" if state else f"its machine {beat['host']} cannot be reached"
-            text = f"says nothing since {silent:.0f} s: {how}. {last}"
-        else:
-            return None
-        return {"rank": rank, "kind": "gone", "text": text, "pid": beat["pid"] if state in ("T", "t") else None}
-
-    def held_up(self) -> dict[str, Any] | None:
-        """Do some wait for a rank that does nothing?"""
-        running = {rank: beat for rank, beat in self.beats.items() if not beat["done"]}
-        stuck = {rank: beat for rank, beat in running.items() if beat["frozen"] > self.patience}
-        waiting = {rank: beat for rank, beat in stuck.items() if beat["kind"] == "waiting"}
-        if not stuck:
-            return None
-        for rank, beat in running.items():
-            waits = [r for r, its in stuck.items() if r != rank and (r in waiting or its["seq"] > beat["seq"])]
-            if beat["kind"] == "waiting" or not waits:
-                continue
-            limit = {"asleep": 1, "outside": OUTSIDE}.get(beat["kind"], float("inf")) * self.patience
-            if beat["frozen"] > limit:
-                return still(rank, beat)
-            if beat["since"] > self.patience and beat["where"] not in self.warned:
-                self.warned.add(beat["where"])
-                say(f"Rank {rank} lets others wait ({numbers(waits)}), since {beat['since']:.0f} s: {beat['where']}")
-        if len(waiting) < len(running):
-            return None
-        if len(running) < len(self.beats):
-            return {"rank": min(self.beats.keys() - running), "kind": "done", "text": OUT_OF_DATA}
-        ordered = sorted(waiting.items())
-        odd, its = next(((r, beat) for r, beat in ordered if beat["what"] != ordered[0][1]["what"]), ordered[0])
-        # Equal ones may also wait for a network that comes back.
-        if len(running) < self.size or (odd == 0 and its["frozen"] < OUTSIDE * self.patience):
-            return None
-        text = f"waits in another collective than others ({its['moment']}): {its['where']}"
-        return {"rank": odd, "kind": "deadlock", "text": text, "stack": its["stack"]}
-
-    def absent(self) -> dict[str, Any] | None:
-        """A collective failed, and nobody said why: who did not come?"""
-        broken = [rank for rank in range(self.size) if f"broken/{rank}" in self.board.values]
-        if not broken:
-            return None
-        self.broken_at = self.broken_at or time.monotonic()
-        if time.monotonic() - self.broken_at < 1:  # the end of a process may show a moment later
-            return None
-        for rank, beat in self.beats.items():
-            if beat["done"]:
-                return {"rank": rank, "kind": "done", "text": OUT_OF_DATA}
-        others = {r: beat for r, beat in self.beats.items() if r not in broken and beat["kind"] != "waiting"}
-        late = min(others, key=lambda rank: others[rank]["seq"], default=None)
-        return None if late is None or others[late]["since"] < 1 else still(late, others[late])
 
     # ------------------------------------------------------------------ a failure
 
@@ -359,8 +333,10 @@ class Watchdog:
         timer.start()
         self.echo()
         self.strategy.leaving = True
-        with contextlib.suppress(Exception):
+        try:  # code of the user, which may raise anything; the timer ends it if it does not return
             self.trainer._tell(error)
+        except BaseException:
+            say(f"Rank {self.rank}: telling callbacks of the failure failed:\n{readable(traceback.format_exc())}")
         verdict = self.verdict
         error._fulmen_told = "here"  # type: ignore[attr-defined]
         if (tell := self.strategy.tell_parent) is not None:
@@ -370,7 +346,7 @@ class Watchdog:
             # Whoever failed shall end first: some launchers end all when one does.
             self.until(f"closed/{verdict['rank']}", deadline - 0.5)
             (host, pid), latest = verdict["process"], min(deadline - 0.5, time.monotonic() + 2)
-            here = host == _host() and pid != os.getppid()  # a parent waits for its children
+            here = host == host() and pid != os.getppid()  # a parent waits for its children
             while here and process_state(pid) not in GONE and time.monotonic() < latest:
                 self.pause(0.05)
         if self.rank == 0:
@@ -443,6 +419,26 @@ class Watchdog:
 
 
 _running: list[Watchdog] = []
+_latest: list[Watchdog] = []  # of this process, whose thread may go on after its run
+
+
+def wait_for_others() -> RuntimeError | None:
+    """Before a process ends well: until the others are done with their runs too. Returns what failed there."""
+    found: Any = None
+    while _latest:
+        watchdog = _latest.pop()
+        if watchdog.done and not watchdog.closing:
+            watchdog.thread.join()
+            if (verdict := watchdog.verdict) is not None and found is None:
+                found = RuntimeError(reason(verdict))
+                found._fulmen_told, found._fulmen_echo = "here", True
+    return found
+
+
+def _at_exit() -> None:
+    if wait_for_others() is not None:
+        say("")
+        os._exit(1)
 
 
 def orphaned() -> None:
@@ -453,6 +449,7 @@ def orphaned() -> None:
 
 def _forget() -> None:
     """In a forked process, such as a loader's worker: signals are its own."""
+    _latest.clear()
     if _running:
         _running.clear()
         signal.set_wakeup_fd(-1)
@@ -474,15 +471,10 @@ def own(watchdog: Watchdog, error: BaseException) -> dict[str, Any]:
         "rank": watchdog.rank,
         "kind": "exit" if signalled else "raised",
         "text": f"failed at {origin(error)} ({moment(watchdog.trainer)}): {type(error).__name__}: {first}",
-        "stack": readable("".join(traceback.format_exception(type(error), error, error.__traceback__))),
+        "stack": bounded(readable("".join(traceback.format_exception(type(error), error, error.__traceback__)))),
         "code": 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if signalled else 1,
-        "process": [_host(), os.getpid()],
+        "process": [host(), os.getpid()],
     }
-
-
-def still(rank: int, beat: dict[str, Any]) -> dict[str, Any]:
-    text = f"stands still since {beat['since']:.0f} s ({beat['moment']}): {beat['where']}"
-    return {"rank": rank, "kind": "still", "text": text, "stack": beat["stack"]}
 
 
 def moment(trainer: Any) -> str:
@@ -491,46 +483,8 @@ def moment(trainer: Any) -> str:
     return f"{getattr(stage, 'value', stage) or 'done'}, epoch {progress.epochs}, batch {progress.batch}"
 
 
-def process_state(pid: int) -> str:
-    """The state of a process of this machine as one letter, of which T is stopped and Z dead; or "gone"."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        if os.path.exists("/proc/self/stat"):
-            return "gone"
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "gone"
-    except OSError:
-        pass
-    return "S"
-
-
 def reason(verdict: dict[str, Any]) -> str:
     return f"Rank {verdict['rank']} {verdict['text']}"
-
-
-def numbers(ranks: Iterable[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
-
-
-def say(text: str) -> None:
-    """To stderr in one piece, whatever happens to be there."""
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.write(f"{text}\n" if text else "")
-        sys.stderr.flush()
 
 
 def reported(error: BaseException) -> bool:

@@ -399,7 +399,7 @@ def runs():
 
 @pytest.fixture(scope="module")
 def seen():
-    return run_ranks(2, runs, timeout_seconds=120)
+    return run_ranks(2, runs)
 
 
 def test_what_has_no_indices_is_dealt_out_batch_by_batch(seen):

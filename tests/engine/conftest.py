@@ -84,7 +84,7 @@ def ended():
     return _ended
 
 
-def _ended(process, seconds=120):
+def _ended(process, seconds=600):
     """Exit code and output, once all who write to it have ended."""
     try:
         output, _ = process.communicate(timeout=seconds)

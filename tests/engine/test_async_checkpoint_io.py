@@ -246,7 +246,7 @@ def test_training_goes_on_while_a_file_is_written_and_loggers_hear_of_it_afterwa
             if batch_idx == 2:
                 assert inner.written == []  # of the file after the second step
                 inner.gate.set()
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 300
                 while inner.written == [] and time.monotonic() < deadline:
                     time.sleep(0.01)
             return super().training_step(batch, batch_idx)

@@ -65,7 +65,7 @@ strategy.setup_environment()
     assert run_python(code) == 1
     said = capfd.readouterr().err
     assert f"MASTER_ADDR={address}, MASTER_PORT={port}" in said and words in said
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 300
 
 
 # ---------------------------------------------------------------------- calls in new processes

@@ -79,7 +79,7 @@ def write_and_read(folder):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    return folder, run_ranks(2, write_and_read, str(folder), timeout_seconds=120)
+    return folder, run_ranks(2, write_and_read, str(folder))
 
 
 def test_all_processes_refuse_a_folder_of_which_one_part_was_changed(written):

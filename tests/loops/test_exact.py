@@ -92,7 +92,7 @@ def alone():
 def test_evaluation_and_prediction_are_those_of_one_process(ranks, alone):
     cases = GRID[ranks % 2 :: ranks]
     expected = [result for case, result in zip(GRID, alone) if case in cases]
-    for of_rank, results in enumerate(run_ranks(ranks, judge, cases, timeout_seconds=120)):
+    for of_rank, results in enumerate(run_ranks(ranks, judge, cases)):
         for case, one, several in zip(cases, expected, results):
             torch.testing.assert_close(several[:2], one[:2], **DOUBLE, msg=lambda m, c=case: f"{c}: {m}")
             own = one[2] if of_rank == 0 else one[2][of_rank::ranks]
@@ -113,7 +113,7 @@ def all_three():
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return run_ranks(2, all_three, timeout_seconds=120)
+    return run_ranks(2, all_three)
 
 
 # ---------------------------------------------------------------------- all that may differ between ranks
@@ -164,7 +164,7 @@ def particular():
 
 @pytest.fixture(scope="module")
 def particulars():
-    return run_ranks(3, particular, timeout_seconds=120)
+    return run_ranks(3, particular)
 
 
 def test_a_name_of_one_rank_is_known_to_all_and_nobody_waits(particulars):
@@ -332,7 +332,7 @@ def gather():
 
 def test_an_exchange_that_not_all_ranks_would_join_is_an_error():
     with pytest.raises(RuntimeError) as caught:
-        run_ranks(2, gather, timeout_seconds=30)
+        run_ranks(2, gather)
     said = str(caught.value)
     assert "`validation_step` wants to exchange something between all processes in batch 2, but rank 1 has none" in said
 

@@ -155,7 +155,7 @@ CASES = {
 @pytest.fixture(scope="module", params=[2, 3])
 def trained(request):
     cases = CASES[request.param]
-    return cases, run_ranks(request.param, train, cases, timeout_seconds=120)
+    return cases, run_ranks(request.param, train, cases)
 
 
 def test_weights_are_those_of_one_process_with_all_batches(trained):

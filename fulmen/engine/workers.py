@@ -1,0 +1,113 @@
+"""What a worker of a `DataLoader` does that the main thread waits for: its process, its state, its place in the code."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import signal
+import sysconfig
+import tempfile
+import time
+from typing import Any
+
+import torch
+
+_LOADER = os.path.join(os.path.dirname(torch.__file__), "utils", "data", "dataloader.py")
+_SIGNAL = getattr(signal, "SIGRTMAX", 0) - 3  # one that nobody else uses
+_FRAME = re.compile(r'File "(.*?)", line (\d+) in (\S+)')
+_LIBRARIES = (os.path.dirname(torch.__file__), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+_stacks: Any = None  # a file that is inherited, in which forked processes write their stacks when they are asked
+
+
+def prepare() -> None:
+    """From now on processes that are forked here can be asked what they do."""
+    global _stacks
+    if _stacks is None and _SIGNAL > 0 and hasattr(faulthandler, "register"):
+        with contextlib.suppress(OSError):
+            _stacks = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as this process)
+
+
+def _listen() -> None:
+    """In a forked process. The handler is in C, and answers also while all of Python is stuck."""
+    if _stacks is not None:
+        with contextlib.suppress(Exception):
+            faulthandler.register(_SIGNAL, _stacks, all_threads=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_listen)
+
+
+def waiting_for(frames: list[Any]) -> Any:
+    """The frame in which a loader waits for one of its workers, if that is what a thread with these frames does."""
+    return next((f for f in frames if f.f_code.co_filename == _LOADER and f.f_code.co_name == "_next_data"), None)
+
+
+def looked_at(frame: Any) -> tuple[bool, str]:
+    """Whether the worker that this frame waits for is stopped, or sleeps in the user's code; and which it is, in words."""
+    iterator = frame.f_locals.get("self")
+    number = (getattr(iterator, "_task_info", {}).get(getattr(iterator, "_rcvd_idx", None)) or [None])[0]
+    if number is None:  # there is only this process
+        return False, "the dataset"
+    pid, dataset = iterator._workers[number].pid, type(iterator._dataset)
+    reads = getattr(dataset, "__iter__" if hasattr(dataset, "__iter__") else "__getitem__", None)
+    code = getattr(reads, "__code__", None)
+    place = f" ({os.path.basename(code.co_filename)}:{code.co_firstlineno})" if code is not None else ""
+    named = f"worker {number} of the DataLoader, process {pid}, which reads `{dataset.__qualname__}`{place}"
+    if process_state(pid) in ("T", "t"):
+        return True, f"{named} and is stopped"
+    stack = ask(pid)
+    if not stack:
+        return False, named
+    own = next((entry for entry in stack if not entry[0].startswith(_LIBRARIES)), stack[0])
+    return own is stack[0], f"{named} and is in {os.path.basename(own[0])}:{own[1]} in {own[2]}"
+
+
+def ask(pid: int) -> list[tuple[str, str, str]]:
+    """The frames of a forked process, as (file, line, function), innermost first; none if it cannot be asked."""
+    if _stacks is None or not catches(pid, _SIGNAL):
+        return []
+    before = os.fstat(_stacks.fileno()).st_size
+    with contextlib.suppress(OSError):
+        os.lseek(_stacks.fileno(), 0, os.SEEK_END)
+        os.kill(pid, _SIGNAL)
+    text, deadline = b"", time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        found = os.pread(_stacks.fileno(), 1 << 16, before)
+        if found and found == text:  # all of it is there
+            break
+        text = found
+    if before > 1 << 20:
+        os.ftruncate(_stacks.fileno(), 0)
+    return _FRAME.findall(text.decode(errors="replace"))
+
+
+def catches(pid: int, number: int) -> bool:
+    """Does a process handle that signal, which would end it otherwise?"""
+    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status") as file:
+        for line in file:
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def process_state(pid: int) -> str:
+    """The state of a process of this machine as one letter, of which T is stopped and Z dead; or "gone"."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        if os.path.exists("/proc/self/stat"):
+            return "gone"
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return "gone"
+    except OSError:
+        pass
+    return "S"
