@@ -60,14 +60,19 @@ class Timer(Callback):
 
     def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """When the stage last started, on the clock of `time.monotonic`."""
-        return self._start.get(stage)
+        return self._start.get(RunningStage(stage))
 
     def end_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """When the stage last ended, on the clock of `time.monotonic`."""
-        return self._end.get(stage)
+        return self._end.get(RunningStage(stage))
 
     def time_elapsed(self, stage: str = RunningStage.TRAINING) -> float:
-        """Seconds in the stage until it ended, or until now."""
+        """Seconds in the stage until it ended, or until now.
+
+        Raises:
+            ValueError: for a name that is not the one of a stage.
+        """
+        stage = RunningStage(stage)
         end = self._end.get(stage, time.monotonic())
         offset = self._offset if stage == RunningStage.TRAINING else 0
         return offset + (end - self._start.get(stage, end))

@@ -155,3 +155,10 @@ def test_the_sanity_check_is_validation(tmp_path):
     trainer.fit(Regression(), make_loader(), make_loader())
     assert timer.time_elapsed("validate") > 0
     assert timer.time_elapsed("sanity_check") == 0
+
+
+@pytest.mark.parametrize("ask", ["start_time", "end_time", "time_elapsed", "time_remaining"])
+def test_times_are_those_of_stages_that_exist(ask):
+    assert getattr(Timer("00:00:01:00"), ask)("test") in (None, 0, 60)
+    with pytest.raises(ValueError, match="training"):
+        getattr(Timer("00:00:01:00"), ask)("training")
