@@ -246,14 +246,22 @@ def sequential(loader: Any) -> Any:
 
 
 class IndexRecorder:
-    """A batch sampler that notes which samples it chose: ``seen_indices[batch_idx]``, ahead of what workers deliver."""
+    """A batch sampler that notes which samples it chose, ahead of what workers deliver, until that is asked for."""
 
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
         self.seen_indices: list[list[int]] = []
+        self._taken = 0
+
+    def take(self, batch_idx: int) -> list[int]:
+        """The samples of a batch; they, and those of batches before it, are forgotten."""
+        new = batch_idx + 1 - self._taken
+        indices, self._taken = self.seen_indices[new - 1], batch_idx + 1
+        del self.seen_indices[:new]
+        return indices
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.seen_indices = []
+        self.seen_indices, self._taken = [], 0
         for indices in self.batch_sampler:
             self.seen_indices.append(indices)
             yield indices

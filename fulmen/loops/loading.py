@@ -45,7 +45,7 @@ def prepared_loaders(
             loader = shards.sharded(loader, **place, padded=kind == "train", seed=seeds[index])
             loader = shards.striped(loader, **place, exchange=strategy.exchange_objects)
         total = sized(whole) if loader is not whole and kind != "train" else inf
-        if kind == "predict":
+        if kind == "predict" and trainer.prediction_writers:
             loader = loader_tools.recorded(loader)
         adapted.append(strategy.process_dataloader(loader))
         name = f"limit_{kind}_batches"

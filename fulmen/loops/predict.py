@@ -54,10 +54,11 @@ class PredictionLoop(EvaluationLoop):
         self.warnings = WarningCache()  # each run says what is wrong with it
         writers = self.trainer.prediction_writers
         self.indices_wanted = bool(writers)
-        self.results_wanted = self.return_predictions or any(writer.interval.on_epoch for writer in writers)
+        self.epoch_wanted = any(writer.interval.on_epoch for writer in writers)
+        self.results_wanted = self.return_predictions or self.epoch_wanted
         shared = self.return_predictions and self.trainer.world_size > 1
         self.collected: list[Any] | None = [] if shared else None  # (loader, batch, rank, outputs) of all, on rank 0
-        self.own_wanted = not self.trainer.is_global_zero or any(writer.interval.on_epoch for writer in writers)
+        self.own_wanted = not self.trainer.is_global_zero or self.epoch_wanted
         super().start()
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
@@ -98,8 +99,9 @@ class PredictionLoop(EvaluationLoop):
         assert self.loaders is not None
         recorder = getattr(self.loaders.flattened[dataloader_idx], "batch_sampler", None)
         if isinstance(recorder, IndexRecorder):
-            self.current_batch_indices = recorder.seen_indices[batch_idx]
-            self.epoch_batch_indices[dataloader_idx].append(self.current_batch_indices)
+            self.current_batch_indices = recorder.take(batch_idx)
+            if self.epoch_wanted:
+                self.epoch_batch_indices[dataloader_idx].append(self.current_batch_indices)
         else:
             self.current_batch_indices = []
             self.warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
