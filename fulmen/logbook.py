@@ -14,7 +14,7 @@ from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 # What identifies the way a name is logged, compared as one tuple on every later write: prog_bar, logger, on_step,
 # on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group, add_dataloader_idx, metric_attribute, rank_zero_only.
@@ -570,6 +570,23 @@ def to_host(values: dict[str, Any]) -> dict[str, float]:
         fetched = torch.stack([values[name].detach().reshape(()) for name in names]).tolist()
         numbers.update(zip(names, fetched, strict=True))
     return numbers
+
+
+def missing_metric(book: LogBook, asked_by: str, name: str, known: Iterable[str]) -> str:
+    """What is said by those who need a value over the epoch that is not there: why it is not, and what to do."""
+    entries = [(hook, e) for page in book._pages.values() for (hook, *_), e in page.entries.items() if e.on_step]
+    for hook, entry in entries:
+        if name == entry.callback_name and not entry.on_epoch:
+            what = f"{asked_by}: `{name}` is not available, because `{hook}` logs it for single steps only"
+            fix = f"`self.log({name!r}, ..., on_epoch=True)` makes a value of the epoch of them."
+            return f"{what} (`on_step=True, on_epoch=False`). {fix}"
+        if name == entry.step_name != entry.epoch_name:
+            what = f"{asked_by}: `{name}` is not available: it has the values of single steps in `{hook}`."
+            return f"{what} Over the epoch there is {entry.epoch_name!r}. Monitor that."
+    there = list(known)
+    what = f"{asked_by}: `{name}` is not available, as no such name was logged.{suggestion(name, there)} There are {there}."
+    fix = f"Call `self.log({name!r}, value)` in the LightningModule, in every epoch in which it is looked at,"
+    return f"{what} {fix} or monitor one of these names."
 
 
 def is_metric(value: Any) -> bool:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.engine.precision import step_with_closure
+from fulmen.logbook import missing_metric
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import alias, is_overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -366,11 +367,8 @@ class Schedulers:
             if value is not None:
                 self._step(config.scheduler, value)
                 continue
-            message = (
-                f"ReduceLROnPlateau watches the metric {config.monitor!r}, which was not logged."
-                f"{suggestion(str(config.monitor), list(metrics))} Available now: {sorted(metrics)}. "
-                "Log it with `self.log`, or change `monitor`."
-            )
+            asked_by = f"`ReduceLROnPlateau` with `monitor={config.monitor!r}`"
+            message = missing_metric(book, asked_by, str(config.monitor), metrics)
             if config.strict:
                 raise MisconfigurationException(message)
             warn(message, RuntimeWarning, stacklevel=2)

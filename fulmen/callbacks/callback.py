@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
-
-from fulmen.utilities.errors import suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,11 +119,3 @@ class Callback:
     ) -> None: ...
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                           batch_idx: int, dataloader_idx: int = 0) -> None: ...  # fmt: skip
-
-
-def missing_monitor(callback: Callback, name: str, known: Iterable[str]) -> str:
-    """What a callback says when nobody logged the value it monitors."""
-    return (
-        f"`{type(callback).__name__}(monitor={name!r})`: no such name was logged.{suggestion(name, known)} There are "
-        f"{list(known)}. Call `self.log({name!r}, value)` in the LightningModule, or monitor one of these names."
-    )

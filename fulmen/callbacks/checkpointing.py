@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from fulmen.callbacks.callback import Callback, missing_monitor
+from fulmen.callbacks.callback import Callback
 from fulmen.checkpoint.paths import FINISHED, PREEMPTED
 from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
+from fulmen.logbook import missing_metric
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.introspection import alias
@@ -172,7 +173,8 @@ class ModelCheckpoint(Checkpoint):
             if due := trainer.strategy.broadcast(passed >= interval.total_seconds()):  # clocks differ
                 self._last_time_checked += passed
         if due and not self._idle(trainer):
-            too_early = self.monitor not in trainer.callback_metrics or trainer.fit_loop.validation_due()
+            known = self.monitor in trainer.callback_metrics
+            too_early = self.monitor not in (None, "epoch", "step") if not known else trainer.fit_loop.validation_due()
             self._deferred = self.monitor is not None and too_early
             if not self._deferred:
                 self._save(trainer)
@@ -233,7 +235,8 @@ class ModelCheckpoint(Checkpoint):
 
     def _keep_if_best(self, trainer: Trainer, metrics: dict[str, Any]) -> bool:
         if self.monitor not in metrics:
-            message = missing_monitor(self, str(self.monitor), metrics)
+            asked_by = f"`{type(self).__name__}(monitor={self.monitor!r})`"
+            message = missing_metric(trainer.book, asked_by, str(self.monitor), metrics)
             if self._validated:
                 raise MisconfigurationException(message)
             self._warnings.warn(message)  # validation may yet log it

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fulmen.callbacks.callback import Callback, missing_monitor
+from fulmen.callbacks.callback import Callback
+from fulmen.logbook import missing_metric
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
@@ -84,7 +85,8 @@ class EarlyStopping(Callback):
         self._asks = self._switched = False
         if self._given_check is None:
             once_per_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
-            self._check_on_train_epoch_end = once_per_epoch and trainer.val_check_time_s is None
+            once_per_epoch = once_per_epoch and trainer.val_check_time_s is None
+            self._check_on_train_epoch_end = once_per_epoch or not trainer.enable_validation
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._check_on_train_epoch_end:
@@ -99,7 +101,8 @@ class EarlyStopping(Callback):
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
-            message = missing_monitor(self, self.monitor, metrics)
+            asked_by = f"`{type(self).__name__}(monitor={self.monitor!r})`"
+            message = missing_metric(trainer.book, asked_by, self.monitor, metrics)
             if self.strict:
                 raise RuntimeError(message)
             if self.verbose:
@@ -153,13 +156,16 @@ class EarlyStopping(Callback):
         reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
         stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
         better, worse = self.order_dict[self.mode], self.order_dict["max" if self.mode == "min" else "min"]
-        best = f"the best value was {self.best_score:.3f}"
+        best = f"the best score was {self.best_score:.3f}"
         if self.check_finite and not torch.isfinite(current):
-            return reason.NON_FINITE_METRIC, f"{name} is {current}, which is not finite; {best}. Stopping."
+            return reason.NON_FINITE_METRIC, f"Monitored metric {name} = {current} is not finite; {best}."
         if stop_at is not None and is_better(current, stop_at):
-            return reason.STOPPING_THRESHOLD, f"{name} is good enough: {current} {better} {stop_at}. Stopping."
+            return reason.STOPPING_THRESHOLD, f"Stopping threshold reached: {name} = {current} {better} {stop_at}."
         if diverged_at is not None and is_better(-current, -diverged_at):
-            return reason.DIVERGENCE_THRESHOLD, f"{name} has diverged: {current} {worse} {diverged_at}. Stopping."
+            return (
+                reason.DIVERGENCE_THRESHOLD,
+                f"Divergence threshold reached: {name} = {current} {worse} {diverged_at}.",
+            )
         return reason.NOT_STOPPED, None
 
     def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
@@ -176,8 +182,11 @@ class EarlyStopping(Callback):
         self.wait_count += 1
         if self.wait_count < self.patience:
             return reason.NOT_STOPPED, None
-        best = f"the best value was {self.best_score:.3f}"
-        return reason.PATIENCE_EXHAUSTED, f"{name} did not improve in {self.wait_count} checks; {best}. Stopping."
+        best = f"the best score was {self.best_score:.3f}"
+        return (
+            reason.PATIENCE_EXHAUSTED,
+            f"Monitored metric {name} did not improve in {self.wait_count} checks; {best}.",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in _STATE}

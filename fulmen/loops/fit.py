@@ -12,7 +12,7 @@ from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
 from fulmen.engine.precision import MixedPrecision
-from fulmen.loops import cadence, preemption
+from fulmen.loops import cadence, preemption, verify
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.exact import end_epoch, report_epoch, sync_steps, votes
 from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
@@ -272,6 +272,7 @@ class FitLoop(Loop):
             trainer.stage = RunningStage.VALIDATING
             self.val_loop.load_data()
             trainer.stage = RunningStage.TRAINING
+        verify.monitors(trainer)
         in_eval = sum(not m.training for m in module.modules())
         if in_eval:
             what = f"{in_eval} of the modules are in eval mode as training starts, and stay so."
@@ -299,7 +300,12 @@ class FitLoop(Loop):
         if self.max_epochs is not None and self.max_epochs != -1 and progress.epochs >= self.max_epochs:
             rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={self.max_epochs!r}` reached.")
             return True
-        return self.trainer.should_stop and self.may_stop()
+        if stopped := self.trainer.should_stop and self.may_stop():
+            callbacks = [c for c in self.trainer.early_stopping_callbacks if c.stopping_reason_message]
+            # With `verbose`, they have said why.
+            told = [f"`{type(c).__name__}`." if c.verbose else str(c.stopping_reason_message) for c in callbacks]
+            rank_zero_info(f"`Trainer.fit` stopped: {' '.join(told) or '`trainer.should_stop` was set.'}")
+        return stopped
 
     def may_stop(self) -> bool:
         """Whether `should_stop` may already end training: `min_epochs` and `min_steps` are met."""

@@ -81,6 +81,35 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
         rank_zero_warn(what, category=PossibleUserWarning)
 
 
+_OF_VALIDATION = re.compile(r"val(id|idation)?([_/.\-]|$)")  # names of what validation logs, as users write them
+
+
+def monitors(trainer: Trainer) -> None:
+    """Before the first batch: raises if something monitors what only a validation could log that will not run."""
+    module, written = trainer.lightning_module, overridden(trainer.lightning_module, "validation_step", LightningModule)
+    given = trainer.sources.get("val").is_defined()
+    if written is given or trainer.fast_dev_run:  # without both, other hooks may validate in their own way
+        return
+    callbacks: list[Any] = [callback for callback in trainer.callbacks if _insists(callback)]
+    watched = [(c.monitor, f"`{type(c).__name__}(monitor={c.monitor!r})`") for c in callbacks]
+    watched += [
+        (config.monitor, f"`{type(config.scheduler).__name__}` with `monitor={config.monitor!r}`")
+        for config in trainer.lr_scheduler_configs
+        if config.monitor is not None and config.strict
+    ]
+    for name, asked_by in watched:
+        if _OF_VALIDATION.match(name) and name not in trainer.callback_metrics:
+            lacking = "no `val_dataloader`, so no validation" if written else "no `validation_step`, so no validation"
+            fix = "Pass `val_dataloaders` to `trainer.fit`" if written else f"Define it in {type(module).__name__}"
+            what = f"{asked_by}: `{name}` will not be available, as there is {lacking}."
+            raise MisconfigurationException(f"{what} {fix}, or monitor a value that training logs.")
+
+
+def _insists(callback: Any) -> bool:
+    """Does it need the value it monitors?"""
+    return isinstance(getattr(callback, "monitor", None), str) and getattr(callback, "strict", True)
+
+
 def _resolve_durations(trainer: Trainer) -> None:
     """`max_epochs` and `min_epochs` that were left open, now that the callbacks are known."""
     loop = trainer.fit_loop
