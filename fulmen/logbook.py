@@ -547,9 +547,12 @@ _PLAIN = frozenset((Tensor, float, int, bool))
 
 
 def _as_tensor(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.reshape(()) if value.dim() else value
-    return torch.tensor(value, dtype=torch.get_default_dtype())
+    """What users read: of integers and short floats, the numbers that a reduction would give."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.get_default_dtype())
+    if value.dtype not in (torch.float32, torch.float64) and not value.is_complex():
+        value = value.to(torch.get_default_dtype())
+    return value.reshape(()) if value.dim() else value
 
 
 def to_number(value: Any) -> float:
@@ -712,7 +715,11 @@ def _check_value(name: str, value: Any) -> None:
                 f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. Only one number can be "
                 f"logged under one name. Reduce it first, for example `self.log('{name}', value.mean())`."
             )
-    elif isinstance(value, type) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
+    elif (
+        isinstance(value, type)
+        or (not isinstance(value, (int, float)) and not hasattr(value, "__float__"))
+        or getattr(value, "shape", ()) != ()  # an array
+    ):
         raise ValueError(
             f"`self.log('{name}', ...)` received {describe_received(value)}; {type(value).__name__} values cannot be "
             "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "
@@ -746,7 +753,7 @@ def _when(name: str, hook: str | None, on_step: bool | None, on_epoch: bool | No
         )
     if not step and not epoch:
         raise MisconfigurationException(
-            f"`self.log('{name}', ..., on_step=False, on_epoch=False)` would never show the value. "
+            f"`self.log('{name}', ..., on_step=False, on_epoch=False)` is not useful: nobody would see the value. "
             "Set at least one of the two to True."
         )
     return step, epoch
@@ -770,9 +777,9 @@ def _check_attribute(name: str, metric: Any, attribute: str | None, module: Any)
         return
     if not any(child is metric for child in module.modules()):
         raise MisconfigurationException(
-            f"`self.log('{name}', {type(metric).__name__}(...))`: this metric is not an attribute of "
-            f"`{type(module).__name__}`. It would be left behind when the module moves to another device, and could "
-            "not be saved. Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`."
+            f"Could not find the `LightningModule` attribute of `self.log('{name}', {type(metric).__name__}(...))`: "
+            f"this metric is not an attribute of `{type(module).__name__}`. It would be left behind when the module "
+            "moves to another device, and could not be saved. Create it in `__init__` (`self.metric = ...`), or pass `metric_attribute='name.of.it'`."
         )
 
 

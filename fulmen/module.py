@@ -63,12 +63,13 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     __jit_unused_properties__ = [
         "example_input_array", "current_epoch", "global_step", "global_rank", "local_rank", "logger", "loggers",
-        "automatic_optimization", "trainer", "strict_loading", "hparams", "hparams_initial", "device", "dtype",
+        "automatic_optimization", "trainer", "strict_loading", "hparams", "hparams_initial", "device", "dtype", "on_gpu",
     ]  # fmt: skip
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
     device_mesh = None  # put here by `ModelParallelStrategy`
+    fabric: Any = None  # put here by `Fabric.setup`
 
     if TYPE_CHECKING:  # at run time TorchScript would try to read these
         _trainer: Any
@@ -98,6 +99,11 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             cls.__init__ = _explain_missing_init(cls, init)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ where it runs
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is on a CUDA device."""
+        return self.device.type == "cuda"
 
     @property
     def device(self) -> torch.device:
@@ -328,7 +334,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             warn_once("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
         else:
             warn_once(
-                f"`self.log('{name}', ...)` is ignored: {type(self).__name__} is not attached to a trainer. "
+                f"`self.log('{name}', ...)` is ignored: the `self.trainer` reference is not registered on "
+                f"{type(self).__name__} yet. "
                 "Values are kept only while `trainer.fit`, `validate` or `test` runs."
             )
 

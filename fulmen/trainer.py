@@ -789,7 +789,7 @@ class Trainer:
         """Optimizer steps fit will make; loads the training loader if that is needed to know."""
         if self.max_epochs == -1:
             return inf if self.max_steps == -1 else self.max_steps
-        if self.fit_loop.loaders is None:
+        if self.fit_loop.loaders is None and self.lightning_module is not None:
             rank_zero_info("Loading `train_dataloader` to estimate number of stepping batches.")
             self.fit_loop.load_data()
         if self.num_training_batches == inf:
@@ -802,7 +802,8 @@ class Trainer:
     def enable_validation(self) -> bool:
         """Whether there is something to validate with."""
         return (
-            self.sources.get("val").is_defined()
+            self.lightning_module is not None
+            and self.sources.get("val").is_defined()
             and overridden(self.lightning_module, "validation_step", LightningModule)
             and self.limit_val_batches > 0
         )

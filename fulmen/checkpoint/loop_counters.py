@@ -16,6 +16,7 @@ in the story the file was written; for epoch number e and b batches finished in 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 _MOMENTS = ("ready", "started", "processed", "completed")
@@ -102,6 +103,20 @@ def from_loops(loops: Mapping[str, Any]) -> dict[str, Any]:
         "val_batches": _moments(validation, "total")["completed"],
         "stepped": stepped,
     }
+
+
+def as_attributes(loop: Mapping[str, Any]) -> SimpleNamespace:
+    """The counters of one loop of a file, as attributes: ``epoch_loop.batch_progress.current.ready``."""
+    root = SimpleNamespace()
+    for path, value in loop.items():
+        *parents, name = path.split(".")
+        owner = root
+        for parent in parents:
+            owner = vars(owner).setdefault(parent, SimpleNamespace())
+        content = {name: value} if name != "state_dict" else value
+        for key, part in content.items():
+            setattr(owner, key, as_attributes(part) if isinstance(part, Mapping) else part)
+    return root
 
 
 def _position(epoch: dict, batch: dict, validation: dict, validated: dict) -> str:

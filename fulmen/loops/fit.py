@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING
+from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, as_attributes, to_loops
+from fulmen.checkpoint.snapshot import saved_progress
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
@@ -34,6 +35,17 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 SKIP_EPOCH = -1
+
+
+def _counters(fit_loop: FitLoop) -> Any:
+    """What the API's loops count, made from `progress` when it is asked for."""
+    trainer = fit_loop.trainer
+    progress = saved_progress(trainer) if trainer.lightning_module is not None else fit_loop.progress.state_dict()
+    counters = as_attributes(to_loops(progress)["fit_loop"])
+    loop, batches = counters.epoch_loop, counters.epoch_loop.batch_progress
+    loop.batch_idx, loop.total_batch_idx = batches.current.ready - 1, batches.total.ready - 1
+    loop.global_step, loop.val_loop = fit_loop.progress.steps, fit_loop.val_loop
+    return counters
 
 
 class FitLoop(Loop):
@@ -72,6 +84,10 @@ class FitLoop(Loop):
         self.validated_at = -1  # batches before the last validation
         self._validated_at_s = 0.0
         self._said_to_continue = False
+
+    # Counters under the names of the API, to be read: `epoch_loop.batch_progress.current.ready` and the like.
+    epoch_loop = property(lambda self: _counters(self).epoch_loop)
+    epoch_progress = property(lambda self: _counters(self).epoch_progress)
 
     # ------------------------------------------------------------------ the story
 

@@ -122,7 +122,8 @@ def extract_batch_size(batch: Any) -> int:
     except RecursionError:
         raise RecursionError(f"The batch contains itself, so its size cannot be found. {fix}") from None
     if first is None:
-        raise MisconfigurationException(f"No tensor is in a batch of type `{type(batch).__name__}`. {fix}")
+        what = f"Could not infer the batch_size: no tensor is in a batch of type `{type(batch).__name__}`."
+        raise MisconfigurationException(f"{what} {fix}")
     if other is not None:
         what = f"The tensors of the batch have different first dimensions ({first} and {other});"
         warn_once(f"{what} {first} is taken as the batch size. {fix}")
