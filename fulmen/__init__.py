@@ -11,9 +11,19 @@ __version__ = "0.1.0"
 
 serve_deep_paths()
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
+__all__ = [
+    "Callback", "LightningDataModule", "LightningModule", "SyncBatchNorm", "Trainer",
+    "disable_possible_user_warnings", "seed_everything",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from fulmen import accelerators as accelerators
+    from fulmen import callbacks as callbacks
+    from fulmen import loggers as loggers
+    from fulmen import plugins as plugins
+    from fulmen import profilers as profilers
+    from fulmen import strategies as strategies
+    from fulmen import utilities as utilities
     from fulmen.callbacks.callback import Callback
     from fulmen.datamodule import LightningDataModule
     from fulmen.engine.sync_batchnorm import SyncBatchNorm
@@ -21,3 +31,5 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
     from fulmen.utilities.errors import disable_possible_user_warnings
     from fulmen.utilities.seed import seed_everything
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from fulmen.engine.accelerators import (
-    Accelerator,
-    AcceleratorRegistry,
-    CPUAccelerator,
-    CUDAAccelerator,
-    MPSAccelerator,
-    find_usable_cuda_devices,
-)
+from typing import TYPE_CHECKING
+
+from fulmen.utilities.lazy import lazy_exports
+
+__all__ = [
+    "Accelerator", "AcceleratorRegistry", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator",
+    "find_usable_cuda_devices",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from fulmen.engine.accelerators import (
+        Accelerator,
+        AcceleratorRegistry,
+        CPUAccelerator,
+        CUDAAccelerator,
+        MPSAccelerator,
+        find_usable_cuda_devices,
+    )
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
 # Makes this a package for the import system, so that deep paths (`fulmen.accelerators.cuda`) can be served.
 __path__: list[str] = []

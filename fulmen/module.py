@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from torch.optim import Optimizer
+    from typing_extensions import Self
 
     from fulmen.callbacks.callback import Callback
     from fulmen.trainer import Trainer
@@ -500,9 +501,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     @ClassOnlyMethod
     def load_from_checkpoint(
-        cls: Any, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, strict: bool | None = None,
+        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, strict: bool | None = None,
         weights_only: bool | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+    ) -> Self:  # fmt: skip
         """A module as it was saved: built from the stored hyper-parameters, with the stored weights.
 
         Arguments:

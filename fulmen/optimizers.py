@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
-from warnings import warn
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
@@ -184,7 +183,7 @@ def _warn_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     if unknown:
         hint = "".join(suggestion(str(key), known) for key in unknown)
         message = f"`configure_optimizers`: the keys {unknown} are unknown and ignored. Known: {list(known)}.{hint}"
-        warn(message, RuntimeWarning, stacklevel=2)
+        rank_zero_warn(message, category=RuntimeWarning)
 
 
 def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> LRSchedulerConfig:
@@ -206,10 +205,9 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
     if not automatic:
         ignored = [key for key in ("monitor", "strict", "reduce_on_plateau") if key in given]
         if ignored:
-            warn(
+            rank_zero_warn(
                 f"The scheduler keys {ignored} have no effect with manual optimization: you step schedulers yourself.",
-                RuntimeWarning,
-                stacklevel=2,
+                category=RuntimeWarning,
             )
         kept = {k: given[k] for k in ("scheduler", "interval", "frequency", "name") if k in given}
         return LRSchedulerConfig(**kept)
@@ -223,11 +221,10 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
     if config.reduce_on_plateau and config.monitor is None:
         raise _plateau_needs_monitor()
     if isinstance(config.scheduler, OneCycleLR) and config.interval == "epoch":
-        warn(
+        rank_zero_warn(
             "`OneCycleLR` with interval 'epoch' makes one step per epoch; it is usually stepped per batch: "
             'pass "interval": "step".',
-            RuntimeWarning,
-            stacklevel=2,
+            category=RuntimeWarning,
         )
     return config
 
@@ -371,4 +368,4 @@ class Schedulers:
             message = missing_metric(book, asked_by, str(config.monitor), metrics)
             if config.strict:
                 raise MisconfigurationException(message)
-            warn(message, RuntimeWarning, stacklevel=2)
+            rank_zero_warn(message, category=RuntimeWarning)

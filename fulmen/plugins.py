@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
-from fulmen.engine.bitsandbytes import BitsandbytesPrecision
-from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
-from fulmen.engine.cluster import ClusterEnvironment
-from fulmen.engine.deepspeed import DeepSpeedPrecision
-from fulmen.engine.dtensors import FSDPPrecision
-from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
-from fulmen.engine.transformer_engine import TransformerEnginePrecision
+from typing import TYPE_CHECKING
+
+from fulmen.utilities.lazy import lazy_exports
+
+__all__ = [
+    "AsyncCheckpointIO", "BitsandbytesPrecision", "CheckpointIO", "ClusterEnvironment", "DeepSpeedPrecision",
+    "DoublePrecision", "FSDPPrecision", "HalfPrecision", "LayerSync", "MixedPrecision", "Precision",
+    "TorchCheckpointIO", "TorchSyncBatchNorm", "TransformerEnginePrecision",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
+    from fulmen.engine.bitsandbytes import BitsandbytesPrecision
+    from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
+    from fulmen.engine.cluster import ClusterEnvironment
+    from fulmen.engine.deepspeed import DeepSpeedPrecision
+    from fulmen.engine.dtensors import FSDPPrecision
+    from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+    from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
+    from fulmen.engine.transformer_engine import TransformerEnginePrecision
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
 # Makes this a package for the import system, so that deep paths (`fulmen.plugins.precision`) can be served.
 __path__: list[str] = []

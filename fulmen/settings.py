@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 
 from fulmen.utilities.durations import parse_duration
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
+from fulmen.utilities.keywords import unexpected_keyword
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import GradClipAlgorithmType
 
@@ -26,6 +27,9 @@ SWITCHES = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_mod
 # What None stands for.
 NUMBERS = {"fast_dev_run": False, "log_every_n_steps": 50, "num_sanity_val_steps": 2, "val_check_interval": 1.0}
 DEFAULTS: dict[str, Any] = {**dict.fromkeys(SWITCHES, True), **NUMBERS}
+# On or off.
+FLAGS = (*SWITCHES[1:], "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones", "sync_batchnorm",
+         "enable_autolog_hparams", "strict_resume", "deterministic", "benchmark")  # fmt: skip
 # What `barebones=True` switches off, and what else it cannot be combined with.
 BAREBONES = {**dict.fromkeys(SWITCHES, False), "log_every_n_steps": 0, "num_sanity_val_steps": 0}
 NOT_IN_BAREBONES = (*BAREBONES, "fast_dev_run", "detect_anomaly", "profiler")
@@ -63,6 +67,8 @@ class Settings(SimpleNamespace):
 
 def check(**given: Any) -> Settings:
     """The settings for a full set of Trainer arguments; sets nothing global."""
+    for name in FLAGS:
+        check_flag(name, given[name])
     refuse_conflicts(given)
     values: dict[str, Any] = {name: DEFAULTS.get(name) if value is None else value for name, value in given.items()}
     for name in INTEGERS:
@@ -99,8 +105,8 @@ def read_environment(init: Init) -> Init:
         for name in kwargs:
             if name not in names:
                 removed = f" It has been removed. Write `{REMOVED[name]}` instead." if name in REMOVED else ""
-                what = f"Trainer.__init__() got an unexpected keyword argument '{name}'."
-                raise TypeError(what + (removed or suggestion(name, names)))
+                error = unexpected_keyword(init, name, () if removed else names)
+                raise TypeError(f"{error}{removed}")
             if name in by_position:
                 raise TypeError(f"Trainer.__init__() got multiple values for argument '{name}'. Pass it once, by name.")
         init(self, **{**_presets(names), **by_position, **kwargs})
@@ -132,6 +138,15 @@ def refuse_conflicts(given: Mapping[str, Any]) -> None:
             raise ValueError(f"`Trainer(barebones=True, {name}={given[name]!r})` was passed. {why}")
     off = "no checkpoints, loggers, progress bar, model summary, sanity check, and `self.log` does nothing."
     rank_zero_info(f"`Trainer(barebones=True)`: {off} This is for measuring overhead, not for training.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises for what is neither True nor False: a text such as "False" would switch on."""
+    if value is None or isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # also those of numpy
+        return
+    if not (isinstance(value, int) and value in (0, 1)) and not (name == "deterministic" and isinstance(value, str)):
+        fix = "Pass True or False" + (", or 'warn'." if name == "deterministic" else ".")
+        raise TypeError(f"`Trainer({name}=...)` received {describe_received(value)}. {fix}")
 
 
 def integer(name: str, value: Any) -> int:
@@ -235,7 +250,7 @@ def benchmark_flag(deterministic: Any, benchmark: bool | None) -> bool | None:
 def apply_torch_flags(deterministic: bool | str | None, benchmark: bool | None) -> None:
     """Sets torch's global switches; None leaves one as it is."""
     if benchmark is not None:
-        torch.backends.cudnn.benchmark = benchmark
+        torch.backends.cudnn.benchmark = bool(benchmark)
     if deterministic is not None:
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
     if deterministic:
@@ -244,4 +259,6 @@ def apply_torch_flags(deterministic: bool | str | None, benchmark: bool | None) 
 
 
 def _typed(name: str, value: Any, fix: str) -> str:
+    if isinstance(value, type):
+        return f"`{name}` received {describe_received(value)}. {fix}"
     return f"`{name}={value!r}` is a {type(value).__name__}. {fix}"

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from fulmen.engine.ddp import DDPStrategy
-from fulmen.engine.deepspeed import DeepSpeedStrategy
-from fulmen.engine.fsdp import FSDPStrategy
-from fulmen.engine.model_parallel import ModelParallelStrategy
-from fulmen.engine.parallel import ParallelStrategy
-from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
+from typing import TYPE_CHECKING
+
+from fulmen.utilities.lazy import lazy_exports
+
+__all__ = [
+    "DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "ParallelStrategy",
+    "SingleDeviceStrategy", "Strategy", "StrategyRegistry",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from fulmen.engine.ddp import DDPStrategy
+    from fulmen.engine.deepspeed import DeepSpeedStrategy
+    from fulmen.engine.fsdp import FSDPStrategy
+    from fulmen.engine.model_parallel import ModelParallelStrategy
+    from fulmen.engine.parallel import ParallelStrategy
+    from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)
 
 # Makes this a package for the import system, so that deep paths (`fulmen.strategies.single_device`) can be served.
 __path__: list[str] = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from math import inf
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 
@@ -51,6 +52,7 @@ from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.filesystem import is_remote
 from fulmen.utilities.introspection import alias, overridden
+from fulmen.utilities.keywords import hide_unknown, refuse_unknown
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import isolate_rng
@@ -159,6 +161,10 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("hooks", "_lightning_optimizers")}
 
+    def __dir__(self) -> list[str]:
+        """What users may use; parts that only the loops and callbacks of this package ask for are left out."""
+        return [name for name in super().__dir__() if name not in _INTERNAL and not re.match(r"_(?!_)", name)]
+
     def _keep(self, checked: settings.Settings) -> None:
         """The settings users read and change at run time become plain attributes."""
         for name in _PLAIN_SETTINGS:
@@ -191,10 +197,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ the four verbs
 
+    @hide_unknown
     def fit(
         self, model: LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None, ckpt_path: str | os.PathLike[str] | None = None,
-        weights_only: bool | None = None,
+        weights_only: bool | None = None, **unknown: NoReturn,
     ) -> None:  # fmt: skip
         """Trains.
 
@@ -204,6 +211,7 @@ class Trainer:
                 is one, so that a scheduler can start the same command again.
             weights_only: handed to `torch.load`.
         """
+        refuse_unknown(Trainer.fit, unknown)
         if isinstance(train_dataloaders, LightningDataModule):
             datamodule, train_dataloaders = train_dataloaders, None
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
@@ -214,34 +222,40 @@ class Trainer:
         run = self._run if self.strategy.launcher is None else self._launch
         run(self.fit_loop, self._chosen_path(ckpt_path, True, weights_only), weights_only)
 
+    @hide_unknown
     def validate(
         self, model: LightningModule | None = None, dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
-        datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
+        datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the validation loaders. Returns the logged epoch metrics, one dict per loader."""
+        refuse_unknown(Trainer.validate, unknown)
         self.validate_loop.verbose = verbose
         return self._evaluate(
             self.validate_loop, TrainerFn.VALIDATING, model, dataloaders, datamodule, ckpt_path, weights_only
         )
 
+    @hide_unknown
     def test(
         self, model: LightningModule | None = None, dataloaders: Any = None,
         ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
-        datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
+        datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the test loaders. Returns the logged epoch metrics, one dict per loader."""
+        refuse_unknown(Trainer.test, unknown)
         self.test_loop.verbose = verbose
         return self._evaluate(
             self.test_loop, TrainerFn.TESTING, model, dataloaders, datamodule, ckpt_path, weights_only
         )
 
+    @hide_unknown
     def predict(
         self, model: LightningModule | None = None, dataloaders: Any = None,
         datamodule: LightningDataModule | None = None, return_predictions: bool | None = None,
-        ckpt_path: str | os.PathLike[str] | None = None, weights_only: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[Any] | None:  # fmt: skip
         """Predicts every batch. Returns the outputs on the CPU, a list per loader if there are several."""
+        refuse_unknown(Trainer.predict, unknown)
         self.predict_loop.return_predictions = return_predictions is not False
         return self._evaluate(
             self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, datamodule, ckpt_path, weights_only
@@ -841,3 +855,21 @@ class Trainer:
 
 
 _PLAIN_SETTINGS = tuple(name for name in Trainer.__annotations__ if not name.startswith("_"))
+_INTERNAL = frozenset(
+    [
+        "book",
+        "compile_hooks",
+        "hooks",
+        "lightning_optimizers",
+        "log_to_loggers",
+        "mode_hook",
+        "pack_results",
+        "prediction_writers",
+        "read_optimizers",
+        "report",
+        "signals",
+        "sources",
+        "unpack_results",
+        "val_check_time_s",
+    ]
+)

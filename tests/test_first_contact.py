@@ -171,3 +171,38 @@ def test_a_forgotten_base_constructor_is_named():
         make_trainer().fit(Regression.__new__(Regression), make_loader())
     assert isinstance(Late(), pl.LightningModule)
     assert str(inspect.signature(WithoutLayers)) == "()"
+
+
+# Of each argument of the Trainer: which of these wrong values it takes after all.
+WRONG = {"object": object(), "text": "text", "number": 1.5, "list": ["a"], "dict": {"a": 1}, "class": int, "set": {2.5}}
+RIGHT = {"default_root_dir": ["text"], "deterministic": ["text"], "gradient_clip_val": ["number"]}
+
+
+@pytest.mark.parametrize("name", list(inspect.signature(pl.Trainer).parameters))
+def test_a_wrong_type_of_any_argument_is_refused_when_the_trainer_is_made(name):
+    known = (TypeError, ValueError, MisconfigurationException)
+    for kind, value in WRONG.items():
+        if kind in RIGHT.get(name, ()):
+            assert make_trainer(**{name: value})
+            torch.use_deterministic_algorithms(False)
+            continue
+        with pytest.raises(known, match=name) as raised:
+            make_trainer(**{name: value})
+        text = str(raised.value)
+        shown = value.__name__ if isinstance(value, type) else repr(value)
+        assert shown[:20].strip("[]{}") in text, f"{name}={value!r}: {text}"
+        assert len(text) > 50, f"no way out is named: {text}"
+
+
+@pytest.mark.parametrize(
+    "name", ["enable_progress_bar", "detect_anomaly", "inference_mode", "sync_batchnorm", "benchmark"]
+)
+def test_switches_take_what_means_on_or_off(name):
+    import numpy
+
+    before = torch.backends.cudnn.benchmark
+    for value in (True, False, 0, 1, None, numpy.bool_(False)):
+        assert make_trainer(**{name: value})
+    torch.backends.cudnn.benchmark = before
+    with pytest.raises(TypeError, match=f"{name}=...\\)` received 'False', a str. Pass True or False"):
+        make_trainer(**{name: "False"})

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from fulmen.utilities.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
+__all__ = [
+    "BackboneFinetuning", "BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "DeviceStatsMonitor",
+    "EMAWeightAveraging", "EarlyStopping", "GradientAccumulationScheduler", "GradientNorm", "LambdaCallback",
+    "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "NonFiniteError", "NonFiniteGuard",
+    "OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar", "RichProgressBarTheme",
+    "SpikeDetection", "StochasticWeightAveraging", "TQDMProgressBar", "ThroughputMonitor", "Timer",
+    "WeightAveraging",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from fulmen.callbacks.averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
@@ -28,3 +35,5 @@ if TYPE_CHECKING:
     from fulmen.callbacks.timing import GradientAccumulationScheduler, Timer
     from fulmen.callbacks.tqdm_bar import TQDMProgressBar
     from fulmen.callbacks.writing import BasePredictionWriter, LambdaCallback
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)

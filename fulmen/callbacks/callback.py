@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fulmen.utilities.keywords import KeywordHints
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from fulmen.utilities.types import STEP_OUTPUT
 
 
-class Callback:
+class Callback(KeywordHints):
     """Base class of callbacks: override the hooks you need, the others cost nothing.
 
     What `self.log` may do in each hook is written in `fulmen.hooks.HOOKS`.

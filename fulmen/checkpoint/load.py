@@ -11,7 +11,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from math import inf
-from typing import IO, Any, ClassVar, NoReturn
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ INSTANTIATORS = {f"{package}.cli.instantiate_module" for package in ("lightning.
 OLD_KEYS = ("hparams", "module_arguments")
 
 
-class ClassOnlyMethod(classmethod):
+class _ClassOnlyMethod(classmethod):
     """A class method that must not be called on an instance, where users would expect it to change that instance."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable:
@@ -49,6 +49,12 @@ class ClassOnlyMethod(classmethod):
             raise TypeError(f"`{name}` cannot change an instance: it makes a new one. Use `loaded = {name}(...)`.")
 
         return refuse
+
+
+if TYPE_CHECKING:
+    ClassOnlyMethod = classmethod  # so that type checkers know what it returns
+else:
+    ClassOnlyMethod = _ClassOnlyMethod
 
 
 def load_from_checkpoint(

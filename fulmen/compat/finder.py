@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
 
-from fulmen.utilities.lazy import has_module
+from fulmen.utilities.lazy import has_module, missing_module, missing_name
 
 # A module of ours, and the paths under which its names are known as well. A path that stands at several modules is
 # looked up in their order.
@@ -100,8 +100,8 @@ class ViewModule(ModuleType):
             for module in self._modules():
                 if hasattr(module, name):
                     return getattr(module, name)
-        text = f"module {self.__name__!r} has no attribute {name!r}; fulmen looked in {', '.join(self._homes)}"
-        raise AttributeError(text, name=name, obj=self)
+        known = [] if name.startswith("__") else [known for known in dir(self) if not known.startswith("_")]
+        raise missing_name(self, name, known, sys._getframe(1), f"; fulmen looked in {', '.join(self._homes)}")
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *(name for module in self._modules() for name in dir(module))})
@@ -113,6 +113,10 @@ class DeepPaths(MetaPathFinder, Loader):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         served = fullname.removeprefix("fulmen.").removesuffix(".__main__")
         homes = [home for home in PATHS.get(served, ()) if has_module(home)]
+        if fullname.startswith("fulmen.") and not homes and sys.meta_path[-1] is self:
+            error = missing_module(fullname, sys._getframe(2))
+            if error is not None:
+                raise error
         if not fullname.startswith("fulmen.") or not homes:
             return None
         return ModuleSpec(fullname, self, is_package=not fullname.endswith(".__main__"))

@@ -15,6 +15,7 @@ from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.precision import Precision
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.introspection import alias, overridden
+from fulmen.utilities.keywords import KeywordHints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -35,7 +36,7 @@ def _step_of_module(name: str) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: getattr(self._lightning_module, name)(*args, **kwargs)
 
 
-class Strategy(ABC):
+class Strategy(KeywordHints, ABC):
     """The machine a model runs on. Fires no hooks: what must happen between its own acts is handed to it.
 
     Parts that are left out (None) are chosen by `engine.resolve`. Between processes nothing is exchanged: a strategy

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fulmen.utilities.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
+__all__ = ["CSVLogger", "CometLogger", "LitLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"]
 
 if TYPE_CHECKING:
     from fulmen.loggers.comet import CometLogger
@@ -15,3 +15,5 @@ if TYPE_CHECKING:
     from fulmen.loggers.mlflow import MLFlowLogger
     from fulmen.loggers.tensorboard import TensorBoardLogger
     from fulmen.loggers.wandb import WandbLogger
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from fulmen.utilities.filesystem import atomic_write, get_filesystem
+from fulmen.utilities.keywords import KeywordHints
 from fulmen.utilities.rank_zero import rank_zero_only, warn_once
 from fulmen.utilities.seed import isolate_rng
 
@@ -27,7 +28,7 @@ MAX_ELEMENTS, MAX_DEPTH = 100, 20
 _NESTED = (Mapping, list, tuple, set, frozenset)
 
 
-class Logger(ABC):
+class Logger(KeywordHints, ABC):
     """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members.
 
     `rank_zero_only` is for what must happen once per run, `rank_zero_experiment` for an ``experiment`` property.

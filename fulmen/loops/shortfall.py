@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.rank_zero import warn_user
 
 if TYPE_CHECKING:
     from fulmen.loops.fit import FitLoop
@@ -69,9 +69,9 @@ class Shortfall:
             name += f" on rank {rank}" if rank is not None else ""
             if not given:
                 what = f"No batches: the {name}, given by {label}, gave none."
-                warnings.warn(f"{what} Its data may be used up (a generator can be read once), or empty.", stacklevel=2)
+                warn_user(f"{what} Its data may be used up (a generator can be read once), or empty.")
                 continue
             what = f"The {name}, given by {label}, promised {promised} batches with `len()` and gave {given}."
             why = "It is over after the last one, whatever `len()` says."
             fix = "Correct `__len__`: what is planned by it (bars, schedules, fractions of an epoch) is off otherwise."
-            warnings.warn(f"{what} {why} {fix}", stacklevel=2)
+            warn_user(f"{what} {why} {fix}")

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from fulmen.utilities.lazy import lazy_exports
 
-__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)
+__all__ = ["AdvancedProfiler", "PassThroughProfiler", "Profiler", "PyTorchProfiler", "SimpleProfiler", "XLAProfiler"]
 
 if TYPE_CHECKING:
     from fulmen.profilers.profiler import AdvancedProfiler, PassThroughProfiler, Profiler, SimpleProfiler, XLAProfiler
     from fulmen.profilers.pytorch import PyTorchProfiler
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)

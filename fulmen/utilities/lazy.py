@@ -5,9 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import opcode
+import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
+
+from fulmen.utilities.errors import nearest, suggestion
 
 
 def has_module(name: str) -> bool:
@@ -18,11 +23,16 @@ def has_module(name: str) -> bool:
         return False
 
 
-def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable, list[str]]:
-    """The `__getattr__`, `__dir__` and `__all__` of a package whose names live in other modules.
+def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable]:
+    """The `__getattr__` and `__dir__` of a package whose names live in other modules.
 
     The names and where they live are read from the imports under `if TYPE_CHECKING:` in the package's own file, so that
-    type checkers see the same list: ``__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)``.
+    type checkers see the same list::
+
+        if TYPE_CHECKING:
+            from package.place import Name
+        else:
+            __getattr__, __dir__ = lazy_exports(__name__, __file__)
     """
     with open(file, encoding="utf-8") as source:
         blocks = [node for node in ast.parse(source.read()).body if isinstance(node, ast.If)]
@@ -31,17 +41,46 @@ def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable, list[
 
     def __getattr__(name: str) -> Any:
         submodule = f"{module_name}.{name}"
-        if name in table:
+        if table.get(name, module_name) != module_name:
             value = getattr(importlib.import_module(table[name]), name)
         elif not name.startswith("_") and has_module(submodule):
             value = importlib.import_module(submodule)
         else:
-            raise AttributeError(f"module {module_name!r} has no attribute {name!r}", name=name)
+            raise missing_name(sys.modules[module_name], name, table, sys._getframe(1))
         # Kept in the package, so the next access does not come here.
         setattr(sys.modules[module_name], name, value)
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*vars(sys.modules[module_name]), *table})
+        special = (name for name in vars(sys.modules[module_name]) if name.startswith("__"))
+        return sorted({*special, *table})
 
-    return __getattr__, __dir__, sorted(table)
+    return __getattr__, __dir__
+
+
+def missing_name(module: Any, name: str, known: Iterable[str], asked_from: FrameType, where: str = "") -> Exception:
+    """The error for a name that a module does not have, with the one that was meant.
+
+    Python replaces the AttributeError of ``from module import name`` by an error of its own, so that statement gets
+    the final one.
+    """
+    hint = "" if name.startswith("__") else suggestion(name, known)
+    here = asked_from.f_code.co_code[asked_from.f_lasti] if asked_from.f_lasti >= 0 else None
+    if here == opcode.opmap["IMPORT_FROM"]:
+        path = getattr(module, "__file__", None)
+        text = f"cannot import name {name!r} from {module.__name__!r} ({path or 'unknown location'}){where}.{hint}"
+        return ImportError(text, name=module.__name__, path=path)
+    return AttributeError(f"module {module.__name__!r} has no attribute {name!r}{where}.{hint}", name=name)
+
+
+def missing_module(name: str, asked_from: FrameType) -> ModuleNotFoundError | None:
+    """The error of an import statement for a module that is not there, if one of that package is nearly called so.
+
+    None where somebody only asks whether there is such a module.
+    """
+    package, _, last = name.rpartition(".")
+    if asked_from.f_code.co_name != "_find_and_load_unlocked":
+        return None
+    known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", []))]
+    hint = suggestion(name, [f"{package}.{module}" for module in known if nearest(last, [module])])
+    return ModuleNotFoundError(f"No module named {name!r}.{hint}", name=name) if hint else None

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, TypeVar
 
 from fulmen.utilities.errors import LightningDeprecationWarning
@@ -69,9 +70,45 @@ def rank_zero_info(*args: Any, stacklevel: int = 4, **kwargs: Any) -> None:
 
 
 def rank_zero_warn(message: str | Warning, stacklevel: int = 4, **kwargs: Any) -> None:
-    """Warn from the first process; ``category`` and the like go to `warnings.warn`."""
+    """Warn from the first process, as `warn_user` does; ``category`` and the like go there."""
     if is_rank_zero():
-        warnings.warn(message, stacklevel=max(stacklevel - _EXTRA_FRAMES, 1), **kwargs)
+        warn_user(message, stacklevel=stacklevel - _EXTRA_FRAMES, **kwargs)
+
+
+def warn_user(message: str | Warning, category: Any = None, stacklevel: int = 1, source: Any = None) -> None:
+    """`warnings.warn`, which shows the line of the user's code that led here, also from deep inside of this package.
+
+    Filters that name a module are asked about the one that warns.
+    """
+    warns = sys._getframe(1)
+    for _ in range(stacklevel - 1):
+        warns = warns.f_back or warns
+    shown: FrameType | None = warns
+    while shown is not None and not _is_users(shown):
+        shown = shown.f_back
+    shown = shown or warns
+    warnings.warn_explicit(
+        message,
+        category or (type(message) if isinstance(message, Warning) else UserWarning),
+        shown.f_code.co_filename,
+        shown.f_lineno,
+        module=warns.f_globals.get("__name__", "<unknown>"),
+        registry=shown.f_globals.setdefault("__warningregistry__", {}),
+        source=source,
+    )
+
+
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_INSTALLED = tuple(_STANDARD_LIBRARY + name + os.sep for name in ("site-packages", "dist-packages"))
+_NOT_USERS = ("torch", __name__.partition(".")[0])
+
+
+def _is_users(frame: FrameType) -> bool:
+    """Is it code of neither this package, nor torch, nor Python itself?"""
+    file = frame.f_code.co_filename
+    if frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_USERS or file.startswith("<frozen"):
+        return False
+    return not file.startswith(_STANDARD_LIBRARY) or file.startswith(_INSTALLED)
 
 
 def rank_zero_deprecation(message: str | Warning, stacklevel: int = 5, **kwargs: Any) -> None:
