@@ -72,10 +72,9 @@ class Timer(Callback):
         Raises:
             ValueError: for a name that is not the one of a stage.
         """
-        stage = RunningStage(stage)
-        end = self._end.get(stage, time.monotonic())
+        start, end = self.start_time(stage), self.end_time(stage)
         offset = self._offset if stage == RunningStage.TRAINING else 0
-        return offset + (end - self._start.get(stage, end))
+        return offset if start is None else offset + (time.monotonic() if end is None else end) - start
 
     def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
         """Seconds left of the duration, None without one."""

@@ -218,12 +218,12 @@ class MixedPrecision(Precision):
             self.last_skip = False
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        # Without its cache, which keeps weights cast under `no_grad` for later use under gradients.
-        return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
+        return self.autocast_context_manager()
 
     def autocast_context_manager(self) -> AbstractContextManager[Any]:
-        """The same as `forward_context`."""
-        return self.forward_context()
+        """What `forward_context` enters; a subclass may choose another."""
+        # Without its cache, which keeps weights cast under `no_grad` for later use under gradients.
+        return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
         if self.scaler is None:
