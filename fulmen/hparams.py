@@ -71,7 +71,7 @@ class HyperparametersMixin:
                 chosen.pop(name, None)
         for name, value in chosen.items():
             if isinstance(value, torch.nn.Module):
-                _advise_to_ignore(name, "is an instance of `nn.Module`, whose weights a checkpoint would hold twice.")
+                _advise_to_ignore(name, "is an instance of `nn.Module`, which is already saved during checkpointing.")
         if isinstance(chosen, dict) and isinstance(self.hparams, dict):
             self.hparams.update(chosen)
         else:
@@ -136,12 +136,13 @@ def _advise_to_ignore(name: str, what: str) -> None:
 
 def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersMixin | None) -> dict[str, Any]:
     """The hyper-parameters of both that loggers should receive; an error if one name has different values."""
+    sources = [source for source in (module, datamodule) if source is not None and source._log_hyperparams]
     merged: dict[str, Any] = {}
-    for source in (module, datamodule):
-        if source is None or not source._log_hyperparams:
-            continue
+    for source in sources:
         new = {name: value for name, value in source.hparams_initial.items() if name not in NOT_LOGGED}
         clashes = [name for name in merged if name in new and not _same(merged[name], new[name])]
+        # The initial values are copies, and copies of one object may be unequal.
+        clashes = [name for name in clashes if not _is_one([source.hparams.get(name) for source in sources])]
         if clashes:
             what = f"Module and datamodule would log different values for the hyper-parameters {clashes}."
             raise RuntimeError(f"{what} Rename them, or save one side with `save_hyperparameters(logger=False)`.")
@@ -151,10 +152,16 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
 
 def _same(first: Any, second: Any) -> bool:
     try:
-        equal = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+        equal = first == second
+        if hasattr(equal, "all"):  # arrays and tensors compare element by element
+            equal = first.shape == second.shape and equal.all()
         return first is second or bool(equal)
-    except Exception:  # arrays and the like compare element by element
+    except Exception:  # comparing is up to the values
         return False
+
+
+def _is_one(values: list[Any]) -> bool:
+    return values[0] is not None and all(value is values[0] for value in values)
 
 
 def _copied(hparams: Any) -> Any:

@@ -227,7 +227,7 @@ def test_values_that_cannot_be_copied_are_shared():
 
 
 def test_a_module_among_the_arguments_is_warned_about():
-    with pytest.warns(UserWarning, match=r"ignore=\['lr'\]"):
+    with pytest.warns(UserWarning, match=r"is an instance of `nn.Module`.*ignore=\['lr'\]"):
         Base(torch.nn.Linear(1, 1))
 
 
@@ -257,5 +257,19 @@ def test_one_name_with_two_values_cannot_be_logged():
         clean_for_loggers(Base(2), Data(4))
     with pytest.raises(RuntimeError):
         clean_for_loggers(Base(torch.ones(2)), Data(4, torch.zeros(2)))
+    shared = object()
+    for one, other in (
+        (torch.ones(2), torch.ones(2)),
+        (torch.ones(2).numpy(), torch.ones(2).numpy()),
+        (shared, shared),
+    ):
+        assert set(clean_for_loggers(Base(one), Data(4, other))) == {"lr", "depth", "batch_size"}
+    for one, other in (
+        (torch.ones(2), torch.ones(1)),
+        (torch.ones(2).numpy(), torch.zeros(2).numpy()),
+        (object(), object()),
+    ):
+        with pytest.raises(RuntimeError):
+            clean_for_loggers(Base(one), Data(4, other))
     assert clean_for_loggers(Base(2), Data(4, logger=False)) == {"lr": 2, "depth": 2}
     assert clean_for_loggers(Base(torch.ones(2)), Data(4, torch.ones(2)))["batch_size"] == 4

@@ -385,7 +385,10 @@ class ModelCheckpoint(Checkpoint):
         ensure_dir(os.path.dirname(path) or ".")
         with get_filesystem(path).open(path, "w") as file:
             for checkpoint, score in self.best_k_models.items():
-                file.write(f"{json.dumps(checkpoint)}: {json.dumps(score.item()).replace('Infinity', '.inf')}\n")
+                number = json.dumps(score.item()).replace("Infinity", ".inf").replace("NaN", ".nan")
+                file.write(f"{json.dumps(checkpoint)}: {number}\n")
+            if not self.best_k_models:
+                file.write("{}\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {**{name: getattr(self, name) for name in _STATE}, "best_k_models": dict(self.best_k_models)}

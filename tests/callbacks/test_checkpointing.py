@@ -479,8 +479,9 @@ def test_list_of_the_best_as_yaml(fit, tmp_path):
     callback.to_yaml()
     expected = {path: score.item() for path, score in callback.best_k_models.items()}
     assert yaml.safe_load((tmp_path / "best_k_models.yaml").read_text()) == expected
+    callback.best_k_models.clear()
     callback.to_yaml(tmp_path / "deeper" / "list.yaml")
-    assert (tmp_path / "deeper" / "list.yaml").exists()
+    assert yaml.safe_load((tmp_path / "deeper" / "list.yaml").read_text()) == {}
 
 
 def test_checkpoints_come_last_and_monitor():
