@@ -469,7 +469,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             parameter.requires_grad = before.get(parameter, parameter.requires_grad)
         self.__dict__["_requires_grad_before_toggle"] = before
 
-    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+    def untoggle_optimizer(self, optimizer: Optimizer | None = None) -> None:
         """Undoes `toggle_optimizer`."""
         for parameter, requires_grad in self._requires_grad_before_toggle.items():
             parameter.requires_grad = requires_grad

@@ -495,6 +495,7 @@ class Trainer:
             self._tell(error)
         finally:
             self._close(loop)
+            self.lightning_module.untoggle_optimizer()
             self.profiler.teardown(self.state.fn)
             self.strategy.unwatch()
             self.state.stage = None

@@ -108,18 +108,19 @@ class BaseFinetuning(Callback):
             self.freeze_before_training(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed:
-            # The state of the optimizers, which is loaded next, has the groups that were added before it was stored.
-            parameters = dict(pl_module.named_parameters())
-            for idx, groups in self._internal_optimizer_metadata.items():
-                optimizer = trainer.optimizers[idx]
-                known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                restored = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
-                optimizer.param_groups[:] = restored
-                added = {id(p) for group in restored for p in group["params"]} - known
-                for module in pl_module.modules():  # files of others do not say what was unfrozen
-                    if added & {id(p) for p in module.parameters(recurse=False)}:
-                        _set_trainable(module, True)
+        parameters = dict(pl_module.named_parameters())
+        for idx, groups in self._internal_optimizer_metadata.items():
+            optimizer = trainer.optimizers[idx]
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            restored = [{**group, "params": [parameters[name] for name in group["params"]]} for group in groups]
+            # A resumed run loads the state of its optimizers next, with all groups. A second fit has new optimizers, whose
+            # first groups are as the script made them.
+            start = 0 if self._resumed else len(optimizer.param_groups)
+            optimizer.param_groups[start:] = restored[start:]
+            added = {id(p) for group in restored for p in group["params"]} - known
+            for module in pl_module.modules():  # files of others do not say what was unfrozen
+                if added & {id(p) for p in module.parameters(recurse=False)}:
+                    _set_trainable(module, True)
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -83,6 +83,7 @@ class Memory:
             "in_eval": sorted(path.rpartition(".")[0] for path, on in flags.items() if _is_mode(path) and not on),
             "flags": self._changed("flags", flags),
             "groups": self._changed("groups", _groups(loop)),
+            "optimizers": [_name(optimizer) for optimizer in trainer.optimizers],
         }
 
     def note_start(self) -> None:
@@ -150,11 +151,15 @@ class Memory:
         """Lets parameter groups have the members they had, if the run had changed that; their options come with `states`."""
         trainer = self.loop.trainer
         parameters = dict(trainer.lightning_module.named_parameters())
+        for saved, now in zip(self.content.get("optimizers", []), map(_name, trainer.optimizers)):
+            if saved != now:
+                what = f"The checkpoint has the state of a `{saved}`, and `configure_optimizers` returned a `{now}`:"
+                rank_zero_warn(f"{what} it takes over what both have. Fit without `ckpt_path` to begin anew.")
         for index, names in self.content.get("groups", {}).items():
             known = names is not None and all(name in parameters for group in names for name in group)
             if known and index < len(trainer.optimizers):
-                saved = states[index]["param_groups"]
-                groups = [{**group, "params": [parameters[n] for n in own]} for group, own in zip(saved, names)]
+                options = states[index]["param_groups"]
+                groups = [{**group, "params": [parameters[n] for n in own]} for group, own in zip(options, names)]
                 trainer.optimizers[index].param_groups[:] = groups
 
     def begin(self) -> None:
@@ -330,6 +335,10 @@ def _flags(loop: FitLoop) -> dict[str, Any]:
     return flags | {
         f"{name}.requires_grad": toggled[id(p)] for name, p in module.named_parameters() if id(p) in toggled
     }
+
+
+def _name(optimizer: Any) -> str:
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
 def _groups(loop: FitLoop) -> dict[int, Any]:

@@ -115,7 +115,7 @@ def test_training_goes_on_with_what_was_switched(make, tmp_path):
     whole = run(make)
     run(make, save_to=tmp_path, epochs=3, each=True)
     # Before, in, at the end of and after the epoch in which it happens.
-    for epoch, step in ((0, 2), (0, 3), (1, 4), (1, 5), (1, 6), (2, 7), (2, 9)):
+    for epoch, step in ((0, 2), (0, 3), (1, 4), (1, 5), (2, 9)):
         same(run(make, tmp_path / f"epoch={epoch}-step={step}.ckpt"), whole)
 
 
