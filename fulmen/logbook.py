@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from numbers import Complex, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -709,17 +710,19 @@ def _entry_state(entry: Entry, module: Any) -> dict[str, Any]:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(
-                f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. Only one number can be "
-                f"logged under one name. Reduce it first, for example `self.log('{name}', value.mean())`."
-            )
-    elif (
-        isinstance(value, type)
-        or (not isinstance(value, (int, float)) and not hasattr(value, "__float__"))
-        or getattr(value, "shape", ()) != ()  # an array
-    ):
+    is_tensor = isinstance(value, Tensor)
+    if is_tensor and value.numel() != 1:
+        raise ValueError(
+            f"`self.log('{name}', ...)` received a tensor of shape {tuple(value.shape)}. Only one number can be "
+            f"logged under one name. Reduce it first, for example `self.log('{name}', value.mean())`."
+        )
+    if value.is_complex() if is_tensor else isinstance(value, Complex) and not isinstance(value, Real):
+        raise ValueError(
+            f"`self.log('{name}', ...)` received the complex number {value}. Only real ones can be reduced and logged. "
+            "Log `value.abs()`, or `value.real` and `value.imag` under two names."
+        )
+    number = isinstance(value, (int, float)) or hasattr(value, "__float__")
+    if isinstance(value, type) or not (is_tensor or (number and getattr(value, "shape", ()) == ())):  # an array has one
         raise ValueError(
             f"`self.log('{name}', ...)` received {describe_received(value)}; {type(value).__name__} values cannot be "
             "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "

@@ -156,6 +156,10 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """Converts floating-point parameters to float16."""
         return self._placed(super().half(), None, torch.half)
 
+    def bfloat16(self) -> LightningModule:
+        """Converts floating-point parameters to bfloat16."""
+        return self._placed(super().bfloat16(), None, torch.bfloat16)
+
     def _placed(self, moved: Any, device: torch.device | None, dtype: Any) -> Any:
         for module in self.modules():
             if isinstance(module, LightningModule):

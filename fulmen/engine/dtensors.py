@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fulmen.engine import collectives
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.rounding import rounded_by_chance
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import local_part, scale_gradients, total_norm
 
 SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
@@ -142,6 +143,9 @@ class FSDPPrecision(MixedPrecision):
         return self.scaler is None and self.half.plain_step
 
     def convert_module(self, module: Module) -> Module:
+        if self.mixed and (found := [name for name, p in module.named_parameters() if p.is_complex()]):
+            what = f"`precision={self.precision!r}`: `fully_shard` would make the complex parameters {found[:5]} real."
+            raise MisconfigurationException(f"{what} Use '32-true', or keep them as pairs of real numbers.")
         return self.half.convert_module(module)
 
     def convert_input(self, data: Any) -> Any:
@@ -202,8 +206,9 @@ def stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generator[None]:
     narrow = []
     for group in optimizer.param_groups:
         for index, own in enumerate(group["params"]):
-            wide = group["params"][index] = torch.nn.Parameter(own.detach().float())
-            wide.grad = None if own.grad is None else own.grad.float()
+            dtype = torch.promote_types(own.dtype, torch.float32)  # complex numbers stay complex
+            wide = group["params"][index] = torch.nn.Parameter(own.detach().to(dtype))
+            wide.grad = None if own.grad is None else own.grad.to(dtype)
             narrow.append(own)
             if own in optimizer.state:
                 optimizer.state[wide] = optimizer.state.pop(own)

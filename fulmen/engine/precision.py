@@ -299,7 +299,10 @@ class HalfPrecision(Precision):
         return False
 
     def convert_module(self, module: Module) -> Module:
-        return module.to(dtype=self.dtype)
+        # Not `module.to(dtype)`, which makes complex numbers real; these stay as they are.
+        convert = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
+        converted: Module = getattr(module, convert[self.dtype])()
+        return converted
 
     def convert_input(self, data: Any) -> Any:
         return apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)

@@ -42,7 +42,12 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     if all(g.device == first.device and g.dtype == first.dtype for g in gradients):
         norms = list(torch._foreach_norm(gradients, 2, dtype))
     else:
-        norms = [torch.linalg.vector_norm(g, dtype=dtype).to(first.device) for g in gradients]
+        widest = (
+            torch.float64 if any(g.dtype in (torch.float64, torch.complex128) for g in gradients) else torch.float32
+        )
+        norms = [
+            torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, widest)).to(first.device) for g in gradients
+        ]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
