@@ -220,3 +220,26 @@ def test_more_time_and_earlier_unfreezing(tmp_path):
 
     assert not tune(9, 3)
     assert tune(1, 5, tmp_path / "tune.ckpt")
+
+
+def test_a_second_fit_goes_on_with_what_was_unfrozen():
+    callback = BackboneFinetuning(1, lambda epoch: 0.5)
+    trainer = trainer_with([callback], max_epochs=3)
+    trainer.fit(module := Headed(range(9)), make_loader(4))
+    before = module.backbone.weight.clone()
+    trainer.max_epochs = 4
+    trainer.fit(module, make_loader(4))
+    groups = trainer.optimizers[0].param_groups
+    assert [len(group["params"]) for group in groups] == [2, 2]
+    assert [group["lr"] for group in groups] == pytest.approx([0.1, 0.0025])
+    assert not torch.equal(before, module.backbone.weight)
+
+
+def test_the_window_of_losses_is_there_after_a_resume(tmp_path):
+    first = SpikeDetection(window=4)
+    trainer = fit([first], max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = SpikeDetection(window=4)
+    fit([again], max_epochs=4, ckpt_path=tmp_path / "a.ckpt")
+    assert [*again._recent][:3] == [*first._recent]
+    assert len(again._recent) == 4
