@@ -495,7 +495,6 @@ class Trainer:
             self._tell(error)
         finally:
             self._close(loop)
-            self.lightning_module.untoggle_optimizer()
             self.profiler.teardown(self.state.fn)
             self.strategy.unwatch()
             self.state.stage = None
@@ -520,7 +519,7 @@ class Trainer:
         self.strategy.teardown()
         loop.teardown()
         if self.lightning_module is not None:
-            self.lightning_module.untoggle_optimizer(None)  # one that is toggled when the run breaks
+            self.lightning_module.untoggle_optimizer()  # one that is toggled when the run breaks
         self.book.move_to_cpu()
         for optimizer in self.__dict__.pop("_lightning_optimizers", None) or ():
             optimizer._run_step = None
