@@ -56,6 +56,9 @@ class ScriptLauncher:
         self.running = False
         self.signalled = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "children": []}
+
     def launch(self, function: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
         """What `function` returns in this process; `owner` is whose results would have to be carried elsewhere."""
         if not self.started:

@@ -56,6 +56,9 @@ class ParallelStrategy(Strategy, ABC):
         self.tell_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
         self._ending: collectives.Ending | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "store": None, "_ending": None}  # connections are of this process
+
     # ------------------------------------------------------------------ who is who
 
     @property

@@ -225,7 +225,7 @@ def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool =
     """
     start, numbers = prefix and f"{prefix}-", {}
     for name, value in metrics.items():
-        if type(value) is float or not hasattr(value, "tolist"):
+        if type(value) is float or not (hasattr(value, "tolist") and hasattr(value, "shape")):
             numbers[start + name] = value
         elif math.prod(value.shape) == 1:
             numbers[start + name] = value.item()

@@ -134,4 +134,5 @@ class TensorBoardLogger(FolderLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         if self._experiment is not None:
+            self.save()
             self._experiment.close()
