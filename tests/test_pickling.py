@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from ranks import run_ranks
 from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
@@ -118,3 +119,15 @@ def test_loggers_are_a_list_also_without_any():
     assert trainer.loggers == [logger, logger] and trainer.logger is logger
     trainer.logger = None
     assert trainer.loggers == []
+
+
+def pickle_on_a_rank() -> tuple[int, int]:
+    trainer, model = make_trainer(devices=2, strategy="ddp"), Regression()
+    trainer.fit(model, make_loader(batch_size=2))
+    again = pickle.loads(pickle.dumps(trainer))
+    return again.global_step, copy.deepcopy(trainer).world_size
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_can_pickle_and_copy_its_trainer():
+    assert run_ranks(2, pickle_on_a_rank) == [(3, 2), (3, 2)]
