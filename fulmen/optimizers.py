@@ -133,8 +133,8 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
     """
     if answer is None:
         rank_zero_warn(
-            f"`{type(module).__name__}.configure_optimizers` returned None: there is no optimizer, so the weights stay "
-            "as they are. Return one to train them."
+            f"`{type(module).__name__}.configure_optimizers` returned None: this fit will run with no optimizer, "
+            "so the weights stay as they are. Return one to train them."
         )
         return [NoOptimizer()], []
     optimizers, schedulers = _unpack(answer)
@@ -182,7 +182,8 @@ def _warn_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
         hint = "".join(suggestion(str(key), known) for key in unknown)
-        message = f"`configure_optimizers`: the keys {unknown} are unknown and ignored. Known: {list(known)}.{hint}"
+        where = "optimizer configuration" if known is _OUTER_KEYS else "lr scheduler dict"
+        message = f"Found unsupported keys in the {where}: {unknown} are ignored. Known: {list(known)}.{hint}"
         rank_zero_warn(message, category=RuntimeWarning)
 
 
@@ -267,7 +268,7 @@ def _plateau_needs_monitor() -> MisconfigurationException:
 
 def _unknown_shape(answer: Any, why: str) -> MisconfigurationException:
     return MisconfigurationException(
-        f"`configure_optimizers` returned something unknown: {answer!r} ({why}). "
+        f"Unknown configuration: `configure_optimizers` returned {answer!r} ({why}). "
         "Return an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
         '{"optimizer": ..., "lr_scheduler": ...}; a list of such dicts; or None.'
     )

@@ -152,7 +152,7 @@ def check_flag(name: str, value: Any) -> None:
 def integer(name: str, value: Any) -> int:
     """`value` as an int, by the rules of the argument `name`. Whole floats such as 1e5 count unless the API forbids it."""
     smallest = INTEGERS[name]
-    if value == inf and smallest == -1:
+    if value == inf and (smallest == -1 or name == "num_sanity_val_steps"):
         return -1
     if isinstance(value, Mapping) and name == "accumulate_grad_batches":
         fix = f"Use `callbacks=[GradientAccumulationScheduler(scheduling={value!r})]`."
@@ -163,8 +163,9 @@ def integer(name: str, value: Any) -> int:
         raise wrong_type(_typed(name, value, f"`{name}` should be an integer."))
     if value < smallest:
         too_small = ValueError if name == "accumulate_grad_batches" else MisconfigurationException
-        no_limit = " (-1 is no limit)" if smallest == -1 else ""
-        raise too_small(f"`{name}={value!r}` is too small. It must be {smallest} or more{no_limit}.")
+        must = "be a non-negative integer or -1 (no limit)" if smallest == -1 else f"be an int >= {smallest}"
+        wrong = "is not a valid configuration" if name == "fast_dev_run" else "is too small"
+        raise too_small(f"`{name}={value!r}` {wrong}. It must {must}.")
     return value if isinstance(value, bool) and name == "fast_dev_run" else int(value)
 
 
@@ -189,7 +190,9 @@ def batches(name: str, value: Any) -> int | float:
     if value >= 0 and (isinstance(value, int) or (value > 1 and value.is_integer())):
         return int(value)
     if not 0 <= value <= 1:
-        what = f"`{name}={value!r}` is neither a number of batches nor a fraction (in [0.0, 1.0] or an int above)."
+        what = (
+            f"`{name}={value!r}` is neither a number of batches nor a fraction: it has to be in [0.0, 1.0] or an int."
+        )
         raise MisconfigurationException(f"{what} {fix}")
     return value
 
@@ -197,7 +200,7 @@ def batches(name: str, value: Any) -> int | float:
 def development_run(fast_dev_run: int) -> dict[str, Any]:
     """The settings a development run of so many batches replaces."""
     count = int(fast_dev_run)
-    rank_zero_info(f"`fast_dev_run`: every loop sees {count} batch(es), nothing is logged or saved.")
+    rank_zero_info(f"Running in `fast_dev_run` mode: every loop sees {count} batch(es), nothing is logged or saved.")
     schedule = {"val_check_interval": 1.0, "val_check_time_s": None, "check_val_every_n_epoch": 1}
     duration = {"max_steps": count, "max_epochs": 1, "num_sanity_val_steps": 0}
     return {"fast_dev_run": True if count == 1 else count, **dict.fromkeys(LIMITS, count), **duration, **schedule}
@@ -231,7 +234,7 @@ def clip_algorithm(value: Any, algorithm: Any) -> GradClipAlgorithmType | None:
     name = algorithm.lower() if isinstance(algorithm, str) else str(algorithm)
     known = [kind.value for kind in GradClipAlgorithmType]
     if name not in known:
-        what = f"`gradient_clip_algorithm={algorithm!r}` is not one of {known}."
+        what = f"`gradient_clip_algorithm={algorithm!r}` is invalid. It must be one of {known}."
         raise MisconfigurationException(what + suggestion(name, known))
     return GradClipAlgorithmType(name)
 

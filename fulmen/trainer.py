@@ -277,7 +277,9 @@ class Trainer:
         if model is None and fn != TrainerFn.FITTING:
             model = self.lightning_module
             if model is None:
-                raise TypeError(f"`{name}()` was called without a model, and none was run before. Pass `model=`.")
+                raise TypeError(
+                    f"`{name}()` requires a `LightningModule`: none was passed, now or in a previous run. Pass `model=`."
+                )
         if is_compiled(model):
             model = from_compiled(model)
         if not isinstance(model, LightningModule):

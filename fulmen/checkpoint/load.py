@@ -46,7 +46,9 @@ class _ClassOnlyMethod(classmethod):
         @functools.wraps(self.__func__)
         def refuse(*_: Any, **__: Any) -> NoReturn:
             name = f"{type(instance).__name__}.{self.__func__.__name__}"
-            raise TypeError(f"`{name}` cannot change an instance: it makes a new one. Use `loaded = {name}(...)`.")
+            raise TypeError(
+                f"`{name}` cannot be called on an instance: it makes a new one. Use `loaded = {name}(...)`."
+            )
 
         return refuse
 

@@ -48,14 +48,14 @@ def find(
     if ckpt_path is None and model_given:
         return None
     if ckpt_path is None:
-        what = f"`trainer.{verb}()` was called without a model: the best checkpoint of the previous fit is used."
+        what = f"`trainer.{verb}()` was called without a model: the best model of the previous `fit` call will be used."
         rank_zero_warn(f'{what} Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.')
     if ckpt_path is None or ckpt_path == "best":
         return _or_newest_good(best_checkpoint(callbacks, verb, fast_dev_run), callbacks, folder_of, verify)
     if ckpt_path == "last":
         found = last_checkpoint(callbacks, folder_of)
         if found is None:
-            what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no such checkpoint.'
+            what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no last checkpoint available.'
             rank_zero_warn(f"{what} `ModelCheckpoint(save_last=True)` writes one.")
         return found and _or_newest_good(found, callbacks, folder_of, verify)
     path = os.fspath(ckpt_path)

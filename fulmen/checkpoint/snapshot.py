@@ -158,7 +158,7 @@ class Snapshot:
         self._restore_progress()
         trainer.fit_loop.memory.put_back_flags()
         if missing := [key for key in ("optimizer_states", "lr_schedulers") if key not in content]:
-            what = f"The checkpoint at {self.path} was saved with weights only: it lacks {missing}."
+            what = f"The checkpoint at {self.path} was saved with weights only: it contains only the model, and lacks {missing}."
             raise KeyError(f"{what} Use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`.")
         trainer.fit_loop.memory.put_back_groups(content["optimizer_states"])
         if trainer.strategy.lightning_restore_optimizer:
@@ -178,7 +178,7 @@ class Snapshot:
         loop.resume(progress, chapter, loader_states)
         limit, done = loop.max_epochs, loop.progress.epochs
         if limit is not None and limit != -1 and done > limit:
-            what = f"The checkpoint at {self.path} is of {done} epochs, so nothing is left for `max_epochs={limit}`."
+            what = f"The checkpoint at {self.path} has current_epoch={done}: nothing is left for Trainer(max_epochs={limit})."
             raise MisconfigurationException(f"{what} Raise it above {done}.")
 
 

@@ -39,9 +39,11 @@ def length_of(loader: Any) -> int | float:
     """The number of batches, infinite if the loader does not know; warns about lengths that are often a mistake."""
     length = sized(loader)
     if length == 0:
-        rank_zero_warn(f"The `{type(loader).__name__}` has 0 batches. Nothing will run on it; is that intended?")
+        rank_zero_warn(f"Total length of `{type(loader).__name__}` is zero. Nothing will run on it; is that intended?")
     if not math.isinf(length) and isinstance(getattr(loader, "dataset", None), IterableDataset):
-        rank_zero_warn("The `__len__` of an `IterableDataset` is wrong if several workers do not share out the data.")
+        rank_zero_warn(
+            "The `IterableDataset` has `__len__` defined, which is wrong if several workers do not share out the data."
+        )
     return length
 
 
@@ -82,7 +84,7 @@ def limit_batches(length: int | float, limit: int | float, *, name: str) -> int 
         fix = f"Use `{name}=1.0` for all batches or an int for their number, or define `__len__`."
         raise MisconfigurationException(f"{given} asks for a fraction of a loader with no length. {fix}")
     if int(length * limit) == 0:
-        fix = f"Use at least `{name}={1 / length}`, an int, or 0 to switch this part off."
+        fix = f"Try at least `{name}={1 / length}`, an int, or 0 to switch this part off."
         raise MisconfigurationException(f"{given} leaves none of the {length} batches of a loader. {fix}")
     return int(length * limit)
 
@@ -95,7 +97,7 @@ def check_iterable(loader: Any, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
     if isinstance(loader, (str, bytes, type)) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
         fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
-        raise TypeError(f"No batches can be read from {describe_received(loader)}, given by {label}. {fix}")
+        raise TypeError(f"An invalid dataloader was given by {label}: {describe_received(loader)}. {fix}")
 
 
 def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
@@ -104,7 +106,7 @@ def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
         return
     name = f"{stage}_dataloader"
     if name != "train_dataloader" and isinstance(order_of(loader), RandomSampler):
-        _maybe(f"The `{name}` shuffles its samples. Evaluation is best read in order: use `shuffle=False`.")
+        _maybe(f"The sampler of the `{name}` has shuffling enabled. Evaluation is best read in order: `shuffle=False`.")
     possible = suggested_max_num_workers(local_world_size=1)
     # Workers would only slow down data that is indexed in memory.
     if loader.num_workers < 2 <= possible and in_memory(loader) is None:

@@ -74,7 +74,9 @@ class Sources:
         in_module = overridden(module, hook_name, self.module_base)
         if overridden(datamodule, hook_name, self.datamodule_base):
             if in_module:
-                warn_once(f"Both datamodule and module define `{hook_name}`. The one of the datamodule is used.")
+                warn_once(
+                    f"`{hook_name}` is overridden in both `LightningModule` and `LightningDataModule`: the latter's is used."
+                )
             return datamodule
         if in_module and datamodule is not None:
             warn_once(f"`{hook_name}` of the module is used, because the datamodule does not define it.")

@@ -134,7 +134,7 @@ _OWN = "The strategy object has its own {}, and another one comes through `{}`. 
 # What cannot be, whatever the hardware: a condition, the exception class, a message with the wishes as {w}.
 CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
     (lambda w: type(w.num_nodes) is not int or w.num_nodes < 1, ValueError,
-     "`num_nodes={w.num_nodes!r}` is not a number of machines. Use a whole number of at least 1."),
+     "`num_nodes={w.num_nodes!r}` must be a positive integer: the number of machines."),
     (lambda w: w.precision and Precision in w.plugins, ValueError,
      "`precision={w.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
     (lambda w: w.sync_batchnorm and not isinstance(w.plugins.get(LayerSync), (TorchSyncBatchNorm, NoneType)), MCE,
@@ -145,7 +145,7 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
     *((lambda w, part=part, kind=kind: w.own(part) and kind in w.plugins, MCE, _OWN.format(part, "plugins"))
       for part, kind in PLUGIN_PARTS.items()),
     (lambda w: w.devices in (0, "0", [], ()), MCE,
-     "`devices={w.devices!r}` asks for no device at all. Use `devices=1`, or 'auto'."),
+     "`devices={w.devices!r}` is not a valid input: it asks for no device at all. Use `devices=1`, or 'auto'."),
     (lambda w: isinstance(w.strategy, str) and w.strategy not in ("auto", *StrategyRegistry), MCE,
      "`strategy={w.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
     (lambda w: w.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
@@ -188,6 +188,7 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
     if kind == "tpu" or not kind.is_available():
         usable = [repr(name) for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
         gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
+        gone = f"No supported gpu backend found: {gone}" if asked == "gpu" else gone
         raise MCE(f"For `accelerator={asked!r}`, {gone}. Available are {', '.join(usable)}.")
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
@@ -286,12 +287,14 @@ def known_precision(value: Any) -> str | None:
     if asked is None or (isinstance(asked, str) and asked in names):
         name = ALIASES.get(str(asked), asked)
         if asked in ("16", "bf16"):
-            rank_zero_warn(f"`precision={asked!r}` is an old name. Write `precision={name!r}` for the same.")
+            rank_zero_warn(
+                f"`precision={asked!r}` is an old name, supported for historical reasons. Write `precision={name!r}` for the same."
+            )
         return name
     spelled = str(value).lower().removeprefix("torch.")
     near = MEANT.get(spelled) or (nearest(spelled, names) if isinstance(value, str) else None)
     hint = f" Did you mean `{near}`?" if near else ""
-    raise ValueError(f"`precision={value!r}` is none of {', '.join(map(repr, names))}.{hint}")
+    raise ValueError(f"`precision={value!r}` is invalid. It must be one of {', '.join(map(repr, names))}.{hint}")
 
 
 def gpu_kind() -> str:
@@ -314,7 +317,7 @@ def _known(argument: str, value: Any, names: Sequence[str], kind: type) -> Any:
         return value
     what = f"`{argument}` received {describe_received(value)}" if isinstance(value, type) else f"`{argument}={value!r}`"
     known = f"{', '.join(map(repr, names))}, or an instance of `{kind.__name__}`"
-    raise ValueError(f"{what}; it must be one of {known}.{suggestion(str(value), names)}")
+    raise ValueError(f"{what} is an invalid {argument} name. It must be one of {known}.{suggestion(str(value), names)}")
 
 
 def _by_kind(plugins: Any) -> dict[type, Any]:

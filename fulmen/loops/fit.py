@@ -222,8 +222,8 @@ class FitLoop(Loop):
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
         if combined.mode == "sequential":
             raise ValueError(
-                "`CombinedLoader(mode='sequential')` was given for training. A training step takes one batch of every "
-                "loader at once. Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
+                'Training does not support the `CombinedLoader(mode="sequential")` mode. '
+                "A training step takes one batch of every loader at once. Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
             )
         self.loaders = prepared_loaders(trainer, combined, source.label, "train", trainer.limit_train_batches)
         self.num_batches = self.loaders.num_batches()
@@ -270,13 +270,15 @@ class FitLoop(Loop):
         too_long = isinstance(interval, int) and interval > self.num_batches
         if too_long and trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches != 0:
             what = (
-                f"`val_check_interval={interval}` is larger than the {self.num_batches} training batches of an epoch."
+                f"`val_check_interval={interval}` must be less than or equal to the number of training batches of an "
+                f"epoch ({self.num_batches})."
             )
             fix = "Use a smaller value, or `check_val_every_n_epoch=None` to count batches across epochs."
             raise ValueError(f"{what} The counter starts again at each epoch, so validation would never run. {fix}")
         if trainer.loggers and not trainer.fast_dev_run and self.num_batches < trainer.log_every_n_steps:
             what = (
-                f"An epoch has {self.num_batches} batches, fewer than `log_every_n_steps={trainer.log_every_n_steps}`:"
+                f"The number of training batches ({self.num_batches}) is smaller than the logging interval "
+                f"`Trainer(log_every_n_steps={trainer.log_every_n_steps})`:"
             )
             rank_zero_warn(f"{what} few steps are logged, or none. Use a smaller value.", category=PossibleUserWarning)
 
@@ -291,7 +293,7 @@ class FitLoop(Loop):
         verify.monitors(trainer)
         in_eval = sum(not m.training for m in module.modules())
         if in_eval:
-            what = f"{in_eval} of the modules are in eval mode as training starts, and stay so."
+            what = f"{in_eval} of the modules are in eval mode at the start of training, and stay so."
             rank_zero_warn(f"{what} Call `.train()` on those that should learn.", category=PossibleUserWarning)
         self.optimization = optimization_for(trainer, self.hooks, self.progress)
         if trainer.profiler.active:

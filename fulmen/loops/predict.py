@@ -42,8 +42,8 @@ class PredictionLoop(EvaluationLoop):
     def check_mode(self, mode: str) -> None:
         if mode != "sequential":
             raise ValueError(
-                f"`trainer.predict` received a `CombinedLoader(mode={mode!r})`. Predictions belong to one loader at a "
-                "time. Use `mode='sequential'`."
+                f'`trainer.predict()` only supports the `CombinedLoader(mode="sequential")` mode, but received {mode!r}: '
+                "predictions belong to one loader at a time."
             )
 
     def start(self) -> None:

@@ -117,7 +117,7 @@ def _resolve_durations(trainer: Trainer) -> None:
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)
         loop.max_epochs = 1000 if loop.max_steps == -1 and not timed else -1
         if loop.max_epochs == 1000:
-            what = "No limit was given (`max_epochs`, `max_steps`, `max_time`): training ends after 1000 epochs."
+            what = "`max_epochs` was not set, nor `max_steps` or `max_time`: training ends after 1000 epochs."
             rank_zero_warn(f"{what} `max_epochs=-1` means none.", category=PossibleUserWarning)
     if loop.min_epochs is None:
         loop.min_epochs = 1 if loop.min_steps is not None else 0

@@ -108,7 +108,7 @@ def test_loggers_continue_their_axis(tmp_path):
 
 def test_smaller_max_epochs_than_stored_is_refused_and_equal_does_nothing(tmp_path):
     run(tmp_path, 3)
-    with pytest.raises(MisconfigurationException, match="3 epochs.*max_epochs=2"):
+    with pytest.raises(MisconfigurationException, match="current_epoch=3.*max_epochs=2"):
         run(tmp_path / "rest", 2, ckpt_path=tmp_path / "epoch=2.ckpt")
     _, trainer = run(tmp_path / "rest", 3, ckpt_path=tmp_path / "epoch=2.ckpt")
     assert trainer.global_step == 18

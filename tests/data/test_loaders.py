@@ -91,9 +91,9 @@ def test_the_length_of_a_loader(loader, length):
 
 
 def test_suspicious_lengths_are_pointed_out():
-    with pytest.warns(UserWarning, match="`DataLoader` has 0 batches"):
+    with pytest.warns(UserWarning, match="Total length of `DataLoader` is zero"):
         assert length_of(DataLoader(Numbers(0))) == 0
-    with pytest.warns(UserWarning, match="`__len__` of an `IterableDataset`"):
+    with pytest.warns(UserWarning, match="`IterableDataset` has `__len__` defined"):
         assert length_of(DataLoader(SizedStream(), batch_size=2)) == 3
 
 
@@ -170,9 +170,9 @@ def test_no_advice_about_workers_where_they_would_not_help():
 @pytest.mark.parametrize("stage", ["val", "test", "predict"])
 def test_shuffled_evaluation(stage):
     in_memory = TensorDataset(torch.zeros(4))
-    with pytest.warns(PossibleUserWarning, match=f"`{stage}_dataloader` shuffles"):
+    with pytest.warns(PossibleUserWarning, match=f"`{stage}_dataloader` has shuffling enabled"):
         warn_about(DataLoader(in_memory, shuffle=True), stage=stage)
-    with pytest.warns(PossibleUserWarning, match=f"`{stage}_dataloader` shuffles"):
+    with pytest.warns(PossibleUserWarning, match=f"`{stage}_dataloader` has shuffling enabled"):
         warn_about(DataLoader(in_memory, batch_sampler=BatchSampler(RandomSampler(in_memory), 2, False)), stage=stage)
     warn_about(DataLoader(in_memory), stage=stage)
     warn_about(DataLoader(in_memory, sampler=WeightedRandomSampler(torch.ones(4), 4)), stage=stage)

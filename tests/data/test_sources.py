@@ -132,7 +132,7 @@ def test_the_transfer_hook_of_the_datamodule_wins():
 
     module, data = Moving(), MovingData()
     found = sources(module, datamodule=data)
-    with pytest.warns(UserWarning, match="Both datamodule and module define `on_before_batch_transfer`"):
+    with pytest.warns(UserWarning, match="`on_before_batch_transfer` is overridden in both"):
         assert found.transfer_owner("on_before_batch_transfer", module, data) is data
     with pytest.warns(UserWarning, match="`transfer_batch_to_device` of the module is used"):
         assert found.transfer_owner("transfer_batch_to_device", module, data) is module

@@ -362,7 +362,9 @@ def test_what_cannot_be_had_is_refused(arguments, error, words):
     ],
 )
 def test_an_unknown_precision_is_answered_with_the_list_and_the_nearest(precision, meant):
-    with pytest.raises(ValueError, match=rf"`precision={re.escape(repr(precision))}` is none of '32-true'") as raised:
+    with pytest.raises(
+        ValueError, match=rf"`precision={re.escape(repr(precision))}` is invalid. It must be one of '32-true'"
+    ) as raised:
         resolve(precision=precision, accelerator="gpu")  # found before anything is asked about the GPU
     assert "'transformer-engine-float16', '64', '32', '16', 'bf16'." in str(raised.value)
     assert str(raised.value).endswith(f"Did you mean `{meant}`?" if meant else "'bf16'.")

@@ -414,7 +414,7 @@ STEPS_OF_FIVE_BATCHES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*returned `None`", "ignore:.*there is no optimizer")
+@pytest.mark.filterwarnings("ignore:.*returned `None`", "ignore:.*will run with no optimizer")
 @pytest.mark.parametrize(("kind", "arguments", "steps"), [row[1:] for row in STEPS_OF_FIVE_BATCHES],
                          ids=[row[0] for row in STEPS_OF_FIVE_BATCHES])  # fmt: skip
 def test_global_step_counts_the_steps_that_optimizers_were_told_to_make(kind, arguments, steps):

@@ -17,7 +17,7 @@ import fulmen as pl
 from fulmen.utilities.errors import MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*validation_step", "ignore:.*has 0 batches", "ignore:.*zero-length", "ignore:.*max_epochs",
+    "ignore:.*validation_step", "ignore:Total length of", "ignore:.*zero-length", "ignore:.*max_epochs",
     "ignore:.*shuffl", "ignore:.*barebones", "ignore:.*log_every_n_steps",
 )  # fmt: skip
 BATCHES = 4

@@ -15,7 +15,7 @@ from fulmen.utilities.errors import MisconfigurationException
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*eval mode",
     "ignore:.*shuffl",
-    "ignore:.*has 0 batches",
+    "ignore:Total length of",
     "ignore:.*zero",
     "ignore:.*validation_step",
     "ignore:.*returned `None`",
