@@ -313,6 +313,9 @@ class Trainer:
 
     def _chosen_path(self, ckpt_path: Any, model_given: bool, weights_only: bool | None) -> Any:
         """The checkpoint to load, from the argument or a path the user set on the trainer."""
+        if not isinstance(ckpt_path, (str, os.PathLike, type(None))):
+            what = f"`Trainer.{self.state.fn.value}(ckpt_path=...)` received {describe_received(ckpt_path)}."  # type: ignore[union-attr]
+            raise TypeError(f"{what} Pass a path or URL, 'best', 'last', 'auto', or None.")
         if self._ckpt_path_by_user:
             if ckpt_path is None:
                 return self._ckpt_path

@@ -20,6 +20,7 @@ from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import is_generator, num_positional, overridden, takes_argument
 from fulmen.utilities.modules import scale_gradients
+from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
     from fulmen.loops.dispatch import HookPlan
@@ -101,6 +102,11 @@ class Optimization:
 
     def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """What `LightningOptimizer.step` does during this run."""
+        if closure is None and self.book.hook == "training_step":
+            what = (
+                "`optimizer.step()` was called in `training_step` with automatic optimization, which makes a step too."
+            )
+            warn_once(f"{what} Leave it out, or set `self.automatic_optimization = False` in `__init__`.")
         return self.strategy.optimizer_step(optimizer, closure or nothing, self.module, **kwargs)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.timing import Timer
 from fulmen.datamodule import LightningDataModule
-from fulmen.hooks import REMOVED_HOOKS
+from fulmen.hooks import HOOKS, REMOVED_HOOKS
 from fulmen.module import LightningModule
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, is_one_letter_apart, nearest
-from fulmen.utilities.introspection import overridden, parameters_of, texts_compared_with
+from fulmen.utilities.introspection import accepts, overridden, parameters_of, texts_compared_with
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
@@ -38,6 +42,7 @@ def configuration(trainer: Trainer) -> None:
         *((callback, Callback) for callback in trainer.callbacks),
     ):
         check_hook_names(owner, base)
+        check_hook_signatures(owner, base)
         check_stage_names(owner, base)
     kind, *signatures = NEEDED[verb.value]
     for signature in signatures:
@@ -53,6 +58,8 @@ def configuration(trainer: Trainer) -> None:
         fix = f"Pass a loader to `trainer.{verb.value}(...)`, or define that method."
         raise MisconfigurationException(f"{what} {' or '.join(owners)}. {fix}")
     if verb == TrainerFn.FITTING:
+        hint_at_layers(module)
+        hint_at_modes(trainer.callbacks)
         _check_fit(trainer, module)
         _resolve_durations(trainer)
 
@@ -163,6 +170,75 @@ _USUAL_WORDS = {"training": "train", "testing": "test", "val": "validation", "va
 def _in_usual_words(name: str) -> str:
     words = [_USUAL_WORDS.get(word, word) for word in name.split("_")]
     return "_".join("batch" if word == "step" and words[0] == "on" else word for word in words)
+
+
+def check_hook_signatures(owner: Any, base: type) -> None:
+    """Refuses a hook that cannot take what it will be called with: it may only be called hours later."""
+    for hook in HOOKS:
+        if not overridden(owner, hook.name, base) or not hasattr(base, hook.name):
+            continue
+        method = getattr(owner, hook.name)
+        given = [p.name for p in parameters_of(getattr(base, hook.name)) if p.default is p.empty][1:]
+        if not accepts(method, given):
+            what = f"`{type(owner).__name__}.{hook.name}` cannot be called with the arguments of that hook."
+            raise TypeError(f"{what} Define `def {hook.name}({', '.join(['self', *given])})`.")
+
+
+def hint_at_layers(module: LightningModule) -> None:
+    """Warns of layers in plain lists and dicts: they are not trained, moved or saved with the module."""
+    known = {*module.modules(), *module.parameters()}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            if name.startswith("_") or not any(_learns(item) and item not in known for item in islice(held, 100)):
+                continue
+            place = ".".join(word for word in (type(module).__name__, path, name) if word)
+            rank_zero_warn(
+                f"`{place}` is a {type(value).__name__} with layers or parameters that the module does not know: they "
+                "are not in `self.parameters()`, not moved to the device and not saved. Use `nn.ModuleList`, "
+                "`nn.ModuleDict` or `nn.ParameterList`.",
+                category=PossibleUserWarning,
+            )
+
+
+def _learns(item: Any) -> bool:
+    parameters = [item] if isinstance(item, nn.Parameter) else item.parameters() if isinstance(item, nn.Module) else ()
+    return any(parameter.requires_grad for parameter in parameters)
+
+
+_LARGER = frozenset(
+    [
+        "acc",
+        "accuracy",
+        "auc",
+        "auroc",
+        "bleu",
+        "dice",
+        "f1",
+        "iou",
+        "jaccard",
+        "map",
+        "precision",
+        "psnr",
+        "recall",
+        "rouge",
+        "ssim",
+    ]
+)
+_SMALLER = frozenset(["cer", "error", "loss", "mae", "mse", "nll", "perplexity", "ppl", "rmse", "wer"])
+
+
+def hint_at_modes(callbacks: Iterable[Callback]) -> None:
+    """Warns of a callback that waits for an accuracy to fall, or for a loss to rise."""
+    for callback in callbacks:
+        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        words = set(re.split(r"[^a-z0-9]+", monitor.lower())) if isinstance(monitor, str) else set()
+        better = {"max": words & _LARGER and not words & _SMALLER, "min": words & _SMALLER and not words & _LARGER}
+        meant = next((meant for meant, fits in better.items() if fits), mode)
+        if mode in ("min", "max") and meant != mode:
+            what = f"`{type(callback).__name__}(monitor={monitor!r}, mode={mode!r})` takes"
+            what = f"{what} {'smaller' if mode == 'min' else 'larger'} values for better ones."
+            rank_zero_warn(f"{what} Did you mean `mode={meant!r}`?", category=PossibleUserWarning)
 
 
 def check_stage_names(owner: Any, base: type) -> None:

@@ -51,6 +51,21 @@ def parameters_of(fn: Callable) -> list[inspect.Parameter]:
         return []
 
 
+def accepts(fn: Callable, names: list[str]) -> bool:
+    """Can ``fn`` be called with these arguments, by position or by name? True for what cannot be inspected."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return True
+    for args, kwargs in ((names, {}), ([], dict.fromkeys(names))):
+        try:
+            signature.bind(*args, **kwargs)
+            return True
+        except TypeError:
+            pass
+    return False
+
+
 def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
     """May ``fn`` be called with the keyword ``name``? With ``explicit``, ``**kwargs`` does not count."""
     found = parameters_of(fn)
