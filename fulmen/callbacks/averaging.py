@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR
 
 from fulmen.callbacks.callback import Callback
+from fulmen.engine.dtensors import whole
 from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.modules import set_module_flags
+from fulmen.utilities.modules import local_part, set_module_flags, spread_like
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig, TrainerFn
 
@@ -38,14 +39,16 @@ class Average:
     """Values kept beside those of a module's parameters and buffers, in their order; in float32 where those are half.
 
     There are none before the first update. Between `show` and `hide` the module has them, and `current` what it had.
+    Of tensors that are spread over processes, each process has its part.
 
     Arguments:
         device: where the values are; None is where each tensor of the module is.
         buffers: average the buffers too. Else theirs are copies, as of the last update.
+        strategy: knows how a checkpoint holds tensors that are spread.
     """
 
-    def __init__(self, module: Module, device: Any, buffers: bool) -> None:
-        self.module, self.device = module, device
+    def __init__(self, module: Module, device: Any, buffers: bool, strategy: Any) -> None:
+        self.module, self.device, self.strategy = module, device, strategy
         self.count = 0  # updates so far
         self.values: list[Tensor] | None = None
         self.current: list[Tensor] | None = None
@@ -61,13 +64,18 @@ class Average:
             if kind == "_parameters":
                 self.num_parameters = len(self.slots)
         self.num_averaged = len(self.slots) if buffers else self.num_parameters
+        # While a layer computes, its parameters stand where these are.
+        self.spread = {i: tensor for i, tensor in enumerate(found.values()) if hasattr(tensor, "to_local")}
         index = {key: i for i, key in enumerate(found)}
         named = Module.state_dict(module, keep_vars=True)  # the class's: an override may know no `keep_vars`
         self.names = {name: index[id(tensor)] for name, tensor in named.items() if id(tensor) in index}
 
     def live(self) -> list[Tensor]:
-        """The tensors of the module."""
-        return [owner[name] for owner, name in self.slots]
+        """The tensors of the module, or what this process has of them."""
+        tensors = [owner[name] for owner, name in self.slots]
+        for i, tensor in self.spread.items():
+            tensors[i] = local_part(tensor.detach())
+        return tensors
 
     def parameters(self) -> list[Tensor]:
         """The values of the module's parameters."""
@@ -84,7 +92,7 @@ class Average:
         elements = 0
         for i, (tensor, value) in enumerate(zip(self.live(), values)):
             dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-            own = torch.empty_like(tensor, dtype=dtype, device=self.device or tensor.device).copy_(value)
+            own = torch.empty_like(tensor, dtype=dtype, device=self.device or tensor.device).copy_(local_part(value))
             placed.append(own)
             if i < self.num_averaged:
                 key = (own.device, own.dtype, tensor.device, tensor.dtype, elements // CHUNK)
@@ -130,17 +138,23 @@ class Average:
             self.current = None
 
     def put_into(self, state: Any, tensors: list[Tensor] | None) -> Any:
-        """A copy of a state dict of the module that has these tensors instead of the module's."""
+        """A copy of a state dict of the module that has these tensors instead of the module's; all processes call it."""
         state = copy(state)
         if tensors is not None:
-            state.update({name: tensors[i] for name, i in self.names.items() if name in state})
+            named = {name: spread_like(tensors[i], self.spread.get(i)) for name, i in self.names.items()}
+            saved = self.strategy.state_to_save(named)
+            state.update({name: value for name, value in saved.items() if name in state})
         return state
 
-    def move_to_cpu(self) -> None:
-        """Frees the memory of devices."""
-        self.device = torch.device("cpu")
-        self.values = self.values and [value.cpu() for value in self.values]
-        self.current = self.current and [value.cpu() for value in self.current]
+    def retire(self) -> None:
+        """Training is over: frees the memory of devices. What was spread over processes is whole on the first one."""
+        self.device, keep = torch.device("cpu"), self.strategy.is_global_zero
+        for kind in ("values", "current"):
+            tensors = getattr(self, kind)
+            if tensors is not None and self.spread:
+                tensors = [whole(spread_like(tensor, self.spread.get(i)), keep) for i, tensor in enumerate(tensors)]
+            setattr(self, kind, [tensor.cpu() for tensor in tensors] if tensors and (keep or not self.spread) else None)
+        self.spread = {}
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -183,7 +197,8 @@ class WeightAveraging(Callback):
     Arguments:
         device: where the average is; by default, where the weights are. Otherwise each update waits for a copy.
         use_buffers: average the buffers as well, such as statistics of batch norm. Else they are as of the last update.
-        avg_fn: gives the new average of a tensor from `(averaged, current, num_averaged)`; by default all count equally.
+        avg_fn: gives the new average of a tensor from `(averaged, current, num_averaged)`, element by element, as each
+            process has only a part of what is spread; by default all updates count equally.
         multi_avg_fn: the same for a list of tensors, changed in place.
     """
 
@@ -223,7 +238,7 @@ class WeightAveraging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now all layers exist, on the device and in the dtype of the run.
-        self._average = Average(pl_module, self._device, self._use_buffers)
+        self._average = Average(pl_module, self._device, self._use_buffers, trainer.strategy)
         self._progress = trainer.fit_loop.progress
         self._take_stored()
 
@@ -277,7 +292,7 @@ class WeightAveraging(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average is not None:
             self._average.show()  # a run that was resumed after its last epoch did not train
-            self._average.move_to_cpu()
+            self._average.retire()
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest_update_step": self._latest_update_step}
@@ -304,7 +319,8 @@ class WeightAveraging(Callback):
             # `state_dict`, the average, is in the module already.
             current = {"state_dict": checkpoint["current_model_state"]}
             trainer.strategy.load_model_state_dict(current, strict=pl_module.strict_loading)
-            self._stored = checkpoint["state_dict"], int(checkpoint["averaging_state"]["n_averaged"])
+            average = trainer.strategy.state_from(checkpoint["state_dict"])
+            self._stored = average, int(checkpoint["averaging_state"]["n_averaged"])
             self._take_stored()
 
     def weights_to_save(self, state_dict: Any) -> Any:
@@ -430,7 +446,7 @@ class StochasticWeightAveraging(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             name = type(trainer.strategy).__name__
-            if name.startswith(("FSDP", "DeepSpeed")):
+            if name.startswith(("FSDP", "DeepSpeed", "ModelParallel")):
                 what = f"`StochasticWeightAveraging` needs the whole weights on each process, and `{name}` splits them."
                 raise MisconfigurationException(f"{what} Use another strategy, or remove the callback.")
             self._forget_run()
@@ -451,7 +467,7 @@ class StochasticWeightAveraging(Callback):
         self._max_epochs = inf if unlimited else limit
         if not unlimited and self.pl_module_contains_batch_norm(pl_module):
             self._limit.put(trainer, "max_epochs", limit + 1)
-        self._average = Average(pl_module, self._device, buffers=False)
+        self._average = Average(pl_module, self._device, False, trainer.strategy)
         if self._stored.get("n_averaged"):
             self.n_averaged = torch.tensor(self._stored["n_averaged"])
             self._average.load_named(self._stored["average_model_state"])
@@ -504,7 +520,7 @@ class StochasticWeightAveraging(Callback):
         self._transfer_if_complete(trainer, pl_module)  # a run that was resumed after its last epoch did not train
         self._limit.undo()
         if self._average is not None:
-            self._average.move_to_cpu()
+            self._average.retire()
 
     def _transfer_if_complete(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Puts the mean into the module if the last epoch is over, and none followed that measured statistics."""

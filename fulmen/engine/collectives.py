@@ -192,12 +192,12 @@ def _bytes_of(row: Tensor, size: int) -> bytes:
     return ctypes.string_at(row.data_ptr(), size)
 
 
-def buckets(tensors: Iterable[Tensor], limit: int = 2**26) -> list[list[Tensor]]:
+def buckets(tensors: Iterable[Tensor], limit: int = 2**26, by_type: bool = True) -> list[list[Tensor]]:
     """Tensors of one dtype and device together, up to so many numbers: each bucket travels at once."""
     full: list[list[Tensor]] = []
     open_ones: dict[Any, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
-        kind = tensor.dtype, tensor.device
+        kind = tensor.dtype if by_type else None, tensor.device
         bucket, size = open_ones.get(kind, ([], limit))
         if size + tensor.numel() > limit:
             bucket, size = [], 0
@@ -208,13 +208,15 @@ def buckets(tensors: Iterable[Tensor], limit: int = 2**26) -> list[list[Tensor]]
 
 
 def share(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Fills the tensors with those of rank 0, in few broadcasts."""
-    for bucket in buckets(tensor.detach() for tensor in tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(home_of(device))
+    """Fills the tensors with those of rank 0, in few broadcasts: of bytes, as not every type of number can travel."""
+    # Large ones go one by one, so that no copy of a whole model is made.
+    for bucket in buckets((tensor.detach() for tensor in tensors), by_type=False):
+        parts = [tensor.reshape(-1).view(torch.uint8) for tensor in bucket]
+        flat = torch.cat(parts).to(home_of(device))
         dist.broadcast(flat, 0)
         if dist.get_rank() != 0:
-            for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
-                tensor.copy_(part.view_as(tensor))
+            for tensor, part in zip(bucket, flat.split([part.numel() for part in parts])):
+                tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # a copy begins at a whole number
 
 
 class Ending:

@@ -17,16 +17,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fulmen.engine import collectives
+from fulmen.engine.buffers import Buffers
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
+from fulmen.utilities.modules import mode_of_module
 from fulmen.utilities.rank_zero import warn_once
 
 SMALL_BATCH = 8  # of one device, for batch norm
 # What `DistributedDataParallel` takes, and nobody else decides.
 _OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
-# Whether a step begins with the buffers of rank 0: the name of today, if torch knows it, and the older one.
+# Whether buffers are those of rank 0: the name of today, if torch knows it, and the older one.
 _BUFFERS = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _OPTIONS]
 
 
@@ -35,12 +37,14 @@ class DDPStrategy(ParallelStrategy):
 
     In manual optimization, and with a `training_step` that yields, gradients are averaged at the end of each backward
     pass, without overlap: for the parameters that it reached, whichever they are. `toggle_model(sync_grad=False)` puts
-    it off. The buffers of batch norm are those of rank 0, taken over before they are read, not at every step.
+    it off. Buffers are those of rank 0, taken over before they are read: running statistics of batch norm before
+    validation, others before every step.
 
     Arguments:
         ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper: for `register_comm_hook`, on any device.
         model_averaging_period: not supported.
-        kwargs: further arguments of `DistributedDataParallel`; `gradient_as_bucket_view` is on unless they say no.
+        kwargs: further arguments of `DistributedDataParallel`; `gradient_as_bucket_view` is on unless they say no. With
+            `broadcast_buffers=False` each process trains with buffers of its own; validation is with those of rank 0.
     """
 
     strategy_name = "ddp"
@@ -69,7 +73,6 @@ class DDPStrategy(ParallelStrategy):
         self._ddp_kwargs = {"gradient_as_bucket_view": True, **kwargs}
         self.exchange: GradientExchange | None = None
         self._managed: list[Tensor] = []  # the parameters DDP waits for, in its order
-        self._shares_statistics = False  # are buffers taken over from rank 0 before they are read?
 
     find_unused_parameters = property(
         lambda self: bool(self._ddp_kwargs.get("find_unused_parameters")), doc="May a step leave parameters out?"
@@ -89,6 +92,8 @@ class DDPStrategy(ParallelStrategy):
         if trainer.state.fn != "fit":
             collectives.share(tensors, self.root_device)
             return
+        said = [self._ddp_kwargs[name] for name in _BUFFERS if self._ddp_kwargs.get(name) is not None]
+        self.buffers = Buffers(module, self.root_device, apart=said[:1] == [False])
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         whole = module.automatic_optimization and not is_generator(module.training_step) and bool(learning)
         if whole:
@@ -105,14 +110,12 @@ class DDPStrategy(ParallelStrategy):
     def configure_ddp(self) -> DistributedDataParallel:
         """The wrapped model; weights and buffers of rank 0 are in all processes afterwards."""
         options = dict(self._ddp_kwargs)
-        if all(options.get(name) is None for name in _BUFFERS):
-            statistics = {id(b) for m in self.model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()}
-            if statistics and all(id(buffer) in statistics for buffer in self.model.buffers()):
-                self._shares_statistics = True
-                options[_BUFFERS[0]] = False
-                collectives.share(self.model.buffers(), self.root_device)  # older versions of torch would not
+        if self.buffers is not None and not self.buffers.apart:
+            # Torch forgets buffers that are replaced, and those of the batches inside an accumulation window.
+            options = {name: value for name, value in options.items() if name not in _BUFFERS} | {_BUFFERS[0]: False}
+            self.buffers.share()  # older versions of torch would not
         self._managed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
+        wrapped = Wrapper(self.model, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
         if hook is not None:
             hook = hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(hook)
@@ -126,7 +129,7 @@ class DDPStrategy(ParallelStrategy):
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
         wrapped = step_name == "training_step" and isinstance(self.model, DistributedDataParallel)
-        return through_forward(self, self._lightning_module, step) if wrapped else step
+        return self.with_buffers(step_name, through_forward(self, self._lightning_module, step) if wrapped else step)
 
     def zero_loss(self) -> Tensor | None:
         wrapped, static = isinstance(self.model, DistributedDataParallel), self._ddp_kwargs.get("static_graph")
@@ -135,7 +138,7 @@ class DDPStrategy(ParallelStrategy):
         if not wrapped or static or exchanging:
             return None
         nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._managed)  # noqa: E731
-        return through_forward(self, self._lightning_module, nothing_of_each)()
+        return self.with_buffers("training_step", through_forward(self, self._lightning_module, nothing_of_each))()
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?
@@ -166,13 +169,6 @@ class DDPStrategy(ParallelStrategy):
     def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
         return self._without_sync() if enabled and self.exchange is not None else nullcontext()
 
-    def on_validation_start(self) -> None:
-        """Running statistics are about to be read: those of rank 0 count."""
-        if self._shares_statistics and self.together:
-            collectives.share(self._lightning_module.buffers(), self.root_device)
-
-    on_train_end = on_validation_start
-
     def process_dataloader(self, dataloader: Any) -> Any:
         size, world = getattr(dataloader, "batch_size", None), self.world_size
         fits_alone = self.exchange is not None and self.layer_sync is None and world > 1
@@ -184,8 +180,14 @@ class DDPStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.exchange is not None:
             self.exchange.remove()
-        self.exchange, self._shares_statistics, self._managed = None, False, []
+        self.exchange, self._managed = None, []
         super().teardown()
+
+
+class Wrapper(DistributedDataParallel):
+    """The wrapper, whose mode is that of the module, whoever changes it."""
+
+    training = mode_of_module
 
 
 def through_forward(strategy: Any, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from fulmen.engine.async_checkpoint_io import written_at_once
+from fulmen.engine.buffers import Buffers
 from fulmen.engine.ddp import through_forward
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
@@ -185,6 +186,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         )
         self.optimizers = [optimizer]
         self.model.set_gradient_accumulation_boundary(True)
+        self.buffers = Buffers(self._lightning_module, self.root_device)
 
     def model_sharded_context(self) -> AbstractContextManager[Any]:
         """With stage 3, layers are spread over the processes as they are made."""
@@ -196,7 +198,9 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
-        return step if self.model is self._lightning_module else through_forward(self, self._lightning_module, step)
+        if self.model is not self._lightning_module:
+            step = through_forward(self, self._lightning_module, step)
+        return self.with_buffers(step_name, step)
 
     def _plain_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.model.backward(loss, *args, **kwargs)

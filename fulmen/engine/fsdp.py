@@ -17,6 +17,7 @@ from fulmen.engine.sharded import ShardedStrategy, materialise
 from fulmen.engine.strategy import StrategyRegistry
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
+from fulmen.utilities.modules import mode_of_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 # Whether parameters are let go between forward and backward, and whether they are spread over a part of the processes.
@@ -211,15 +212,11 @@ class StepShell(Module):
     def __init__(self, module: Module) -> None:
         super().__init__()
         self.module = module
-        self.training = module.training
+
+    training = mode_of_module
 
     def forward(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> StepShell:
-        """Modes are those of the module."""
-        self.module.train(mode)
-        return self
 
 
 # ---------------------------------------------------------------------- arguments

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Generator
 
+    from fulmen.engine.buffers import Buffers
     from fulmen.engine.cluster import ClusterEnvironment
 
 
@@ -55,6 +56,7 @@ class ParallelStrategy(Strategy, ABC):
         self.store: Any = None  # the group's, once they have
         self.tell_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
         self._ending: collectives.Ending | None = None
+        self.buffers: Buffers | None = None  # of the module, while it is trained
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "store": None, "_ending": None}  # connections are of this process
@@ -138,7 +140,7 @@ class ParallelStrategy(Strategy, ABC):
         super().setup(trainer)
 
     def teardown(self) -> None:
-        self.model = self._lightning_module
+        self.model, self.buffers = self._lightning_module, None
         if self.layer_sync is not None and self.model is not None:
             self.model = self._lightning_module = self.layer_sync.revert(self.model)
         super().teardown()
@@ -183,6 +185,25 @@ class ParallelStrategy(Strategy, ABC):
         """Inside, gradients are not exchanged between processes."""
         with self.no_backward_sync(self.model):
             yield
+
+    # ------------------------------------------------------------------ buffers
+
+    def with_buffers(self, step_name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step; one of training begins with the buffers of rank 0."""
+        return step if self.buffers is None or step_name != "training_step" else self.buffers.before(step)
+
+    def show_buffers(self) -> None:
+        if self.buffers is not None and self.together:
+            self.buffers.show()
+
+    def hide_buffers(self) -> None:
+        if self.buffers is not None:
+            self.buffers.hide()
+
+    def on_train_end(self) -> None:
+        """The caller gets those of rank 0, as a checkpoint does."""
+        if self.buffers is not None and self.together:
+            self.buffers.share()
 
     # ------------------------------------------------------------------ collectives
 

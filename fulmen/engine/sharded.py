@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS
 
 from fulmen.engine import collectives
 from fulmen.engine.async_checkpoint_io import written_at_once
+from fulmen.engine.buffers import Buffers
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.dtensors import FSDPPrecision, is_spread, part_like, whole
 from fulmen.engine.parallel import ParallelStrategy
@@ -25,7 +25,6 @@ from fulmen.engine.sealed import DamagedCheckpointError
 from fulmen.engine.sharded_checkpoint import (
     CHECKSUMS,
     META,
-    MODEL,
     OPTIMIZER,
     Stored,
     check_shards,
@@ -57,7 +56,7 @@ class ShardedStrategy(ParallelStrategy):
     def __init__(self, **kwargs: Any) -> None:
         self.original: Original | None = None  # how to undo what was done to the module, while it is spread
         self.sharded_modules: list[Any] = []  # those with communication of their own
-        self._states_kept, self._shares_statistics = True, False
+        self._states_kept = True
         super().__init__(**kwargs)
 
     @property
@@ -127,7 +126,7 @@ class ShardedStrategy(ParallelStrategy):
         assert self.original is not None
         self.original.note_changes()
         self.sharded_modules = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
-        self._shares_statistics = any(isinstance(part, _BatchNorm) for part in self.model.modules())
+        self.buffers = Buffers(self._lightning_module, self.root_device)
         if self.sharded_modules and self.process_group_backend != "nccl":
             sum_and_divide(self.sharded_modules)
 
@@ -182,31 +181,34 @@ class ShardedStrategy(ParallelStrategy):
     def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
         return self._without_sync() if enabled and self.sharded_modules else nullcontext()
 
+    def bind(self, step_name: str) -> Callable[..., Any]:
+        return self.with_buffers(step_name, super().bind(step_name))
+
     def _reshard(self) -> None:
         for part in self.sharded_modules:
             part.reshard()
 
     def on_validation_start(self) -> None:
-        """Weights that are still together from an earlier pass are let go: they may have been changed since.
-
-        Running statistics are about to be read: those of rank 0 count.
-        """
+        """Weights that are still together from an earlier pass are let go: they may have been changed since."""
         self._reshard()
-        if self._shares_statistics and self.together:
-            buffers = (buffer for buffer in self._lightning_module.buffers() if not is_spread(buffer))
-            collectives.share(buffers, self.root_device)
 
-    on_train_end = on_validation_start
+    def on_train_end(self) -> None:
+        """The same, and what is so at the end of any training."""
+        self._reshard()
+        super().on_train_end()
 
     def on_validation_end(self) -> None:
-        """The same about weights."""
+        """The same."""
         self._reshard()
 
     # ------------------------------------------------------------------ states
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights and buffers: all on rank 0 and nothing elsewhere, or for a sharded checkpoint everybody's own part."""
-        keep, state = self.global_rank == 0, self._lightning_module.state_dict()
+        return self.state_to_save(self._lightning_module.state_dict())
+
+    def state_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
+        keep = self.global_rank == 0
         if self.sharded_checkpoints and self.original is not None:
             return state
         full = {name: whole(value, keep) for name, value in state.items()}
@@ -232,17 +234,26 @@ class ShardedStrategy(ParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         module, saved = self._lightning_module, checkpoint["state_dict"]
-        own, loaded = module.state_dict(), dict(saved)
+        # Straight into the parameters; what does not fit is complained about here.
+        module.load_state_dict(self._filled(saved, module.state_dict()), strict=strict)
+
+    def state_from(self, saved: dict[str, Any]) -> dict[str, Any]:
+        own = self._lightning_module.state_dict()
+        fitting = {key: value for key, value in saved.items() if key in own and own[key].shape == value.shape}
+        return self._filled(saved, {key: torch.empty_like(own[key], dtype=v.dtype) for key, v in fitting.items()})
+
+    def _filled(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+        """What was saved, with this process's part of what is spread; what is in a folder is read into `own`."""
+        loaded = dict(saved)
         if isinstance(saved, Stored):
-            # Straight into the parameters; what does not fit is complained about below.
             fitting = {key: own[key] for key, value in saved.items() if key in own and _fits(own[key], value)}
-            wanted = {f"{MODEL}{key}": value for key, value in fitting.items()}
+            wanted = {f"{saved.prefix}{key}": value for key, value in fitting.items()}
             read_shards(wanted, saved)
-            loaded.update({key: wanted[f"{MODEL}{key}"] for key in fitting})
+            loaded.update({key: wanted[f"{saved.prefix}{key}"] for key in fitting})
         for key, value in loaded.items():
             if is_spread(own.get(key)) and not is_spread(value) and value.shape == own[key].shape and not value.is_meta:
                 loaded[key] = part_like(value, own[key])
-        module.load_state_dict(loaded, strict=strict)
+        return loaded
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         saved, fitted = checkpoint["optimizer_states"], []

@@ -25,12 +25,15 @@ from fulmen.utilities.filesystem import get_filesystem, is_regular, is_remote, l
 
 META, CHECKSUMS = "meta.pt", "checksums.json"
 MODEL, OPTIMIZER = "model.", "optimizer_{}.state."
+# The state dicts of a checkpoint, and how the names of their shards begin: the second is of a run with an average.
+WEIGHTS = {"state_dict": MODEL, "current_model_state": "current_model."}
 
 
 class Stored(dict):
     """A state dict whose tensors are on the meta device as long as they are in the folder ``path``."""
 
     path = ""
+    prefix = MODEL
     weights_only: bool | None = None
 
 
@@ -59,7 +62,9 @@ def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
     """This process's part of the tensors of a checkpoint, which are taken out of it. All processes call it."""
     import torch.distributed.checkpoint as dcp
 
-    tensors = {f"{MODEL}{key}": value for key, value in checkpoint.pop("state_dict").items()}
+    tensors = {
+        f"{prefix}{key}": value for kind, prefix in WEIGHTS.items() for key, value in checkpoint.pop(kind, {}).items()
+    }
     tensors |= flat_states(checkpoint.get("optimizer_states", []))
     # What all have, such as buffers, is that of rank 0.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
@@ -116,18 +121,20 @@ def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     folder = local_path(path)
     with _opened(folder, META) as file:
         checkpoint = read(file, os.path.join(path, META), "cpu", weights_only)
-    weights = checkpoint["state_dict"] = Stored()
-    weights.path, weights.weights_only = folder, weights_only
+    found = {kind: Stored() for kind in WEIGHTS}
+    for kind, weights in found.items():
+        weights.path, weights.weights_only, weights.prefix = folder, weights_only, WEIGHTS[kind]
     states = checkpoint.get("optimizer_states", [])
-    for name, entry in _reader(weights)[0].read_metadata().state_dict_metadata.items():
+    for name, entry in _reader(found["state_dict"])[0].read_metadata().state_dict_metadata.items():
         value = _empty(entry, "meta")
-        if name.startswith(MODEL):
-            weights[name[len(MODEL) :]] = value
+        for weights in found.values():
+            if name.startswith(weights.prefix):
+                weights[name[len(weights.prefix) :]] = value
         for index, state in enumerate(states):
             if name.startswith(prefix := OPTIMIZER.format(index)):
                 parameter, key = name[len(prefix) :].rsplit(".", 1)
                 state["state"].setdefault(parameter, {})[key] = value
-    return checkpoint
+    return checkpoint | {kind: weights for kind, weights in found.items() if weights or kind == "state_dict"}
 
 
 def _empty(entry: Any, device: str = "cpu") -> Any:
@@ -214,11 +221,12 @@ def _plain_errors(what: str, dcp: Any) -> Generator[None]:
 def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder as one dict, as it would be in a file; read by this process alone, onto the CPU."""
     checkpoint = read_outline(path, weights_only)
-    weights, states = checkpoint["state_dict"], checkpoint.get("optimizer_states", [])
-    wanted = {f"{MODEL}{key}": value for key, value in weights.items()} | flat_states(states, take=False)
+    kinds, states = [kind for kind in WEIGHTS if kind in checkpoint], checkpoint.get("optimizer_states", [])
+    wanted = {f"{WEIGHTS[kind]}{key}": value for kind in kinds for key, value in checkpoint[kind].items()}
+    wanted |= flat_states(states, take=False)
     wanted = {name: value if value is None else torch.empty_like(value, device="cpu") for name, value in wanted.items()}
-    read_shards(wanted, weights, alone=True)
-    checkpoint["state_dict"] = {key: wanted[f"{MODEL}{key}"] for key in weights}
+    read_shards(wanted, checkpoint["state_dict"], alone=True)
+    checkpoint |= {kind: {key: wanted[f"{WEIGHTS[kind]}{key}"] for key in checkpoint[kind]} for kind in kinds}
     for index, state in enumerate(states):
         for parameter, values in state["state"].items():
             values.update(

@@ -196,6 +196,12 @@ class Strategy(KeywordHints, ABC):
         """A loss of 0 whose backward pass takes part in those of other processes; None if only a whole step does."""
         return None
 
+    def show_buffers(self) -> None:
+        """Validation begins: until `hide_buffers`, all processes have the buffers that a checkpoint would hold."""
+
+    def hide_buffers(self) -> None:
+        """Validation is over: each process has those again that it trains with."""
+
     def process_dataloader(self, dataloader: Any) -> Any:
         """A last change to a loader."""
         return dataloader
@@ -234,6 +240,14 @@ class Strategy(KeywordHints, ABC):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights and buffers under the names of the user's module."""
         return self._lightning_module.state_dict()
+
+    def state_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of the module, or one like it, as a checkpoint holds it; all processes call this."""
+        return state
+
+    def state_from(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """A state dict of a checkpoint, as this process has one; all processes call this."""
+        return saved
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Puts the weights of a checkpoint into the module."""

@@ -197,6 +197,8 @@ class EvaluationLoop(Loop):
         trainer.mode_hook(f"on_{self.infix}_model_eval", module.eval)
         getattr(hooks, f"on_{self.infix}_start")()
         getattr(hooks, f"on_{self.infix}_epoch_start")()
+        if self.inside_fit:
+            trainer.strategy.show_buffers()  # last of all: a hook may have put an average in their place
         trainer.book.dataloader_idx = 0 if self.several else None
 
     @property
@@ -280,6 +282,8 @@ class EvaluationLoop(Loop):
         book = trainer.book
         assert self.loaders is not None and book.page is not None
         self.sit_out(self.dataloader_idx)
+        if self.inside_fit:
+            trainer.strategy.hide_buffers()
         book.dataloader_idx = None
         if book.page.has_steps:
             book.remember()

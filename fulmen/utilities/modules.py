@@ -56,6 +56,16 @@ def local_part(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def spread_like(part: Tensor, like: Any) -> Any:
+    """The tensor of which each process gives its part, spread like another one; its numbers may be of another type."""
+    if not hasattr(like, "to_local"):
+        return part
+    with torch.no_grad():
+        spread: Any = torch.empty_like(like.detach(), dtype=part.dtype)
+        spread.to_local().copy_(part)
+    return spread
+
+
 def scale_gradients(parameters: Iterable[Tensor], factor: Any) -> None:
     """Multiplies all gradients by a number, or by a tensor with one, in place."""
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
@@ -64,6 +74,12 @@ def scale_gradients(parameters: Iterable[Tensor], factor: Any) -> None:
         return
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device) if isinstance(factor, Tensor) else factor)
+
+
+# `training` of a module around another, ``self.module``: it has that one's mode, and none of its own to set.
+mode_of_module: Any = property(
+    lambda self: getattr(self._modules.get("module"), "training", True), lambda self, mode: None
+)
 
 
 def capture_modes(module: nn.Module) -> Callable[[], None]:

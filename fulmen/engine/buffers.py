@@ -1,0 +1,87 @@
+"""`Buffers`: which values of a module's buffers count where several processes train it, each with its own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from fulmen.engine import collectives
+
+
+class Buffers:
+    """The buffers of a module. Those of rank 0 count, as they are the ones in checkpoints: others take them over.
+
+    They do so before they are read: running statistics of batch norm before a step if a layer has changed its mode,
+    all others before every step, and everything before validation and at the end of training.
+
+    Arguments:
+        apart: each process trains with its own, and has those of rank 0 for validation only.
+    """
+
+    def __init__(self, module: Module, device: torch.device, apart: bool = False) -> None:
+        self.device, self.apart = device, apart
+        self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+        statistics = {id(buffer) for layer in self.norms for buffer in layer.buffers(recurse=False)}
+        self.every_step = False
+        # Where each buffer is found, not the buffer: an assignment `self.buffer = ...` replaces it. And its shape: one
+        # that changes it grows with what a process has seen, and may be another one elsewhere.
+        self.slots: list[tuple[dict[str, Any], str]] = []
+        self.shapes: list[torch.Size | None] = []
+        found: set[int] = set()
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                unused = buffer is None and isinstance(part, _NormBase)
+                if not unused and id(buffer) not in found and not hasattr(buffer, "to_local"):
+                    found.update(() if buffer is None else (id(buffer),))
+                    self.slots.append((part._buffers, name))
+                    self.shapes.append(None if buffer is None else buffer.shape)
+                    self.every_step |= id(buffer) not in statistics
+        self.modes = [layer.training for layer in self.norms]
+        self.own: list[Tensor] | None = None  # while those of rank 0 are there instead
+
+    def live(self) -> list[Tensor]:
+        """The buffers of the module that all processes have."""
+        found = []
+        for index, (owner, name) in enumerate(self.slots):
+            if (buffer := owner.get(name)) is not None:
+                if self.shapes[index] is None:
+                    self.shapes[index] = buffer.shape
+                if buffer.shape == self.shapes[index]:
+                    found.append(buffer)
+        return found
+
+    def share(self) -> None:
+        """Takes over those of rank 0, in one broadcast or few."""
+        collectives.share(self.live(), self.device)
+
+    def before(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step, which begins with the buffers it may read."""
+        if self.apart or not self.slots:
+            return step
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            modes = [layer.training for layer in self.norms]
+            if self.every_step or modes != self.modes:
+                self.modes = modes
+                self.share()
+            return step(*args, **kwargs)
+
+        return run
+
+    def show(self) -> None:
+        """Lets all processes have those of rank 0, until `hide`."""
+        if self.apart and self.own is None:
+            self.own = [buffer.clone() for buffer in self.live()]
+        self.share()
+
+    @torch.no_grad()
+    def hide(self) -> None:
+        """Gives each process its own back, if it trains with them."""
+        for buffer, own in zip(self.live(), self.own or ()):
+            buffer.copy_(own)
+        self.own = None
