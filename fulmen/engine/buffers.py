@@ -73,15 +73,25 @@ class Buffers:
 
         return run
 
+    def of_process(self) -> list[Tensor] | None:
+        """What this process trains with and no other does: a checkpoint needs it beside those of rank 0."""
+        if not self.apart:
+            return None
+        return [buffer.detach().cpu() for buffer in (self.live() if self.own is None else self.own)]
+
+    @torch.no_grad()
+    def load(self, kept: list[Tensor]) -> None:
+        """Goes on with what `of_process` gave."""
+        for buffer, own in zip(self.live(), kept):
+            buffer.copy_(own)
+
     def show(self) -> None:
         """Lets all processes have those of rank 0, until `hide`."""
         if self.apart and self.own is None:
             self.own = [buffer.clone() for buffer in self.live()]
         self.share()
 
-    @torch.no_grad()
     def hide(self) -> None:
         """Gives each process its own back, if it trains with them."""
-        for buffer, own in zip(self.live(), self.own or ()):
-            buffer.copy_(own)
+        self.load(self.own or [])
         self.own = None

@@ -44,6 +44,7 @@ class Strategy(KeywordHints, ABC):
     """
 
     strategy_name = "strategy"
+    buffers: Any = None  # of a module that several processes train
     launcher: Any = None  # starts the processes of a run; None when this one is enough
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     needs_plain_tensors = False  # can inference tensors not be exchanged?

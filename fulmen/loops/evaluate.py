@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,15 +11,15 @@ from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed
 from fulmen.data.loaders import set_epoch
 from fulmen.loops import preemption
-from fulmen.loops.exact import end_epoch, standing_in, sync_steps
+from fulmen.loops.exact import end_epoch
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.loop import Loop
 from fulmen.loops.progress import Position
 from fulmen.loops.report import print_results
 from fulmen.loops.shortfall import Shortfall
+from fulmen.loops.uneven import UnevenBatches
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
-from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -53,11 +52,13 @@ class EvaluationLoop(Loop):
         self.feed: Feed | None = None
         self.max_batches: list[float] = []
         self.everywhere: list[list[float]] = []  # `max_batches` of all processes, by rank
-        self.full: list[float] | None = None  # so many batches of each loader all processes have; None for one process
+        self.uneven: UnevenBatches | None = None  # of several processes
         self.loaded_at_epoch: int | None = None
         self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
         self.shortfall = Shortfall()
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
+
+    hooks_may_repeat = True  # may hooks of a batch be called for one of another process?
 
     @property
     def loaded(self) -> bool:
@@ -79,8 +80,8 @@ class EvaluationLoop(Loop):
                 for batch, batch_idx, dataloader_idx in self.feed:
                     if dataloader_idx != self.dataloader_idx:
                         self.next_loader(dataloader_idx)
-                    if self.full is not None and batch_idx >= self.full[dataloader_idx]:
-                        self.go_on_without(batch_idx, dataloader_idx)
+                    if self.uneven is not None:
+                        self.uneven.begin(batch, batch_idx, dataloader_idx)
                     self.run_batch(batch, batch_idx, dataloader_idx)
                     if trainer.signals.pending is not None:
                         preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
@@ -93,21 +94,26 @@ class EvaluationLoop(Loop):
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """One batch."""
-        book = self.trainer.book
+        book, uneven = self.trainer.book, self.uneven
         book.open_batch(batch)
-        self.place = place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
+        place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
         self.on_batch_start(*place)
+        if uneven is not None:
+            uneven.note("hooks")
         book.hook = self.step_name
         if self.context is None:
             outputs = self.step(*place[: self.num_arguments])
         else:
             with self.context():
                 outputs = self.step(*place[: self.num_arguments])
-        if book.shared:
-            self.sync_steps("step", batch_idx, dataloader_idx)
+        if uneven is not None:
+            uneven.note("step")
+            uneven.sync_steps("step", batch_idx, dataloader_idx)
+            uneven.mark()
         self.on_batch_end(outputs, *place)
-        if book.shared:
-            self.sync_steps("end", batch_idx, dataloader_idx)
+        if uneven is not None:
+            uneven.note("hooks")
+            uneven.sync_steps("end", batch_idx, dataloader_idx)
         book.close_batch()
         self.keep(outputs, dataloader_idx)
 
@@ -161,7 +167,6 @@ class EvaluationLoop(Loop):
         """Iterators, signatures, eval mode and the first hooks."""
         trainer = self.trainer
         assert self.loaders is not None
-        self.everywhere_now = self.everywhere
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
         self.feed = Feed(
             self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
@@ -171,16 +176,7 @@ class EvaluationLoop(Loop):
         self.feed.open()
         if len(self.everywhere) > 1:
             most = trainer.num_sanity_val_steps if trainer.sanity_checking else inf
-            self.everywhere_now = [[min(most, count) for count in counts] for counts in self.everywhere]
-            # Nothing is known about a loader without length: its batches are exchanged by nobody.
-            self.full = [0 if max(counts) == inf else min(counts) for counts in zip(*self.everywhere_now)]
-            if trainer.strategy.steps_together and 0 in self.full:
-                name = type(trainer.strategy).__name__
-                what = f"`{name}` needs all processes in each step, and the {self.kind} data gives them"
-                shown = " and ".join(
-                    f"{sum(counts)} batches on rank {r}" for r, counts in enumerate(self.everywhere_now)
-                )
-                raise RuntimeError(f"{what} {shown}. Use a smaller batch size, and loaders that have a length.")
+            self.uneven = UnevenBatches(self, [[min(most, count) for count in counts] for counts in self.everywhere])
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
         self.step = bound_step(trainer, self.step_name)
@@ -212,58 +208,22 @@ class EvaluationLoop(Loop):
         book = self.trainer.book
         while self.dataloader_idx < dataloader_idx:
             book.freeze(self.dataloader_idx)
-            self.sit_out(self.dataloader_idx)
+            if self.uneven is not None:
+                self.uneven.finish_loader(self.dataloader_idx)
             self.dataloader_idx += 1
         book.dataloader_idx = dataloader_idx
 
-    # ------------------------------------------------------------------ several processes
+    def finish_loaders(self) -> None:
+        """Those that are left have no more batches here; other processes may have some."""
+        if self.uneven is not None:
+            for dataloader_idx in range(self.dataloader_idx, len(self.uneven.counts[0])):
+                self.uneven.finish_loader(dataloader_idx)
 
-    def present(self, batch_idx: int, dataloader_idx: int) -> int:
-        """How many processes have this batch of the loader; 0 if that is not known."""
-        counts = [counts[dataloader_idx] for counts in self.everywhere_now]
-        return 0 if inf in counts else sum(batch_idx < count for count in counts)
+    def keep_nothing(self) -> None:
+        """After a batch of others."""
 
-    def go_on_without(self, batch_idx: int, dataloader_idx: int) -> None:
-        """Not all processes have this batch: whoever wants to hear all of them now is told so, and does not wait."""
-        if self.full is None or self.present(batch_idx, dataloader_idx) == 0:
-            return
-        without = [rank for rank, counts in enumerate(self.everywhere_now) if batch_idx >= counts[dataloader_idx]]
-        what = f"`{self.step_name}` wants to exchange something between all processes in batch {batch_idx}, but rank"
-        why = f"{without[0]} has none: {self.kind} data is not padded. Do it in `on_{self.infix}_epoch_end`"
-        self.trainer.strategy.absent = f"{what} {why}, or let the loader give all processes as many batches."
-
-    def sync_steps(self, place: str, batch_idx: int, dataloader_idx: int) -> None:
-        """Values of a step with `sync_dist`, over those processes that have the batch."""
-        present = self.present(batch_idx, dataloader_idx)
-        assert self.full is not None
-        if self.full[dataloader_idx] > 0:
-            sync_steps(self.trainer, place, present)
-        elif self.trainer.book.due:
-            self.trainer.book.due.clear()
-            what = (
-                f"A step value is logged with `sync_dist`, but not all processes have a batch of the {self.kind} data,"
-            )
-            warn_once(f"{what} or it has no length: it stays the one of its process. Values of the epoch are exact.")
-
-    def sit_out(self, dataloader_idx: int) -> None:
-        """The loader is done here: what is left of it in other processes is gone through with nothing to add."""
-        self.trainer.strategy.absent = None
-        if self.full is None or not 0 < self.full[dataloader_idx] < inf:
-            return
-        counts = [counts[dataloader_idx] for counts in self.everywhere_now]
-        for batch_idx in range(int(counts[self.trainer.global_rank]), int(max(counts))):
-            if self.trainer.strategy.steps_together:
-                self.go_along()
-            for place in ("step", "end"):
-                sync_steps(self.trainer, place, self.present(batch_idx, dataloader_idx), idle=True)
-
-    def go_along(self) -> None:
-        """Runs the step once more, on the batch it had last, because others could not run theirs otherwise."""
-        book = self.trainer.book
-        book.muted, book.hook = True, self.step_name
-        with standing_in(self.trainer.lightning_module), nullcontext() if self.context is None else self.context():
-            self.step(*self.place[: self.num_arguments])
-        book.muted, book.hook = False, None
+    def drain(self) -> None:
+        """After a loader: all processes have done what they do together for its batches."""
 
     def keep(self, outputs: Any, dataloader_idx: int) -> None:
         """Step metrics go out at every batch, against their own counter."""
@@ -281,7 +241,7 @@ class EvaluationLoop(Loop):
         trainer, hooks = self.trainer, self.hooks
         book = trainer.book
         assert self.loaders is not None and book.page is not None
-        self.sit_out(self.dataloader_idx)
+        self.finish_loaders()
         if self.inside_fit:
             trainer.strategy.hide_buffers()
         book.dataloader_idx = None

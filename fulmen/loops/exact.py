@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.hooks import LOG_RULES
-from fulmen.logbook import (
-    KINDS,
-    Entry,
-    Maximum,
-    Mean,
-    MetricEntry,
-    Minimum,
-    capture_metrics,
-    metric_states,
-    metrics_in,
-    to_host,
-)
+from fulmen.logbook import KINDS, Entry, Maximum, Mean, MetricEntry, Minimum, metric_states, metrics_in, to_host
 from fulmen.loops.dispatch import nothing
 
 if TYPE_CHECKING:
@@ -228,21 +215,6 @@ def sync_steps(trainer: Trainer, place: str, present: int | None = None, idle: b
             entry.newest = (total / size if isinstance(entry, Mean) else total).to(dtype)
 
 
-# ---------------------------------------------------------------------- processes without a batch
-
-
 def votes(trainer: Trainer, yes: bool) -> int:
     """How many processes say yes (sync)."""
     return int(trainer.strategy.reduce(torch.tensor(float(yes)), reduce_op="sum"))
-
-
-@contextmanager
-def standing_in(module: Any) -> Generator[None]:
-    """Inside, a step runs only because others run theirs: metrics forget it, and batch norm does not count it."""
-    restore = capture_metrics(module)
-    SyncBatchNorm.idle = True
-    try:
-        yield
-    finally:
-        SyncBatchNorm.idle = False
-        restore()

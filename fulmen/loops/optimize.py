@@ -12,9 +12,9 @@ from torch import Tensor
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.loops.dispatch import nothing
-from fulmen.loops.exact import standing_in
 from fulmen.loops.loading import bound_step
 from fulmen.loops.losses import CommonWindow, SharedWindow, Window, read_output
+from fulmen.loops.standing_in import standing_in
 from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException

@@ -26,6 +26,7 @@ class PredictionLoop(EvaluationLoop):
     """
 
     lasting = (*EvaluationLoop.lasting, "return_predictions")
+    hooks_may_repeat = False  # they may write what was predicted
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, RunningStage.PREDICTING)
@@ -82,10 +83,19 @@ class PredictionLoop(EvaluationLoop):
         """Sends an output, or None, to rank 0. How many processes have sent one?"""
         assert self.collected is not None
         strategy = self.trainer.strategy
-        strategy.absent = None  # all take part, until nobody has anything left
+        absent, strategy.absent = strategy.absent, None  # all take part, until nobody has anything left
         arrived, senders = collected(own, strategy.root_device)
+        strategy.absent = absent
         self.collected += arrived
         return senders
+
+    def keep_nothing(self) -> None:
+        if self.collected is not None:
+            self.collect(None)
+
+    def drain(self) -> None:
+        while self.collected is not None and self.collect(None):
+            pass
 
     def in_order(self) -> list[Any]:
         """What rank 0 got from all, as the loaders would have given it to one process."""
@@ -107,9 +117,7 @@ class PredictionLoop(EvaluationLoop):
             self.warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
 
     def finish(self) -> list[Any] | None:
-        self.trainer.strategy.absent = None
-        while self.collected is not None and self.collect(None):
-            pass
+        self.finish_loaders()
         self.hooks.on_predict_epoch_end()
         self.hooks.on_predict_end()
         self.trainer.mode_hook("on_predict_model_train", self.restore_modes)
