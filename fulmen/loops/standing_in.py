@@ -103,10 +103,9 @@ class Contents:
         elif isinstance(value, Module):
             # What a metric has computed with others is the newest there is, on all processes.
             left = _OF_TORCH | {"_computed"} if is_metric(value) else _OF_TORCH
+            left = left | {"_buffers"} if isinstance(value, _SYNCHRONISED) else left
             fill = fill and not is_metric(value)
             kept = {name: held for name, held in vars(value).items() if name not in left}
-            if isinstance(value, _SYNCHRONISED):
-                del kept["_buffers"]
             children = [*kept.values(), *value._modules.values()]
             self.undo.append(partial(_fill_dict, vars(value), kept, fill, left))
         elif _is_own(type(value)) and hasattr(value, "__dict__"):

@@ -256,4 +256,3 @@ def test_an_exchange_that_nobody_could_have_known_of_is_an_error():
     said = str(caught.value)
     assert "`validation_step` wants to exchange something between all processes in batch 2, and did not in the" in said
     assert "rank 1 has none" in said
-
