@@ -181,9 +181,6 @@ class ShardedStrategy(ParallelStrategy):
     def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
         return self._without_sync() if enabled and self.sharded_modules else nullcontext()
 
-    def bind(self, step_name: str) -> Callable[..., Any]:
-        return self.with_buffers(step_name, super().bind(step_name))
-
     def _reshard(self) -> None:
         for part in self.sharded_modules:
             part.reshard()
@@ -192,14 +189,12 @@ class ShardedStrategy(ParallelStrategy):
         """Weights that are still together from an earlier pass are let go: they may have been changed since."""
         self._reshard()
 
+    on_validation_end = on_validation_start
+
     def on_train_end(self) -> None:
         """The same, and what is so at the end of any training."""
         self._reshard()
         super().on_train_end()
-
-    def on_validation_end(self) -> None:
-        """The same."""
-        self._reshard()
 
     # ------------------------------------------------------------------ states
 
@@ -223,43 +218,26 @@ class ShardedStrategy(ParallelStrategy):
         if not self.sharded_checkpoints or self.original is None:
             full = {i: {k: whole(v, keep) for k, v in values.items()} for i, values in state["state"].items()}
             return {**state, "state": full} if keep else {}
-        names = self._names(optimizer)
+        names = names_in(self._lightning_module, self.precision_plugin.main_params(optimizer))
         groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
         return {**state, "state": {names[i]: dict(v) for i, v in state["state"].items()}, "param_groups": groups}
-
-    def _names(self, optimizer: Any) -> list[str]:
-        """What the optimizer's parameters are called, in their order."""
-        names = {id(parameter): name for name, parameter in self._lightning_module.named_parameters()}
-        return [names.get(id(p), f"#{i}") for i, p in enumerate(self.precision_plugin.main_params(optimizer))]
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         module, saved = self._lightning_module, checkpoint["state_dict"]
         # Straight into the parameters; what does not fit is complained about here.
-        module.load_state_dict(self._filled(saved, module.state_dict()), strict=strict)
+        module.load_state_dict(filled(saved, module.state_dict()), strict=strict)
 
     def state_from(self, saved: dict[str, Any]) -> dict[str, Any]:
         own = self._lightning_module.state_dict()
         fitting = {key: value for key, value in saved.items() if key in own and own[key].shape == value.shape}
-        return self._filled(saved, {key: torch.empty_like(own[key], dtype=v.dtype) for key, v in fitting.items()})
-
-    def _filled(self, saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-        """What was saved, with this process's part of what is spread; what is in a folder is read into `own`."""
-        loaded = dict(saved)
-        if isinstance(saved, Stored):
-            fitting = {key: own[key] for key, value in saved.items() if key in own and _fits(own[key], value)}
-            wanted = {f"{saved.prefix}{key}": value for key, value in fitting.items()}
-            read_shards(wanted, saved)
-            loaded.update({key: wanted[f"{saved.prefix}{key}"] for key in fitting})
-        for key, value in loaded.items():
-            if is_spread(own.get(key)) and not is_spread(value) and value.shape == own[key].shape and not value.is_meta:
-                loaded[key] = part_like(value, own[key])
-        return loaded
+        return filled(saved, {key: torch.empty_like(own[key], dtype=v.dtype) for key, v in fitting.items()})
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         saved, fitted = checkpoint["optimizer_states"], []
         stored = checkpoint["state_dict"] if isinstance(checkpoint["state_dict"], Stored) else None
         for index, (optimizer, state) in enumerate(zip(self.optimizers, saved)):
-            parameters, names = self.precision_plugin.main_params(optimizer), self._names(optimizer)
+            parameters = self.precision_plugin.main_params(optimizer)
+            names = names_in(self._lightning_module, parameters)
             keys = [key for group in state["param_groups"] for key in group["params"]]
             if set(keys) == set(names):
                 position = {name: place for place, name in enumerate(names)}
@@ -405,6 +383,26 @@ def sum_and_divide(modules: Iterable[Any]) -> None:
             what = f"`fully_shard` of torch {torch.__version__} cannot average gradients over gloo."
             raise RuntimeError(f"{what} Install a newer one, or use `strategy='ddp'` on the CPU.")
         module.set_force_sum_reduction_for_comms(True)
+
+
+def names_in(module: Module, parameters: Iterable[Tensor]) -> list[str]:
+    """What parameters are called in a module, in their order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names.get(id(parameter), f"#{i}") for i, parameter in enumerate(parameters)]
+
+
+def filled(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What was saved, with this process's part of what is spread; what is in a folder is read into `own`."""
+    loaded = dict(saved)
+    if isinstance(saved, Stored):
+        fitting = {key: own[key] for key, value in saved.items() if key in own and _fits(own[key], value)}
+        wanted = {f"{saved.prefix}{key}": value for key, value in fitting.items()}
+        read_shards(wanted, saved)
+        loaded.update({key: wanted[f"{saved.prefix}{key}"] for key in fitting})
+    for key, value in loaded.items():
+        if is_spread(own.get(key)) and not is_spread(value) and value.shape == own[key].shape and not value.is_meta:
+            loaded[key] = part_like(value, own[key])
+    return loaded
 
 
 def _here_or_meta(tensor: Tensor, keep: bool) -> Tensor:

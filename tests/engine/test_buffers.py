@@ -162,7 +162,7 @@ def test_validation_is_with_what_a_checkpoint_holds(tmp_path):
         ("counter", "ema", (6,), {"strategy": {"broadcast_buffers": False}, **EVERY_EPOCH}),
     ]
     cases = [(kind, how, str(tmp_path / str(i)), *more) for i, (kind, how, *more) in enumerate(kinds)]
-    results = run_ranks(2, trials, cases, timeout_seconds=120)
+    results = run_ranks(2, trials, cases)
     for index, case in enumerate(cases):
         check(case, [of_rank[index] for of_rank in results])
 
@@ -187,6 +187,6 @@ def test_every_kind_of_buffer_with_every_average(ranks, average, tmp_path):
         for index, (kind, option) in enumerate(zip(kinds, options))
         if not (average == "swa" and kind == "frozen later")  # it measures no statistics then
     ]
-    results = run_ranks(ranks, trials, cases, timeout_seconds=500)
+    results = run_ranks(ranks, trials, cases)
     for index, case in enumerate(cases):
         check(case, [of_rank[index] for of_rank in results])

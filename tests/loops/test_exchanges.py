@@ -244,7 +244,7 @@ def alone():
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_numbers_are_those_of_one_process_and_nothing_else_counts(ranks, alone):
     cases = CASES if ranks == 2 else CASES[:5]
-    results = run_ranks(ranks, of_two, cases, timeout_seconds=120)
+    results = run_ranks(ranks, of_two, cases)
     compare(cases, [found for found, _ in results], alone[0])
     for _, numbers in results:
         assert numbers == pytest.approx(alone[1], rel=1e-12)
@@ -252,7 +252,7 @@ def test_numbers_are_those_of_one_process_and_nothing_else_counts(ranks, alone):
 
 def test_an_exchange_that_nobody_could_have_known_of_is_an_error():
     with pytest.raises(RuntimeError) as caught:
-        run_ranks(2, exchange_late, timeout_seconds=30)
+        run_ranks(2, exchange_late)
     said = str(caught.value)
     assert "`validation_step` wants to exchange something between all processes in batch 2, and did not in the" in said
     assert "rank 1 has none" in said
