@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from fulmen.engine import collectives, watchdog
 from fulmen.engine.cluster import LightningEnvironment
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from fulmen.utilities.seed import seed_everything
 
 GRACE_SECONDS = 5.0  # between asking a process to end and ending it
@@ -241,6 +242,9 @@ class ProcessLauncher:
             what = "CUDA is in use in this process already, and forked processes cannot use it then."
             fix = "Do not touch the GPU before `fit` (`.cuda()`, `torch.cuda.current_device()`), or restart the kernel."
             raise RuntimeError(f"{what} {fix}")
+        if self.start_method == "fork" and others_compute():
+            what = "Another thread of this process computes while processes are forked. They can hang on what it holds."
+            rank_zero_warn(f"{what} Let it end before, or use `strategy='ddp'` or 'ddp_spawn'.")
 
     def supervise(self, children: list[Any], folder: Path, signalled: list[int]) -> None:
         """Until all have ended. If one fails, the others are ended and its error is raised."""
@@ -261,6 +265,21 @@ class ProcessLauncher:
             return
         wait_for([_poll(child) for child in children], 2 * GRACE_SECONDS if signalled else GRACE_SECONDS)
         raise _failure(children, folder)
+
+
+def others_compute(looks: int = 5) -> bool:
+    """Does another thread of this process run, or would it if a processor were free, as often as one looks?"""
+    own = threading.get_native_id()
+    seen: set[str] | None = None
+    for _ in range(looks):
+        running = set()
+        for task in os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ():
+            with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "R" and int(task) != own:
+                    running.add(task)
+        seen = running if seen is None else seen & running
+        time.sleep(0.01)
+    return bool(seen)
 
 
 def _broken(children: list[Any], folder: Path) -> list[int]:
@@ -339,6 +358,8 @@ def _child(
     if listener is not None and rank != 0:  # inherited
         listener = listener.close()
     if forked:
+        # What is garbage here has its threads in the other process, and hangs or crashes this one when it is collected.
+        gc.freeze()
         # The pool of OpenMP threads does not survive a fork, and whoever uses it afterwards hangs.
         torch.set_num_threads(1)
     else:
@@ -350,6 +371,7 @@ def _child(
         function, args, owner = work
         strategy = owner.strategy
         strategy.launcher, strategy.listener = None, listener
+        strategy.set_world_ranks()
         strategy.tell_parent = partial(_tell, folder, rank)
         if "PL_GLOBAL_SEED" in os.environ:
             seed_everything(workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)

@@ -14,7 +14,9 @@ from torch import Tensor
 from fulmen.engine import collectives, watchdog
 from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
+from fulmen.engine.stacks import origin
 from fulmen.engine.strategy import Strategy
+from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import alias
 from fulmen.utilities.rank_zero import rank_zero_only
 
@@ -153,8 +155,11 @@ class ParallelStrategy(Strategy, ABC):
     def leave(self, error: BaseException) -> BaseException:
         """The same; a process that leaves the others by `sys.exit(0)` fails, as they do."""
         error = super().leave(error)
-        if self.world_size > 1 and isinstance(error, SystemExit) and not error.code:
-            error, error.__cause__ = SystemExit(1), error
+        if self.world_size > 1 and isinstance(error, SystemExit) and not isinstance(error, SIGTERMException):
+            if not watchdog.reported(error):  # the processes have not met
+                watchdog.say(f"Rank {self.global_rank} failed at {origin(error)}: SystemExit: {error.code}")
+            if not error.code:
+                error, error.__cause__ = SystemExit(1), error
             error._fulmen_told = "here"  # type: ignore[attr-defined]
         return error
 

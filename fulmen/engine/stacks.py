@@ -79,6 +79,7 @@ class Sample:
         idle = cpu_seconds() - self.used < 0.02 * self.frozen + 0.05
         what, where = doing(frames)
         own = bool(frames) and (not in_library(frames[0].f_code.co_filename) or only_waits(frames, thread))
+        own = own and not (self.frozen > patience / 2 and workers.waits_outside(thread.native_id))
         if loader is not None and idle and self.frozen > patience / 2:
             own, worker = workers.looked_at(loader)
             where = f"{where}, waiting for {worker}"

@@ -97,6 +97,7 @@ class Watchdog:
         self.printed = threading.Event()  # what was to be told is out
         self.alone: dict[str, Any] | None = None  # a verdict that could not be shared
         self.survey = Survey(board, self.size, self.patience, self.ending)
+        self.failure: BaseException | None = None  # with which the main thread leaves the run
         self.end = Sample()  # of the main thread after a failure
         self.failures: set[str] = set()  # of its own thread
         self.sample = Sample()
@@ -181,6 +182,8 @@ class Watchdog:
             for logger in self.trainer.loggers:
                 with contextlib.suppress(Exception):
                     logger.finalize("failed")
+            if (tell := self.strategy.tell_parent) is not None and self.failure is not None:
+                tell(self.failure, (self.verdict or {}).get("stack", ""), hasattr(self.failure, "_fulmen_echo"))
             self.leave((self.verdict or {}).get("code", 1))
 
     def until(self, key: str, deadline: float) -> Any:
@@ -287,6 +290,7 @@ class Watchdog:
             error._fulmen_echo = True  # type: ignore[attr-defined]
         with contextlib.suppress(AttributeError):
             error._fulmen_told = "here"  # type: ignore[attr-defined]
+        self.failure = error
         return error
 
     def echo(self, more: str = "") -> None:

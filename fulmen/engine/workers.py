@@ -94,6 +94,16 @@ def catches(pid: int, number: int) -> bool:
     return False
 
 
+def waits_outside(task: int | None) -> bool:
+    """Does a thread of this process wait for a disk, or for a program that it started, as `os.system` does?"""
+    found = ""
+    for name in ("stat", "wchan"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/{name}") as file:
+            found += file.read().rpartition(")")[2] + " "
+    state, wchan = (found.split() or [""])[0], (found.split() or [""])[-1]
+    return state == "D" or wchan.startswith("do_wait")
+
+
 def process_state(pid: int) -> str:
     """The state of a process of this machine as one letter, of which T is stopped and Z dead; or "gone"."""
     try:
