@@ -18,7 +18,7 @@ from torch import nn
 
 from fulmen.checkpoint.hparams import OMEGACONF, read_objects
 from fulmen.checkpoint.migrate import migrate_checkpoint
-from fulmen.checkpoint.snapshot import explained_mismatch
+from fulmen.checkpoint.snapshot import load_weights
 from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.sealed import read
 from fulmen.utilities.collections import AttributeDict
@@ -200,9 +200,9 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
         raise ValueError(f"{what} Leave `strict` out, or use the same value for both.")
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
-    with explained_mismatch(source, module, checkpoint):
-        strict = module.strict_loading if strict is None else strict
-        differences: Any = module.load_state_dict(checkpoint["state_dict"], strict=strict) or ([], [])
+    strict = module.strict_loading if strict is None else strict
+    load = lambda: module.load_state_dict(checkpoint["state_dict"], strict=strict)  # noqa: E731
+    differences: Any = load_weights(source, module, checkpoint, strict, load) or ([], [])
     for keys, one, other in zip(differences, ("model", "checkpoint"), ("checkpoint", "model")):
         if keys:
             rank_zero_warn(f"Keys of the {one} that the {other} does not have: {list(keys)}")

@@ -6,7 +6,6 @@ position and the states of the random generators in plain types; files without i
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from fulmen.utilities.introspection import is_overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable
 
     from fulmen.trainer import Trainer
 
@@ -97,6 +96,7 @@ class Snapshot:
     def __init__(self, trainer: Trainer, path: Any = None, weights_only: bool | None = None) -> None:
         self.trainer, self.path = trainer, path
         self.content: dict[str, Any] = {}
+        self.left_out: set[str] = set()  # weights of another shape
         if path is not None:
             rank_zero_info(f"Restoring states from the checkpoint path at {path}")
             self.content = migrate_checkpoint(trainer.strategy.load_checkpoint(path, weights_only=weights_only), path)
@@ -118,8 +118,11 @@ class Snapshot:
             return
         module, datamodule = trainer.lightning_module, trainer.datamodule
         module.on_load_checkpoint(content)
-        with explained_mismatch(self.path, module, content):
-            trainer.strategy.load_model_state_dict(content, strict=module.strict_loading)
+        strict, saved = module.strict_loading, set(content.get("state_dict", ()))
+        load_weights(
+            self.path, module, content, strict, lambda: trainer.strategy.load_model_state_dict(content, strict)
+        )
+        self.left_out = saved - set(content["state_dict"])
         if datamodule is not None and type(datamodule).__qualname__ in content:
             datamodule.load_state_dict(content[type(datamodule).__qualname__])
         if content.get("callbacks") is not None:
@@ -163,6 +166,10 @@ class Snapshot:
         trainer.fit_loop.memory.put_back_groups(content["optimizer_states"])
         if trainer.strategy.lightning_restore_optimizer:
             trainer.strategy.load_optimizer_state_dict(content)
+            anew = [p for name, p in trainer.lightning_module.named_parameters() if name in self.left_out]
+            for optimizer in trainer.strategy.optimizers if anew else ():
+                for parameter in anew:  # its state has the shape that it had
+                    optimizer.state.pop(parameter, None)
         for config, state in zip(trainer.lr_scheduler_configs, content["lr_schedulers"], strict=False):
             config.scheduler.load_state_dict(state)
         rank_zero_info(f"Restored all states from the checkpoint at {self.path}")
@@ -227,29 +234,39 @@ def _problems_of_training(content: dict[str, Any]) -> list[str]:
     return problems
 
 
-@contextmanager
-def explained_mismatch(path: Any, module: Any, checkpoint: dict[str, Any]) -> Generator[None]:
-    """Around loading weights: if they do not fit, the error says which keys and shapes differ, with the nearest names."""
+def load_weights(path: Any, module: Any, checkpoint: dict[str, Any], strict: bool, load: Callable[[], Any]) -> Any:
+    """What `load`, which loads the weights of a checkpoint, returns; without `strict`, what has another shape is left out.
+
+    Raises:
+        RuntimeError: they do not fit; it says which keys and shapes differ, with the nearest names.
+    """
     if "state_dict" not in checkpoint:
         what = f"The checkpoint at {path} has no `state_dict`, only {sorted(map(str, checkpoint))}."
         raise KeyError(f"{what} Use a file written by `trainer.save_checkpoint` or `ModelCheckpoint`.")
     try:
-        yield
+        return load()
     except RuntimeError as error:
         own, saved = module.state_dict(), checkpoint["state_dict"]
         unexpected = [key for key in saved if key not in own]
         missing = [key for key in own if key not in saved]
         near = {key: nearest(key, unexpected) for key in missing[:10]}
         both = [(key, _shape(saved[key]), _shape(own[key])) for key in own if key in saved]
+        unlike = {key: f"{key} {a} in the file, {b} in the module" for key, a, b in both if a != b}
+        if unlike and not strict:
+            for key in unlike:
+                del saved[key]
+            shown = ", ".join([*unlike.values()][:10]) + " ..." * (len(unlike) > 10)
+            rank_zero_warn(f"Weights of another shape stay as they are in {type(module).__name__}: {shown}.")
+            return load()
         differing = {
             "missing": [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing],
             "unexpected": unexpected,
-            "of another shape": [f"{key} {a} in the file, {b} in the module" for key, a, b in both if a != b],
+            "of another shape": [*unlike.values()],
         }
         listed = {kind: ", ".join(keys[:10]) + " ..." * (len(keys) > 10) for kind, keys in differing.items() if keys}
         found = [f"{kind}: {keys}" for kind, keys in listed.items()]
         what = f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(found) or 'differ'}."
-        fix = "Build the module as it was, or set `self.strict_loading = False` to load what fits."
+        fix = "Build the module as it was" + ", or set `self.strict_loading = False` to load what fits." * strict
         raise RuntimeError(f"{what} {fix}") from error
 
 

@@ -52,11 +52,17 @@ def configuration(trainer: Trainer) -> None:
             raise MisconfigurationException(f"{what} Define `def {signature}`.")
     if not callable(getattr(module, "predict_step", None)) and verb == TrainerFn.PREDICTING:
         raise MisconfigurationException("`predict_step` cannot be None to run `Trainer.predict`. Define it.")
+    own = any(overridden(module, method, LightningModule) for method in ("predict_step", "forward", "__call__"))
+    if verb == TrainerFn.PREDICTING and not own:
+        what = f"`Trainer.predict` calls `predict_step`, which calls `forward`: {type(module).__name__} has neither."
+        raise MisconfigurationException(f"{what} Define `def predict_step(self, batch, batch_idx)`.")
     if not trainer.sources.get(kind).is_defined():
         owners = [type(owner).__name__ for owner in (module, trainer.datamodule) if owner is not None]
         what = f"`Trainer.{verb.value}` has no batches: no `{kind}_dataloader()` method defined in"
         fix = f"Pass a loader to `trainer.{verb.value}(...)`, or define that method."
-        raise MisconfigurationException(f"{what} {' or '.join(owners)}. {fix}")
+        loader = getattr(trainer.sources.get(kind).owner, f"{kind}_dataloader", None)
+        error = MisconfigurationException if callable(loader) else TypeError  # it is there, and no method
+        raise error(f"{what} {' or '.join(owners)}. {fix}")
     if verb == TrainerFn.FITTING:
         hint_at_layers(module)
         hint_at_modes(trainer.callbacks)

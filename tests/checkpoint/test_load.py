@@ -137,7 +137,7 @@ def test_weights_that_do_not_fit_are_named_with_the_nearest_names(path):
     with pytest.raises(RuntimeError, match=r"Renamed.*layers\.weight.*layer\.weight"):
         Renamed.load_from_checkpoint(path)
     with pytest.raises(RuntimeError, match=r"layer\.weight.*\(2, 2\).*\(3, 2\)"):
-        Net.load_from_checkpoint(path, width=3, strict=False)
+        Net.load_from_checkpoint(path, width=3)
 
 
 def test_not_strict_warns_about_keys_of_one_side(path):
