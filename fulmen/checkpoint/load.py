@@ -125,7 +125,7 @@ def _build(
     if instantiator is not None and class_path is not None:
         cls = _imported_subclass(cls, class_path)
     found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
-    accepted = {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    accepted = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
     if name in accepted:
@@ -147,7 +147,8 @@ def _build(
             rank_zero_warn(what + suggestion(ignored, accepted))
     required = [p.name for p in found if p.name in accepted and p.default is p.empty and p.name not in arguments]
     _say_what_is_missing(cls, required, missing, trusted, bool(stored))
-    return cls(**arguments)
+    by_position = [arguments.pop(p.name) for p in found if p.kind is p.POSITIONAL_ONLY and p.name in arguments]
+    return cls(*by_position, **arguments)
 
 
 def _say_what_is_missing(

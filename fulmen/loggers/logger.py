@@ -263,13 +263,14 @@ def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 
 def plain_params(params: Any, leaf: Callable[[Any], Any] | None = None, depth: int = MAX_DEPTH) -> Any:
-    """The same with nothing but dictionaries with texts as keys, lists, and what `leaf` makes of the rest."""
+    """The same made of dictionaries with texts as keys, lists, tuples, and what `leaf` makes of the rest."""
     leaf, value = leaf or plain_value, _opened(params)
     if not isinstance(value, _NESTED) or not depth:
         return leaf(value)
     if isinstance(value, Mapping):
         return {str(name): plain_params(item, leaf, depth - 1) for name, item in value.items()}
-    return [plain_params(item, leaf, depth - 1) for item in value]
+    items = [plain_params(item, leaf, depth - 1) for item in value]
+    return tuple(items) if isinstance(value, tuple) else items
 
 
 def plain_value(value: Any) -> bool | int | float | str | None:
@@ -320,7 +321,7 @@ def write_yaml(path: str, values: Mapping[str, Any]) -> None:
 def _yaml_lines(value: Any, indent: str = "") -> Iterator[str]:
     for entry in sorted(value) if isinstance(value, dict) else value:
         head, item = (f"{_scalar(entry)}:", value[entry]) if isinstance(value, dict) else ("-", entry)
-        if item and isinstance(item, (dict, list)):
+        if item and isinstance(item, (dict, list, tuple)):
             yield f"{indent}{head}\n"
             yield from _yaml_lines(item, indent + "  ")
         else:

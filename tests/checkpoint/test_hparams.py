@@ -252,6 +252,17 @@ def test_a_missing_argument_is_named_with_the_way_to_pass_it(tmp_path):
             super().__init__()
             self.save_hyperparameters(ignore=["net"])
 
+    class ByPosition(Bare):
+        def __init__(self, a, b=2, /, c=3):
+            super().__init__()
+            self.save_hyperparameters()
+
+    assert ByPosition.load_from_checkpoint(save(tmp_path / "c.ckpt", 5, kind=ByPosition)).hparams == {
+        "a": 5,
+        "b": 2,
+        "c": 3,
+    }
+
     class Silent(Bare):
         def __init__(self, net):
             super().__init__()

@@ -44,7 +44,7 @@ def odd_values():
         "dataclass": Config(), "namespace": argparse.Namespace(a=1), "function": lambda: 0, "class": Config,
         "partial": functools.partial(int, base=2), "module": torch.nn.ReLU(), "odd": Unshowable(), "bytes": b"x",
         "itself": inside, "list": [Config(), {"a": torch.ones(2)}], "empty": {}, "nothing": None, 3: "a number as name",
-        "a//b": 1, "e@": 2, "nan": float("nan"), "text": "two\nlines", "set": {1},
+        "a//b": 1, "e@": 2, "nan": float("nan"), "text": "two\nlines", "set": {1}, "pair": (1, (Config(),)),
     }  # fmt: skip
     if importlib.util.find_spec("omegaconf"):
         create = importlib.import_module("omegaconf").OmegaConf.create
@@ -98,6 +98,7 @@ def test_they_are_readable():
     assert shown["array"] == [[1.0, 1.0], [1.0, 1.0]] and shown["tensor"] == [1.0, 1.0] and shown["one"] == 1.0
     assert "..." in shown["many"] and len(shown["many"]) < 100
     assert shown["dataclass"] == {"width": 3} and shown["list"] == [{"width": 3}, {"a": [1.0, 1.0]}]
+    assert shown["pair"] == (1, ({"width": 3},))
     assert (shown["enum"], shown["path"], shown["odd"], shown["3"]) == ("RED", "x", "<Unshowable>", "a number as name")
     if "config" in shown:
         assert shown["config"]["b"] == 1 and shown["configs"] == [{"a": 1}]
