@@ -277,6 +277,33 @@ def _unknown_shape(answer: Any, why: str) -> MisconfigurationException:
 # ---------------------------------------------------------------------- schedulers
 
 
+# What schedulers keep for each parameter group, in a list or in the group: what follows the learning rate, and the rest.
+_RATES = ("base_lrs", "max_lrs", "initial_lr", "max_lr", "min_lr")
+_COPIED = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums", "base_momentum", "max_momentum")
+
+
+def schedule_new_groups(scheduler: Any) -> None:
+    """Lets groups that were added to the optimizer after the scheduler was made follow the first one, in proportion."""
+    for inner in getattr(scheduler, "_schedulers", ()):
+        schedule_new_groups(inner)
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
+    if not groups:
+        return
+    first = groups[0]
+    whole = first["lr"] or first.get("initial_lr")  # a warm-up may begin with 0
+
+    def value_for(group: dict[str, Any], name: str, of_first: Any) -> Any:
+        return of_first * group["lr"] / whole if name in _RATES and whole else of_first
+
+    for name in (*_RATES, *_COPIED):
+        kept = vars(scheduler).get(name)
+        if isinstance(kept, list) and kept:
+            kept += [value_for(group, name, kept[0]) for group in groups[len(kept) :]]
+        for group in groups[1:] if name in first else ():
+            if name not in group:
+                group[name] = value_for(group, name, first[name])
+
+
 class Schedulers:
     """The schedulers of a run. A learning rate moves only when its optimizer did; without schedulers nothing costs.
 
@@ -289,6 +316,7 @@ class Schedulers:
         self.any = bool(configs)
         owners = [getattr(config.scheduler, "optimizer", None) for config in configs]
         self._steps = dict.fromkeys(map(id, owners), 0)  # of the whole run, by the id of an optimizer
+        self._groups = dict.fromkeys(map(id, configs), 0)  # parameter groups that each scheduler knows of
         self.open_epoch()
 
     def open_epoch(self) -> None:
@@ -332,6 +360,13 @@ class Schedulers:
                 due.append(config)
         return due
 
+    def _advance(self, config: LRSchedulerConfig, value: Any) -> None:
+        groups = len(getattr(getattr(config.scheduler, "optimizer", None), "param_groups", ()))
+        if self._groups.get(id(config)) != groups:
+            self._groups[id(config)] = groups
+            schedule_new_groups(config.scheduler)
+        self._step(config.scheduler, value)
+
     def after_batch(self, epoch: int, stepped: bool, is_last_batch: bool, idle: Iterable[Any] = ()) -> None:
         """Those per step after an optimizer step; those per epoch after the last batch, before validation.
 
@@ -349,9 +384,9 @@ class Schedulers:
             for owner in self._steps.keys() - self._idle:
                 self._steps[owner] += 1
             for config in self._due("step", epoch, watching=False):
-                self._step(config.scheduler, None)
+                self._advance(config, None)
         for config in self._due("epoch", epoch, watching=False) if is_last_batch else ():
-            self._step(config.scheduler, None)
+            self._advance(config, None)
 
     def watch(self, interval: str, epoch: int, book: LogBook) -> None:
         """Steps those that watch a metric; a frequency per epoch divides `epoch`, which is counted from 1.
@@ -363,7 +398,7 @@ class Schedulers:
             metrics = book.callback_metrics
             value = metrics.get(config.monitor) if config.monitor is not None else None
             if value is not None:
-                self._step(config.scheduler, value)
+                self._advance(config, value)
                 continue
             asked_by = f"`ReduceLROnPlateau` with `monitor={config.monitor!r}`"
             message = missing_metric(book, asked_by, str(config.monitor), metrics)

@@ -51,7 +51,7 @@ from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.sta
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.filesystem import is_remote
-from fulmen.utilities.introspection import alias, overridden
+from fulmen.utilities.introspection import alias, by_signature, overridden
 from fulmen.utilities.keywords import hide_unknown, refuse_unknown
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -482,7 +482,7 @@ class Trainer:
             self.hooks.on_fit_end()
         stage: Any = self.state.fn
         if self.datamodule is not None:
-            self.datamodule.teardown(stage)
+            by_signature(self.datamodule.teardown, self.datamodule.teardown, ("stage",))(stage)
         self.hooks.teardown(stage)
         with isolate_rng():
             for logger in self.loggers:
@@ -565,7 +565,7 @@ class Trainer:
         self._share_log_dir()
         self.strategy.barrier("pre_setup")
         if self.datamodule is not None:
-            self.datamodule.setup(stage)
+            by_signature(self.datamodule.setup, self.datamodule.setup, ("stage",))(stage)
         self.hooks.setup(stage)
         self.strategy.barrier("post_setup")
 

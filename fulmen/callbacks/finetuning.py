@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from fulmen.callbacks.callback import Callback
+from fulmen.optimizers import schedule_new_groups
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -121,6 +122,7 @@ class BaseFinetuning(Callback):
             for module in pl_module.modules():  # files of others do not say what was unfrozen
                 if added & {id(p) for p in module.parameters(recurse=False)}:
                     _set_trainable(module, True)
+            _schedule(trainer, optimizer)
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,6 +131,7 @@ class BaseFinetuning(Callback):
             stored = self._internal_optimizer_metadata.setdefault(idx, [])
             added = optimizer.param_groups[len(stored) :]
             if added:
+                _schedule(trainer, optimizer)
                 names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
                 stored += [{**group, "params": [names[id(p)] for p in group["params"]]} for group in added]
 
@@ -194,6 +197,13 @@ class BackboneFinetuning(BaseFinetuning):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
         super().load_state_dict(state_dict)
+
+
+def _schedule(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Schedulers of the optimizer learn of its new groups."""
+    for config in trainer.lr_scheduler_configs:
+        if getattr(config.scheduler, "optimizer", None) is optimizer:
+            schedule_new_groups(config.scheduler)
 
 
 def _set_trainable(module: Module, trainable: bool) -> None:

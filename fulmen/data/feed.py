@@ -195,32 +195,35 @@ class SharedFeed(Feed):
 
 
 class IteratorFeed(Feed):
-    """For `training_step(dataloader_iter)`: hands out the iterator, the step pulls batches from it itself.
+    """For steps with an argument `dataloader_iter`: hands out the iterator, the step pulls batches from it itself.
 
-    The step receives `(batch, batch_idx, dataloader_idx)` from `next(dataloader_iter)`; no transfer hooks run.
+    The step receives `(batch, batch_idx, dataloader_idx)` from `next(dataloader_iter)`; no transfer hooks run. Each time
+    it is yielded with the index of the batch that was pulled last, and the loader of the next one.
     """
 
     def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
         super().__init__(loaders, lambda batch, _: batch, profile)
+        self.batch: Any = None  # that was pulled last
         self.batch_idx = self.pulled = self.pulled_before = 0
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         source = super().__iter__()
         # Always one batch ahead: whether there is a next step is known only to whoever has its batch.
         ahead: Any = next(source, _END)
-        self.batch_idx = self.pulled = self.first_batch_idx
+        self.batch, self.batch_idx, self.pulled = None, self.first_batch_idx, self.first_batch_idx
 
         def pull() -> Generator[tuple[Any, int, int]]:
             nonlocal ahead
             while ahead is not _END:
                 item, ahead = ahead, next(source, _END)
-                self.batch_idx, self.is_last, self.pulled = item[1], ahead is _END, item[1] + 1
+                self.batch, self.batch_idx, _ = item
+                self.is_last, self.pulled = ahead is _END, item[1] + 1
                 yield item
 
         iterator = pull()
         while ahead is not _END:
             self.is_last, self.pulled_before = False, self.pulled
-            yield iterator, self.batch_idx, 0
+            yield iterator, self.batch_idx, ahead[2]
 
     @property
     def ahead(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -95,6 +96,11 @@ def _leaves(loader: Any) -> list[Any]:
 
 def check_iterable(loader: Any, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        what = (
+            f"A `Dataset` (`{type(loader).__name__}`) was given by {label}, and it gives single samples, not batches."
+        )
+        raise TypeError(f"{what} Wrap it: `DataLoader(dataset, batch_size=...)`.")
     if isinstance(loader, (str, bytes, type)) or not (isinstance(loader, Iterable) or hasattr(loader, "__getitem__")):
         fix = "Give a `DataLoader`, another iterable of batches, or a list, tuple or dict of them."
         raise TypeError(f"An invalid dataloader was given by {label}: {describe_received(loader)}. {fix}")

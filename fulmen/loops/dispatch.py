@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fulmen.hooks import HOOKS
+from fulmen.loops.signatures import names_of
+from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.introspection import is_overridden, overridden
+from fulmen.utilities.introspection import by_signature, is_overridden, overridden
 from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class HookPlan:
         ) -> list[Callable[..., Any]]:
             """Those of the parties that implement the hook, timed if somebody profiles."""
             return [
-                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(_method(party, name), *given))
+                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(_method(party, name, base), *given))
                 for party in parties
                 if overridden(party, name, base)
             ]
@@ -55,7 +58,8 @@ class HookPlan:
             found = listeners(first, base_callback, "Callback", name, trainer, module)
             module_at = len(found) if "module" in order and is_overridden(name, module) else None
             if module_at is not None:
-                found.append(measured(profiler, f"[LightningModule]{_label(module)}.{name}", getattr(module, name)))
+                method = _by_name(getattr(module, name), names_of(LightningModule, name))
+                found.append(measured(profiler, f"[LightningModule]{_label(module)}.{name}", method))
             found += listeners(monitors, base_callback, "Callback", name, trainer, module)
             if "strategy" in order:
                 found += listeners([strategy], base_strategy, "Strategy", name)
@@ -65,9 +69,17 @@ class HookPlan:
         raise AttributeError(name)
 
 
-def _method(party: Any, name: str) -> Callable[..., Any]:
+def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """The method, for calls by position, if some of what it takes can only be passed by name."""
+    code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+    if code is None or not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
+        return method
+    return by_signature(method, method, names)
+
+
+def _method(party: Any, name: str, base: type) -> Callable[..., Any]:
     """What is called: what only shows something leaves the random numbers of the run alone, also when it imports."""
-    method = getattr(party, name)
+    method = _by_name(getattr(party, name), names_of(base, name))
     once_per_batch = "batch" in name
     return isolate_rng()(method) if getattr(party, "only_shows", False) and not once_per_batch else method
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fulmen.data.combined import CombinedLoader
-from fulmen.data.feed import Feed
+from fulmen.data.feed import Feed, IteratorFeed
 from fulmen.data.loaders import set_epoch
 from fulmen.loops import preemption
 from fulmen.loops.exact import end_epoch
@@ -49,7 +49,8 @@ class EvaluationLoop(Loop):
         self.verbose = True
         self.loaders: CombinedLoader | None = None
         self.given_loaders: Any = None
-        self.feed: Feed | None = None
+        self.feed: Any = None
+        self.iterator_feed = False  # does the step pull batches itself?
         self.max_batches: list[float] = []
         self.everywhere: list[list[float]] = []  # `max_batches` of all processes, by rank
         self.uneven: UnevenBatches | None = None  # of several processes
@@ -76,7 +77,6 @@ class EvaluationLoop(Loop):
                 return []
             try:
                 self.start()
-                assert self.feed is not None
                 for batch, batch_idx, dataloader_idx in self.feed:
                     if dataloader_idx != self.dataloader_idx:
                         self.next_loader(dataloader_idx)
@@ -87,25 +87,44 @@ class EvaluationLoop(Loop):
                         preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
                 self.shortfall.say(trainer.sources.get(self.kind).label, self.loaders, self.feed.short)
                 return self.finish()
-            except BaseException:  # whoever catches it trains on, and not in eval mode
-                if self.frozen is not None:
+            except BaseException as error:
+                if self.frozen is not None:  # whoever catches it trains on, and not in eval mode
                     self.restore_modes()
+                if isinstance(error, RuntimeError) and (told := self.missed_gradients(error)):
+                    raise RuntimeError(told) from error
                 raise
+
+    def missed_gradients(self, error: RuntimeError) -> str | None:
+        """What autograd's error means here: the code asks for gradients, and they are switched off."""
+        text = str(error)
+        if not any(words in text.lower() for words in ("does not require grad", "inference tensor", "inference mode")):
+            return None
+        name = f"`{type(self.trainer.lightning_module).__name__}.{self.step_name}`"
+        what = f"{name} asks autograd for gradients, which are switched off while {self.infix} runs ({text})."
+        if torch.is_inference_mode_enabled():
+            fix = "Use `Trainer(inference_mode=False)`, and compute inside of `with torch.enable_grad():`."
+            return f"{what} `torch.inference_mode` is on, which `torch.enable_grad()` alone does not end. {fix}"
+        return f"{what} `torch.no_grad` is on. Compute inside of `with torch.enable_grad():`."
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """One batch."""
         book, uneven = self.trainer.book, self.uneven
         book.open_batch(batch)
         place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
-        self.on_batch_start(*place)
+        if self.iterator_feed:  # hooks get the batch that was pulled last
+            self.on_batch_start(self.feed.batch, *place[1:])
+        else:
+            self.on_batch_start(*place)
         if uneven is not None:
             uneven.note("hooks")
         book.hook = self.step_name
         if self.context is None:
-            outputs = self.step(*place[: self.num_arguments])
+            outputs = self.step(*place)
         else:
             with self.context():
-                outputs = self.step(*place[: self.num_arguments])
+                outputs = self.step(*place)
+        if self.iterator_feed:
+            place = (self.feed.batch, self.feed.batch_idx, *place[2:])
         if uneven is not None:
             uneven.note("step")
             uneven.sync_steps("step", batch_idx, dataloader_idx)
@@ -168,9 +187,10 @@ class EvaluationLoop(Loop):
         trainer = self.trainer
         assert self.loaders is not None
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
-        self.feed = Feed(
-            self.loaders, batch_transfer(trainer), profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
-        )
+        step = getattr(trainer.lightning_module, self.step_name)
+        self.iterator_feed = takes_argument(step, "dataloader_iter", explicit=True)
+        profile = profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
+        self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, batch_transfer(trainer), profile)
         for loader in self.loaders.flattened:
             set_epoch(loader, trainer.current_epoch)
         self.feed.open()
@@ -178,9 +198,9 @@ class EvaluationLoop(Loop):
             most = trainer.num_sanity_val_steps if trainer.sanity_checking else inf
             self.uneven = UnevenBatches(self, [[min(most, count) for count in counts] for counts in self.everywhere])
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
-        check_loader_argument(module, self.several, (self.step_name, *self.batch_hooks))
-        self.step = bound_step(trainer, self.step_name)
-        self.num_arguments = int(min(num_positional(getattr(module, self.step_name)), 3 if self.several else 2))
+        check_loader_argument(module, self.several, self.batch_hooks if self.iterator_feed else self.with_loaders)
+        arguments = ("batch", "batch_idx", "dataloader_idx") if self.several else ("batch", "batch_idx")
+        self.step = bound_step(trainer, self.step_name, arguments)
         self.context = trainer.strategy.step_context(self.step_name)
         self.hooks = hooks
         self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)
@@ -196,6 +216,11 @@ class EvaluationLoop(Loop):
         if self.inside_fit:
             trainer.strategy.show_buffers()  # last of all: a hook may have put an average in their place
         trainer.book.dataloader_idx = 0 if self.several else None
+
+    @property
+    def with_loaders(self) -> tuple[str, ...]:
+        """What is told which loader a batch is of."""
+        return (self.step_name, *self.batch_hooks)
 
     @property
     def batch_hooks(self) -> tuple[str, str]:
@@ -295,7 +320,7 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
         takes = takes_argument(method, "dataloader_idx") or num_positional(method) >= (4 if "end" in name else 3)
         if several and not takes:
             raise RuntimeError(
-                f"`{type(module).__name__}.{name}` has no parameter `dataloader_idx`, but there are several loaders. "
+                f"There is no `dataloader_idx` argument in `{type(module).__name__}.{name}`, but there are several loaders. "
                 f"It could not know which one a batch came from. Write `def {name}(self, ..., batch_idx, dataloader_idx=0)`."
             )
         if not several and requires_loader_index(method):

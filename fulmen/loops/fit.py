@@ -133,7 +133,11 @@ class FitLoop(Loop):
         self.open_epoch()
         assert self.feed is not None
         for batch, batch_idx, _ in self.feed:
-            if not self.run_batch(batch, batch_idx):
+            try:
+                if not self.run_batch(batch, batch_idx):
+                    break
+            except StopIteration:
+                self.end_with_the_data()
                 break
             if self.validation_due():
                 self.validate()
@@ -155,14 +159,17 @@ class FitLoop(Loop):
         book.logging_due = interval > 0 and (progress.log_step + 1) % interval == 0
         if self.uneven:
             self.meet()
+        given = batch
+        if self.iterator_feed:  # hooks get the batch that was pulled last
+            batch = self.feed.batch  # type: ignore[union-attr]
         if hooks.on_train_batch_start(batch, batch_idx) == SKIP_EPOCH:
             return self.skip_epoch()
-        outputs = self.optimization.run(batch, batch_idx)
+        outputs = self.optimization.run(given, batch_idx)
         if book.shared:
             self.sync_steps("step")
         if self.iterator_feed:
-            batch_idx = self.feed.batch_idx  # type: ignore[union-attr]
-            progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
+            feed: Any = self.feed
+            batch, batch_idx, progress.is_last_batch = feed.batch, feed.batch_idx, feed.is_last
         if self.schedulers.any:
             self.trainer.book.hook = "lr_scheduler_step"  # nothing may be logged there
             stepped = self.optimization.stepped
@@ -417,6 +424,20 @@ class FitLoop(Loop):
         self.progress.is_last_batch = True
         self.schedulers.after_batch(self.progress.epochs + 1, stepped=False, is_last_batch=True)
         return False
+
+    def end_with_the_data(self) -> None:
+        """`training_step` let a `StopIteration` through: the epoch is over, and its last step was the one before."""
+        if not self.iterator_feed:
+            name = f"`{type(self.trainer.lightning_module).__name__}.training_step`"
+            what = (
+                f"{name} raised StopIteration: epoch {self.progress.epochs} ends here, without a step for this batch."
+            )
+            rank_zero_warn(f"{what} An iterator of your own is used up. Make it again, or catch the exception.")
+        self.trainer.book.close_batch()
+        self.optimization.stepped = False
+        self.skip_epoch()
+        if self.validation_due():
+            self.validate()
 
     def finish_batch(self) -> None:
         """The end of a batch, after validation if there was one."""

@@ -11,9 +11,10 @@ from fulmen.data.batches import transfer_to
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
+from fulmen.utilities.introspection import by_signature
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fulmen.trainer import Trainer
 
@@ -71,10 +72,11 @@ def profiled_fetch(trainer: Trainer, action: str) -> Callable[[Callable[[], Any]
     return (lambda fetch: measured(profiler, action, fetch)) if profiler.active else None
 
 
-def bound_step(trainer: Trainer, name: str) -> Callable[..., Any]:
-    """The callable for a step of the module, timed if somebody profiles."""
+def bound_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable[..., Any]:
+    """The callable for a step of the module, timed if somebody profiles; it takes all of these arguments by position."""
     strategy = trainer.strategy
-    return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", strategy.bind(name))
+    step = by_signature(strategy.bind(name), getattr(trainer.lightning_module, name), arguments)
+    return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 
 
 def loaders_as_given(loop: Any) -> Any:

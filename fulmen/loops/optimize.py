@@ -16,9 +16,10 @@ from fulmen.loops.loading import bound_step
 from fulmen.loops.losses import CommonWindow, SharedWindow, Window, read_output
 from fulmen.loops.standing_in import standing_in
 from fulmen.module import LightningModule
+from fulmen.optimizers import NoOptimizer
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import is_generator, num_positional, overridden, takes_argument
+from fulmen.utilities.introspection import is_generator, overridden, returns_nothing, takes_argument
 from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import warn_once
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 _NO_OUTPUTS: dict[str, Any] = {}
+PATIENCE = 8  # windows in which every batch may be without a loss at the beginning of a run
 
 
 class Optimization:
@@ -39,9 +41,7 @@ class Optimization:
         self.module: LightningModule = trainer.lightning_module
         self.name = f"`{type(self.module).__name__}.training_step`"
         self.precision = self.strategy.precision_plugin
-        step = bound_step(trainer, "training_step")
-        takes_one = num_positional(self.module.training_step) == 1
-        self.training_step: Callable[[Any, int], Any] = (lambda batch, _: step(batch)) if takes_one else step
+        self.training_step: Callable[[Any, int], Any] = bound_step(trainer, "training_step", ("batch", "batch_idx"))
         self.context = self.strategy.step_context("training_step")
         self.after_step = overridden(self.strategy, "post_training_step", Strategy)
         self.checked = False  # the first output is looked at closely, later ones only by type
@@ -123,6 +123,10 @@ class AutomaticOptimization(Optimization):
         self.window_open = False  # whether there are gradients that wait for a step which later batches belong to
         self.verb = "returned"
         module = self.module
+        # A batch without a loss is left out; a run without any is a forgotten `return`.
+        self.expects_loss = progress.batches == 0 and not isinstance(self.optimizer, NoOptimizer)
+        self.expects_loss &= not takes_argument(module.training_step, "dataloader_iter", explicit=True)
+        self.windows_without_loss = 0
         self.own_zero_grad = overridden(module, "optimizer_zero_grad", LightningModule)
         self.own_clipping = overridden(module, "configure_gradient_clipping", LightningModule)
         own_step = overridden(module, "optimizer_step", LightningModule) or trainer.profiler.active
@@ -190,6 +194,8 @@ class AutomaticOptimization(Optimization):
             # An optimizer may sit out a batch in all processes, but not the one whose backward exchanges gradients.
             if self.several and (not self.only or self.window.held):
                 raise RuntimeError(self.no_loss())
+            if not self.checked and self.stepped and self.expects_loss:
+                self.check_for_any_loss()
             return {} if extra is None else extra
         if length > 1 or weight is not None or (self.present is not None and self.present < self.trainer.world_size):
             loss = self.window.share(loss, weight, self.batches_left(batch_idx))
@@ -267,6 +273,22 @@ class AutomaticOptimization(Optimization):
         what = f"{self.name} {self.verb} None {where}, for a batch after which gradients are exchanged."
         why = "The other processes would wait for them, or step without."
         return f"{what} {why} Return a loss of 0 that depends on the weights, `0 * loss`, or (loss, 0): a weight of 0."
+
+    def check_for_any_loss(self) -> None:
+        """After a window without a loss, when none had one yet.
+
+        Raises:
+            MisconfigurationException: if the code of the step can return nothing else, or has not for a while.
+        """
+        self.windows_without_loss += 1
+        certain = returns_nothing(self.module.training_step)
+        if not certain and self.windows_without_loss < PATIENCE and not self.progress.is_last_batch:
+            return
+        what = f"{self.name} {self.verb} None for every batch so far: there is no loss, and nothing was learned."
+        fix = "End it with `return loss`. None is for a batch that is to be left out now and then."
+        raise MisconfigurationException(
+            f"{what} {fix} If you step the optimizer yourself, set `self.automatic_optimization = False` in `__init__`."
+        )
 
     def step_with_closure(self, batch: Any, batch_idx: int, opens: bool) -> Any:
         """The inverted form: the optimizer (or the user) decides when forward and backward run."""

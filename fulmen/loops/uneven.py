@@ -157,7 +157,7 @@ class UnevenBatches:
         if steps:
             book.hook = loop.step_name
             with nullcontext() if loop.context is None else loop.context():
-                outputs = loop.step(*place[: loop.num_arguments])
+                outputs = loop.step(*place)
             self.note("step")
         book.copy_jottings()
         if shared:

@@ -12,11 +12,14 @@ from torch import nn
 
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.timing import Timer
+from fulmen.data.combined import CombinedLoader
+from fulmen.data.loaders import check_iterable
 from fulmen.datamodule import LightningDataModule
-from fulmen.hooks import HOOKS, REMOVED_HOOKS
+from fulmen.hooks import REMOVED_HOOKS
+from fulmen.loops.signatures import check_signatures
 from fulmen.module import LightningModule
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, is_one_letter_apart, nearest
-from fulmen.utilities.introspection import accepts, overridden, parameters_of, texts_compared_with
+from fulmen.utilities.introspection import overridden, parameters_of, texts_compared_with
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
@@ -42,7 +45,6 @@ def configuration(trainer: Trainer) -> None:
         *((callback, Callback) for callback in trainer.callbacks),
     ):
         check_hook_names(owner, base)
-        check_hook_signatures(owner, base)
         check_stage_names(owner, base)
     kind, *signatures = NEEDED[verb.value]
     for signature in signatures:
@@ -67,6 +69,12 @@ def configuration(trainer: Trainer) -> None:
         hint_at_layers(module)
         hint_at_modes(trainer.callbacks)
         _check_fit(trainer, module)
+    check_signatures(trainer)
+    for kind in ("train", "val", "test", "predict"):
+        source = trainer.sources.get(kind)
+        for loader in CombinedLoader(source.argument).flattened if source.argument is not None else ():
+            check_iterable(loader, source.label)
+    if verb == TrainerFn.FITTING:
         _resolve_durations(trainer)
 
 
@@ -176,18 +184,6 @@ _USUAL_WORDS = {"training": "train", "testing": "test", "val": "validation", "va
 def _in_usual_words(name: str) -> str:
     words = [_USUAL_WORDS.get(word, word) for word in name.split("_")]
     return "_".join("batch" if word == "step" and words[0] == "on" else word for word in words)
-
-
-def check_hook_signatures(owner: Any, base: type) -> None:
-    """Refuses a hook that cannot take what it will be called with: it may only be called hours later."""
-    for hook in HOOKS:
-        if not overridden(owner, hook.name, base) or not hasattr(base, hook.name):
-            continue
-        method = getattr(owner, hook.name)
-        given = [p.name for p in parameters_of(getattr(base, hook.name)) if p.default is p.empty][1:]
-        if not accepts(method, given):
-            what = f"`{type(owner).__name__}.{hook.name}` cannot be called with the arguments of that hook."
-            raise TypeError(f"{what} Define `def {hook.name}({', '.join(['self', *given])})`.")
 
 
 def hint_at_layers(module: LightningModule) -> None:

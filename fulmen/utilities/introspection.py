@@ -6,7 +6,8 @@ import dis
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 
@@ -43,27 +44,24 @@ def is_generator(fn: Callable) -> bool:
     return inspect.isgeneratorfunction(inspect.unwrap(fn))
 
 
+def returns_nothing(fn: Callable) -> bool:
+    """Is None all that ``fn`` can return, as its code says? False where there is no code to read."""
+    code = getattr(_plain_function(inspect.unwrap(fn)), "__code__", None)
+    if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
+        return False
+    steps = list(dis.get_instructions(code))
+    # A return that is jumped to may give what was computed elsewhere.
+    values = [(before, step) for before, step in pairwise(steps) if step.opname == "RETURN_VALUE"]
+    plain = all(b.opname == "LOAD_CONST" and b.argval is None and not step.is_jump_target for b, step in values)
+    return plain and all(step.argval is None for step in steps if step.opname == "RETURN_CONST")
+
+
 def parameters_of(fn: Callable) -> list[inspect.Parameter]:
     """The parameters a caller may pass (without ``self`` for bound methods), or [] for what cannot be inspected."""
     try:
         return list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
         return []
-
-
-def accepts(fn: Callable, names: list[str]) -> bool:
-    """Can ``fn`` be called with these arguments, by position or by name? True for what cannot be inspected."""
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):
-        return True
-    for args, kwargs in ((names, {}), ([], dict.fromkeys(names))):
-        try:
-            signature.bind(*args, **kwargs)
-            return True
-        except TypeError:
-            pass
-    return False
 
 
 def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
@@ -79,6 +77,35 @@ def num_positional(fn: Callable) -> float:
     if any(p.kind is p.VAR_POSITIONAL for p in found):
         return math.inf
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in found)
+
+
+def taken(fn: Callable, names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+    """How ``fn`` takes arguments of these names: the places of those by position, and of those by name only.
+
+    What it does not take at all is in neither. Positions count; names matter to keyword-only parameters and ``**kwargs``.
+    """
+    found = parameters_of(fn)
+    by_name = {p.name for p in found if p.kind is p.KEYWORD_ONLY}
+    others = [index for index, name in enumerate(names) if name not in by_name]
+    capacity = int(min(num_positional(fn), len(others)))
+    left = others[capacity:] if any(p.kind is p.VAR_KEYWORD for p in found) else []
+    return others[:capacity], {name: i for i, name in enumerate(names) if name in by_name or i in left}
+
+
+def by_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Callable:
+    """``call`` for arguments of these names by position, which gets them as the signature of ``fn`` takes them.
+
+    What ``fn`` does not take is left out; that of a function which cannot be inspected gets everything.
+    """
+    positions, named = taken(fn, names)
+    if len(positions) == len(names) or not parameters_of(fn):
+        return call
+    if not named and positions == [0]:
+        return lambda first, *_: call(first)
+    return lambda *given: call(
+        *[given[i] for i in positions if i < len(given)],
+        **{name: given[i] for name, i in named.items() if i < len(given)},
+    )
 
 
 def alias(path: str, doc: str) -> Any:

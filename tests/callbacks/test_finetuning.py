@@ -6,8 +6,10 @@ import logging
 
 import pytest
 import torch
+from support import make_loader, make_trainer
 from torch import nn
 
+from fulmen import LightningModule
 from fulmen.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelCheckpoint
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -140,3 +142,64 @@ def test_verbose_tells_the_rates(fit, model, caplog):
     with caplog.at_level(logging.INFO, logger="fulmen"):
         fit(BackboneFinetuning(1, verbose=True), model(), max_epochs=2)
     assert "Current lr: 0.1, backbone lr: 0.01" in caplog.text
+
+
+def scheduled(make):
+    """The learning rates of both groups in each epoch, when the second one is added in epoch 1; and after a resume."""
+
+    class Net(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head, self.rates = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1), []
+
+        def training_step(self, batch, batch_idx):
+            self.rates.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+            return self.head(self.backbone(batch[0])).pow(2).mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=1.0, momentum=0.9)
+            return [optimizer], [make(optimizer)]
+
+    class Unfreezes(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.backbone)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                lr = optimizer.param_groups[0]["lr"] / 4
+                self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=lr)
+
+    return Net, Unfreezes
+
+
+SCHEDULES = {
+    "LambdaLR": lambda lr, o: lr.LambdaLR(o, lambda epoch: 0.5**epoch),
+    "MultiplicativeLR": lambda lr, o: lr.MultiplicativeLR(o, lambda epoch: 0.5),
+    "OneCycleLR": lambda lr, o: lr.OneCycleLR(o, 1.0, total_steps=10),
+    "CyclicLR": lambda lr, o: lr.CyclicLR(o, 0.1, 1.0, step_size_up=2),
+    "CosineAnnealingWarmRestarts": lambda lr, o: lr.CosineAnnealingWarmRestarts(o, 2),
+    "ExponentialLR": lambda lr, o: lr.ExponentialLR(o, 0.5),
+    "PolynomialLR": lambda lr, o: lr.PolynomialLR(o, 6),
+    "SequentialLR": lambda lr, o: lr.SequentialLR(
+        o, [lr.LambdaLR(o, lambda epoch: 0.5), lr.LambdaLR(o, lambda epoch: 0.5**epoch)], [2]
+    ),
+    "ChainedScheduler": lambda lr, o: lr.ChainedScheduler([lr.ExponentialLR(o, 0.9), lr.StepLR(o, 2)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step", "ignore:The epoch parameter")
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_group_that_is_added_later_follows_the_schedule_of_the_first_one(kind, tmp_path):
+    net, unfreezes = scheduled(lambda optimizer: SCHEDULES[kind](torch.optim.lr_scheduler, optimizer))
+    model = net()
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer = make_trainer(max_epochs=6, callbacks=[unfreezes(), saver], enable_checkpointing=True)
+    trainer.fit(model, make_loader(4))
+    assert [len(rates) for rates in model.rates] == [1, 2, 2, 2, 2, 2]
+    for first, second in model.rates[1:]:
+        assert second == pytest.approx(first / 4)
+    resumed = net()
+    make_trainer(max_epochs=6, callbacks=[unfreezes()]).fit(
+        resumed, make_loader(4), ckpt_path=tmp_path / "epoch=2.ckpt"
+    )
+    assert resumed.rates == model.rates[3:]
