@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from itertools import count
+from itertools import count, islice
 from math import inf
 from typing import Any
 
@@ -66,10 +66,9 @@ class Feed:
             fetch = self._noting(fetch)
         if self._single is None:
             yield from self._combined(fetch)
-        elif not self.counted:
-            yield from self._looking_ahead(fetch)
         else:
-            yield from self._sized(iterator if self.profile is None and not keeps else iter(fetch, _END))
+            one_by_one = self._sized if self.counted else self._looking_ahead
+            yield from one_by_one(iterator if self.profile is None and not keeps else iter(fetch, _END))
 
     def _noting(self, fetch: Callable[[], Any]) -> Callable[[], Any]:
         """Before each batch, states of loaders are kept: when a checkpoint is written, one more may have been read."""
@@ -94,13 +93,17 @@ class Feed:
                 break
         self._compare({0: idx})
 
-    def _looking_ahead(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
-        idx, end = self.first_batch_idx, self.num_batches
-        ahead = fetch() if idx < end else _END
-        while ahead is not _END:
-            batch, ahead = ahead, fetch() if idx + 1 < end else _END
-            self.is_last = ahead is _END
-            yield self.transfer(batch, 0), idx, 0
+    def _looking_ahead(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
+        transfer, idx, end = self.transfer, self.first_batch_idx, self.num_batches
+        waiting: Any = _END
+        for batch in iterator if end == inf else islice(iterator, max(int(end) - idx, 0)):
+            if waiting is not _END:
+                yield transfer(waiting, 0), idx, 0
+                idx += 1
+            waiting = batch
+        if waiting is not _END:
+            self.is_last = True
+            yield transfer(waiting, 0), idx, 0
             idx += 1
         self._compare({0: idx})
 
