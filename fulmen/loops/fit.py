@@ -137,7 +137,7 @@ class FitLoop(Loop):
                 if not self.run_batch(batch, batch_idx):
                     break
             except StopIteration:
-                self.end_with_the_data()
+                self.shortfall.inside_step(self)
                 break
             if self.validation_due():
                 self.validate()
@@ -424,20 +424,6 @@ class FitLoop(Loop):
         self.progress.is_last_batch = True
         self.schedulers.after_batch(self.progress.epochs + 1, stepped=False, is_last_batch=True)
         return False
-
-    def end_with_the_data(self) -> None:
-        """`training_step` let a `StopIteration` through: the epoch is over, and its last step was the one before."""
-        if not self.iterator_feed:
-            name = f"`{type(self.trainer.lightning_module).__name__}.training_step`"
-            what = (
-                f"{name} raised StopIteration: epoch {self.progress.epochs} ends here, without a step for this batch."
-            )
-            rank_zero_warn(f"{what} An iterator of your own is used up. Make it again, or catch the exception.")
-        self.trainer.book.close_batch()
-        self.optimization.stepped = False
-        self.skip_epoch()
-        if self.validation_due():
-            self.validate()
 
     def finish_batch(self) -> None:
         """The end of a batch, after validation if there was one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.rank_zero import warn_user
+from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 
 if TYPE_CHECKING:
     from fulmen.loops.fit import FitLoop
@@ -17,6 +17,21 @@ class Shortfall:
     def __init__(self) -> None:
         self.said: set[tuple[int, bool]] = set()  # index of the loader, and whether it gave any batch
         self.empty_epochs = 0  # in a row
+
+    def inside_step(self, loop: FitLoop) -> None:
+        """`training_step` let a `StopIteration` through: the epoch is over, and its last step was the one before."""
+        trainer = loop.trainer
+        if not loop.iterator_feed:
+            name = f"`{type(trainer.lightning_module).__name__}.training_step`"
+            what = (
+                f"{name} raised StopIteration: epoch {loop.progress.epochs} ends here, without a step for this batch."
+            )
+            rank_zero_warn(f"{what} An iterator of your own is used up. Make it again, or catch the exception.")
+        trainer.book.close_batch()
+        loop.optimization.stepped = False
+        loop.skip_epoch()
+        if loop.validation_due():
+            loop.validate()
 
     def after_epoch(self, loop: FitLoop) -> None:
         """All processes call this together where one of them may have fewer batches than promised.
