@@ -284,7 +284,7 @@ class AutomaticOptimization(Optimization):
         certain = returns_nothing(self.module.training_step)
         if not certain and self.windows_without_loss < PATIENCE and not self.progress.is_last_batch:
             return
-        what = f"{self.name} {self.verb} None for every batch so far: there is no loss, and nothing was learned."
+        what = f"{self.name} {self.verb} `None` for every batch so far: there is no loss, and nothing was learned."
         fix = "End it with `return loss`. None is for a batch that is to be left out now and then."
         raise MisconfigurationException(
             f"{what} {fix} If you step the optimizer yourself, set `self.automatic_optimization = False` in `__init__`."

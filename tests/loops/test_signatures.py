@@ -271,7 +271,7 @@ class Sometimes(Regression):
 def test_a_step_that_never_returns_a_loss_is_an_error(kind, window):
     trainer = make_trainer(accumulate_grad_batches=window, limit_val_batches=0, max_epochs=3)
     with pytest.raises(
-        MisconfigurationException, match=f"`{kind.__name__}.training_step` returned None.*`return loss`"
+        MisconfigurationException, match=f"`{kind.__name__}.training_step` returned `None`.*`return loss`"
     ):
         trainer.fit(kind(), make_loader(16))
     assert trainer.current_epoch == 0
