@@ -352,11 +352,11 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             (bar.print if bar is not None and bar.is_enabled else print)(*args, **kwargs)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Tensors and numbers of all processes, along a new first dimension; unchanged on one device."""
+        """Tensors of all processes, along a new first dimension, and unchanged on one device; numbers become tensors."""
         strategy = self.trainer.strategy
-        if getattr(strategy, "world_size", 1) == 1:
-            return data
         as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
+        if getattr(strategy, "world_size", 1) == 1:
+            return as_tensor
         return apply_to_collection(as_tensor, Tensor, strategy.all_gather, group=group, sync_grads=sync_grads)
 
     # ------------------------------------------------------------------ optimization
@@ -437,7 +437,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         algorithm = self._agreed("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
         if getattr(algorithm, "value", algorithm) not in ("norm", "value"):
             raise MisconfigurationException(
-                f"`gradient_clip_algorithm={algorithm!r}` is not known. Use 'norm' or 'value'."
+                f"`gradient_clip_algorithm={algorithm!r}` is invalid. Use 'norm' or 'value'."
             )
         if not value:
             return None

@@ -208,7 +208,8 @@ class TQDMProgressBar(TerminalProgressBar):
 
     def _close(self, kind: str) -> None:
         getattr(self, _attribute(kind)).close()
-        if not self._train and not self._evaluation:
+        kind_of_bar = _tqdm_class()
+        if not any(isinstance(bar, kind_of_bar) for bar in kind_of_bar._instances):  # another trainer's may be open
             self._redirect(False)
 
     def _redirect(self, above: bool) -> None:

@@ -66,7 +66,7 @@ class CombinedLoader:
     def __init__(self, iterables: Any, mode: str = "min_size") -> None:
         if mode not in _MODES:
             hint = f"Use one of {list(_MODES)}.{suggestion(str(mode), _MODES)}"
-            raise ValueError(f"`CombinedLoader(mode={mode!r})` is not a way to combine loaders. {hint}")
+            raise ValueError(f"Unsupported mode: `CombinedLoader(mode={mode!r})`. {hint}")
         self.mode = mode
         self._iterables = iterables
         self._flattened: list[Any] = []
@@ -92,7 +92,9 @@ class CombinedLoader:
     @flattened.setter
     def flattened(self, flattened: list[Any]) -> None:
         if len(flattened) != len(self._flattened):
-            raise ValueError(f"A list of {len(flattened)} cannot replace {len(self._flattened)} iterables.")
+            raise ValueError(
+                f"Mismatch in flattened length: {len(flattened)} cannot replace {len(self._flattened)} iterables."
+            )
         self._iterables = self.fill(flattened)
         self._flattened = list(flattened)
 
@@ -109,7 +111,9 @@ class CombinedLoader:
         if isinstance(limits, (int, float)):
             limits = [limits] * len(self._flattened)
         elif limits is not None and len(limits) != len(self._flattened):
-            raise ValueError(f"{len(limits)} limits for {len(self._flattened)} iterables: give one, or one for each.")
+            raise ValueError(
+                f"Mismatch in number of limits: {len(limits)} for {len(self._flattened)} iterables. Give one for each, or one for all."
+            )
         self._limits = limits
 
     def lengths(self) -> list[int | float]:

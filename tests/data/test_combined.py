@@ -154,7 +154,7 @@ def test_limits_stand_in_for_unknown_lengths():
 
 def test_one_limit_for_each_loader():
     combined = CombinedLoader([range(5), range(3)])
-    with pytest.raises(ValueError, match="1 limits for 2 iterables"):
+    with pytest.raises(ValueError, match="Mismatch in number of limits: 1 for 2 iterables"):
         combined.limits = [1]
 
 
@@ -233,7 +233,7 @@ def test_loaders_can_be_replaced():
     combined.flattened = [range(1), range(1)]
     assert combined.iterables == {"a": range(1), "b": [range(1)]}
     assert len(list(combined)) == 2
-    with pytest.raises(ValueError, match="list of 1"):
+    with pytest.raises(ValueError, match="Mismatch in flattened length"):
         combined.flattened = [range(1)]
 
 
