@@ -112,7 +112,7 @@ def test_gathering_on_one_device_changes_nothing():
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             assert self.all_gather(loss) is loss
-            assert self.all_gather({"a": 1}) == {"a": 1}
+            assert self.all_gather({"a": 1}) == {"a": torch.tensor(1)}
             return loss
 
     make_trainer(limit_val_batches=0).fit(Model(), make_loader())

@@ -411,7 +411,7 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str | os.PathLike, filename: str = "on_exception") -> None:
         if not filename:
-            raise ValueError("`OnExceptionCheckpoint(filename='')` names no file. Leave it out or give a name.")
+            raise ValueError("`OnExceptionCheckpoint(filename='')` names no file: the filename cannot be empty.")
         self.dirpath, self.filename = dirpath, filename
 
     @property

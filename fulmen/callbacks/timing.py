@@ -48,7 +48,9 @@ class Timer(Callback):
     def __init__(self, duration: str | timedelta | dict[str, int] | None = None, interval: str = "step",
                  verbose: bool = True) -> None:  # fmt: skip
         if interval not in ("step", "epoch"):
-            raise MisconfigurationException(f"`Timer(interval={interval!r})` must be 'step' or 'epoch'.")
+            raise MisconfigurationException(
+                f"Unsupported parameter value: `Timer(interval={interval!r})` must be 'step' or 'epoch'."
+            )
         self._duration = None if duration is None else parse_duration(duration, "Timer(duration)").total_seconds()
         self._interval, self._verbose = str(interval), verbose
         self._forget_run()
@@ -121,9 +123,11 @@ class GradientAccumulationScheduler(Callback):
                 f"`GradientAccumulationScheduler({scheduling!r})` schedules nothing. Pass `{{epoch: batches}}`."
             )
         for epoch, batches in scheduling.items():
-            if not isinstance(epoch, int) or epoch < 0 or not isinstance(batches, int) or batches < 1:
-                pair = f"`GradientAccumulationScheduler({{{epoch!r}: {batches!r}}})`: not a pair"
-                raise MisconfigurationException(f"{pair} of an epoch (0 or more) and a number of batches (1 or more).")
+            given = f"Got `GradientAccumulationScheduler({{{epoch!r}: {batches!r}}})`."
+            if not isinstance(epoch, int) or epoch < 0:
+                raise MisconfigurationException(f"Epoch should be an int greater than or equal to 0. {given}")
+            if not isinstance(batches, int) or batches < 1:
+                raise MisconfigurationException(f"Accumulation factor should be an int greater than 0. {given}")
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
         self._forget_run()
@@ -142,7 +146,9 @@ class GradientAccumulationScheduler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         what = "`GradientAccumulationScheduler`"
         if not pl_module.automatic_optimization:
-            raise RuntimeError(f"{what}: manual optimization decides itself when to step. Remove the callback.")
+            raise RuntimeError(
+                f"{what} is not supported for manual optimization, which decides itself when to step. Remove it."
+            )
         if trainer.strategy.handles_gradient_accumulation:
             name = type(trainer.strategy).__name__
             raise RuntimeError(f"{what}: `{name}` accumulates by itself. Use `Trainer(accumulate_grad_batches=...)`.")

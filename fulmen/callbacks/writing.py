@@ -44,7 +44,7 @@ class BasePredictionWriter(Callback):
         known = [interval.value for interval in WriteInterval]
         if write_interval not in known:
             hint = suggestion(str(write_interval), known)
-            raise MisconfigurationException(f"`{write_interval=}` is not one of {known}.{hint}")
+            raise MisconfigurationException(f"`{write_interval=}` should be one of {known}.{hint}")
         self.interval = WriteInterval(write_interval)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -15,7 +15,7 @@ def parse_duration(value: str | timedelta | dict[str, Any], name: str = "duratio
     """The duration as a `timedelta`; error messages call it ``name``. Only an ill-formed string is a misconfiguration."""
     if isinstance(value, timedelta):
         return value
-    what = f"`{name}={value!r}` is not a duration."
+    what = f"`{name}={value!r}` is not a valid duration."
     if isinstance(value, str):
         if match := _FORMAT.fullmatch(value.strip()):
             return timedelta(**{unit: int(digits) for unit, digits in match.groupdict().items()})

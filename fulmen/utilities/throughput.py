@@ -79,6 +79,9 @@ class Throughput:
         for name in new.keys() & last.keys() - {"flops"}:
             if new[name] <= last[name]:
                 raise ValueError(f"Expected `{name}` to increase, last: {last[name]}, current: {new[name]}.")
+        for more, fewer in (("samples", "batches"), ("lengths", "samples")):
+            if more in new and new[more] < new[fewer]:
+                raise ValueError(f"Expected {more} ({new[more]}) to be greater or equal than {fewer} ({new[fewer]}).")
         self._updates.append(new)
 
     def compute(self) -> dict[str, float]:

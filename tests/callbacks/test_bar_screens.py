@@ -237,3 +237,17 @@ def test_names_that_the_output_cannot_encode_end_no_run(kind, monkeypatch):
             trainer.fit(Greek(), make_loader(8), make_loader(8))
             trainer.validate(Greek(), make_loader(8))
         assert rb"pr\xe9cision_\u03bb" in raw.getvalue()
+
+
+def test_a_trainer_inside_another_leaves_the_outer_one_its_screen(kind, monkeypatch):
+    class Outer(Wordy):
+        names = ("loss",)
+
+        def on_validation_epoch_end(self):
+            inner = make_trainer(callbacks=[kind()], enable_progress_bar=True, limit_val_batches=0)
+            inner.fit(Regression(), make_loader(8))
+
+    lines = fit(monkeypatch, kind(), 120, Outer(), max_epochs=3)
+    assert [line for line in lines if line.startswith("printed")] == [f"printed in {epoch}" for epoch in range(3)]
+    assert len([line for line in lines if line.startswith("Epoch") and "5/5" in line]) == 3
+    assert not [line for line in lines if "printed" in line and "Epoch" in line]

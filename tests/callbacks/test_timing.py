@@ -122,7 +122,7 @@ def test_given_schedule_is_not_changed():
 
 @pytest.mark.parametrize("schedule", [{-1: 2}, {"a": 1}, {1.5: 2}, {1: 0}, {1: "x"}])
 def test_schedule_is_checked(schedule):
-    with pytest.raises(MisconfigurationException, match="pair"):
+    with pytest.raises(MisconfigurationException, match="should be an int greater than"):
         GradientAccumulationScheduler(schedule)
 
 

@@ -56,3 +56,9 @@ def test_totals_must_grow_and_a_refused_update_changes_nothing():
 
 def test_only_cuda_devices_have_known_peaks():
     assert get_available_flops(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("given", [{"batches": 3, "samples": 2}, {"batches": 1, "samples": 5, "lengths": 3}])
+def test_totals_that_cannot_be(given):
+    with pytest.raises(ValueError, match="to be greater or equal than"):
+        Throughput().update(time=1.0, **given)
