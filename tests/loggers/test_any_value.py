@@ -150,6 +150,30 @@ def test_subclasses_may_define_properties_and_override_what_is_called(tmp_path):
             assert type("Sub", (kind,), taken)(**options).name == "x"
 
 
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_an_overridden_experiment_is_asked_each_time(tmp_path, kind):
+    if kind is TensorBoardLogger:
+        pytest.importorskip("tensorboard")
+    written = []
+
+    class Wrapper:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            if name in ("log_metrics", "add_scalar"):
+                written.append(name)
+            return getattr(self.inner, name)
+
+    class Wrapped(kind):
+        @property
+        def experiment(self):
+            return Wrapper(super().experiment)
+
+    make_trainer(max_epochs=2, logger=Wrapped(tmp_path), log_every_n_steps=1).fit(Regression(), make_loader())
+    assert len(written) >= 6
+
+
 class Opened(CSVLogger):
     order: list = []
 
