@@ -52,7 +52,7 @@ from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.filesystem import is_remote
 from fulmen.utilities.introspection import alias, by_signature, overridden
-from fulmen.utilities.keywords import hide_unknown, refuse_unknown
+from fulmen.utilities.keywords import hide_unknown, refuse_misuse
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import isolate_rng
@@ -211,7 +211,7 @@ class Trainer:
                 is one, so that a scheduler can start the same command again.
             weights_only: handed to `torch.load`.
         """
-        refuse_unknown(Trainer.fit, unknown)
+        refuse_misuse(self, Trainer, Trainer.fit, unknown)
         if isinstance(train_dataloaders, LightningDataModule):
             datamodule, train_dataloaders = train_dataloaders, None
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
@@ -229,7 +229,7 @@ class Trainer:
         datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the validation loaders. Returns the logged epoch metrics, one dict per loader."""
-        refuse_unknown(Trainer.validate, unknown)
+        refuse_misuse(self, Trainer, Trainer.validate, unknown)
         self.validate_loop.verbose = verbose
         return self._evaluate(
             self.validate_loop, TrainerFn.VALIDATING, model, dataloaders, datamodule, ckpt_path, weights_only
@@ -242,7 +242,7 @@ class Trainer:
         datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One pass over the test loaders. Returns the logged epoch metrics, one dict per loader."""
-        refuse_unknown(Trainer.test, unknown)
+        refuse_misuse(self, Trainer, Trainer.test, unknown)
         self.test_loop.verbose = verbose
         return self._evaluate(
             self.test_loop, TrainerFn.TESTING, model, dataloaders, datamodule, ckpt_path, weights_only
@@ -255,7 +255,7 @@ class Trainer:
         ckpt_path: str | os.PathLike[str] | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[Any] | None:  # fmt: skip
         """Predicts every batch. Returns the outputs on the CPU, a list per loader if there are several."""
-        refuse_unknown(Trainer.predict, unknown)
+        refuse_misuse(self, Trainer, Trainer.predict, unknown)
         self.predict_loop.return_predictions = return_predictions is not False
         return self._evaluate(
             self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, datamodule, ckpt_path, weights_only

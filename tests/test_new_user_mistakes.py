@@ -145,6 +145,7 @@ MISTAKES = {
     "a plain module": (lambda: fit(nn.Linear(4, 1)), "derived from `fulmen.LightningModule`"),
     "the module's class": (lambda: fit(Net), r"pass `Net\(...\)`, not `Net`"),
     "the datamodule's class": (lambda: make_trainer().fit(Net(), datamodule=Data), r"pass `Data\(...\)`, not `Data`"),
+    "fit of the class": (lambda: pl.Trainer.fit(Net(), make_loader()), r"Make one first: `trainer = Trainer\(...\)`"),
     "no batches": (lambda: make_trainer().fit(Net()), "Pass a loader"),
     "a text for a loader": (lambda: fit(train="mnist"), "Give a `DataLoader`"),
     "a function for a loader": (lambda: fit(train=make_loader), "Give a `DataLoader`"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,7 +28,7 @@ from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
 from fulmen.utilities.modules import suggested_max_num_workers
-from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 from fulmen.utilities.seed import pl_worker_init_function
 
 # Where an object keeps the arguments it was made with.
@@ -336,3 +337,23 @@ def shutdown_workers(source: Any) -> None:
             iterator, loader._iterator = loader._iterator, None
         if callable(shutdown := getattr(iterator, "_shutdown_workers", None)):
             shutdown()
+
+
+def has_len_all_ranks(
+    dataloader: Any, strategy: Any, allow_zero_length_dataloader_with_multiple_devices: bool = False
+) -> bool:
+    """Does the loader have a length on every process? An error if that is zero on this one and not on all of them."""
+    length = sized(dataloader)
+    if math.isinf(length):
+        return False
+    total = int(strategy.reduce(torch.tensor(length, device=strategy.root_device), reduce_op="sum"))  # sync
+    name = type(dataloader).__name__
+    if total == 0:
+        rank_zero_warn(f"Total length of `{name}` across ranks is zero: there are no batches. Check its dataset.")
+    elif length == 0:
+        what = f"`{name}` within local rank has zero length, while others have batches."
+        if not allow_zero_length_dataloader_with_multiple_devices:
+            fix = "Give each at least one, or set `allow_zero_length_dataloader_with_multiple_devices = True`."
+            raise RuntimeError(f"{what} {fix}")
+        warn_user(what)
+    return True

@@ -54,7 +54,10 @@ def hide_unknown(function: Function) -> Function:
     return function
 
 
-def refuse_unknown(function: Any, unknown: Mapping[str, Any]) -> None:
-    """Raises for the first keyword that landed in ``**unknown``."""
+def refuse_misuse(owner: Any, cls: type, function: Any, unknown: Mapping[str, Any]) -> None:
+    """Raises if a method was called on its class instead of an instance, or for what landed in its ``**unknown``."""
+    if not isinstance(owner, cls):
+        what = f"{function.__qualname__}() was called on the class `{cls.__name__}`, not on an instance."
+        raise TypeError(f"{what} Make one first: `{cls.__name__.lower()} = {cls.__name__}(...)`.")
     for name in unknown:
         raise unexpected_keyword(function, name, inspect.signature(function).parameters)

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import sys
 from types import ModuleType
 
 from fulmen.utilities.generators import isolate_rng
@@ -41,5 +42,7 @@ def require(package: str, why: str, minimum: str = "") -> ModuleType:
         missing = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
         fix = f'Run `pip install "{_distribution(package)}{minimum}"`.'
         raise ModuleNotFoundError(f"{missing} installed. {fix}", name=package)
+    if package in sys.modules:
+        return sys.modules[package]
     with isolate_rng():
         return importlib.import_module(package)

@@ -101,3 +101,21 @@ def test_tied_parameters_are_found_and_tied_again():
     )
     model = set_shared_parameters(make(False), [["0.weight", "1.0.weight"]])
     assert model[1][0].weight is model[0].weight
+
+
+def test_a_length_on_all_ranks():
+    from fulmen.strategies import SingleDeviceStrategy
+    from fulmen.utilities.data import has_len_all_ranks
+
+    class Two(SingleDeviceStrategy):
+        def reduce(self, tensor, group=None, reduce_op="mean"):
+            return tensor + 2  # what another process has
+
+    one = SingleDeviceStrategy(torch.device("cpu"))
+    assert has_len_all_ranks([1, 2], one) and not has_len_all_ranks(iter([1]), one)
+    with pytest.warns(UserWarning, match="Total length of `list` across ranks is zero"):
+        assert has_len_all_ranks([], one)
+    with pytest.raises(RuntimeError, match="`list` within local rank has zero length"):
+        has_len_all_ranks([], Two(torch.device("cpu")))
+    with pytest.warns(UserWarning, match="within local rank has zero length"):
+        assert has_len_all_ranks([], Two(torch.device("cpu")), True)
