@@ -29,6 +29,7 @@ from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
 from fulmen.logbook import LogBook, to_host
+from fulmen.loggers.logger import FolderLogger, claim_versions
 from fulmen.loops import cadence, preemption, verify
 from fulmen.loops.dispatch import HookPlan
 from fulmen.loops.evaluate import EvaluationLoop
@@ -425,6 +426,7 @@ class Trainer:
             self.strategy.watch(self)
             self.signals.install(self.strategy.cluster_environment if fit else None)
             ckpt_path = preemption.choose(self, ckpt_path, weights_only)
+            self._claim_log_dirs()
             self._share_log_dir()
             self._prepare_data()
             self._call_setup_hooks()
@@ -753,6 +755,12 @@ class Trainer:
         if not self.is_global_zero and self._log_dir is not None:
             return self._log_dir
         return run_dir(self.loggers[0]) if self.loggers else self.default_root_dir
+
+    def _claim_log_dirs(self) -> None:
+        """The first process finds folders for logs that no other run has; all know them."""
+        versions = self.strategy.broadcast(claim_versions(self.loggers) if self.is_global_zero else None)
+        for logger, version in zip((one for one in self.loggers if isinstance(one, FolderLogger)), versions):
+            logger._version = version
 
     def _share_log_dir(self) -> None:
         if self.world_size > 1:

@@ -85,9 +85,11 @@ class ExperimentWriter:
         self.last = {name: str(value) for name, value in self.metrics[-1].items() if value is not None}
         text = io.StringIO(newline="")  # written at once, so that a process that dies meanwhile leaves whole lines
         writer = csv.DictWriter(text, names)
-        if grows := names != self.metrics_keys:
+        there = self._files.isfile(self.metrics_file_path)  # another run with the same `version` may have removed it
+        if grows := names != self.metrics_keys or not there:
+            ensure_dir(self.log_dir)
             writer.writeheader()
-            if self.metrics_keys:
+            if self.metrics_keys and there:
                 with self._files.open(self.metrics_file_path, "r", newline="") as file:
                     writer.writerows(csv.DictReader(file))
         writer.writerows(self.metrics)

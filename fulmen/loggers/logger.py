@@ -11,15 +11,15 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, Literal
 
 import torch
 
-from fulmen.utilities.filesystem import atomic_write, get_filesystem
+from fulmen.utilities.filesystem import atomic_write, get_filesystem, is_remote
 from fulmen.utilities.keywords import KeywordHints
-from fulmen.utilities.rank_zero import rank_zero_only, warn_once
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, warn_once
 from fulmen.utilities.seed import isolate_rng
 
 Params = dict[str, Any] | argparse.Namespace
@@ -150,6 +150,7 @@ class FolderLogger(ExperimentLogger):
         super().__init__(prefix)
         self._save_dir, self._name, self._version = os.fspath(save_dir), name or "", version
         self._sub_dir: str | None = None
+        self.claimed = version is not None  # is the folder this run's own, or meant to be shared?
 
     # Not attributes: subclasses define them as properties.
     name = property(lambda self: self._name, doc="The level of folders below `save_dir`.")
@@ -311,6 +312,48 @@ def _opened(value: Any) -> Any:
         with contextlib.suppress(Exception):  # a tensor without memory
             return value.tolist()
     return value
+
+
+def claim_versions(loggers: Iterable[Any]) -> list[Any]:
+    """Makes the folders of loggers that count their versions, so that no run that starts meanwhile takes the same.
+
+    Returns the versions of all loggers that have a folder. Where another run was faster, the next number is taken, which
+    is said.
+    """
+    folders = [one for one in loggers if isinstance(one, FolderLogger)]
+    plain = [one for one in folders if not one.claimed and _is_plain(one) and not is_remote(expand(one.root_dir))]
+    for root in dict.fromkeys(expand(one.root_dir) for one in plain):
+        alike = [one for one in plain if expand(one.root_dir) == root]
+        opened, seen = any(one._experiment is not None for one in alike), any(one._version is not None for one in alike)
+        first = number = next((one._version for one in alike if one._version is not None), alike[0].version)
+        while not opened and isinstance(number, int) and not _claim(os.path.join(root, f"version_{number}"), seen):
+            number += 1
+        for one in alike:
+            one._version, one.claimed = number, True
+        if number != first:
+            rank_zero_info(f"Another run has taken version_{first} in {root}: this one logs to version_{number}.")
+    return [one._version for one in folders]
+
+
+def _claim(folder: str, seen: bool) -> bool:
+    """Makes a folder that is not there. Whoever had `seen` its name may have made it before, and put something in it."""
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        os.mkdir(folder)
+    except FileExistsError:
+        of_loggers = ("metrics.csv", "hparams.yaml", "checkpoints")
+        written = lambda name: name in of_loggers or name.startswith("events.out")  # noqa: E731
+        return seen and os.path.isdir(folder) and not any(map(written, os.listdir(folder)))
+    except OSError:  # whoever writes there says what is wrong
+        return True
+    return True
+
+
+def _is_plain(logger: FolderLogger) -> bool:
+    """Does it write where this class says?"""
+    return all(
+        getattr(type(logger), name) is getattr(FolderLogger, name) for name in ("version", "root_dir", "log_dir")
+    )
 
 
 def expand(path: str) -> str:

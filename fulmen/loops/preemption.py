@@ -125,7 +125,7 @@ def keep_version(trainer: Trainer) -> None:
     version = loggers[0].version if found is None else found
     for logger in loggers:
         if logger.root_dir == loggers[0].root_dir:
-            logger._version = version
+            logger._version, logger.claimed = version, found is not None
 
 
 def conclude(trainer: Trainer) -> None:
