@@ -114,7 +114,12 @@ def _unpickled(pickled: bytes, weights_only: bool | None, map_location: Any) -> 
     allowed = [entry for found in _refused_classes(pickled) if _is_data(found) for entry in _to_allow(found)]
     known = torch.serialization.get_safe_globals()
     with torch.serialization.safe_globals([entry for entry in allowed if entry not in known]):
-        return torch.load(io.BytesIO(pickled), map_location=map_location, weights_only=weights_only)
+        try:  # as data first, which also knows classes by the names they have in other versions of Python
+            return torch.load(io.BytesIO(pickled), map_location, weights_only=weights_only is False or weights_only)
+        except Exception:
+            if weights_only is not False:
+                raise
+    return torch.load(io.BytesIO(pickled), map_location, weights_only=False)
 
 
 def _is_data(path: str) -> bool:
@@ -125,8 +130,8 @@ def _is_data(path: str) -> bool:
 def _to_allow(path: str) -> list[Any]:
     """What `torch.load` needs to be told to build objects of this data class."""
     module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
+    try:  # only Python 3.13 has `pathlib._local`
+        found = getattr(importlib.import_module(module.removesuffix("._local")), name)
     except (ImportError, AttributeError):  # of a package, or a version of it, that is not installed here
         return []
     known_as = f"{getattr(found, '__module__', '')}.{getattr(found, '__name__', '')}"

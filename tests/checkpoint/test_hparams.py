@@ -10,6 +10,7 @@ import functools
 import os
 import pathlib
 import pickle
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -148,6 +149,24 @@ def test_plain_data_in_other_types_comes_back_from_any_file(tmp_path, name):
     loaded = Model.load_from_checkpoint(save(tmp_path / "a.ckpt", DATA[name]))
     assert same(loaded.hparams.value, DATA[name]) and same(loaded.loaded["value"], DATA[name])
     assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+@pytest.mark.parametrize("weights_only", [None, True, False])
+def test_paths_of_other_versions_of_python_come_back(tmp_path, monkeypatch, weights_only):
+    class PosixPath:
+        """What Python 3.13 calls it."""
+
+        def __reduce__(self):
+            return PosixPath, ("x",)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    with monkeypatch.context() as patch:
+        PosixPath.__module__, PosixPath.__qualname__ = "pathlib._local", "PosixPath"
+        patch.setitem(sys.modules, "pathlib._local", SimpleNamespace(PosixPath=PosixPath))
+        path = save(tmp_path / "a.ckpt", PosixPath())
+    assert Model.load_from_checkpoint(path, weights_only=weights_only).hparams.value == pathlib.PosixPath("x")
 
 
 def test_arrays_come_back_from_any_file(tmp_path):
