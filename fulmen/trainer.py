@@ -18,6 +18,7 @@ from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, folder_of_run
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress_bar import ProgressBar
+from fulmen.callbacks.timing import GradientAccumulationScheduler
 from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
@@ -821,8 +822,10 @@ class Trainer:
             self.fit_loop.load_data()
         if self.num_training_batches == inf:
             return self.max_steps
-        steps = cadence.steps_in(self.num_training_batches, self.accumulate_grad_batches)
-        total = steps * max(self.max_epochs or 0, 1)
+        schedules = [c for c in self.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        window = schedules[0].get_accumulate_grad_batches if schedules else lambda _: self.accumulate_grad_batches
+        epochs = range(max(self.max_epochs or 0, 1))
+        total = sum(cadence.steps_in(self.num_training_batches, window(epoch)) for epoch in epochs)
         return min(total, self.max_steps) if self.max_steps != -1 else total
 
     @property

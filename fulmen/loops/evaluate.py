@@ -153,7 +153,9 @@ class EvaluationLoop(Loop):
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
         self.check_mode(combined.mode)
         self.loaders = prepared_loaders(trainer, combined, source.label, self.kind, self.limit)
-        self.loaded_at_epoch = epoch
+        # With `check_val_every_n_epoch` above 1, those of the sanity check are not kept for the first validation.
+        kept = not trainer.sanity_checking or trainer.check_val_every_n_epoch in (None, 1)
+        self.loaded_at_epoch = epoch if kept else epoch - every
         in_turn = self.loaders.mode == "sequential"
         self.max_batches = list(self.loaders.lengths())
         self.everywhere = trainer.strategy.exchange_objects(

@@ -415,6 +415,46 @@ def test_the_sanity_check_counts_as_the_first_load():
     assert asked == [(0, True), (1, False), (2, False)]
 
 
+@pytest.mark.parametrize(
+    ("validates_every", "reloads_every", "expected"),
+    [
+        (1, 2, [(0, True), (2, False), (4, False)]),
+        (2, 2, [(0, True), (1, False), (3, False), (5, False)]),
+        (2, 3, [(0, True), (1, False), (5, False)]),
+        (3, 3, [(0, True), (2, False), (5, False)]),
+    ],
+)
+def test_the_first_validation_reloads_what_the_sanity_check_loaded_if_not_every_epoch_validates(
+    validates_every, reloads_every, expected
+):
+    asked = []
+
+    class Model(Regression):
+        def val_dataloader(self):
+            asked.append((self.current_epoch, self.trainer.sanity_checking))
+            return make_loader(4)
+
+    counts = {"check_val_every_n_epoch": validates_every, "reload_dataloaders_every_n_epochs": reloads_every}
+    make_trainer(max_epochs=6, num_sanity_val_steps=1, **counts).fit(Model(), make_loader(4))
+    assert asked == expected
+
+
+@pytest.mark.parametrize("schedule", [{0: 2}, {0: 1, 2: 4}, {1: 3}])
+@pytest.mark.parametrize("max_steps", [-1, 7])
+def test_estimated_stepping_batches_with_a_scheduled_accumulation_are_those_that_are_made(schedule, max_steps):
+    found = []
+
+    class Model(Regression):
+        def configure_optimizers(self):
+            found.append(self.trainer.estimated_stepping_batches)
+            return super().configure_optimizers()
+
+    schedules = [pl.callbacks.GradientAccumulationScheduler(schedule)]
+    trainer = make_trainer(max_epochs=5, max_steps=max_steps, callbacks=schedules, limit_val_batches=0)
+    trainer.fit(Model(), make_loader(16))
+    assert found == [trainer.global_step]
+
+
 # ---------------------------------------------------------------------- samplers
 
 
