@@ -56,6 +56,8 @@ class Net(pl.LightningModule):
         optimizer.step()
 
     def validation_step(self, batch, batch_idx):
+        modes = {part.training for part in self.trainer.model.modules()}  # of the wrapper too
+        assert modes == {False}
         self.log("val", self.squares(batch).mean())
         self.log("center", getattr(self, "center", torch.zeros(1)).mean())
 
