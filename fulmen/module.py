@@ -357,6 +357,10 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
         if getattr(strategy, "world_size", 1) == 1:
             return as_tensor
+        if self.trainer.evaluating:  # where processes have other batches
+            found: list[Tensor] = []
+            apply_to_collection(as_tensor, Tensor, found.append)
+            strategy.check_shapes(found, group)
         return apply_to_collection(as_tensor, Tensor, strategy.all_gather, group=group, sync_grads=sync_grads)
 
     # ------------------------------------------------------------------ optimization

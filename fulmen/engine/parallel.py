@@ -250,6 +250,16 @@ class ParallelStrategy(Strategy, ABC):
             return tensor.unsqueeze(0)
         return collectives.gathered(tensor, self.root_device, group, sync_grads)
 
+    def check_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
+        """Raises a RuntimeError on all processes if they would gather tensors of different shapes."""
+        every = (
+            collectives.exchanged([tuple(t.shape) for t in tensors], self.root_device, group) if self.together else []
+        )
+        if any(shapes != every[0] for shapes in every):
+            shown = ", ".join(f"{shapes} on rank {rank}" for rank, shapes in enumerate(every))
+            what = f"`self.all_gather` received tensors of different shapes: {shown}. Evaluation is not padded."
+            raise RuntimeError(f"{what} Gather sums and counts, or use a metric, or `dist.all_gather_object`.")
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if not self.together:
             return decision

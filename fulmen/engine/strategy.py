@@ -234,6 +234,9 @@ class Strategy(KeywordHints, ABC):
         """The tensors of all processes along a new first dimension."""
         return tensor
 
+    def check_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
+        """Raises on all processes if they have tensors of different shapes."""
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all processes (or any, with `all=False`) say yes."""
         return decision

@@ -8,10 +8,12 @@ from copy import copy
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from fulmen.engine import collectives
-from fulmen.loops.exact import sync_steps, votes
+from fulmen.loops.exact import sync_steps
 from fulmen.loops.standing_in import standing_in
-from fulmen.utilities.collections import move_data_to_device
+from fulmen.utilities.collections import apply_to_collection, move_data_to_device
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import warn_once
 
@@ -22,9 +24,9 @@ if TYPE_CHECKING:
 class UnevenBatches:
     """Knows which processes have which batches, and lets those without one take part in steps that need all of them.
 
-    Whether they do shows in the batches that all have: a collective is counted by its group. A process without any
-    batch of a loader has one of another process instead; its step is run at least once, so that hooks at the end of the
-    epoch find what a step leaves behind.
+    Whether they do shows in the batches that all have: a collective is counted by its group. A process that has none
+    left is lent the batch of another one, so that what is exchanged has the same shapes. One without any batch of a
+    loader runs a step at least once, so that hooks at the end of the epoch find what a step leaves behind.
 
     Arguments:
         counts: batches of each loader, by rank; infinite where they are not known.
@@ -42,7 +44,7 @@ class UnevenBatches:
         self.asking = True  # of a loader without a length: is it said at each batch who has one?
         self.seen = 0  # collectives so far
         self.own = 0  # batches of the loader so far
-        self.batch: Any = None  # the last one, as it came
+        self.batch: Any = None  # the last one, as it came, or what was lent
 
     def present(self, batch_idx: int, dataloader_idx: int) -> int:
         """How many processes have this batch of the loader; 0 if that is not known."""
@@ -57,8 +59,8 @@ class UnevenBatches:
         common = batch_idx < self.full[dataloader_idx]
         if unknown:
             common = self.ask(True, self.own == 1, batch) == len(self.counts)
-        elif self.own == 1 and not common:
-            self.lend([counts[dataloader_idx] > 0 for counts in self.counts], batch)
+        elif not common and (self.own == 1 or self.joined):
+            self.lend([batch_idx < counts[dataloader_idx] for counts in self.counts], batch)
         # Where all have a batch, or one that was lent to them.
         self.watching = (common or self.own == 1) and len(self.joined) < 2
         if unknown or self.own == self.counts[self.rank][dataloader_idx]:
@@ -85,20 +87,18 @@ class UnevenBatches:
 
     def ask(self, here: bool, first: bool, batch: Any = None) -> int:
         """How many processes have one more batch of a loader whose length is not known; asked while that matters."""
-        strategy = self.trainer.strategy
-        if first:
-            having = strategy.exchange_objects(here)
-            self.asking = True
-            if any(having) and not all(having):
-                self.lend(having, batch)
-            return sum(having)
-        self.asking = self.asking and bool(self.joined)
-        return votes(self.trainer, here) if self.asking else 0
+        self.asking = first or (self.asking and bool(self.joined))
+        having = self.trainer.strategy.exchange_objects(here) if self.asking else [False]
+        if any(having) and not all(having):
+            self.lend(having, batch)
+        return sum(having)
 
     def lend(self, having: list[bool], batch: Any) -> None:
-        """Those without a batch of a loader get the first one of another process, if it can travel."""
+        """Those without a batch get that of another process, if it can travel."""
         source = having.index(True)
-        lent = move_data_to_device(batch, "cpu") if source == self.rank else None
+        lent = None
+        if source == self.rank:  # a view would travel with all of the data it shows
+            lent = apply_to_collection(move_data_to_device(batch, "cpu"), Tensor, Tensor.clone)
         lent = self.trainer.strategy.broadcast((lent,) if is_picklable(lent) else None, source)
         if not having[self.rank] and lent is not None:
             self.batch = move_data_to_device(lent[0], self.trainer.strategy.root_device)
@@ -128,8 +128,10 @@ class UnevenBatches:
                     present = self.ask(False, first=batch_idx == 0)
                 else:
                     present = self.present(batch_idx, dataloader_idx)
-                    if present and self.counts[self.rank][dataloader_idx] == 0 == batch_idx:
-                        self.lend([counts[dataloader_idx] > 0 for counts in self.counts], None)
+                    # One that was promised and did not come is awaited by nobody.
+                    lacking = batch_idx >= self.counts[self.rank][dataloader_idx]
+                    if present and lacking and (batch_idx == 0 or self.joined):
+                        self.lend([batch_idx < counts[dataloader_idx] for counts in self.counts], None)
                 if not present:
                     break
                 first = self.batch is not None and batch_idx == 0

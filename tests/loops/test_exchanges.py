@@ -77,6 +77,10 @@ class Meets(pl.LightningModule):
         if world() > 1:
             dist.all_reduce(torch.ones(3))
             dist.all_gather([torch.empty(()) for _ in range(world())], torch.ones(()))
+            if world() == 2:  # as many samples in each process, also in the last batch
+                parts = [torch.empty_like(value) for _ in range(2)]
+                dist.all_gather(parts, value)
+                assert value.tolist() in [part.tolist() for part in parts]
             assert self.all_gather({"a": value.mean(), "b": 1}).keys() == {"a", "b"}
             self.trainer.strategy.barrier()
 
@@ -144,7 +148,7 @@ def expected_draw(steps):
 # How it exchanges, and how many samples each loader has, in batches of two; less than 0 where it does not say so.
 CASES = [
     ("step", (9,)), ("hooks", (9,)), ("both", (9, 5)), ("metrics", (9,)), ("metrics", (13, 2)), ("step", (2, 9)),
-    ("step", (-9,)), ("both", (-2, 7)), ("nothing", (9, 2)), ("nothing", (-9, -2)),
+    ("step", (-9,)), ("both", (-2, 5)), ("nothing", (9, 2)), ("nothing", (-9, -2)),
 ]  # fmt: skip
 
 
@@ -228,8 +232,18 @@ class Late(Meets):
             self.all_gather(batch.mean())
 
 
-def exchange_late():
-    make_trainer(strategy="ddp", devices=2).validate(Late(), DataLoader(data(5), 1), verbose=False)
+class Ragged(Meets):
+    """Gathers what differs in size."""
+
+    def validation_step(self, batch, batch_idx):
+        self.outputs.append(batch.mean())
+
+    def on_validation_epoch_end(self):
+        self.all_gather(torch.stack(self.outputs))
+
+
+def validate(kind):
+    make_trainer(strategy="ddp", devices=2).validate(kind("nothing"), DataLoader(data(5), 1), verbose=False)
 
 
 def of_two(cases):
@@ -250,9 +264,14 @@ def test_numbers_are_those_of_one_process_and_nothing_else_counts(ranks, alone):
         assert numbers == pytest.approx(alone[1], rel=1e-12)
 
 
-def test_an_exchange_that_nobody_could_have_known_of_is_an_error():
+@pytest.mark.parametrize(
+    ("kind", "messages"),
+    [
+        (Late, ("`validation_step` wants to exchange something between all processes in batch 2", "rank 1 has none")),
+        (Ragged, ("`self.all_gather` received tensors of different shapes", "[(3,)] on rank 0, [(2,)] on rank 1")),
+    ],
+)
+def test_an_exchange_that_cannot_be_is_an_error(kind, messages):
     with pytest.raises(RuntimeError) as caught:
-        run_ranks(2, exchange_late)
-    said = str(caught.value)
-    assert "`validation_step` wants to exchange something between all processes in batch 2, and did not in the" in said
-    assert "rank 1 has none" in said
+        run_ranks(2, validate, kind)
+    assert all(message in str(caught.value) for message in messages)
