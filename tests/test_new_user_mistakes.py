@@ -147,6 +147,7 @@ MISTAKES = {
     "the datamodule's class": (lambda: make_trainer().fit(Net(), datamodule=Data), r"pass `Data\(...\)`, not `Data`"),
     "fit of the class": (lambda: pl.Trainer.fit(Net(), make_loader()), r"Make one first: `trainer = Trainer\(...\)`"),
     "no batches": (lambda: make_trainer().fit(Net()), "Pass a loader"),
+    "a dataset for a loader": (lambda: fit(train=make_loader().dataset), r"`DataLoader\(dataset, batch_size=...\)`"),
     "a text for a loader": (lambda: fit(train="mnist"), "Give a `DataLoader`"),
     "a function for a loader": (lambda: fit(train=make_loader), "Give a `DataLoader`"),
     "a datamodule for validation": (lambda: make_trainer().fit(Net(), make_loader(), Data()), "as `datamodule=`"),
@@ -175,9 +176,10 @@ MISTAKES = {
     # the step
     "a number for a loss": (lambda: fit(step(lambda self, batch: self.loss(batch).item())), "Return the loss as a tensor"),
     "a detached loss": (lambda: fit(step(lambda self, batch: self.loss(batch).detach())), "Remove `.detach"),
+    "a step without a batch": (lambda: fit(net(training_step=lambda self: None)), r"Define `def training_step\(self, batch"),
     "a loss per sample": (lambda: fit(step(lambda self, batch: self(batch[0]))), r"Reduce it.*`.mean\(\)`"),
     "a dict without loss": (lambda: fit(step(lambda self, batch: {"los": self.loss(batch)})), 'Return {"loss": loss'),
-    "no loss": (lambda: fit(step(lambda self, batch: None)), "returned `None`"),
+    "no loss": (lambda: fit(step(lambda self, batch: None), max_epochs=40), "return loss"),
     "a step by hand": (lambda: fit(step(by_hand)), "self.automatic_optimization = False"),
     # logging
     "log in __init__": (lambda: init(lambda self: self.log("a", 1.0)), "only while `trainer.fit`"),
