@@ -627,7 +627,7 @@ def metric_states(metric: Any) -> list[dict[str, Any]]:
 
 
 def capture_metrics(module: Any) -> Callable[[], None]:
-    """Remember what all metrics in a module have seen; the returned function, called once, lets them forget the rest."""
+    """Remember what all metrics in a module have seen; the returned function lets them forget the rest."""
     metrics = metrics_in(module)
     names = [[*metric._defaults, "_update_count", "_computed", "_forward_cache"] for metric in metrics]
     kept = [{name: _copied(getattr(m, name)) for name in of_metric} for m, of_metric in zip(metrics, names)]
@@ -635,7 +635,7 @@ def capture_metrics(module: Any) -> Callable[[], None]:
     def restore() -> None:
         for metric, states in zip(metrics, kept):
             for name, value in states.items():
-                setattr(metric, name, value)
+                setattr(metric, name, _copied(value))
 
     return restore
 
@@ -650,7 +650,8 @@ def capture_sums(book: LogBook) -> Callable[[], None]:
     def restore() -> None:
         book.copy_jottings()
         for key, entry in entries.items():
-            entry.empty, entry.total, entry.weight = kept.get(key, (True, None, 0))
+            entry.empty, total, entry.weight = kept.get(key, (True, None, 0))
+            entry.total = _copied(total)
 
     return restore
 

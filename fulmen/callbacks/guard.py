@@ -109,6 +109,7 @@ class NonFiniteGuard(Callback):
         self._batches: dict[int, Any] = {}
         self._good: dict[str, Any] = {}
         self._take_out: list[Callable[[], None]] = []  # of buffers, metrics and sums: what came since the last step
+        self._left_out = False  # was the step of this batch skipped?
         self._in_a_row = 0
         self._at = (0, 0)
         self._read_at_step = 0
@@ -152,9 +153,13 @@ class NonFiniteGuard(Callback):
         if self.policy == "skip" and (fault := self._read(trainer)) is not None:
             trainer.fit_loop.optimization.leave_out(optimizer)
             self._undo()
+            self._left_out = True
             self._put_aside(fault, "its step is skipped")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._left_out:
+            self._undo()  # once more: a step of manual optimization goes on after that of its optimizer
+            self._left_out = False
         if trainer.global_step - self._read_at_step >= self.every_n_steps and trainer.fit_loop.optimization.stepped:
             self._settle(trainer)
 
@@ -183,7 +188,6 @@ class NonFiniteGuard(Callback):
         """Takes out of buffers, metrics and sums what the batches since the last step added."""
         for take_out in self._take_out:
             take_out()
-        self._take_out = []
 
     def _settle(self, trainer: Trainer) -> bool:
         """Reads what was looked at and acts on it. True if the model was rolled back."""
@@ -196,6 +200,7 @@ class NonFiniteGuard(Callback):
             return False
         if self.policy == "skip":  # a loss without a step, in a window that is still open
             self._undo()
+            self._take_out = []
             self._put_aside(fault, "its gradients are dropped")
             return False
         self._roll_back(trainer)
@@ -268,6 +273,7 @@ class NonFiniteGuard(Callback):
 
     def _roll_back(self, trainer: Trainer) -> None:
         self._undo()
+        self._take_out = []  # taken anew with the next batch, which may be one of another epoch
         if not self._good:
             return
         precision, live = trainer.precision_plugin, _live_state(trainer)

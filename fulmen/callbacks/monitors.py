@@ -266,6 +266,8 @@ class SpikeDetection(Callback):
     for the device once. The numbers go to ``skip_batches.json`` in ``exclude_batches_path`` or the working folder.
     """
 
+    _changeable = "window"
+
     def __init__(
         self, mode: str = "min", window: int = 10, warmup: int = 1, atol: float | None = None, rtol: float | None = 2.0,
         exclude_batches_path: str | os.PathLike | None = None, finite_only: bool = True,
@@ -281,13 +283,17 @@ class SpikeDetection(Callback):
         self.last_val = 0.0
         self._recent: deque[float] = deque(maxlen=self._window)
 
+    @property
+    def state_key(self) -> str:
+        # Not the plain name: under that one other frameworks expect a state of another form.
+        return self._generate_state_key(window=self._window)
+
     def state_dict(self) -> dict[str, Any]:
         return {"bad_batches": self.bad_batches, "last_val": self.last_val, "recent": list(self._recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Another framework's callback of this name keeps its mean in another form: that starts anew.
         self.bad_batches, self.last_val = list(state_dict["bad_batches"]), state_dict["last_val"]
-        self._recent.extend(state_dict.get("recent", ()))
+        self._recent.extend(state_dict["recent"])
 
     @property
     def running_mean(self) -> float:

@@ -161,6 +161,36 @@ def test_all_processes_leave_out_what_one_has_found():
         assert metrics["loss_epoch"].isfinite() and metrics["loss_epoch"] == other_metrics["loss_epoch"]
 
 
+class Manual(Net):
+    """Logs after the step that is skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer, loss = self.optimizers(), self.net(batch).pow(2).mean()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.mean(loss.detach())
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        self.log("metric", self.mean, on_step=False, on_epoch=True)
+
+    def on_train_epoch_end(self):
+        pass
+
+
+def test_what_a_manual_step_logs_afterwards():
+    found = []
+    for data, callbacks in ((batches((4,)), [NonFiniteGuard("skip")]), (without(batches(), {4}), [])):
+        net, trainer = Manual(), make_trainer(callbacks=callbacks, max_epochs=2)
+        trainer.fit(net, DataLoader(data, batch_size=None))
+        found.append((net, dict(trainer.callback_metrics)))
+    alike(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 def test_capturing_draws_no_random_numbers_and_changes_nothing():
     plain, _ = fit(batches())
     for policy in ("skip", "rollback"):

@@ -236,7 +236,7 @@ def test_a_second_fit_goes_on_with_what_was_unfrozen():
 
 
 def test_the_window_of_losses_is_there_after_a_resume(tmp_path):
-    first = SpikeDetection(window=4)
+    first = SpikeDetection(window=3)
     trainer = fit([first], max_epochs=3)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = SpikeDetection(window=4)
