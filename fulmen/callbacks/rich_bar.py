@@ -105,7 +105,7 @@ class RichProgressBar(TerminalProgressBar):
         return console.is_interactive or console.is_jupyter
 
     def _open(self, kind: str) -> None:
-        if not self.is_enabled:
+        if not self.is_enabled or self._console is None:  # None: enabled after the run had begun
             return
         if self.progress is None or not self.progress.is_open:
             self._ids = {}

@@ -251,3 +251,14 @@ def test_a_trainer_inside_another_leaves_the_outer_one_its_screen(kind, monkeypa
     assert [line for line in lines if line.startswith("printed")] == [f"printed in {epoch}" for epoch in range(3)]
     assert len([line for line in lines if line.startswith("Epoch") and "5/5" in line]) == 3
     assert not [line for line in lines if "printed" in line and "Epoch" in line]
+
+
+def test_a_bar_may_be_enabled_while_a_run_is_on_its_way(kind, capsys):
+    class Enable(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.progress_bar_callback.enable()
+
+    bar = kind()
+    bar.disable()
+    make_trainer(callbacks=[bar, Enable()], enable_progress_bar=True, max_epochs=2).fit(Regression(), make_loader(8))
+    assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["Epoch 0", "Epoch 1"]
