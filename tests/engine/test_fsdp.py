@@ -465,7 +465,7 @@ def test_mistakes_are_named_and_nobody_waits(tmp_path):
         ({"device_mesh": (2, 2)}, ValueError, "HYBRID_SHARD"),
         ({"use_orig_params": False}, ValueError, "use_orig_params"),
         ({"ignored_modules": []}, ValueError, "requires_grad_"),
-        ({"auto_wrap_polcy": {nn.Linear}}, TypeError, "no argument"),
+        ({"auto_wrap_polcy": {nn.Linear}}, TypeError, "Did you mean `auto_wrap_policy`"),
         (
             {"activation_checkpointing": {nn.Linear}, "activation_checkpointing_policy": {nn.Linear}},
             ValueError,
