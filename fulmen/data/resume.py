@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from fulmen.data.fetch import iterate
 from fulmen.data.orders import Alike
+from fulmen.engine import workers
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states, python_state, same_states, set_generator_states
 
@@ -190,6 +191,7 @@ class Courier:
 
     def start(self, worker_id: int) -> None:
         """What runs as `worker_init_fn`."""
+        workers.answer()
         if self.init is not None:
             self.init(worker_id)
         if (given := self.given[worker_id]) is not None:

@@ -24,6 +24,7 @@ _LIBRARIES = (_TORCH, _FULMEN, *{sysconfig.get_path(name) for name in ("stdlib",
 _COLLECTIVES = tuple(
     os.path.join(_TORCH, *path) for path in (("distributed", ""), ("nn", "parallel", "distributed.py"))
 )
+_EXCHANGES = tuple(os.path.join(_FULMEN, "engine", name) for name in ("parallel.py", "collectives.py"))
 _BACKWARD = os.path.join(_TORCH, "autograd", "graph.py")
 _LOOPS = os.path.join(_FULMEN, "loops", "")
 _RUN = (_LOOPS, os.path.join(_FULMEN, "trainer.py"))  # what is on the stack while a run is, in its hooks too
@@ -49,7 +50,8 @@ class Sample:
     def __init__(self) -> None:
         self.key: Any = None
         self.seq, self.frozen_at = -1, time.monotonic()
-        self.moved_at, self.used = self.frozen_at, 0.0
+        self.moved_at = self.idle_at = self.frozen_at
+        self.used = 0.0  # processor time at `idle_at`
         self.frozen = 0.0
         self.last: dict[str, Any] = {"kind": "busy", "what": "", "where": "", "seq": 0, "frozen": 0.0, "since": 0.0}
 
@@ -61,7 +63,7 @@ class Sample:
                 for, idle "outside" of it, or "busy".
             what, where: the collective; the place in the source.
             seq: how many collectives this process has begun.
-            frozen, since: seconds in this very place; seconds since the last collective.
+            frozen, since: seconds in this very place, and idle if asleep or outside; seconds since the last collective.
         """
         frames, frame = [], sys._current_frames().get(thread.ident or 0)
         while frame is not None:
@@ -74,9 +76,12 @@ class Sample:
         if seq != self.seq:
             self.moved_at = now
         if key != self.key or seq != self.seq:
-            self.key, self.seq, self.frozen_at, self.used = key, seq, now, cpu_seconds()
+            self.key, self.seq, self.frozen_at = key, seq, now
+            self.idle_at, self.used = now, cpu_seconds()
         self.frozen = now - self.frozen_at
-        idle = cpu_seconds() - self.used < 0.02 * self.frozen + 0.05
+        idle = (used := cpu_seconds()) - self.used < 0.02 * (now - self.idle_at) + 0.05
+        if not idle:
+            self.idle_at, self.used = now, used
         what, where = doing(frames)
         own = bool(frames) and (not in_library(frames[0].f_code.co_filename) or only_waits(frames, thread))
         own = own and not (self.frozen > patience / 2 and workers.waits_outside(thread.native_id))
@@ -89,9 +94,11 @@ class Sample:
         kind = "busy" if not idle or not runs or debugged else "asleep" if own else "outside"
         if what and (idle or what != IN_BACKWARD):  # a backward pass may also compute
             kind = "waiting"
+        elif kind != "busy":  # the time before, when it or what it started computed, does not count
+            self.frozen = now - self.idle_at
         stack = ""
         if now - self.moved_at > patience / 2:
-            found = traceback.StackSummary.extract(((f, f.f_lineno) for f in reversed(frames)), lookup_lines=True)
+            found = traceback.StackSummary.extract(((f, f.f_lineno or 0) for f in reversed(frames)), lookup_lines=True)
             stack = readable("Stack (most recent call last):\n" + "".join(found.format()))
         self.last = {
             "kind": kind, "what": what, "where": where, "seq": seq, "frozen": self.frozen,
@@ -124,13 +131,15 @@ def doing(frames: list[Any]) -> tuple[str, str]:
             what = frame.f_code.co_name  # the outermost of them, which was called
         elif file == _BACKWARD:
             what = IN_BACKWARD
+    if not what and frames and frames[0].f_code.co_filename in _EXCHANGES:  # in the store of the group
+        what = frames[0].f_code.co_name
     own = next((frame for frame in frames if not in_library(frame.f_code.co_filename)), None)
     if what:
         return what, f"{what}, called at {place(own or frames[outside])}"
     nearest = own if own is not None else frames[0] if frames else None
     if nearest is None:
         return "", "no Python code"
-    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno).strip()[:200]
+    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno or 0).strip()[:200]
     inside = f", inside of {place(frames[0])}" if nearest is not frames[0] else ""
     return "", f"{place(nearest)}{f': `{line}`' if line else ''}{inside}"
 
@@ -173,8 +182,8 @@ def collectives_begun() -> int:
 
 
 def cpu_seconds() -> float:
-    """Of this process and, where that is told, of those that it started."""
-    total, todo = time.process_time(), _children(os.getpid())
+    """Of this process without the thread that asks and, where that is told, of those that it started."""
+    total, todo = time.process_time() - time.thread_time(), _children(os.getpid())
     while todo:
         pid = todo.pop()
         with contextlib.suppress(OSError, ValueError, IndexError):

@@ -471,10 +471,13 @@ def own(watchdog: Watchdog, error: BaseException) -> dict[str, Any]:
     interrupted = isinstance(error, KeyboardInterrupt)
     signalled = interrupted or (isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM)
     first = (str(error).splitlines() or [""])[0][:300]
+    loader = workers.waiting_for(frames_of(error))
+    # Its connections end before it does.
+    worker = "" if loader is None else workers.ended_early(loader, 1.0 if isinstance(error, (OSError, EOFError)) else 0)
     return {
         "rank": watchdog.rank,
         "kind": "exit" if signalled else "raised",
-        "text": f"failed at {origin(error)} ({moment(watchdog.trainer)}): {type(error).__name__}: {first}",
+        "text": f"failed at {origin(error)} ({moment(watchdog.trainer)}): {type(error).__name__}: {first}{f' ({worker})' if worker else ''}",
         "stack": bounded(readable("".join(traceback.format_exception(type(error), error, error.__traceback__)))),
         "code": 128 + (signal.SIGINT if interrupted else signal.SIGTERM) if signalled else 1,
         "process": [host(), os.getpid()],

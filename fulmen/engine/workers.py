@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sysconfig
-import tempfile
 import time
 from typing import Any
 
@@ -18,26 +17,25 @@ _LOADER = os.path.join(os.path.dirname(torch.__file__), "utils", "data", "datalo
 _SIGNAL = getattr(signal, "SIGRTMAX", 0) - 3  # one that nobody else uses
 _FRAME = re.compile(r'File "(.*?)", line (\d+) in (\S+)')
 _LIBRARIES = (os.path.dirname(torch.__file__), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
-_stacks: Any = None  # a file that is inherited, in which forked processes write their stacks when they are asked
+_STACKS = "fulmen-stacks-"  # the name of a file in memory, in which a process writes its stack when it is asked
+_asks = False  # will somebody ask processes that are forked here?
 
 
 def prepare() -> None:
     """From now on processes that are forked here can be asked what they do."""
-    global _stacks
-    if _stacks is None and _SIGNAL > 0 and hasattr(faulthandler, "register"):
-        with contextlib.suppress(OSError):
-            _stacks = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as this process)
+    global _asks
+    _asks = True
 
 
-def _listen() -> None:
-    """In a forked process. The handler is in C, and answers also while all of Python is stuck."""
-    if _stacks is not None:
+def answer() -> None:
+    """In a worker: it can be asked. The handler is in C, and answers also while all of Python is stuck."""
+    if _SIGNAL > 0 and hasattr(faulthandler, "register") and hasattr(os, "memfd_create"):
         with contextlib.suppress(Exception):
-            faulthandler.register(_SIGNAL, _stacks, all_threads=False)
+            faulthandler.register(_SIGNAL, os.memfd_create(f"{_STACKS}{os.getpid()}"), all_threads=False)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_listen)
+    os.register_at_fork(after_in_child=lambda: answer() if _asks else None)
 
 
 def waiting_for(frames: list[Any]) -> Any:
@@ -65,23 +63,40 @@ def looked_at(frame: Any) -> tuple[bool, str]:
     return own is stack[0], f"{named} and is in {os.path.basename(own[0])}:{own[1]} in {own[2]}"
 
 
-def ask(pid: int) -> list[tuple[str, str, str]]:
-    """The frames of a forked process, as (file, line, function), innermost first; none if it cannot be asked."""
-    if _stacks is None or not catches(pid, _SIGNAL):
-        return []
-    before = os.fstat(_stacks.fileno()).st_size
-    with contextlib.suppress(OSError):
-        os.lseek(_stacks.fileno(), 0, os.SEEK_END)
-        os.kill(pid, _SIGNAL)
-    text, deadline = b"", time.monotonic() + 0.5
-    while time.monotonic() < deadline:
+def ended_early(frame: Any, seconds: float) -> str:
+    """The worker of the loader in this frame whose process has ended, or does in a moment, in words."""
+    found, deadline = list(getattr(frame.f_locals.get("self"), "_workers", ())), time.monotonic() + seconds
+    while True:
+        for number, worker in enumerate(found):
+            if worker.exitcode is not None:
+                return (
+                    f"worker {number} of the DataLoader, process {worker.pid}, ended with exit code {worker.exitcode}"
+                )
+        if time.monotonic() > deadline:
+            return ""
         time.sleep(0.02)
-        found = os.pread(_stacks.fileno(), 1 << 16, before)
-        if found and found == text:  # all of it is there
-            break
-        text = found
-    if before > 1 << 20:
-        os.ftruncate(_stacks.fileno(), 0)
+
+
+def ask(pid: int) -> list[tuple[str, str, str]]:
+    """The frames of a worker, as (file, line, function), innermost first; none if it cannot be asked."""
+    try:
+        names = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
+        place = next(name for name in names if os.readlink(name).startswith(f"/memfd:{_STACKS}{pid} "))
+        if not catches(pid, _SIGNAL):
+            return []
+        with open(place, "rb") as file:
+            before = file.seek(0, os.SEEK_END)
+            os.kill(pid, _SIGNAL)
+            text, deadline = b"", time.monotonic() + 0.5
+            while time.monotonic() < deadline:
+                time.sleep(0.02)
+                file.seek(before)
+                found = file.read()
+                if found and found == text:  # all of it is there
+                    break
+                text = found
+    except (OSError, StopIteration):
+        return []
     return _FRAME.findall(text.decode(errors="replace"))
 
 

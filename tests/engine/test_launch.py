@@ -119,7 +119,7 @@ def test_results_come_back(start, tmp_path):
     assert trainer.callback_metrics["train_loss"] == pytest.approx(remembers.losses[-1])
     # and the next call starts processes again
     trainer.max_epochs = 3
-    trainer.fit(model, make_loader(batch_size=2))
+    trainer.fit(model, make_loader(batch_size=2), make_loader())
     assert (trainer.current_epoch, trainer.global_step) == (3, 9)
     results = trainer.validate(model, make_loader(), verbose=False)
     assert results[0]["val_loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]))

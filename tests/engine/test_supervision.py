@@ -113,6 +113,23 @@ def test_a_worker_of_a_loader_that_hangs_is_named_with_its_process_and_what_it_r
     assert not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE
 
 
+def test_a_worker_of_a_loader_that_leaves_is_named_with_its_process(tmp_path, capfd):
+    with pytest.raises((RuntimeError, OSError)):
+        run(train=DataLoader(Sleepy("sys.exit(0)"), 2, num_workers=1))
+    pid = (tmp_path / "worker").read_text()
+    said = rf"Rank 1 failed at .* \(worker 0 of the DataLoader, process {pid}, ended with exit code 0\)"
+    assert re.search(said, capfd.readouterr().err)
+
+
+def test_a_rank_that_sleeps_in_prepare_data_is_named_and_ended():
+    class Prepares(Regression):
+        def prepare_data(self):
+            fail("asleep")
+
+    with pytest.raises(RuntimeError, match="Rank 0 stands still .* in fail"):
+        make_trainer(devices=2, strategy="ddp_fork").fit(Prepares(), make_loader())
+
+
 class SleepsWhenTold(pl.Callback):
     """Where the ranks are, not where the call was made."""
 
