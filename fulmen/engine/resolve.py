@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -16,6 +15,7 @@ from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAcc
 from fulmen.engine.bitsandbytes import BitsandbytesPrecision
 from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import ClusterEnvironment, detected
+from fulmen.engine.launch import is_interactive
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
@@ -150,7 +150,7 @@ CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
      "`strategy={w.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
     (lambda w: w.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
      "`strategy={w.strategy!r}` starts processes by {w.start_method!r}, which this platform cannot. Use 'ddp'."),
-    (lambda w: w.start_method == "popen" and interactive(), MCE,
+    (lambda w: w.start_method == "popen" and is_interactive(), MCE,
      "`strategy={w.strategy!r}` runs the script again for each device, and in a notebook or interpreter there is none. "
      "Use `strategy='ddp_notebook'`."),
 )
@@ -167,13 +167,8 @@ def resolve(**arguments: Any) -> Strategy:
     devices = choose_devices(wishes, chosen)
     if wishes.strategy == "auto":
         several = len(devices) > 1 or wishes.num_nodes > 1
-        wishes.strategy = ("ddp_fork" if interactive() else "ddp") if several else "single_device"
+        wishes.strategy = ("ddp_fork" if is_interactive() else "ddp") if several else "single_device"
     return assemble(wishes, chosen, devices)
-
-
-def interactive() -> bool:
-    """Does somebody type into this process?"""
-    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def choose_accelerator(wishes: Wishes) -> Accelerator:
@@ -199,7 +194,7 @@ def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.devic
     if wishes.devices == "auto" and wish > 1 and wishes.one_device:
         rank_zero_info(f"There are {wish} {accelerator.name()} devices; this strategy trains on the first.")
         wish = 1
-    elif wishes.devices == "auto" and wish > 1 and accelerator.name() == "cuda" and interactive():
+    elif wishes.devices == "auto" and wish > 1 and accelerator.name() == "cuda" and is_interactive():
         rank_zero_info(f"There are {wish} cuda devices; in a notebook, one is used unless you say `devices={wish}`.")
         wish = 1
     parsed = accelerator.parse_devices(wish)

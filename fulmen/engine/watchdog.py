@@ -96,7 +96,8 @@ class Watchdog:
         self.closing = self.forced = self.told = self.done = self.stopped = self.reacted = False
         self.printed = threading.Event()  # what was to be told is out
         self.alone: dict[str, Any] | None = None  # a verdict that could not be shared
-        self.survey = Survey(board, self.size, self.patience, self.ending)
+        ending = getattr(strategy.launcher, "ending", lambda rank: "")
+        self.survey = Survey(board, self.size, self.patience, ending)
         self.failure: BaseException | None = None  # with which the main thread leaves the run
         self.end = Sample()  # of the main thread after a failure
         self.failures: set[str] = set()  # of its own thread
@@ -168,10 +169,6 @@ class Watchdog:
             self.look()
             self.close_in_time()
         self.stopped = self.stopped or (self.done and (verdict is not None or self.survey.is_over()))
-
-    def ending(self, rank: int) -> str:
-        """How the process of another rank ended, where that can be known."""
-        return "" if self.strategy.launcher is None else self.strategy.launcher.ending(rank)
 
     def close_in_time(self) -> None:
         """After a failure: ends this process if its main thread falls asleep while callbacks hear of it."""

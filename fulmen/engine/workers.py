@@ -82,8 +82,6 @@ def ask(pid: int) -> list[tuple[str, str, str]]:
     try:
         names = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
         place = next(name for name in names if os.readlink(name).startswith(f"/memfd:{_STACKS}{pid} "))
-        if not catches(pid, _SIGNAL):
-            return []
         with open(place, "rb") as file:
             before = file.seek(0, os.SEEK_END)
             os.kill(pid, _SIGNAL)
@@ -100,15 +98,6 @@ def ask(pid: int) -> list[tuple[str, str, str]]:
     return _FRAME.findall(text.decode(errors="replace"))
 
 
-def catches(pid: int, number: int) -> bool:
-    """Does a process handle that signal, which would end it otherwise?"""
-    with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status") as file:
-        for line in file:
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return False
-
-
 def waits_outside(task: int | None) -> bool:
     """Does a thread of this process wait for a disk, or for a program that it started, as `os.system` does?"""
     found = ""
@@ -122,16 +111,11 @@ def waits_outside(task: int | None) -> bool:
 def process_state(pid: int) -> str:
     """The state of a process of this machine as one letter, of which T is stopped and Z dead; or "gone"."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
         if os.path.exists("/proc/self/stat"):
-            return "gone"
-    except OSError:
-        pass
-    try:
+            with open(f"/proc/{pid}/stat") as file:
+                return file.read().rpartition(")")[2].split()[0]
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (FileNotFoundError, ProcessLookupError):
         return "gone"
     except OSError:
         pass
