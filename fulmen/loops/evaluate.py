@@ -9,7 +9,7 @@ import torch
 
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed
-from fulmen.data.loaders import set_epoch
+from fulmen.data.loaders import length_is_certain, set_epoch
 from fulmen.loops import preemption
 from fulmen.loops.exact import end_epoch
 from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
@@ -158,9 +158,12 @@ class EvaluationLoop(Loop):
         self.loaded_at_epoch = epoch if kept else epoch - every
         in_turn = self.loaders.mode == "sequential"
         self.max_batches = list(self.loaders.lengths())
-        self.everywhere = trainer.strategy.exchange_objects(
-            self.max_batches if in_turn else [self.loaders.num_batches()]
-        )
+        counts = self.max_batches if in_turn else [self.loaders.num_batches()]
+        if trainer.world_size > 1:
+            certain = [length_is_certain(loader) for loader in self.loaders.flattened]
+            certain = certain if in_turn else [all(certain)]
+            counts = [count if sure else inf for count, sure in zip(counts, certain)]
+        self.everywhere = trainer.strategy.exchange_objects(counts)
         self.apply_limits()
 
     def check_mode(self, mode: str) -> None:

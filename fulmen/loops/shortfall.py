@@ -78,6 +78,7 @@ class Shortfall:
                 continue
             self.said.add((index, given > 0))
             loader = loaders if several and loaders.mode != "sequential" else loaders.flattened[index]
+            loader = vars(loader).get("loader", loader) if hasattr(loader, "__dict__") else loader  # dealt out by batch
             data = getattr(loader, "dataset", loader)
             name = f"`{type(loader).__name__}`" + (f" over `{type(data).__name__}`" if data is not loader else "")
             name += f" (number {index})" if several and loader is not loaders else ""
