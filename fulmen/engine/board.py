@@ -175,11 +175,20 @@ class Board:
         return True
 
     def close(self) -> None:
-        for connection in filter(None, (*self.peers, self.listener)):
+        """Ends the connections; with something left unread they would be reset, and the others lose what was sent last."""
+        if self.listener is not None:
+            self.listener.close()
+        deadline = time.monotonic() + 1
+        for connection in self.peers:
             with contextlib.suppress(OSError):
-                if connection is not self.listener:
-                    connection.shutdown(socket.SHUT_WR)
-                connection.close()
+                connection.shutdown(socket.SHUT_WR)
+        for connection in self.peers:
+            with contextlib.suppress(OSError):
+                while (left := deadline - time.monotonic()) > 0:
+                    connection.settimeout(left)
+                    if not connection.recv(1 << 16):
+                        break
+            connection.close()
         self.peers.clear()
 
 
