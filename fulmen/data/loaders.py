@@ -56,10 +56,11 @@ _COUNTED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRando
 def length_is_certain(part: Any) -> bool:
     """Do a loader's parts, or those of a sampler, leave no doubt that it gives as many batches as `len()` says?
 
-    `len()` of an `IterableDataset`, of a sampler or of a loader of one's own is a promise that nobody checks.
+    `len()` of an `IterableDataset`, of a sampler or of a loader of one's own is a promise that nobody checks; a
+    `DataLoader` that only reads in a way of its own is taken to give what its samplers say.
     """
     if isinstance(part, DataLoader):
-        own = type(part).__iter__ is not DataLoader.__iter__ or type(part).__len__ is not DataLoader.__len__
+        own = type(part).__len__ is not DataLoader.__len__
         order = part.sampler if part.batch_sampler is None else part.batch_sampler
         return not own and reads_indices(part) and length_is_certain(order)
     if type(part) in (BatchSampler, IndexRecorder):
