@@ -131,14 +131,15 @@ class Watchdog:
 
     def stop(self) -> None:
         """The run is over in this process, which watches on until it is everywhere, unless it failed."""
-        self.done = True
+        with self.lock:  # the thread ends and closes the board once this is said, and not before
+            self.done = True
+            self.board.set(f"closed/{self.rank}", True)
+            self.beat()
         if self in _running:
             _running.remove(self)
         if self.signals is not None:
             with contextlib.suppress(ValueError):  # not the main thread
                 signal.set_wakeup_fd(self.wakeup_before)
-        self.board.set(f"closed/{self.rank}", True)
-        self.beat()
         self.stopped = self.closing
 
     def run(self) -> None:
@@ -168,7 +169,8 @@ class Watchdog:
             self.beat()
             self.look()
             self.close_in_time()
-        self.stopped = self.stopped or (self.done and (verdict is not None or self.survey.is_over()))
+        with self.lock:
+            self.stopped = self.stopped or (self.done and (verdict is not None or self.survey.is_over()))
 
     def close_in_time(self) -> None:
         """After a failure: ends this process if its main thread falls asleep while callbacks hear of it."""

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 
 import psutil
@@ -14,6 +15,7 @@ from support import Regression, make_loader, make_trainer
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import fulmen as pl
+from fulmen.engine.watchdog import Watchdog
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX processes")
 
@@ -184,3 +186,17 @@ def test_a_program_that_a_hook_waits_for_is_not_sleep():
                 os.system("sleep 5")
 
     run(Downloads())
+
+
+def test_a_rank_that_is_done_is_not_taken_for_one_that_is_gone(monkeypatch):
+    """However slowly its main thread says that it is done."""
+    beat = Watchdog.beat
+
+    def slow(watchdog):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.5)
+        beat(watchdog)
+
+    monkeypatch.setattr(Watchdog, "beat", slow)
+    for _ in range(3):
+        run()
