@@ -23,14 +23,14 @@ FURTHER = 10
 
 
 class Count:
-    """Events between one mark of the batches and the next, the first block left out as warm-up."""
+    """Events between marks of the batches. The first block, a warm-up, and the last, the end of the epoch, are left out."""
 
     def __init__(self) -> None:
         self.python = self.builtin = self.marks = 0
 
     def mark(self) -> None:
         self.marks += 1
-        sys.setprofile(self.event if 1 < self.marks <= BLOCKS else None)
+        sys.setprofile(self.event if 1 < self.marks < BLOCKS else None)
 
     def event(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
@@ -39,7 +39,7 @@ class Count:
             self.builtin += 1
 
     def per_step(self) -> tuple[float, float]:
-        steps = EVERY * (BLOCKS - 1)
+        steps = EVERY * (BLOCKS - 2)
         return self.python / steps, self.builtin / steps
 
 
