@@ -129,10 +129,7 @@ class CSVLogger(FolderLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        writer, limit = (
-            (self._experiment if self._is_direct else None) or self.experiment,
-            self._flush_logs_every_n_steps,
-        )
+        writer, limit = self.experiment, self._flush_logs_every_n_steps
         writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
         if len(writer.metrics) >= limit or (step is not None and (step + 1) % limit == 0):
             self._save_now()
@@ -140,7 +137,7 @@ class CSVLogger(FolderLogger):
     @rank_zero_only
     def save(self) -> None:
         """Writes the rows if the last writing was long ago, or if nothing was logged since the last call."""
-        writer = (self._experiment if self._is_direct else None) or self.experiment
+        writer = self.experiment
         asked_again, self._rows_at_last_save = self._rows_at_last_save == writer.num_rows, writer.num_rows
         if asked_again or time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             writer.save()
@@ -148,7 +145,7 @@ class CSVLogger(FolderLogger):
 
     def _save_now(self) -> None:
         """Through `save`, which subclasses override."""
-        self._rows_at_last_save = ((self._experiment if self._is_direct else None) or self.experiment).num_rows
+        self._rows_at_last_save = self.experiment.num_rows
         self.save()
 
     def position(self) -> dict[str, Any] | None:

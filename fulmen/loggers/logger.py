@@ -110,11 +110,6 @@ class ExperimentLogger(Logger):
     """A logger that works through one object of its library, made when it is first used (`_open`)."""
 
     LOGGER_JOIN_CHAR = "-"
-    _is_direct = True  # does `experiment` only give `_experiment`?
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._is_direct = cls.experiment is ExperimentLogger.experiment
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix

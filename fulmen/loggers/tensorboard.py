@@ -53,7 +53,7 @@ class TensorBoardLogger(FolderLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Adds a point to each curve; a dictionary as value becomes several curves in one chart."""
-        writer = (self._experiment if self._is_direct else None) or self.experiment
+        writer = self.experiment
         self._has_hp_metric |= "hp_metric" in metrics
         for name, value in as_numbers(metrics, self._prefix).items():
             try:
