@@ -7,7 +7,6 @@ import linecache
 import os
 import re
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -17,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from fulmen.engine import workers
+from fulmen.utilities.introspection import in_library
 
 _TORCH, _FULMEN = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
-_LIBRARIES = (_TORCH, _FULMEN, *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _COLLECTIVES = tuple(
     os.path.join(_TORCH, *path) for path in (("distributed", ""), ("nn", "parallel", "distributed.py"))
 )
@@ -167,10 +166,6 @@ def origin(error: BaseException) -> str:
         if not in_library(file):
             return f"{os.path.basename(file)}:{line} in {name}"
     return doing(frames_of(error))[1]
-
-
-def in_library(file: str) -> bool:
-    return file.startswith((*_LIBRARIES, "<frozen", "<string>"))
 
 
 def collectives_begun() -> int:

@@ -7,16 +7,16 @@ import faulthandler
 import os
 import re
 import signal
-import sysconfig
 import time
 from typing import Any
 
 import torch
 
+from fulmen.utilities.introspection import in_library
+
 _LOADER = os.path.join(os.path.dirname(torch.__file__), "utils", "data", "dataloader.py")
 _SIGNAL = getattr(signal, "SIGRTMAX", 0) - 3  # one that nobody else uses
 _FRAME = re.compile(r'File "(.*?)", line (\d+) in (\S+)')
-_LIBRARIES = (os.path.dirname(torch.__file__), *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 _STACKS = "fulmen-stacks-"  # the name of a file in memory, in which a process writes its stack when it is asked
 _asks = False  # will somebody ask processes that are forked here?
 
@@ -59,7 +59,7 @@ def looked_at(frame: Any) -> tuple[bool, str]:
     stack = ask(pid)
     if not stack:
         return False, named
-    own = next((entry for entry in stack if not entry[0].startswith(_LIBRARIES)), stack[0])
+    own = next((entry for entry in stack if not in_library(entry[0])), stack[0])
     return own is stack[0], f"{named} and is in {os.path.basename(own[0])}:{own[1]} in {own[2]}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import sysconfig
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.nn import Module, Parameter
 
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.logbook import is_metric, metrics_in
+from fulmen.utilities.introspection import in_library
 from fulmen.utilities.seed import isolate_rng
 
 _ABSENT = object()
@@ -24,7 +24,6 @@ _DEPTH = 6  # containers in containers
 _OF_TORCH = frozenset(vars(Module())) - {"_buffers", "training"}
 # Their statistics are those of all processes, and have to stay alike.
 _SYNCHRONISED = (SyncBatchNorm, torch.nn.SyncBatchNorm)
-_LIBRARIES = tuple({path for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")})
 
 
 @contextmanager
@@ -120,9 +119,7 @@ class Contents:
 def _is_own(kind: type) -> bool:
     """Is it a class of the user's?"""
     home = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    if kind.__module__ == "__main__":
-        return True
-    return home is not None and not home.startswith(_LIBRARIES) and not kind.__module__.startswith("fulmen.")
+    return kind.__module__ == "__main__" or (home is not None and not in_library(home))
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""Questions about functions: is it overridden, what does it accept?"""
+"""Questions about code: is it overridden, what does it accept, whose is it?"""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import dis
 import functools
 import inspect
 import math
+import os
+import sysconfig
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
+
+import torch
 
 
 def _plain_function(attribute: Any) -> Any:
@@ -116,6 +120,21 @@ def alias(path: str, doc: str) -> Any:
         return functools.reduce(getattr, parts, obj)
 
     return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)
+
+
+_INSTALLED = tuple(
+    os.path.join(path, "")
+    for path in (
+        os.path.dirname(os.path.dirname(__file__)),
+        os.path.dirname(torch.__file__),
+        *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},
+    )
+)
+
+
+def in_library(file: str) -> bool:
+    """Is a source file one of Python, of an installed package or of this one, and so not the user's own?"""
+    return file.startswith((*_INSTALLED, "<frozen", "<string>"))
 
 
 def texts_compared_with(function: Any, parameter: str) -> list[set[str]]:
