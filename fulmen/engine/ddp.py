@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, parallel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from fulmen.engine import collectives
 from fulmen.engine.buffers import Buffers
@@ -27,9 +26,15 @@ from fulmen.utilities.rank_zero import warn_once
 
 SMALL_BATCH = 8  # of one device, for batch norm
 # What `DistributedDataParallel` takes, and nobody else decides.
-_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
+_OPTIONS = tuple(name for name in inspect.signature(parallel.DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
 # Whether buffers are those of rank 0: the name of today, if torch knows it, and the older one.
 _BUFFERS = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _OPTIONS]
+
+
+class DistributedDataParallel(parallel.DistributedDataParallel):
+    """Torch's wrapper, whose mode is that of the module, whoever changes it."""
+
+    training = mode_of_module
 
 
 class DDPStrategy(ParallelStrategy):
@@ -107,7 +112,7 @@ class DDPStrategy(ParallelStrategy):
         other = module.parameters() if not whole else (p for p in module.parameters() if not p.requires_grad)
         self.exchange = GradientExchange(other, self.root_device, self.find_unused_parameters)
 
-    def configure_ddp(self) -> DistributedDataParallel:
+    def configure_ddp(self) -> parallel.DistributedDataParallel:
         """The wrapped model; weights and buffers of rank 0 are in all processes afterwards."""
         options = dict(self._ddp_kwargs)
         if self.buffers is not None and not self.buffers.apart:
@@ -115,7 +120,7 @@ class DDPStrategy(ParallelStrategy):
             options = {name: value for name, value in options.items() if name not in _BUFFERS} | {_BUFFERS[0]: False}
             self.buffers.share()  # older versions of torch would not
         self._managed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        wrapped = Wrapper(self.model, device_ids=self.determine_ddp_device_ids(), **options)
+        wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
         if hook is not None:
             hook = hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(hook)
@@ -128,17 +133,18 @@ class DDPStrategy(ParallelStrategy):
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
-        wrapped = step_name == "training_step" and isinstance(self.model, DistributedDataParallel)
-        return self.with_buffers(step_name, through_forward(self, self._lightning_module, step) if wrapped else step)
+        wrapped = step_name == "training_step" and isinstance(self.model, parallel.DistributedDataParallel)
+        return through_forward(self, self._lightning_module, step) if wrapped else step
 
     def zero_loss(self) -> Tensor | None:
-        wrapped, static = isinstance(self.model, DistributedDataParallel), self._ddp_kwargs.get("static_graph")
+        wrapped, static = isinstance(self.model, parallel.DistributedDataParallel), self._ddp_kwargs.get("static_graph")
         kinds = (SyncBatchNorm, torch.nn.SyncBatchNorm)
         exchanging = any(isinstance(layer, kinds) for layer in self._lightning_module.modules())
         if not wrapped or static or exchanging:
             return None
         nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._managed)  # noqa: E731
-        return self.with_buffers("training_step", through_forward(self, self._lightning_module, nothing_of_each))()
+        step = through_forward(self, self._lightning_module, nothing_of_each)
+        return (step if self.buffers is None else self.buffers.before(step))()
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?
@@ -161,7 +167,7 @@ class DDPStrategy(ParallelStrategy):
         assert self.exchange is not None
         before, self.exchange.on = self.exchange.on, False
         try:
-            with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext():
+            with self.model.no_sync() if isinstance(self.model, parallel.DistributedDataParallel) else nullcontext():
                 yield
         finally:
             self.exchange.on = before
@@ -182,12 +188,6 @@ class DDPStrategy(ParallelStrategy):
             self.exchange.remove()
         self.exchange, self._managed = None, []
         super().teardown()
-
-
-class Wrapper(DistributedDataParallel):
-    """The wrapper, whose mode is that of the module, whoever changes it."""
-
-    training = mode_of_module
 
 
 def through_forward(strategy: Any, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:

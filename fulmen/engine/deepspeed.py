@@ -198,9 +198,7 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
-        if self.model is not self._lightning_module:
-            step = through_forward(self, self._lightning_module, step)
-        return self.with_buffers(step_name, step)
+        return step if self.model is self._lightning_module else through_forward(self, self._lightning_module, step)
 
     def _plain_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.model.backward(loss, *args, **kwargs)

@@ -185,8 +185,7 @@ class FSDPStrategy(ShardedStrategy):
 
     def bind(self, step_name: str) -> Callable[..., Any]:
         step = super().bind(step_name)
-        step = explained(partial(self.model, step) if isinstance(self.model, StepShell) else step)
-        return self.with_buffers(step_name, step)
+        return explained(partial(self.model, step) if isinstance(self.model, StepShell) else step)
 
 
 def explained(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -86,9 +85,6 @@ class ModelParallelStrategy(ShardedStrategy):
         check_exchanged(module, self.device_mesh["data_parallel"].size() if trainer.state.fn == "fit" else 1)
         fill(module, self.root_device, self.global_rank == 0)
         self.note_sharded()
-
-    def bind(self, step_name: str) -> Callable[..., Any]:
-        return self.with_buffers(step_name, super().bind(step_name))
 
     def teardown(self) -> None:
         vars(self._lightning_module).pop("device_mesh", None)

@@ -193,10 +193,6 @@ class ParallelStrategy(Strategy, ABC):
 
     # ------------------------------------------------------------------ buffers
 
-    def with_buffers(self, step_name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step; one of training begins with the buffers of rank 0."""
-        return step if self.buffers is None or step_name != "training_step" else self.buffers.before(step)
-
     def show_buffers(self) -> None:
         if self.buffers is not None and self.together:
             self.buffers.show()

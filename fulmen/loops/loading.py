@@ -75,7 +75,10 @@ def profiled_fetch(trainer: Trainer, action: str) -> Callable[[Callable[[], Any]
 def bound_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable[..., Any]:
     """The callable for a step of the module, timed if somebody profiles; it takes all of these arguments by position."""
     strategy = trainer.strategy
-    step = by_signature(strategy.bind(name), getattr(trainer.lightning_module, name), arguments)
+    step = strategy.bind(name)
+    if name == "training_step" and strategy.buffers is not None:
+        step = strategy.buffers.before(step)
+    step = by_signature(step, getattr(trainer.lightning_module, name), arguments)
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 
 
