@@ -871,21 +871,7 @@ class Trainer:
 
 
 _PLAIN_SETTINGS = tuple(name for name in Trainer.__annotations__ if not name.startswith("_"))
-_INTERNAL = frozenset(
-    [
-        "book",
-        "compile_hooks",
-        "hooks",
-        "lightning_optimizers",
-        "log_to_loggers",
-        "mode_hook",
-        "pack_results",
-        "prediction_writers",
-        "read_optimizers",
-        "report",
-        "signals",
-        "sources",
-        "unpack_results",
-        "val_check_time_s",
-    ]
-)
+_INTERNAL = frozenset([
+    "book", "compile_hooks", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "pack_results",
+    "prediction_writers", "read_optimizers", "report", "signals", "sources", "unpack_results", "val_check_time_s",
+])  # fmt: skip

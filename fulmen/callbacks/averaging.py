@@ -149,12 +149,14 @@ class Average:
     def retire(self) -> None:
         """Training is over: frees the memory of devices. What was spread over processes is whole on the first one."""
         self.device, keep = torch.device("cpu"), self.strategy.is_global_zero
-        for kind in ("values", "current"):
-            tensors = getattr(self, kind)
+
+        def on_cpu(tensors: list[Tensor] | None) -> list[Tensor] | None:
             if tensors is not None and self.spread:
                 tensors = [whole(spread_like(tensor, self.spread.get(i)), keep) for i, tensor in enumerate(tensors)]
-            setattr(self, kind, [tensor.cpu() for tensor in tensors] if tensors and (keep or not self.spread) else None)
-        self.spread = {}
+                tensors = tensors if keep else None
+            return tensors and [tensor.cpu() for tensor in tensors]
+
+        self.values, self.current, self.spread = on_cpu(self.values), on_cpu(self.current), {}
 
 
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:

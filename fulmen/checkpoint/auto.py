@@ -70,7 +70,10 @@ def newest_good(
     for path in candidates:
         with _passing_over(path, aside):
             steps, age = _steps(outline(path, load), path), modified(path)
-            (unknown.append((age, path)) if steps is None else known.append((steps, age, path)))
+            if steps is None:
+                unknown.append((age, path))
+            else:
+                known.append((steps, age, path))
     found = None
     for *_, path in sorted(known, reverse=True):
         with _passing_over(path, aside):

@@ -112,10 +112,10 @@ def read_objects(
 
 def _unpickled(pickled: bytes, weights_only: bool | None, map_location: Any) -> Any:
     allowed = [entry for found in _refused_classes(pickled) if _is_data(found) for entry in _to_allow(found)]
-    known = torch.serialization.get_safe_globals()
+    known, as_data = torch.serialization.get_safe_globals(), None if weights_only is None else True
     with torch.serialization.safe_globals([entry for entry in allowed if entry not in known]):
         try:  # as data first, which also knows classes by the names they have in other versions of Python
-            return torch.load(io.BytesIO(pickled), map_location, weights_only=weights_only is False or weights_only)
+            return torch.load(io.BytesIO(pickled), map_location, weights_only=as_data)
         except Exception:
             if weights_only is not False:
                 raise

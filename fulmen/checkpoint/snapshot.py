@@ -189,8 +189,10 @@ class Snapshot:
             raise MisconfigurationException(f"{what} Raise it above {done}.")
 
 
-_KINDS = {"state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "loops": dict}
-_KINDS |= {"fulmen": dict}
+_KINDS = {
+    "state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "loops": dict,
+    "fulmen": dict,
+}  # fmt: skip
 _TRAINING = ("optimizer_states", "lr_schedulers")  # without these, a file has weights only
 _COUNTERS = ("epochs", "batch", "batches", "steps", "log_step")
 
@@ -211,9 +213,8 @@ def check_content(content: Any, path: Any, module: Any, training: bool) -> None:
     if not problems and not in_shards and not own_loading and module.strict_loading:
         saved, own = content["state_dict"], module.state_dict()
         unlike = [key for key in own if key not in saved or _shape(saved[key]) != _shape(own[key])]
-        problems += [f"of the weights of {type(module).__name__}, {unlike[:5]} are missing or of another shape"][
-            : len(unlike)
-        ]
+        if unlike:
+            problems.append(f"of the weights of {type(module).__name__}, {unlike[:5]} are missing or of another shape")
     if problems:
         what = f"The checkpoint {path!r} was read, but cannot be restored: {'; '.join(problems)}."
         raise DamagedCheckpointError(f"{what} Use one that this run has written.")

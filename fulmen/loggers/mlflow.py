@@ -85,15 +85,11 @@ class MLFlowLogger(ServiceLogger):
         new, kept = [], []
         for name, value in flatten_params(params).items():
             name, text = _allowed_name(name), str(plain_value(value))[:MAX_PARAM_LENGTH]
-            if name in known or self._is_folder(name, known):
-                kept += (
-                    [f"{name}={text} (kept: {known.get(name, 'the names below it')})"]
-                    if known.get(name) != text
-                    else []
-                )
-            else:
+            if name not in known and not self._is_folder(name, known):
                 known[name] = text
                 new.append(Param(name, text))
+            elif known.get(name) != text:
+                kept.append(f"{name}={text} (kept: {known.get(name, 'the names below it')})")
         if kept:
             what = (
                 f"MLflow keeps the first value of a parameter, and the run {self.run_id} has others: {', '.join(kept)}."

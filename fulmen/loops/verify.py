@@ -208,25 +208,11 @@ def _learns(item: Any) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-_LARGER = frozenset(
-    [
-        "acc",
-        "accuracy",
-        "auc",
-        "auroc",
-        "bleu",
-        "dice",
-        "f1",
-        "iou",
-        "jaccard",
-        "map",
-        "precision",
-        "psnr",
-        "recall",
-        "rouge",
-        "ssim",
-    ]
-)
+# Words in the names of metrics that are better when they are larger, and when they are smaller.
+_LARGER = frozenset([
+    "acc", "accuracy", "auc", "auroc", "bleu", "dice", "f1", "iou", "jaccard", "map", "precision", "psnr", "recall",
+    "rouge", "ssim",
+])  # fmt: skip
 _SMALLER = frozenset(["cer", "error", "loss", "mae", "mse", "nll", "perplexity", "ppl", "rmse", "wer"])
 
 

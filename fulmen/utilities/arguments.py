@@ -93,4 +93,4 @@ def _holders(model: Any, attribute: str) -> Iterator[Any]:
 
 def _nowhere(model: Any, attribute: str) -> AttributeError:
     places = "it, its `hparams`, its datamodule and the `hparams` of that"
-    return AttributeError(f"`{attribute}` is not an attribute of {type(model).__name__}: searched were {places}.")
+    return AttributeError(f"`{attribute}` is not an attribute of {type(model).__name__}. Looked for in {places}.")
