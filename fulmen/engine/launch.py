@@ -606,7 +606,7 @@ class Stopped:
                 self.since.pop(rank, None)
             elif now - self.since.setdefault(rank, now) > self.limit > 0:
                 watchdog.say(
-                    f"Rank {rank} does nothing for {self.limit:g} s: its process {pid} is stopped, and is ended."
+                    f"Rank {rank} has done nothing for {self.limit:g} s: its process {pid} is stopped, and is ended now."
                 )
                 os.kill(pid, signal.SIGKILL)
 

@@ -71,11 +71,11 @@ class Survey:
         if rank in self.board.gone or state in GONE:
             how = self.ending(rank)
             how = how or "ended without an exception: it was killed, or called `os._exit`"
-            memory = " (for want of memory?)" if "kill" in how.lower() else ""
+            memory = " (out of memory?)" if "kill" in how.lower() else ""
             text = f"is gone: its process {beat['pid']} {how}{memory}. {last}"
         elif silent > self.patience * (1 if state else OUTSIDE) and state in ("T", "t", None):
             how = f"its process {beat['pid']} is stopped" if state else f"its machine {beat['host']} cannot be reached"
-            text = f"says nothing since {silent:.0f} s: {how}. {last}"
+            text = f"says nothing, for {silent:.0f} s so far: {how}. {last}"
         else:
             return None
         return {"rank": rank, "kind": "gone", "text": text, "pid": beat["pid"] if state in ("T", "t") else None}
@@ -97,7 +97,9 @@ class Survey:
                 return still(rank, beat)
             if beat["since"] > self.patience and beat["where"] not in self.warned:
                 self.warned.add(beat["where"])
-                say(f"Rank {rank} lets others wait ({numbers(waits)}), since {beat['since']:.0f} s: {beat['where']}")
+                say(
+                    f"Rank {rank} keeps others waiting ({numbers(waits)}), for {beat['since']:.0f} s so far: {beat['where']}"
+                )
         if not waiting or len(waiting) < len(running):
             return None
         if len(running) < len(self.beats):
@@ -127,7 +129,7 @@ class Survey:
 
 
 def still(rank: int, beat: dict[str, Any]) -> dict[str, Any]:
-    text = f"stands still since {beat['since']:.0f} s ({beat['moment']}): {beat['where']}"
+    text = f"stands still, for {beat['since']:.0f} s so far ({beat['moment']}): {beat['where']}"
     return {"rank": rank, "kind": "still", "text": text, "stack": beat["stack"]}
 
 

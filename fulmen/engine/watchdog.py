@@ -368,7 +368,7 @@ class Watchdog:
     def orphaned(self) -> None:
         """The process that started this one is gone."""
         if self.strategy.start_method == "popen":
-            text = "is gone: its process, which had started the others, was killed, for want of memory perhaps."
+            text = "is gone: its process, which had started the others, was killed, perhaps because memory ran out."
             self.alone = self.alone or {"rank": 0, "kind": "gone", "text": text, "by": self.rank}
             with self.lock:
                 told, self.told = self.told, True

@@ -206,7 +206,7 @@ def test_a_rank_that_sleeps_while_others_wait_is_named_with_its_stack(run) -> No
     assert result.code == 1
     assert LIMIT * 0.6 < result.seconds < SOON
     first, second = result.report[:2]
-    assert re.match(r"Rank 1 stands still since \d+ s .*: script.py:\d+ in fail: `time.sleep\(1000\)", first)
+    assert re.match(r"Rank 1 stands still, for \d+ s so far .*: script.py:\d+ in fail: `time.sleep\(1000\)", first)
     assert second.startswith(f"Rank 0: {IN_BACKWARD}")
     assert any(line.strip().startswith("time.sleep(1000)") for line in result.report[2:15])
     assert result.told(0).startswith("RuntimeError: Rank 1 stands still")
@@ -216,7 +216,9 @@ def test_a_rank_that_sleeps_while_others_wait_is_named_with_its_stack(run) -> No
 def test_a_rank_that_computes_for_longer_is_reported_but_not_ended(run) -> None:
     result = run("ddp", "busy", limit=2)
     assert result.code == 0
-    assert re.search(r"^Rank 1 lets others wait \(0\), since \d+ s: script.py:\d+ in fail", result.output, re.M)
+    assert re.search(
+        r"^Rank 1 keeps others waiting \(0\), for \d+ s so far: script.py:\d+ in fail", result.output, re.M
+    )
 
 
 @pytest.mark.parametrize("strategy, culprit", [("ddp", 0), ("ddp_spawn", 1)])
@@ -233,7 +235,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(run) -> None:
     result = run("ddp", "stopped")
     assert result.code == 1
     assert result.seconds < SOON
-    assert re.match(r"Rank 1 says nothing since \d+ s: its process \d+ is stopped", result.report[0])
+    assert re.match(r"Rank 1 says nothing, for \d+ s so far: its process \d+ is stopped", result.report[0])
 
 
 def test_a_loader_that_fails_on_one_rank_is_named_by_the_line_of_the_dataset(run) -> None:
