@@ -348,8 +348,8 @@ class Watchdog:
         if verdict is not None and verdict["kind"] == "raised":
             # Whoever failed shall end first: some launchers end all when one does.
             self.until(f"closed/{verdict['rank']}", deadline - 0.5)
-            (host, pid), latest = verdict["process"], min(deadline - 0.5, time.monotonic() + 2)
-            here = host == host() and pid != os.getppid()  # a parent waits for its children
+            (machine, pid), latest = verdict["process"], min(deadline - 0.5, time.monotonic() + 2)
+            here = machine == host() and pid != os.getppid()  # a parent waits for its children
             while here and process_state(pid) not in GONE and time.monotonic() < latest:
                 self.pause(0.05)
         if self.rank == 0:
