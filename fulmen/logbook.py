@@ -522,7 +522,7 @@ class LogBook:
         for page in self._pages.values():
             page.reset()
         self._pages.clear()
-        self.jotted = NOTHING
+        self.jotted, self.muted = NOTHING, False
         self.due.clear()
         self.hook = self._dataloader_idx = None
         self.close_batch()
