@@ -129,7 +129,7 @@ class Survey:
 
 
 def still(rank: int, beat: dict[str, Any]) -> dict[str, Any]:
-    text = f"stands still, for {beat['since']:.0f} s so far ({beat['moment']}): {beat['where']}"
+    text = f"stands still (for {beat['since']:.0f} s so far, {beat['moment']}): {beat['where']}"
     return {"rank": rank, "kind": "still", "text": text, "stack": beat["stack"]}
 
 

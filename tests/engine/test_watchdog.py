@@ -206,7 +206,7 @@ def test_a_rank_that_sleeps_while_others_wait_is_named_with_its_stack(run) -> No
     assert result.code == 1
     assert LIMIT * 0.6 < result.seconds < SOON
     first, second = result.report[:2]
-    assert re.match(r"Rank 1 stands still, for \d+ s so far .*: script.py:\d+ in fail: `time.sleep\(1000\)", first)
+    assert re.match(r"Rank 1 stands still \(for \d+ s so far, .*\): script.py:\d+ in fail: `time.sleep\(1000\)", first)
     assert second.startswith(f"Rank 0: {IN_BACKWARD}")
     assert any(line.strip().startswith("time.sleep(1000)") for line in result.report[2:15])
     assert result.told(0).startswith("RuntimeError: Rank 1 stands still")
