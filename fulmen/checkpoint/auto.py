@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fulmen.checkpoint.migrate import refuse_foreign
-from fulmen.checkpoint.paths import files_in
+from fulmen.checkpoint.paths import files_in, named
 from fulmen.engine.sealed import DamagedCheckpointError, damaged
 from fulmen.engine.sharded_checkpoint import META, is_sharded
 from fulmen.utilities.filesystem import is_remote, local_path, modified
@@ -130,8 +130,7 @@ def _steps(content: Any, path: str) -> int | None:
 
 def _pass_over(path: str, error: Exception, aside: dict[str, Exception]) -> None:
     aside[path] = error
-    said = str(error) if path in str(error) else f"the checkpoint {path!r} ({type(error).__name__}: {error})"
-    rank_zero_warn(f"Passed over: {said}")
+    rank_zero_warn(f"Passed over: {named(path, error)}")
 
 
 def _none_is_good(aside: dict[str, Exception]) -> Exception:

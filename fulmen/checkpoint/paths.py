@@ -103,7 +103,7 @@ def newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str 
         try:
             verify(path)
         except Exception as error:  # nothing that can be wrong with a file may keep the run from another one
-            damaged.append(_named(path, error))
+            damaged.append(named(path, error))
             continue
         for problem in damaged:
             rank_zero_warn(f"{problem} The newest good one is used instead: {path!r}.")
@@ -128,16 +128,15 @@ def _or_newest_good(
         others = {file for folder in folders for file in files_in(folder, rf"[^.].*{extension}")} - {path}
         if (found := newest_good(others, verify)) is None:
             raise
-        rank_zero_warn(f"{_named(path, error)} The newest good one is used instead: {found!r}.")
+        rank_zero_warn(f"{named(path, error)} The newest good one is used instead: {found!r}.")
         return found
 
 
-def _named(path: str, error: Exception) -> str:
-    return (
-        str(error)
-        if path in str(error)
-        else f"The checkpoint {path!r} cannot be used: {type(error).__name__}: {error}."
-    )
+def named(path: str, error: Exception) -> str:
+    """What is wrong with a checkpoint, with its path."""
+    if path in str(error):
+        return str(error)
+    return f"The checkpoint {path!r} cannot be used: {type(error).__name__}: {error}."
 
 
 def _folder(callback: Any, folder_of: Callable[[Any], str] | None) -> str:

@@ -243,8 +243,10 @@ class ProcessLauncher:
             fix = "Do not touch the GPU before `fit` (`.cuda()`, `torch.cuda.current_device()`), or restart the kernel."
             raise RuntimeError(f"{what} {fix}")
         if self.start_method == "fork" and others_compute():
-            what = "Another thread of this process computes while processes are forked. They can hang on what it holds."
-            rank_zero_warn(f"{what} Let it end before, or use `strategy='ddp'` or 'ddp_spawn'.")
+            what = (
+                "Another thread of this process computes while processes are forked, which may hang on a lock it holds."
+            )
+            rank_zero_warn(f"{what} Let it finish first, or use `strategy='ddp'` or 'ddp_spawn'.")
 
     def supervise(self, children: list[Any], folder: Path, signalled: list[int]) -> None:
         """Until all have ended. If one fails, the others are ended and its error is raised."""

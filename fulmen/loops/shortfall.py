@@ -88,6 +88,6 @@ class Shortfall:
                 warn_user(f"{what} Its data may be used up (a generator can be read once), or empty.")
                 continue
             what = f"The {name}, given by {label}, promised {promised} batches with `len()` and gave {given}."
-            why = "It is over after the last one, whatever `len()` says."
+            why = "It ends after the last one, whatever `len()` says."
             fix = "Correct `__len__`: what is planned by it (bars, schedules, fractions of an epoch) is off otherwise."
             warn_user(f"{what} {why} {fix}")

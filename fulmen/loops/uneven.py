@@ -67,10 +67,8 @@ class UnevenBatches:
             self.batch = _copied(batch)  # a step may take it apart
         if not (common or unknown or self.joined or self.own == 1):
             without = next(rank for rank, counts in enumerate(self.counts) if batch_idx >= counts[dataloader_idx])
-            what = (
-                f"`{self.loop.step_name}` wants to exchange something between all processes in batch {batch_idx}, and"
-            )
-            why = f"did not in the batches before; but rank {without} has none: {self.loop.kind} data is not padded."
+            what = f"`{self.loop.step_name}` wants to exchange something between all processes in batch {batch_idx}"
+            why = f"and did not in those before, but rank {without} has none: {self.loop.kind} data is not padded."
             fix = "Exchange something in each batch, or only in the hook at the end of the epoch."
             strategy.absent = f"{what} {why} {fix}"
         self.mark()

@@ -162,13 +162,13 @@ def check_hook_names(owner: Any, base: type) -> None:
                 raise NotImplementedError(f"{what} Use `{successor}`, and collect in the step what it needs.")
             near = next((hook for hook in hooks if is_one_letter_apart(name, hook)), None)
             if near is not None and not overridden(owner, near, base):
-                fix = f"Did you mean `{near}`? Rename it; if it is a method of your own, to something less alike."
+                fix = f"Did you mean `{near}`? If it is a method of your own, give it a less similar name."
                 raise MisconfigurationException(f"{what} it looks like a misspelt hook. {fix}")
             near = by_usual_words.get(_in_usual_words(name)) or next(iter(get_close_matches(name, hooks, 1, 0.9)), None)
             if near is not None and successor is None and not overridden(owner, near, base):
                 what = f"{what[:-1]} by the Trainer. Did you mean the hook `{near}`?"
                 rank_zero_warn(
-                    f"{what} If you call it yourself, ignore this, or give it a name less alike.",
+                    f"{what} If you call it yourself, ignore this, or give it a less similar name.",
                     category=PossibleUserWarning,
                 )
 
@@ -224,8 +224,8 @@ def hint_at_modes(callbacks: Iterable[Callback]) -> None:
         better = {"max": words & _LARGER and not words & _SMALLER, "min": words & _SMALLER and not words & _LARGER}
         meant = next((meant for meant, fits in better.items() if fits), mode)
         if mode in ("min", "max") and meant != mode:
-            what = f"`{type(callback).__name__}(monitor={monitor!r}, mode={mode!r})` takes"
-            what = f"{what} {'smaller' if mode == 'min' else 'larger'} values for better ones."
+            what = f"`{type(callback).__name__}(monitor={monitor!r}, mode={mode!r})` treats"
+            what = f"{what} {'smaller' if mode == 'min' else 'larger'} values as better."
             rank_zero_warn(f"{what} Did you mean `mode={meant!r}`?", category=PossibleUserWarning)
 
 
