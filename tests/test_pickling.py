@@ -61,6 +61,7 @@ KINDS = {
     "tensorboard": (Regression, lambda path: {"logger": pl.loggers.TensorBoardLogger(path)}),
     "csv": (Regression, lambda path: {"logger": pl.loggers.CSVLogger(path)}),
     "manual": (Manual, lambda path: {"profiler": "simple"}),
+    "pytorch profiler": (Regression, lambda path: {"profiler": pl.profilers.PyTorchProfiler(path)}),
     "metric": (Measured, lambda path: {"precision": "bf16-mixed", "gradient_clip_val": 1.0}),
     "callbacks": (Regression, lambda path: {
         "callbacks": many_callbacks(path), "enable_checkpointing": True, "logger": pl.loggers.CSVLogger(path)

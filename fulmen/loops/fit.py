@@ -112,6 +112,7 @@ class FitLoop(Loop):
         self.memory.finish_epoch()
         if self.resumed:  # what was logged shall be there to read if nothing is left to do
             self.memory.restore()
+            self.memory.rewind()
             if self.progress.position == Position.EPOCH_START:
                 self.memory.stop_if_told()
         if self.trainer.limit_train_batches == 0 or self.finished():

@@ -11,7 +11,7 @@ from fulmen.data.batches import transfer_to
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.introspection import by_signature
+from fulmen.utilities.introspection import by_signature, takes_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,11 +74,13 @@ def profiled_fetch(trainer: Trainer, action: str) -> Callable[[Callable[[], Any]
 
 def bound_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable[..., Any]:
     """The callable for a step of the module, timed if somebody profiles; it takes all of these arguments by position."""
-    strategy = trainer.strategy
+    strategy, method = trainer.strategy, getattr(trainer.lightning_module, name)
+    if takes_argument(method, "dataloader_iter", explicit=True):
+        arguments = ("dataloader_iter", *arguments[1:])
     step = strategy.bind(name)
     if name == "training_step" and strategy.buffers is not None:
         step = strategy.buffers.before(step)
-    step = by_signature(step, getattr(trainer.lightning_module, name), arguments)
+    step = by_signature(step, method, arguments)
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 
 

@@ -66,8 +66,7 @@ class PyTorchProfiler(Profiler):
         self._export_to_flame_graph = profiler_kwargs.pop("export_to_flame_graph", False)
         self._metric = profiler_kwargs.pop("metric", "self_cpu_time_total")
         self._default_schedule = "schedule" not in profiler_kwargs
-        default_schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
-        schedule = profiler_kwargs.setdefault("schedule", default_schedule)
+        schedule = profiler_kwargs.setdefault("schedule", _default_schedule)
         if schedule is not None and not (callable(schedule) and isinstance(schedule(0), ProfilerAction)):
             got = repr(schedule(0)) if callable(schedule) else repr(schedule)
             what = f"`schedule` must be a function that returns a `torch.profiler.ProfilerAction`, but this is {got}."
@@ -168,6 +167,10 @@ class PyTorchProfiler(Profiler):
 
     def __getstate__(self) -> dict[str, Any]:  # what is being recorded stays in this process
         return {**self.__dict__, "profiler": None, "function_events": None, "_open": ExitStack(), "_labels": {}}
+
+
+def _default_schedule(step: int) -> ProfilerAction:  # a function of this file, because that of torch cannot be pickled
+    return torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)(step)
 
 
 def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from support import Regression, make_loader, make_trainer
@@ -203,8 +205,9 @@ def test_the_metrics_of_a_finished_run_are_there_when_it_is_started_again(tmp_pa
     for _ in range(4):
         saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_last=True)
         trainer = make_trainer(callbacks=[saving], max_epochs=2, enable_checkpointing=True, num_sanity_val_steps=1)
-        torch.manual_seed(1)
+        torch.manual_seed(len(found))
         trainer.fit(Logs(), make_loader(), make_loader(), ckpt_path="auto")
-        found.append((trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics))
+        drawn = torch.rand(()), random.random()
+        found.append((trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics, drawn))
     assert {*found[0][0]} == {"train_loss", "val_loss", "both", "both_step", "both_epoch"}
     assert found[1:] == found[:1] * 3

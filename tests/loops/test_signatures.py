@@ -191,6 +191,25 @@ def test_evaluation_steps_pull_batches(verb):
         assert [args[1:] for args in two.hooks if args[0] == "end"] == two.got
 
 
+class PullsByName(Pulls):
+    def pull(self, *, dataloader_iter):
+        self.got.append(next(dataloader_iter))
+
+    validation_step = test_step = predict_step = pull
+
+    def training_step(self, *, dataloader_iter):
+        return super().training_step(dataloader_iter)
+
+
+@pytest.mark.filterwarnings("ignore:.predict_step. returned")
+def test_the_iterator_is_passed_by_name_where_a_step_asks_for_that():
+    model = PullsByName()
+    for verb in ("validate", "test", "predict"):
+        getattr(make_trainer(), verb)(model, {"a": [0], "b": [2]})
+    make_trainer(limit_val_batches=0).fit(model, [3, 4])
+    assert model.got == [(0, 0, 0), (2, 0, 1)] * 3 + [[3], [4]]
+
+
 def test_hooks_of_training_get_the_batch_that_was_pulled_last():
     model = Pulls()
     make_trainer(limit_val_batches=0).fit(model, [3, 4])
