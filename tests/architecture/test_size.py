@@ -13,7 +13,7 @@ FILE_LINES = 800
 FACE_LINES = 900  # trainer.py and module.py: what users call
 FUNCTION_LINES = 60
 METHODS = 25
-PACKAGE_LINES = 26_000
+PACKAGE_LINES = 26_500
 
 # Faces that users see: as many methods as the contract names.
 FACADES = {
