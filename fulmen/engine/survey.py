@@ -29,6 +29,7 @@ class Survey:
 
     def __init__(self, board: Board, size: int, patience: float, ending: Callable[[int], str]) -> None:
         self.board, self.size, self.patience, self.ending = board, size, patience, ending
+        self.began = time.monotonic()
         self.beats: dict[int, dict[str, Any]] = {}
         self.heard: dict[int, float] = {}  # when a rank last said something new
         self.ended: dict[int, float] = {}  # when a rank was first seen to be done
@@ -52,8 +53,11 @@ class Survey:
         """Are the others done, as far as this one has to wait for them? Rank 0 for all, they for rank 0."""
         if self.board.rank != 0 and not self.board.peers:
             return True
-        ranks = self.beats if self.board.rank == 0 else (0,)
+        ranks = range(self.size) if self.board.rank == 0 else (0,)
         beats = [self.board.values.get(f"beat/{rank}") for rank in ranks]
+        # Who was not heard of yet may only be slow; a rank that could not connect is not waited for any longer.
+        if None in beats and time.monotonic() - self.began < self.patience:
+            return False
         return all(beat is None or beat["done"] for beat in beats)
 
     def missing(self, rank: int) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fulmen.engine.board import LONGEST_MESSAGE, MOST_STRANGERS, Board
+from fulmen.engine.survey import Survey
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 
@@ -144,3 +145,19 @@ def test_where_rank_0_cannot_listen_the_others_do_not_wait():
         Board(0, store, "nowhere.invalid")
     with pytest.raises(OSError, match="could not listen"):
         Board(1, store, "127.0.0.1")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_is_not_over_before_the_others_were_heard_of(rank):
+    found = boards()
+    settle(*found)
+    mine, other = found[rank], found[1 - rank]
+    survey = Survey(mine, 2, patience=100.0, ending=lambda rank: "")
+    mine.set(f"beat/{rank}", {"done": True})
+    assert not survey.is_over(), "the other one may only be slow to say that it is there"
+    for done in (False, True):
+        other.set(f"beat/{1 - rank}", {"done": done})
+        settle(*found)
+        assert survey.is_over() == done
+    never = Survey(boards()[0], 2, patience=0.0, ending=lambda rank: "")
+    assert never.is_over(), "a rank that could not connect is not waited for"
