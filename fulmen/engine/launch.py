@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from multiprocessing import util
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class ScriptLauncher:
         if not self.started:
             self.start()
         elif any(child.poll() is not None for child in self.children):
-            what = "The processes that were started for the other devices have ended, this one cannot go on alone."
+            what = "The processes that were started for the other devices have ended, this one cannot continue alone."
             raise RuntimeError(f"{what} Do not catch what ended them, and run the script again.")
         self.running = True
         try:
@@ -388,6 +389,8 @@ def _child(
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         _tell(folder, rank, error, watchdog.readable(traceback.format_exc()), getattr(error, "_fulmen_echo", False))
+    with contextlib.suppress(Exception):
+        util._run_finalizers(0)  # of semaphores, such as those of progress bars: the interpreter warns of what is left
     # Threads of a broken process group would keep the process.
     _exit(code)
 

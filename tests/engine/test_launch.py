@@ -1,5 +1,7 @@
 """How processes come to life and end: scripts that are run again, and calls in spawned and forked processes."""
 
+import _multiprocessing
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -7,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -188,6 +192,34 @@ def test_cuda_that_is_in_use_cannot_be_forked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="CUDA is in use"):
         make_trainer(devices=2, strategy="ddp_fork").fit(Regression(), make_loader())
+
+
+class HoldsLock(Regression):
+    """Has a lock with a name, as progress bars have, until its process ends."""
+
+    def __init__(self, folder, fails):
+        super().__init__()
+        self.folder, self.fails = folder, fails
+
+    def on_train_start(self):
+        self.lock = multiprocessing.get_context("spawn").Lock()
+        (self.folder / f"name-{self.global_rank}").write_text(self.lock._semlock.name)
+        if self.fails:
+            raise ValueError("unhappy")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_processes_leave_no_semaphores(tmp_path, fails):
+    """What is left is warned of when the interpreter ends."""
+    resource_tracker.ensure_running()
+    trainer = make_trainer(devices=2, strategy="ddp_fork")
+    with pytest.raises(ValueError, match="unhappy") if fails else nullcontext():
+        trainer.fit(HoldsLock(tmp_path, fails), make_loader())
+    names = [path.read_text() for path in tmp_path.glob("name-*")]
+    assert len(names) == 2
+    for name in names:
+        with pytest.raises(FileNotFoundError):
+            _multiprocessing.sem_unlink(name)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
