@@ -120,9 +120,9 @@ def monitors(trainer: Trainer) -> None:
     ]
     for name, asked_by in watched:
         if _OF_VALIDATION.match(name) and name not in trainer.callback_metrics:
-            lacking = "no `val_dataloader`, so no validation" if written else "no `validation_step`, so no validation"
+            lacking = "no `val_dataloader`" if written else "no `validation_step`"
             fix = "Pass `val_dataloaders` to `trainer.fit`" if written else f"Define it in {type(module).__name__}"
-            what = f"{asked_by}: `{name}` will not be available, as there is {lacking}."
+            what = f"{asked_by}: `{name}` will not be available, as there is {lacking}, so no validation in this call."
             raise MisconfigurationException(f"{what} {fix}, or monitor a value that training logs.")
 
 

@@ -74,6 +74,20 @@ def test_what_only_validation_could_log_is_refused_before_the_first_batch_if_the
 
 
 @pytest.mark.parametrize("watcher", WATCHERS)
+def test_what_an_earlier_call_logged_is_not_what_this_one_monitors(watcher, tmp_path):
+    """A second fit begins without the metrics of the first, so that what it asks of validation it must get itself."""
+    trainer = run(watcher, "val_loss", tmp_path)
+    assert "val_loss" in trainer.callback_metrics
+    for _ in range(2):
+        trainer.fit_loop.max_epochs += 1
+        with pytest.raises(MisconfigurationException, match=r"`val_loss` will not be available.*no validation in this"):
+            trainer.fit(trainer.lightning_module, make_loader())
+        assert trainer.global_step == 6
+    trainer.fit(trainer.lightning_module, make_loader(), make_loader())
+    assert trainer.current_epoch == 4 and trainer.global_step == 12
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
 def test_a_name_nobody_logs_ends_the_first_epoch_with_the_nearest_one(watcher, tmp_path):
     with pytest.raises((RuntimeError, MisconfigurationException), match="no such name was logged.*val_loss"):
         run(watcher, "val_los", tmp_path)
