@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -153,7 +154,8 @@ class ModelCheckpoint(Checkpoint):
         ends = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
         self._outdated = list(filter(files.exists, ends))
         writes = stage == "fit" and trainer.is_global_zero and self.save_top_k != 0
-        if writes and files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
+        resumes = Path(self.dirpath) in Path(os.path.abspath(trainer.ckpt_path or "")).parents  # files of its own
+        if writes and not resumes and files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
             rank_zero_warn(f"The checkpoint directory {self.dirpath} exists and is not empty.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -467,7 +469,7 @@ def _take_back(
         raise error
     what = f"Step {trainer.global_step}: {filepath!r} was not written: {type(error).__name__}: {error}."
     newest = before["_last_checkpoint_saved"] or "none, so far"
-    rank_zero_warn(f"{what} Training goes on (`on_save_error='warn'`). The newest checkpoint: {newest}.")
+    rank_zero_warn(f"{what} Training continues (`on_save_error='warn'`). The newest checkpoint: {newest}.")
 
 
 def _discard(callback: ModelCheckpoint, path: str, remove: Callable[[str], Any]) -> None:

@@ -6,12 +6,14 @@ import logging
 import os
 import re
 import signal
+import warnings
 from datetime import timedelta
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
+from support import Regression, make_loader, make_trainer
 
 import fulmen
 from fulmen.callbacks import Callback, Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
@@ -585,3 +587,20 @@ def test_default_checkpoint_is_added(fit, files):
     assert type(trainer.checkpoint_callback) is ModelCheckpoint
     assert files() == ["epoch=0-step=4.ckpt"]
     assert isinstance(trainer, fulmen.Trainer)
+
+
+def test_a_folder_with_files_of_another_run_is_named(tmp_path):
+    def warnings_of(folder, ckpt_path=None):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = make_trainer(callbacks=[ModelCheckpoint(folder)], enable_checkpointing=True, max_epochs=2)
+            trainer.fit(Regression(), make_loader(), ckpt_path=ckpt_path)
+        return [str(one.message) for one in caught if "is not empty" in str(one.message)], trainer
+
+    told, trainer = warnings_of(tmp_path / "one")
+    assert told == []
+    path = trainer.checkpoint_callback.best_model_path
+    assert warnings_of(tmp_path / "one", path)[0] == warnings_of(tmp_path / "one", "auto")[0] == []
+    assert len(warnings_of(tmp_path / "one")[0]) == 1
+    assert warnings_of(tmp_path / "two", "auto")[0] == []
+    assert len(warnings_of(tmp_path / "two", path)[0]) == 1
