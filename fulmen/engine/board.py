@@ -119,10 +119,11 @@ class Board:
 
     def drop(self, connection: socket.socket) -> None:
         """Ends a connection; if it was that of a rank, the rank is gone."""
-        self.peers.pop(connection, None)
-        self.strangers.pop(connection, None)
-        if (rank := self.ranks.pop(connection, None)) is not None:
-            self.gone.add(rank)
+        with self.lock:  # the main thread may be sending to all
+            self.peers.pop(connection, None)
+            self.strangers.pop(connection, None)
+            if (rank := self.ranks.pop(connection, None)) is not None:
+                self.gone.add(rank)
         with contextlib.suppress(OSError):
             connection.close()
 
