@@ -298,7 +298,9 @@ def parse_arguments() -> argparse.Namespace:
     default_out = Path(__file__).resolve().parent.parent / "runs" / "demo"
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits", help="which images to learn")
     parser.add_argument("--data-dir", default="data", help="where MNIST is, or is put")
-    parser.add_argument("--epochs", type=int, help="passes over the training images (default: 60 digits, 5 mnist)")
+    parser.add_argument(
+        "--epochs", type=int, default=0, help="passes over the training images; 0 is 60 for digits, 5 for mnist"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per optimizer step")
     parser.add_argument("--hidden", type=int, default=64, help="width of the layer between image and code")
     parser.add_argument("--latent", type=int, default=8, help="numbers an image is squeezed into")

@@ -184,7 +184,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.jit", "torch._jit")):
                 return None  # type: ignore[return-value]
             raise RuntimeError(
-                f"{type(self).__qualname__} is not attached to a `Trainer`. It is from `trainer.fit(module)` on; "
+                f"{type(self).__qualname__} is not attached to a `Trainer`. `trainer.fit(module)` attaches it; "
                 "use `self._trainer` to ask without an error."
             )
         return trainer

@@ -204,7 +204,7 @@ class NonFiniteGuard(Callback):
             self._put_aside(fault, "its gradients are dropped")
             return False
         self._roll_back(trainer)
-        self._put_aside(fault, "the model is back where it was at the last check, and training goes on")
+        self._put_aside(fault, "the model is back where it was at the last check, and training continues")
         return True
 
     def _read(self, trainer: Trainer) -> Fault | None:
@@ -228,7 +228,7 @@ class NonFiniteGuard(Callback):
         assert fault is not None
         self._in_a_row += 1
         if self.policy == "stop":
-            fix = "The last checkpoint is from before it. `NonFiniteGuard(policy='skip')` or 'rollback' would go on."
+            fix = "The last checkpoint is from before it. `NonFiniteGuard(policy='skip')` or 'rollback' would continue."
             raise NonFiniteError(f"In {fault}. {fix}", fault)
         if self._in_a_row > self.max_in_a_row:
             self._roll_back(trainer)

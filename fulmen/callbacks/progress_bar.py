@@ -337,5 +337,6 @@ def print_line(track: Track, metrics: dict[str, Any]) -> None:
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in metrics.items()
     ]
     batches = track.done - min(track.first, 0)
-    line = f"{track.name}: {', '.join([f'{batches} batches in {time}', f'{track.rate:.2f} it/s', *values])}"
+    unit = "batch" if batches == 1 else "batches"
+    line = f"{track.name}: {', '.join([f'{batches} {unit} in {time}', f'{track.rate:.2f} it/s', *values])}"
     print(encodable(line, sys.stdout), flush=True)

@@ -396,7 +396,7 @@ class Reading:
     def _say(self, count: int) -> None:
         name = type(getattr(self.loader, "dataset", self.loader)).__name__
         what = f"Resuming inside an epoch: {count} batches of `{name}` were read and passed over, as it has no indices."
-        rank_zero_info(f"{what} With `state_dict` and `load_state_dict` it goes on at once.")
+        rank_zero_info(f"{what} With `state_dict` and `load_state_dict` it continues at once.")
 
     def state(self, done: int, inside: bool, ahead: int = 0) -> dict[str, Any]:
         """In plain types, what `kept` takes; `inside` of an epoch of which so many batches are done, or between two."""

@@ -183,8 +183,8 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
     if kind == "tpu" or not kind.is_available():
         usable = [repr(name) for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
         gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
-        gone = f"No supported gpu backend found: {gone}" if asked == "gpu" else gone
-        raise MCE(f"For `accelerator={asked!r}`, {gone}. Available are {', '.join(usable)}.")
+        gone = f"No supported gpu backend found, as {gone}" if asked == "gpu" else gone
+        raise MCE(f"`accelerator={asked!r}`: {gone}. Available are {', '.join(usable)}.")
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
 

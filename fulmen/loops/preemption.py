@@ -62,7 +62,7 @@ def end(trainer: Trainer) -> NoReturn:
             trainer.save_checkpoint(path)
             trainer.strategy.finish_saving()
             signals.saved = path
-            rank_zero_info(f"Saved a checkpoint to {path}: `Trainer.fit(ckpt_path='auto')` goes on from there.")
+            rank_zero_info(f"Saved a checkpoint to {path}: `Trainer.fit(ckpt_path='auto')` continues from there.")
         except Exception as error:
             what = f"The run was told to end, and its last checkpoint {path!r} could not be written:"
             rank_zero_warn(f"{what} {type(error).__name__}: {error} Resume from the one before.")
@@ -104,10 +104,10 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
         found = auto.newest_good(candidates, load, strategy.verify_checkpoint if looks else None, fits)
 
     if not trainer.fast_dev_run:
-        strategy.on_rank_zero(search, "find a checkpoint to go on from")
+        strategy.on_rank_zero(search, "find a checkpoint to continue from")
     found = trainer._ckpt_path = strategy.broadcast(found)
     shown = ", ".join(folders) or "any folder: the run writes none"
-    said = f"goes on from {found}" if found else f"starts anew: there is no checkpoint in {shown}"
+    said = f"continues from {found}" if found else f"starts anew: there is no checkpoint in {shown}"
     rank_zero_info(f"`Trainer.fit(ckpt_path='auto')` {said}.")
     return found
 

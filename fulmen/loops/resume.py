@@ -235,7 +235,7 @@ class Memory:
         if misfit is None:
             progress.batch += place["done"] - kept["done"]
             return place
-        what = f"The checkpoint was written inside epoch {progress.epochs}, and cannot go on there: {misfit}."
+        what = f"The checkpoint was written inside epoch {progress.epochs}, and cannot be continued there: {misfit}."
         if trainer.strict_resume:
             fix = "Resume with what it was saved with, or use `Trainer(strict_resume=False)` to begin the next epoch."
             raise MisconfigurationException(f"{what} {fix}")
@@ -256,7 +256,7 @@ class Memory:
         unknown = {"at": 0, "opened": None, "first": None}
         loaders.go_on({"done": progress.batch, "readings": dict.fromkeys(range(len(loaders.flattened)), unknown)})
         what = f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}, from a file that does"
-        why = "not say how the order of samples was drawn: it goes on exactly only where nothing is shuffled."
+        why = "not say how the order of samples was drawn: it continues exactly only where nothing is shuffled."
         rank_zero_warn(f"{what} {why}")
 
     def restore(self) -> None:
