@@ -389,8 +389,9 @@ def _child(
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         _tell(folder, rank, error, watchdog.readable(traceback.format_exc()), getattr(error, "_fulmen_echo", False))
+    # Of semaphores, such as those of progress bars: the interpreter would warn of what is left.
     with contextlib.suppress(Exception):
-        util._run_finalizers(0)  # of semaphores, such as those of progress bars: the interpreter warns of what is left
+        util._run_finalizers(0)  # type: ignore[attr-defined]
     # Threads of a broken process group would keep the process.
     _exit(code)
 
