@@ -40,10 +40,11 @@ class TensorBoardLogger(FolderLogger):
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph, self._default_hp_metric, self._writer_kwargs = log_graph, default_hp_metric, kwargs
         self._has_hp_metric = False
+        self._found: dict[str, int] = {}  # event files of runs before this one, once they were looked for
         self.hparams: dict[str, Any] = {}
 
     def _open(self) -> Any:
-        self._found = self._event_files()  # of runs before this one
+        self._found = self._event_files()
         writer = importlib.import_module(self._library).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
         path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
         if self.hparams or not get_filesystem(path).isfile(path):  # it is there even if there is nothing in it
