@@ -27,6 +27,7 @@ from torch.utils.data import (
 from fulmen.data.combined import CombinedLoader, sized
 from fulmen.data.fetch import in_memory
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
+from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import suggested_max_num_workers
 from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 from fulmen.utilities.seed import pl_worker_init_function
@@ -56,11 +57,11 @@ _COUNTED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRando
 def length_is_certain(part: Any) -> bool:
     """Do a loader's parts, or those of a sampler, leave no doubt that it gives as many batches as `len()` says?
 
-    `len()` of an `IterableDataset`, of a sampler or of a loader of one's own is a promise that nobody checks; a
-    `DataLoader` that only reads in a way of its own is taken to give what its samplers say.
+    `len()` of an `IterableDataset`, of a sampler or of a loader of one's own is a promise that nobody checks. A subclass of
+    `DataLoader` is taken to give what its samplers say, unless its `__iter__` is a generator, which may leave batches out.
     """
     if isinstance(part, DataLoader):
-        own = type(part).__len__ is not DataLoader.__len__
+        own = type(part).__len__ is not DataLoader.__len__ or is_generator(type(part).__iter__)
         order = part.sampler if part.batch_sampler is None else part.batch_sampler
         return not own and reads_indices(part) and length_is_certain(order)
     if type(part) in (BatchSampler, IndexRecorder):

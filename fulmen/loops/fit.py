@@ -146,6 +146,8 @@ class FitLoop(Loop):
             if self.stop_due():
                 break
             self.progress.position = Position.IN_BATCH
+        else:
+            self.shortfall.after_batches(self)
         self.close_epoch()
         self.shortfall.after_epoch(self)
 

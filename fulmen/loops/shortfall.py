@@ -28,9 +28,18 @@ class Shortfall:
             )
             rank_zero_warn(f"{what} An iterator of your own is used up. Make it again, or catch the exception.")
         trainer.book.close_batch()
+        self.end_late(loop)
+
+    def after_batches(self, loop: FitLoop) -> None:
+        """No batch is left. If the last one was not known as such, what belongs to the end of the epoch follows now."""
+        if loop.feed.short and loop.progress.batch and not loop.progress.is_last_batch:  # type: ignore[union-attr]
+            self.end_late(loop)
+
+    def end_late(self, loop: FitLoop) -> None:
+        """The end of an epoch, without a step."""
         loop.optimization.stepped = False
         loop.skip_epoch()
-        if loop.validation_due():
+        if loop.validated_at != loop.progress.batches and loop.validation_due():
             loop.validate()
 
     def after_epoch(self, loop: FitLoop) -> None:

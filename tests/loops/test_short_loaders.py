@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from itertools import islice
 
 import pytest
 import torch
@@ -62,11 +63,22 @@ def dropping_workers():
     return DataLoader(Promising(22, 22), batch_size=4, num_workers=2, drop_last=True)
 
 
+class Stopping(DataLoader):
+    def __iter__(self):
+        yield from islice(super().__iter__(), 4)
+
+
+class Cut(DataLoader):
+    def __iter__(self):
+        return islice(super().__iter__(), 4)
+
+
 LOADERS = {
     "iterable": lambda: DataLoader(Promising(8, 10), batch_size=2),
     "workers that drop": dropping_workers,
     "a loader of one's own": lambda: Batches(4),
     "a sampler": lambda: DataLoader(samples(10), batch_size=2, sampler=Few()),
+    "a DataLoader of one's own": lambda: Stopping(samples(10), batch_size=2),
     "several": lambda: {"a": Batches(4), "b": Batches(4)},
 }
 
@@ -122,6 +134,15 @@ def test_everything_that_belongs_to_the_end_of_an_epoch_happens(tmp_path, kind, 
     theirs = by_hand(batches, window, 2)
     for ours, hand in zip(model.parameters(), theirs.parameters()):
         torch.testing.assert_close(ours, hand, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("interval", [1.0, 2])
+def test_validation_and_schedulers_follow_where_nobody_could_know_the_last_batch(interval):
+    model, trainer = Model(), make_trainer(max_epochs=2, val_check_interval=interval)
+    with pytest.warns(UserWarning, match="promised 5 batches .* gave 4"):
+        trainer.fit(model, Cut(samples(10), batch_size=2), DataLoader(samples(4), batch_size=2))
+    assert model.validated == ([4, 8] if interval == 1.0 else [2, 4, 6, 8]) and trainer.global_step == 8
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.025
 
 
 def iterated(loaders):
