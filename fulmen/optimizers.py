@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -219,6 +220,9 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
             f"A scheduler's interval is {config.interval!r}.{suggestion(str(config.interval), ('step', 'epoch'))} "
             'Use "interval": "step" or "interval": "epoch".'
         )
+    if not isinstance(config.frequency, Real) or config.frequency < 1 or config.frequency % 1:
+        what = f'A scheduler\'s "frequency" is {config.frequency!r}: it must be a whole number of 1 or more,'
+        raise MisconfigurationException(f'{what} and counts epochs, or optimizer steps with "interval": "step".')
     if config.reduce_on_plateau and config.monitor is None:
         raise _plateau_needs_monitor()
     if isinstance(config.scheduler, OneCycleLR) and config.interval == "epoch":

@@ -13,6 +13,7 @@ from torch import nn
 import fulmen as pl
 from fulmen.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
+BASE = pl.LightningModule.validation_step
 SGD, StepLR = torch.optim.SGD, torch.optim.lr_scheduler.StepLR
 
 
@@ -163,6 +164,7 @@ MISTAKES = {
     "no training_step": (lambda: fit(net(training_step=pl.LightningModule.training_step)), "Define `def training_step"),
     "misspelt step": (lambda: fit(net(tset_step=Net.validation_step)), "Did you mean `test_step`"),
     "hook of an older version": (lambda: fit(net(training_epoch_end=lambda self, outputs: None)), "Use `on_train_epoch_end`"),
+    "another name for validation": (lambda: fit(net(validate_step=lambda self, b, i: 0, validation_step=BASE)), "`validation_step`"),
     "nearly a hook": (lambda: fit(net(on_training_start=lambda self: None)), "Did you mean the hook `on_train_start`"),
     "wrong arguments of a hook": (lambda: fit(net(on_train_epoch_end=lambda self, outputs: None)), "Define `def on_tr"),
     "wrong arguments of a callback's hook": (lambda: fit(callbacks=[Own()]), r"end\(self, trainer, pl_module\)`"),
@@ -172,7 +174,7 @@ MISTAKES = {
     "layers in a dict": (lambda: fit(with_list({"a": nn.Linear(4, 4)})), "`nn.ModuleDict`"),
     "eval mode": (lambda: fit(Net().eval()), r"Call `.train\(\)`"),
     "nothing to train": (lambda: fit(frozen()), "check that parameters require gradients"),
-    "the trainer in __init__": (lambda: init(lambda self: self.trainer), "from `trainer.fit"),
+    "the trainer in __init__": (lambda: init(lambda self: self.trainer), r"`trainer.fit\(module\)` attaches it"),
     # the step
     "a number for a loss": (lambda: fit(step(lambda self, batch: self.loss(batch).item())), "Return the loss as a tensor"),
     "a detached loss": (lambda: fit(step(lambda self, batch: self.loss(batch).detach())), "Remove `.detach"),
@@ -180,6 +182,11 @@ MISTAKES = {
     "a loss per sample": (lambda: fit(step(lambda self, batch: self(batch[0]))), r"Reduce it.*`.mean\(\)`"),
     "a dict without loss": (lambda: fit(step(lambda self, batch: {"los": self.loss(batch)})), 'Return {"loss": loss'),
     "no loss": (lambda: fit(step(lambda self, batch: None), max_epochs=40), "return loss"),
+    "a loss of other weights": (lambda: fit(step(lambda self, batch: torch.ones(1, requires_grad=True).sum())), "does not depend"),
+    "layers made too late": (lambda: fit(net(on_train_start=lambda self: setattr(self, "net", nn.Linear(4, 1)))), "replaced"),
+    "no step in manual optimization": (
+        lambda: fit(init(lambda self: setattr(self, "automatic_optimization", False))), r"self.optimizers\(\).step\(\)"
+    ),
     "a step by hand": (lambda: fit(step(by_hand)), "self.automatic_optimization = False"),
     # logging
     "log in __init__": (lambda: init(lambda self: self.log("a", 1.0)), "only while `trainer.fit`"),
@@ -196,6 +203,10 @@ MISTAKES = {
     "another model's optimizer": (lambda: fit(optim(lambda o: SGD(Net().parameters(), lr=0.1))), r"Pass `self.parameters\(\)`"),
     "a scheduler alone": (lambda: fit(optim(lambda o: StepLR(o, 1))), "Return an optimizer"),
     "misspelt key": (lambda: fit(optim(lambda o: {"optimizer": o, "scheduler": StepLR(o, 1)})), "Did you mean `lr_scheduler`"),
+    "a frequency of 0": (
+        lambda: fit(optim(lambda o: ([o], [{"scheduler": StepLR(o, 1), "frequency": 0}]))), "whole number of 1 or more"
+    ),
+    "a text for a patience": (lambda: EarlyStopping("val_loss", patience="3"), "must be a number of checks"),
     "plateau of nothing": (
         lambda: fit(optim(lambda o: ([o], [torch.optim.lr_scheduler.ReduceLROnPlateau(o)]))), '"monitor": "val_loss"'
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -56,6 +57,9 @@ class EarlyStopping(Callback):
     ) -> None:  # fmt: skip
         if mode not in self.mode_dict:
             raise MisconfigurationException(f"`EarlyStopping(mode={mode!r})` is not known. Use 'min' or 'max'.")
+        given: Any = patience
+        if not isinstance(given, Real):
+            raise TypeError(f"`EarlyStopping(patience={patience!r})` must be a number of checks, such as 3.")
         self.monitor, self.mode, self.strict, self.verbose = monitor, mode, strict, verbose
         self.min_delta = min_delta if mode == "max" else -min_delta
         self.patience, self.check_finite = patience, check_finite

@@ -278,7 +278,9 @@ def plain_value(value: Any) -> bool | int | float | str | None:
     """The value itself if it is a number or text, the number inside one-element arrays, else a readable name."""
     if isinstance(value, Enum):
         return value.name
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, str):  # with what no file could hold, such as the odd bytes of a path, shown as escapes
+        return value.encode(errors="backslashreplace").decode()
+    if value is None or isinstance(value, (bool, int, float)):
         return value
     try:
         if callable(getattr(value, "item", None)) and math.prod(getattr(value, "shape", ())) == 1:

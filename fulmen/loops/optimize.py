@@ -21,7 +21,7 @@ from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import is_generator, overridden, returns_nothing, takes_argument
 from fulmen.utilities.modules import scale_gradients
-from fulmen.utilities.rank_zero import warn_once
+from fulmen.utilities.rank_zero import rank_zero_warn, warn_once
 
 if TYPE_CHECKING:
     from fulmen.loops.dispatch import HookPlan
@@ -135,7 +135,8 @@ class AutomaticOptimization(Optimization):
         self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
         self.left_out = False
         self.skipped: Any = False  # kept for a turn: the precision knows of the last step only
-        if (check := getattr(self.strategy, "check_gradients", None)) is not None:
+        check = getattr(self.strategy, "check_gradients", None if self.several else self.check_gradients)
+        if check is not None:
             self.finish_gradients = self.first_checked(check)  # type: ignore[method-assign]
         self.only: dict[str, Any] = {}  # arguments of backward that keep gradients to this optimizer's parameters
         self.closure_result: Any = None
@@ -267,6 +268,15 @@ class AutomaticOptimization(Optimization):
             self.finish_gradients()
 
         return run
+
+    def check_gradients(self) -> None:
+        """After the first backward: an optimizer whose parameters it did not reach changes nothing."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        unreached = all(parameter.grad is None for parameter in parameters)
+        if self.checked and unreached and not isinstance(self.optimizer, NoOptimizer):
+            what = f"No parameter of the `{type(self.optimizer).__name__}` has a gradient after the first backward:"
+            why = "the loss does not depend on them, or the layers were replaced after `configure_optimizers`."
+            rank_zero_warn(f"{what} {why} Make layers in `__init__` or `configure_model`.")
 
     def no_loss(self) -> str:
         where = f"on rank {self.trainer.global_rank} of {self.trainer.world_size}"

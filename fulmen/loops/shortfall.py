@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 
 if TYPE_CHECKING:
@@ -58,13 +58,18 @@ class Shortfall:
             self.refuse(loop, f"in {self.empty_epochs} epochs in a row")
 
     def after_training(self, loop: FitLoop) -> None:
-        """Refuses a run in which nothing was trained.
+        """Refuses a run in which nothing was trained, and warns of one without an optimizer step.
 
         Raises:
             MisconfigurationException: if no epoch had a batch.
         """
         if self.empty_epochs and not loop.progress.batches:
             self.refuse(loop, "in any epoch: nothing was trained")
+        module, progress = loop.trainer.lightning_module, loop.progress
+        if progress.batches and not progress.steps and not module.automatic_optimization and loop.trainer.optimizers:
+            what = f"`{type(module).__name__}.training_step` made no optimizer step, in manual optimization."
+            fix = "Call `self.manual_backward(loss)` and `self.optimizers().step()` in it"
+            rank_zero_warn(f"{what} {fix}, or leave `self.automatic_optimization` True.", category=PossibleUserWarning)
 
     def refuse(self, loop: FitLoop, when: str) -> None:
         label = loop.trainer.sources.get("train").label

@@ -178,7 +178,8 @@ _HOOK_NAME = re.compile(
     r"(on|configure)_\w+|\w+_step|\w+_dataloader|setup|teardown|prepare_data|forward|backward|optimizer_zero_grad"
     r"|transfer_batch_to_device|(load_)?state_dict"
 )
-_USUAL_WORDS = {"training": "train", "testing": "test", "val": "validation", "valid": "validation", "begin": "start"}
+_USUAL_WORDS = {"training": "train", "testing": "test", "begin": "start"}
+_USUAL_WORDS |= dict.fromkeys(("val", "valid", "validate", "validating"), "validation")
 
 
 def _in_usual_words(name: str) -> str:

@@ -44,7 +44,7 @@ def odd_values():
         "dataclass": Config(), "namespace": argparse.Namespace(a=1), "function": lambda: 0, "class": Config,
         "partial": functools.partial(int, base=2), "module": torch.nn.ReLU(), "odd": Unshowable(), "bytes": b"x",
         "itself": inside, "list": [Config(), {"a": torch.ones(2)}], "empty": {}, "nothing": None, 3: "a number as name",
-        "a//b": 1, "e@": 2, "nan": float("nan"), "text": "two\nlines", "set": {1}, "pair": (1, (Config(),)),
+        "a//b": 1, "e@": 2, "nan": float("nan"), "text": "two\nlines", "odd bytes": "a\udcff", "set": {1}, "pair": (1, (Config(),)),
     }  # fmt: skip
     if importlib.util.find_spec("omegaconf"):
         create = importlib.import_module("omegaconf").OmegaConf.create
