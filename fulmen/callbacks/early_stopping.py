@@ -166,10 +166,8 @@ class EarlyStopping(Callback):
         if stop_at is not None and is_better(current, stop_at):
             return reason.STOPPING_THRESHOLD, f"Stopping threshold reached: {name} = {current} {better} {stop_at}."
         if diverged_at is not None and is_better(-current, -diverged_at):
-            return (
-                reason.DIVERGENCE_THRESHOLD,
-                f"Divergence threshold reached: {name} = {current} {worse} {diverged_at}.",
-            )
+            told = f"Divergence threshold reached: {name} = {current} {worse} {diverged_at}."
+            return reason.DIVERGENCE_THRESHOLD, told
         return reason.NOT_STOPPED, None
 
     def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
@@ -187,10 +185,8 @@ class EarlyStopping(Callback):
         if self.wait_count < self.patience:
             return reason.NOT_STOPPED, None
         best = f"the best score was {self.best_score:.3f}"
-        return (
-            reason.PATIENCE_EXHAUSTED,
-            f"Monitored metric {name} did not improve in {self.wait_count} checks; {best}.",
-        )
+        told = f"Monitored metric {name} did not improve in {self.wait_count} checks; {best}."
+        return reason.PATIENCE_EXHAUSTED, told
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in _STATE}

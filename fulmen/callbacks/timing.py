@@ -19,23 +19,17 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 
-def _starts(stage: RunningStage) -> Callable[..., None]:
-    """The method of `Timer` for the hook at the start of a stage; the sanity check is validation too."""
+def _hooks(stage: RunningStage) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The methods of `Timer` for the hooks at the start and end of a stage; the sanity check is validation too."""
 
     def start(self: Timer, *_: Any) -> None:
         self._start[stage.value] = time.monotonic()
         self._end.pop(stage.value, None)
 
-    return start
-
-
-def _ends(stage: RunningStage) -> Callable[..., None]:
-    """The method of `Timer` for the hook at the end of a stage."""
-
     def end(self: Timer, *_: Any) -> None:
         self._end[stage.value] = time.monotonic()
 
-    return end
+    return start, end
 
 
 class Timer(Callback):
@@ -82,9 +76,9 @@ class Timer(Callback):
         """Seconds left of the duration, None without one."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
-    on_train_start, on_train_end = _starts(RunningStage.TRAINING), _ends(RunningStage.TRAINING)
-    on_validation_start, on_validation_end = _starts(RunningStage.VALIDATING), _ends(RunningStage.VALIDATING)
-    on_test_start, on_test_end = _starts(RunningStage.TESTING), _ends(RunningStage.TESTING)
+    on_train_start, on_train_end = _hooks(RunningStage.TRAINING)
+    on_validation_start, on_validation_end = _hooks(RunningStage.VALIDATING)
+    on_test_start, on_test_end = _hooks(RunningStage.TESTING)
 
     def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._stop_if_over(trainer)  # a resumed run may have used up its time already

@@ -45,13 +45,8 @@ class WandbLogger(ServiceLogger):
         self._experiment, self._checkpoint_name, self.add_file_policy = experiment, checkpoint_name, add_file_policy
         self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self._save_dir = os.fspath(save_dir if dir is None else dir)
-        options = {
-            "name": name,
-            "project": self._project,
-            "dir": self._save_dir,
-            "id": version or id,
-            "resume": "allow",
-        }
+        place = {"name": name, "project": self._project, "dir": self._save_dir}
+        options = {**place, "id": version or id, "resume": "allow"}
         modes = {**({"anonymous": "allow"} if anonymous else {}), **({"mode": "offline"} if offline else {})}
         self._init_options: dict[str, Any] = {**options, **modes, **kwargs}
         # With `sync_tensorboard`, wandb itself logs an axis of this name.
