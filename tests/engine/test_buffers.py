@@ -136,6 +136,9 @@ def trials(cases):
 
 def check(case, results):
     _, average, _, _, options = case
+    # Of three numbers, the sum depends on the order; that of `all_reduce` changes with the buckets, which torch's wrapper
+    # divides anew after the first step of a process.
+    near = 0 if len(results) == 2 else 1e-12
     for values, whole, resumed, expected, tested in results:
         assert values == results[0][0], case  # all processes know the same
         assert tested == pytest.approx(expected, rel=1e-12), case
@@ -144,9 +147,11 @@ def check(case, results):
         for name, tensor in whole.items():
             torch.testing.assert_close(tensor, results[0][1][name], rtol=0, atol=0, msg=f"{case}: {name}")
         for later, state in resumed:
-            assert later == values[-len(later) :] and later, case
+            assert later, case
+            for found, value in zip(later, values[-len(later) :]):
+                assert found == pytest.approx(value, rel=near, abs=0), case
             for name, tensor in state.items():
-                torch.testing.assert_close(tensor, whole[name], rtol=0, atol=0, msg=f"{case}: {name}, resumed")
+                torch.testing.assert_close(tensor, whole[name], rtol=near, atol=near, msg=f"{case}: {name}, resumed")
 
 
 EVERY_EPOCH = {"trainer": {"val_check_interval": BATCHES}}
