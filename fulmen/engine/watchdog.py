@@ -471,8 +471,8 @@ def own(watchdog: Watchdog, error: BaseException) -> dict[str, Any]:
     signalled = interrupted or (isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM)
     first = (str(error).splitlines() or [""])[0][:300]
     loader = workers.waiting_for(frames_of(error))
-    # Its connections end before it does.
-    worker = "" if loader is None else workers.ended_early(loader, 1.0 if isinstance(error, (OSError, EOFError)) else 0)
+    # Its connections end before it does, on a busy machine long before.
+    worker = "" if loader is None else workers.ended_early(loader, 3.0 if isinstance(error, (OSError, EOFError)) else 0)
     return {
         "rank": watchdog.rank,
         "kind": "exit" if signalled else "raised",
