@@ -227,3 +227,13 @@ def test_type_checkers_accept_what_is_there_and_nothing_else(tmp_path, checker):
     assert {(Path(file).name, int(line)) for file, line in places} == {("wrong.py", line) for line in (3, 4, 5, 6)}, (
         told
     )
+
+
+def test_modules_are_suggested_beside_finders_of_others(monkeypatch):
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
+    with pytest.raises(ModuleNotFoundError, match="Did you mean `fulmen.callbacks`"):
+        importlib.import_module("fulmen.callback")

@@ -113,9 +113,9 @@ class DeepPaths(MetaPathFinder, Loader):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         served = fullname.removeprefix("fulmen.").removesuffix(".__main__")
         homes = [home for home in PATHS.get(served, ()) if has_module(home)]
-        if fullname.startswith("fulmen.") and not homes and sys.meta_path[-1] is self:
-            error = missing_module(fullname, sys._getframe(2))
-            if error is not None:
+        if fullname.startswith("fulmen.") and not homes and (error := missing_module(fullname, sys._getframe(2))):
+            after = sys.meta_path[sys.meta_path.index(self) + 1 :] if self in sys.meta_path else []  # `six` adds one
+            if not any(finder.find_spec(fullname, path, target) for finder in after if hasattr(finder, "find_spec")):
                 raise error
         if not fullname.startswith("fulmen.") or not homes:
             return None

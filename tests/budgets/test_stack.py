@@ -19,7 +19,8 @@ def frames(fulmen, tmp_path: Path) -> list[str]:
 
 
 def test_eight_frames_lie_from_fit_to_training_step(frames: list[str]) -> None:
-    assert frames[0] == "trainer.py:Trainer.fit"
+    # Code knows its class from Python 3.11 on.
+    assert frames[0] in ("trainer.py:Trainer.fit", "trainer.py:fit")
     assert frames[-1].endswith("training_step")
     assert len(frames) <= FRAMES, "\n".join(frames)
 
