@@ -111,15 +111,18 @@ class DeepPaths(MetaPathFinder, Loader):
     """Serves `fulmen.` paths that are no files here. It is asked last, so a file always wins."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        served = fullname.removeprefix("fulmen.").removesuffix(".__main__")
-        homes = [home for home in PATHS.get(served, ()) if has_module(home)]
-        if fullname.startswith("fulmen.") and not homes and (error := missing_module(fullname, sys._getframe(2))):
-            after = sys.meta_path[sys.meta_path.index(self) + 1 :] if self in sys.meta_path else []  # `six` adds one
-            if not any(finder.find_spec(fullname, path, target) for finder in after if hasattr(finder, "find_spec")):
-                raise error
-        if not fullname.startswith("fulmen.") or not homes:
+        if not fullname.startswith("fulmen."):
             return None
-        return ModuleSpec(fullname, self, is_package=not fullname.endswith(".__main__"))
+        served = fullname.removeprefix("fulmen.").removesuffix(".__main__")
+        if any(has_module(home) for home in PATHS.get(served, ())):
+            return ModuleSpec(fullname, self, is_package=not fullname.endswith(".__main__"))
+        error = missing_module(fullname, sys._getframe(2))
+        # Finders that others have added since, as `six` does, may still know the module.
+        after = sys.meta_path[sys.meta_path.index(self) + 1 :] if error and self in sys.meta_path else []
+        found = any(finder.find_spec(fullname, path, target) for finder in after if hasattr(finder, "find_spec"))
+        if error is not None and not found:
+            raise error
+        return None
 
     def get_code(self, fullname: str) -> CodeType:
         """For ``python -m``: the first of the homes is run."""
