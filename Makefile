@@ -58,13 +58,13 @@ bench: $(STAMPS)/test
 	@$(PY) -m benchmarks $(ARGS)
 
 bench-exact: $(STAMPS)/test
-	@$(PY) -m benchmarks.exact $(ARGS)
+	@$(PY) -m trials.exact $(ARGS)
 
 bench-interchange: $(STAMPS)/test
-	@$(PY) -m benchmarks.interchange $(ARGS)
+	@$(PY) -m trials.interchange $(ARGS)
 
 bench-kill: $(STAMPS)/test
-	@$(PY) -m benchmarks.kill $(ARGS)
+	@$(PY) -m trials.kill $(ARGS)
 
 docs: $(STAMPS)/docs
 	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.utilities.filesystem import atomic_write
+from fulmen.storage.filesystem import atomic_write
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_deprecation

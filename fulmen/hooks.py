@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+def nothing(*_: Any) -> None:
+    """The hook nobody implements."""
+
+
 @dataclass(frozen=True)
 class LogRule:
     """What `self.log` does by default in one hook, and which of `on_step` and `on_epoch` may be chosen there."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.engine.precision import step_with_closure
-from fulmen.logbook import missing_metric
+from fulmen.metrics.logbook import missing_metric
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import alias, is_overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -21,7 +21,7 @@ from fulmen.utilities.types import LRSchedulerConfig
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from fulmen.logbook import LogBook
+    from fulmen.metrics.logbook import LogBook
 
 _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")

@@ -13,15 +13,15 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
     from fulmen.engine.bitsandbytes import BitsandbytesPrecision
-    from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
     from fulmen.engine.cluster import ClusterEnvironment
     from fulmen.engine.deepspeed import DeepSpeedPrecision
-    from fulmen.engine.dtensors import FSDPPrecision
+    from fulmen.engine.dtensor import FSDPPrecision
     from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
     from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
     from fulmen.engine.transformer_engine import TransformerEnginePrecision
+    from fulmen.storage.async_io import AsyncCheckpointIO
+    from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)
 

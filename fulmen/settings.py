@@ -1,4 +1,4 @@
-"""What the Trainer's arguments mean: `check` applies a rule per topic; `engine.resolve` and `run_parts` make the parts."""
+"""What the Trainer's arguments mean: `check` applies a rule per topic; `engine.resolve` and `defaults` make the parts."""
 
 from __future__ import annotations
 

@@ -18,29 +18,12 @@ from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, folder_of_run
 from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress_bar import ProgressBar
-from fulmen.callbacks.timing import GradientAccumulationScheduler
+from fulmen.callbacks.timer import GradientAccumulationScheduler
 from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
-from fulmen.engine import watchdog
-from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, plain_attributes
-from fulmen.engine.resolve import announce, resolve
-from fulmen.engine.strategy import Strategy
-from fulmen.hparams import drop_unpicklable
-from fulmen.logbook import LogBook, to_host
-from fulmen.loggers.logger import FolderLogger, claim_versions
-from fulmen.loops import cadence, preemption, verify
-from fulmen.loops.dispatch import HookPlan
-from fulmen.loops.evaluate import EvaluationLoop
-from fulmen.loops.fit import FitLoop
-from fulmen.loops.loading import loaders_as_given
-from fulmen.loops.predict import PredictionLoop
-from fulmen.loops.signals import Signals
-from fulmen.module import LightningModule, missing_super_init
-from fulmen.optimizers import LightningOptimizer, read_optimizers
-from fulmen.run_parts import (
+from fulmen.defaults import (
     arrange,
     assemble_callbacks,
     assemble_loggers,
@@ -49,10 +32,27 @@ from fulmen.run_parts import (
     run_dir,
     send_hparams,
 )
+from fulmen.engine.cluster import SLURMEnvironment
+from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, plain_attributes
+from fulmen.engine.resolve import announce, resolve
+from fulmen.engine.strategy import Strategy
+from fulmen.hparams import drop_unpicklable
+from fulmen.loggers.logger import FolderLogger, claim_versions
+from fulmen.loops import cadence, checks, preemption
+from fulmen.loops.dataloading import loaders_as_given
+from fulmen.loops.evaluate import EvaluationLoop
+from fulmen.loops.fit import FitLoop
+from fulmen.loops.hook_plan import HookPlan
+from fulmen.loops.predict import PredictionLoop
+from fulmen.loops.signals import Signals
+from fulmen.metrics.logbook import LogBook, to_host
+from fulmen.module import LightningModule, missing_super_init
+from fulmen.optimizers import LightningOptimizer, read_optimizers
+from fulmen.storage.filesystem import is_remote
+from fulmen.supervision import watchdog
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, describe_received
-from fulmen.utilities.filesystem import is_remote
 from fulmen.utilities.introspection import alias, by_signature, overridden
 from fulmen.utilities.keywords import hide_unknown, refuse_misuse
 from fulmen.utilities.modules import from_compiled, is_compiled
@@ -422,7 +422,7 @@ class Trainer:
             module = self.lightning_module
             self.strategy.connect(module)
             self._connect_callbacks()
-            verify.configuration(self)
+            checks.configuration(self)
             self.strategy.setup_environment()
             self.strategy.watch(self)
             self.signals.install(self.strategy.cluster_environment if fit else None)

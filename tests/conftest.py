@@ -12,6 +12,7 @@ import torch
 from support import Regression, make_loader
 from torch.utils.data import DataLoader
 
+pytest_plugins = ["processes"]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 import fulmen as pl
 from fulmen.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from fulmen.engine.checkpoint_io import DamagedCheckpointError
+from fulmen.storage.checkpoint_io import DamagedCheckpointError
 from fulmen.utilities.errors import MisconfigurationException
 
 

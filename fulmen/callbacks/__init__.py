@@ -16,12 +16,10 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from fulmen.callbacks.averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
     from fulmen.callbacks.callback import Callback
     from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
     from fulmen.callbacks.early_stopping import EarlyStopping
     from fulmen.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
-    from fulmen.callbacks.guard import NonFiniteError, NonFiniteGuard
     from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
     from fulmen.callbacks.monitors import (
         DeviceStatsMonitor,
@@ -30,10 +28,12 @@ if TYPE_CHECKING:
         SpikeDetection,
         ThroughputMonitor,
     )
+    from fulmen.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
+    from fulmen.callbacks.prediction_writer import BasePredictionWriter, LambdaCallback
     from fulmen.callbacks.progress_bar import ProgressBar
     from fulmen.callbacks.rich_bar import RichProgressBar, RichProgressBarTheme
-    from fulmen.callbacks.timing import GradientAccumulationScheduler, Timer
+    from fulmen.callbacks.timer import GradientAccumulationScheduler, Timer
     from fulmen.callbacks.tqdm_bar import TQDMProgressBar
-    from fulmen.callbacks.writing import BasePredictionWriter, LambdaCallback
+    from fulmen.callbacks.weight_averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)

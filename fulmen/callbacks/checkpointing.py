@@ -19,13 +19,13 @@ import torch
 
 from fulmen.callbacks.callback import Callback
 from fulmen.checkpoint.paths import FINISHED, PREEMPTED
-from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
-from fulmen.logbook import missing_metric
+from fulmen.metrics.logbook import missing_metric
+from fulmen.storage.async_io import AsyncCheckpointIO
+from fulmen.storage.atomic import clean, flush_folder, temporary_name
+from fulmen.storage.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.introspection import alias
 from fulmen.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
-from fulmen.utilities.temporaries import clean, flush_folder, temporary_name
 from fulmen.utilities.types import TrainerFn
 
 if TYPE_CHECKING:

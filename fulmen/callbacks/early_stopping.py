@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fulmen.callbacks.callback import Callback
-from fulmen.logbook import missing_metric
+from fulmen.metrics.logbook import missing_metric
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from fulmen.utilities.types import TrainerFn

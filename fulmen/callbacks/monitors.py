@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from fulmen.callbacks.callback import Callback
 from fulmen.engine.accelerators import Accelerator, CPUAccelerator
 from fulmen.module import LightningModule
+from fulmen.storage.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn

@@ -13,11 +13,11 @@ import torch
 
 from fulmen.checkpoint.migrate import refuse_foreign
 from fulmen.checkpoint.paths import files_in, named
-from fulmen.engine.sealed import DamagedCheckpointError, damaged
-from fulmen.engine.sharded_checkpoint import META, is_sharded
-from fulmen.utilities.filesystem import is_remote, local_path, modified
+from fulmen.storage.atomic import clean
+from fulmen.storage.filesystem import is_remote, local_path, modified
+from fulmen.storage.integrity import DamagedCheckpointError, damaged
+from fulmen.storage.sharded import META, is_sharded
 from fulmen.utilities.rank_zero import rank_zero_warn
-from fulmen.utilities.temporaries import clean
 
 EXTENSION = ".ckpt"  # unless callbacks write others
 Load = Callable[[str], dict[str, Any]]

@@ -6,8 +6,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.sharded_checkpoint import META, is_plain_torch, is_sharded, read_plain
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
+from fulmen.storage.sharded import META, is_plain_torch, is_sharded, read_plain
 
 
 def consolidate(

@@ -19,11 +19,11 @@ from torch import nn
 from fulmen.checkpoint.hparams import OMEGACONF, read_objects
 from fulmen.checkpoint.migrate import migrate_checkpoint
 from fulmen.checkpoint.snapshot import load_weights
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.sealed import read
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
+from fulmen.storage.filesystem import get_filesystem
+from fulmen.storage.integrity import read
 from fulmen.utilities.collections import AttributeDict
 from fulmen.utilities.errors import suggestion
-from fulmen.utilities.filesystem import get_filesystem
 from fulmen.utilities.introspection import parameters_of
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_warn

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.sealed import DamagedCheckpointError
-from fulmen.utilities.filesystem import get_filesystem, is_remote, local_path, modified
+from fulmen.storage.atomic import clean
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
+from fulmen.storage.filesystem import get_filesystem, is_remote, local_path, modified
+from fulmen.storage.integrity import DamagedCheckpointError
 from fulmen.utilities.rank_zero import rank_zero_warn
-from fulmen.utilities.temporaries import clean
 
 Verify = Callable[[Any], Any]  # raises if a checkpoint cannot be used
 

@@ -15,8 +15,8 @@ from torch.nn.parameter import is_lazy
 from fulmen.checkpoint.hparams import read_objects, write_hparams
 from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
 from fulmen.checkpoint.migrate import API_VERSION, VERSION_KEY, migrate_checkpoint, refuse_foreign, release
-from fulmen.engine.sealed import DamagedCheckpointError
-from fulmen.engine.sharded_checkpoint import is_sharded
+from fulmen.storage.integrity import DamagedCheckpointError
+from fulmen.storage.sharded import is_sharded
 from fulmen.utilities.errors import MisconfigurationException, nearest
 from fulmen.utilities.introspection import is_overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn

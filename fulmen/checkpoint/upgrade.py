@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fulmen.checkpoint.load import keep_available_device
 from fulmen.checkpoint.migrate import API_VERSION, VERSION_KEY, migrate_checkpoint
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
 
 
 def upgrade(path: str | os.PathLike, map_to_cpu: bool = False, weights_only: bool | None = None) -> str | None:

@@ -24,10 +24,11 @@ hparams: core.mixins core.mixins.hparams_mixin core.saving utilities.parsing  ch
 trainer: trainer.trainer
 
 callbacks.checkpointing: callbacks.checkpoint callbacks.model_checkpoint callbacks.on_exception_checkpoint
-callbacks.averaging: callbacks.stochastic_weight_avg callbacks.weight_averaging
+callbacks.weight_averaging: callbacks.stochastic_weight_avg callbacks.averaging
 callbacks.monitors: callbacks.device_stats_monitor callbacks.lr_monitor callbacks.spike callbacks.throughput_monitor
-callbacks.timing: callbacks.timer callbacks.gradient_accumulation_scheduler
-callbacks.writing: callbacks.prediction_writer callbacks.lambda_function
+callbacks.timer: callbacks.timing callbacks.gradient_accumulation_scheduler
+callbacks.prediction_writer: callbacks.writing callbacks.lambda_function
+callbacks.non_finite_guard: callbacks.guard
 callbacks.progress_bar: callbacks.progress callbacks.progress.progress_bar
 callbacks.tqdm_bar: callbacks.progress callbacks.progress.tqdm_progress
 callbacks.rich_bar: callbacks.progress callbacks.progress.rich_progress
@@ -48,8 +49,8 @@ utilities.model_summary: utilities.model_summary.model_summary
 utilities.types: trainer.states utilities.enums
 
 engine.accelerators: accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps
-engine.checkpoint_io: plugins.io plugins.io.checkpoint_plugin plugins.io.torch_plugin
-engine.async_checkpoint_io: plugins.io plugins.io.async_plugin
+storage.checkpoint_io: engine.checkpoint_io plugins.io plugins.io.checkpoint_plugin plugins.io.torch_plugin
+storage.async_io: engine.async_checkpoint_io plugins.io plugins.io.async_plugin
 engine.cluster: plugins.environments plugins.environments.cluster_environment plugins.environments.lightning
 engine.cluster: plugins.environments.kubeflow plugins.environments.lsf plugins.environments.mpi
 engine.cluster: plugins.environments.slurm plugins.environments.torchelastic
@@ -59,7 +60,7 @@ engine.transformer_engine: plugins.precision.transformer_engine
 engine.sync_batchnorm: plugins.layer_sync  plugins: plugins.precision
 engine.strategy: strategies.registry strategies.strategy strategies.single_device
 engine.fsdp: strategies.fsdp  engine.model_parallel: strategies.model_parallel  engine.deepspeed: strategies.deepspeed
-engine.dtensors: plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed utilities.deepspeed
+engine.dtensor: engine.dtensors plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed utilities.deepspeed
 engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers
 """
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from fulmen.data.fetch import iterate
-from fulmen.data.resume import Reading
+from fulmen.data.loader_state import Reading
+from fulmen.data.tensor_batches import iterate
 from fulmen.utilities.collections import map_children
 from fulmen.utilities.errors import suggestion
 

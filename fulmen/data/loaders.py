@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from fulmen.data.combined import CombinedLoader, sized
-from fulmen.data.fetch import in_memory
+from fulmen.data.tensor_batches import in_memory
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import suggested_max_num_workers

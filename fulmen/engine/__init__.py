@@ -1,1 +1,1 @@
-"""The machine: devices, processes, strategies, precision, storage. Fires no hooks and knows neither Trainer nor Fabric."""
+"""The machine: devices, processes, strategies, precision. Fires no hooks and knows neither Trainer nor Fabric."""

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from fulmen.engine.async_checkpoint_io import written_at_once
 from fulmen.engine.buffers import Buffers
 from fulmen.engine.ddp import through_forward
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
-from fulmen.engine.sealed import read
+from fulmen.storage.async_io import written_at_once
+from fulmen.storage.integrity import read
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_info

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from fulmen.engine.dtensors import is_spread
+from fulmen.engine.dtensor import is_spread
 from fulmen.engine.sharded import ShardedStrategy, materialise
 from fulmen.engine.strategy import StrategyRegistry
 from fulmen.utilities.errors import MisconfigurationException, suggestion

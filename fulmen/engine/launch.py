@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from fulmen.engine import collectives, watchdog
+from fulmen.engine import collectives
 from fulmen.engine.cluster import LightningEnvironment
+from fulmen.supervision import watchdog
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from fulmen.utilities.seed import seed_everything

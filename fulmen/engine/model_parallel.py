@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fulmen.engine import collectives
-from fulmen.engine.dtensors import is_spread, part_like
+from fulmen.engine.dtensor import is_spread, part_like
 from fulmen.engine.sharded import ShardedStrategy, initialise
 from fulmen.utilities.introspection import is_overridden
 

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fulmen.engine import collectives, watchdog
-from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
+from fulmen.engine import collectives
 from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
-from fulmen.engine.stacks import origin
 from fulmen.engine.strategy import Strategy
+from fulmen.storage.async_io import AsyncCheckpointIO
+from fulmen.supervision import watchdog
+from fulmen.supervision.stack_sampler import origin
 from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import alias
 from fulmen.utilities.rank_zero import rank_zero_only

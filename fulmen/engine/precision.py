@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fulmen.engine.rounding import step_in_float32, widened
+from fulmen.engine.stochastic_rounding import step_in_float32, widened
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import num_positional, overridden, takes_argument
@@ -285,7 +285,7 @@ class MixedPrecision(Precision):
 class HalfPrecision(Precision):
     """Weights, batches and computation in float16 or bfloat16; only the update is made in float32.
 
-    `engine.rounding` says how and why. Memory is that of the 16-bit weights, gradients and states, except that states
+    `engine.stochastic_rounding` says how and why. Memory is that of the 16-bit weights, gradients and states, except that states
     of float16 weights have 32 bits.
     """
 

@@ -13,7 +13,6 @@ import torch
 
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
 from fulmen.engine.bitsandbytes import BitsandbytesPrecision
-from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import ClusterEnvironment, detected
 from fulmen.engine.launch import is_interactive
 from fulmen.engine.parallel import ParallelStrategy
@@ -21,6 +20,7 @@ from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecisi
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
 from fulmen.engine.transformer_engine import TransformerEnginePrecision
+from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.utilities.errors import (
     MisconfigurationException,
     PossibleUserWarning,

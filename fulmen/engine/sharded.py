@@ -15,14 +15,16 @@ from torch.nn import Module, Parameter
 from torch.optim import LBFGS
 
 from fulmen.engine import collectives
-from fulmen.engine.async_checkpoint_io import written_at_once
 from fulmen.engine.buffers import Buffers
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.dtensors import FSDPPrecision, is_spread, part_like, whole
+from fulmen.engine.dtensor import FSDPPrecision, is_spread, part_like, whole
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
-from fulmen.engine.sealed import DamagedCheckpointError
-from fulmen.engine.sharded_checkpoint import (
+from fulmen.storage.async_io import written_at_once
+from fulmen.storage.atomic import claimed_folder, clean_beside, put_in_place, temporary_name
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
+from fulmen.storage.filesystem import atomic_write, is_remote, local_path
+from fulmen.storage.integrity import DamagedCheckpointError
+from fulmen.storage.sharded import (
     CHECKSUMS,
     META,
     OPTIMIZER,
@@ -35,8 +37,6 @@ from fulmen.engine.sharded_checkpoint import (
     write_shards,
 )
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.filesystem import atomic_write, is_remote, local_path
-from fulmen.utilities.temporaries import claimed_folder, clean_beside, put_in_place, temporary_name
 
 
 class ShardedStrategy(ParallelStrategy):

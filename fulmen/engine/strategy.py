@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fulmen.engine.accelerators import Registry
-from fulmen.engine.async_checkpoint_io import AsyncCheckpointIO
 from fulmen.engine.precision import Precision
+from fulmen.storage.async_io import AsyncCheckpointIO
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.introspection import alias, overridden
 from fulmen.utilities.keywords import KeywordHints

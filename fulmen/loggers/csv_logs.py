@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, write_yaml
-from fulmen.utilities.filesystem import atomic_write, ensure_dir, get_filesystem
+from fulmen.storage.filesystem import atomic_write, ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 

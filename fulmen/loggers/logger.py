@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from fulmen.utilities.filesystem import atomic_write, get_filesystem, is_remote
+from fulmen.storage.filesystem import atomic_write, get_filesystem, is_remote
 from fulmen.utilities.keywords import KeywordHints
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, warn_once
 from fulmen.utilities.seed import isolate_rng

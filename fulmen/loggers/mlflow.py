@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_value
-from fulmen.utilities.filesystem import local_path
+from fulmen.storage.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, flatten_params, plain_value, write_yaml
-from fulmen.utilities.filesystem import get_filesystem, is_remote
+from fulmen.storage.filesystem import get_filesystem, is_remote
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 

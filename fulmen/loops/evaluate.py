@@ -11,13 +11,13 @@ from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed
 from fulmen.data.loaders import length_is_certain, set_epoch
 from fulmen.loops import preemption
-from fulmen.loops.exact import end_epoch
-from fulmen.loops.loading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
+from fulmen.loops.dataloading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
 from fulmen.loops.loop import Loop
 from fulmen.loops.progress import Position
-from fulmen.loops.report import print_results
 from fulmen.loops.shortfall import Shortfall
 from fulmen.loops.uneven import UnevenBatches
+from fulmen.metrics.reduce import end_epoch
+from fulmen.metrics.tables import print_results
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
 from fulmen.utilities.types import RunningStage

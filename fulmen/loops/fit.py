@@ -13,15 +13,15 @@ from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
 from fulmen.engine.precision import MixedPrecision
-from fulmen.loops import cadence, preemption, verify
+from fulmen.loops import cadence, checks, preemption
+from fulmen.loops.dataloading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.evaluate import EvaluationLoop
-from fulmen.loops.exact import end_epoch, report_epoch, sync_steps, votes
-from fulmen.loops.loading import batch_transfer, prepared_loaders, profiled_fetch
 from fulmen.loops.loop import Loop
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
-from fulmen.loops.resume import Memory
+from fulmen.loops.resume_state import Memory
 from fulmen.loops.shortfall import Shortfall
+from fulmen.metrics.reduce import end_epoch, report_epoch, sync_steps, votes
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
@@ -31,7 +31,7 @@ from fulmen.utilities.seed import isolate_rng
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
-    from fulmen.loops.dispatch import HookPlan
+    from fulmen.loops.hook_plan import HookPlan
     from fulmen.trainer import Trainer
 
 SKIP_EPOCH = -1
@@ -300,7 +300,7 @@ class FitLoop(Loop):
             trainer.stage = RunningStage.VALIDATING
             self.val_loop.load_data()
             trainer.stage = RunningStage.TRAINING
-        verify.monitors(trainer)
+        checks.monitors(trainer)
         in_eval = sum(not m.training for m in module.modules())
         if in_eval:
             what = f"{in_eval} of the modules are in eval mode at the start of training, and stay so."

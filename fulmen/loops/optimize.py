@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
-from fulmen.loops.dispatch import nothing
-from fulmen.loops.loading import bound_step
-from fulmen.loops.losses import CommonWindow, SharedWindow, Window, read_output
+from fulmen.hooks import nothing
+from fulmen.loops.accumulation import CommonWindow, SharedWindow, Window, read_output
+from fulmen.loops.dataloading import bound_step
 from fulmen.loops.standing_in import standing_in
 from fulmen.module import LightningModule
 from fulmen.optimizers import NoOptimizer
@@ -24,7 +24,7 @@ from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import rank_zero_warn, warn_once
 
 if TYPE_CHECKING:
-    from fulmen.loops.dispatch import HookPlan
+    from fulmen.loops.hook_plan import HookPlan
     from fulmen.loops.progress import Progress
     from fulmen.trainer import Trainer
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, folder_of_run
 from fulmen.checkpoint import auto, paths
 from fulmen.checkpoint.snapshot import check_content
-from fulmen.engine.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.sharded_checkpoint import is_sharded
 from fulmen.loggers.logger import FolderLogger
-from fulmen.utilities.filesystem import is_remote, local_path
+from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.storage.filesystem import is_remote, local_path
+from fulmen.storage.sharded import is_sharded
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fulmen.engine import collectives
-from fulmen.loops.exact import sync_steps
 from fulmen.loops.standing_in import standing_in
+from fulmen.metrics.reduce import sync_steps
 from fulmen.utilities.collections import apply_to_collection, move_data_to_device
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import warn_once

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fulmen.utilities.filesystem import ensure_dir, get_filesystem
+from fulmen.storage.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_info
 
 

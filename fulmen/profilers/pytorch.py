@@ -14,8 +14,8 @@ from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerAction
 
 from fulmen.profilers.profiler import Profiler
+from fulmen.storage.filesystem import ensure_dir
 from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.filesystem import ensure_dir
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 WAIT, WARMUP, ACTIVE = 1, 1, 3

@@ -14,12 +14,14 @@ PACKAGE = ROOT / "fulmen"
 # Row by row from the bottom. Parts of one row that are joined here may know each other.
 ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"utilities"},),
+    ({"storage"}, {"supervision"}, {"hooks"}),
     ({"engine"},),
-    ({"data"}, {"checkpoint"}),
-    ({"module", "datamodule", "hooks", "optimizers", "logbook", "hparams", "export"},),
+    ({"metrics"}, {"data"}),
+    ({"checkpoint"},),
+    ({"module", "datamodule", "optimizers", "hparams", "export"},),
     ({"callbacks"}, {"loggers"}, {"profilers"}, {"fabric"}, {"strategies"}, {"plugins"}, {"accelerators"}),
     ({"loops"},),
-    ({"trainer", "settings", "run_parts"},),
+    ({"trainer", "settings", "defaults"},),
     ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}, {"__main__"}),
 )
 PLACE = {part: (row, group) for row, groups in enumerate(ROWS) for group, parts in enumerate(groups) for part in parts}

@@ -14,10 +14,10 @@ from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from fulmen.checkpoint import auto
-from fulmen.engine.checkpoint_io import DamagedCheckpointError, TorchCheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.loggers import CSVLogger, TensorBoardLogger
-from fulmen.utilities.temporaries import temporary_name
+from fulmen.storage.atomic import temporary_name
+from fulmen.storage.checkpoint_io import DamagedCheckpointError, TorchCheckpointIO
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*starts again", "ignore:.*is not empty", "ignore:.*same callbacks", "ignore:.*fewer than"

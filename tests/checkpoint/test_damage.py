@@ -18,10 +18,10 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint
-from fulmen.engine.checkpoint_io import DamagedCheckpointError
 from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.sealed import save
-from fulmen.engine.sharded_checkpoint import CHECKSUMS, META, checksums, write_shards
+from fulmen.storage.checkpoint_io import DamagedCheckpointError
+from fulmen.storage.integrity import save
+from fulmen.storage.sharded import CHECKSUMS, META, checksums, write_shards
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes, links and sockets")
 GOOD, BAD = "step=4.ckpt", "step=8.ckpt"

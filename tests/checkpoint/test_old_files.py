@@ -1,6 +1,6 @@
 """Training goes on from files of versions before 2.0.
 
-`golden_1_6.json` is what `python -m benchmarks.interchange --golden` took from files that version 1.6.5 wrote inside of
+`golden_1_6.json` is what `python -m trials.interchange --golden` took from files that version 1.6.5 wrote inside of
 different hooks, with the batch that its own run trained next. Versions 1.7, 1.8 and 1.9 write the same counters.
 """
 

@@ -11,9 +11,9 @@ from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from fulmen.checkpoint import paths
-from fulmen.engine.checkpoint_io import DamagedCheckpointError
 from fulmen.plugins import CheckpointIO, TorchCheckpointIO
-from fulmen.utilities.filesystem import atomic_write
+from fulmen.storage.checkpoint_io import DamagedCheckpointError
+from fulmen.storage.filesystem import atomic_write
 
 
 def find(ckpt_path, callbacks=(), verb="fit", root_dir=".", model_given=True, **kwargs):

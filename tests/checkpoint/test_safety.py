@@ -19,8 +19,8 @@ from fulmen import callbacks
 from fulmen.checkpoint.consolidate import consolidate, main
 from fulmen.checkpoint.load import load_hparams_from_yaml
 from fulmen.checkpoint.upgrade import upgrade
-from fulmen.engine.sharded_checkpoint import META, write_shards
 from fulmen.plugins import TorchCheckpointIO
+from fulmen.storage.sharded import META, write_shards
 
 
 class Payload:

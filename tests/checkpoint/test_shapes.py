@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fulmen as pl
 from fulmen.__main__ import main
 from fulmen.checkpoint.consolidate import consolidate
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
-from fulmen.engine.dtensors import whole
+from fulmen.engine.dtensor import whole
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.strategies import DDPStrategy, FSDPStrategy
 
 # Number of processes, what they write, and who reads what: of all ways, few enough to start few processes.

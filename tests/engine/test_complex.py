@@ -9,7 +9,7 @@ from support import make_trainer
 from torch.utils.data import DataLoader, Dataset
 
 import fulmen as pl
-from fulmen.engine.dtensors import FSDPPrecision
+from fulmen.engine.dtensor import FSDPPrecision
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import total_norm
 

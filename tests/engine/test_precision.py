@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen as pl
-from fulmen.engine import rounding
-from fulmen.engine.rounding import rounded_by_chance
+from fulmen.engine import stochastic_rounding
+from fulmen.engine.stochastic_rounding import rounded_by_chance
 from fulmen.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -200,13 +200,13 @@ def test_large_models_are_updated_a_part_at_a_time_with_the_same_result(monkeypa
     """The bound on extra memory splits a step; in float16, where nothing is left to chance, the bits are the same."""
     results = []
     for part in (1 << 24, 10):
-        monkeypatch.setattr(rounding, "PART", part)
+        monkeypatch.setattr(stochastic_rounding, "PART", part)
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).to(dtype)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
         for step in range(3):
             net(torch.ones(2, 4, dtype=dtype)).square().mean().backward()
-            rounding.step_in_float32(optimizer, seed=step)
+            stochastic_rounding.step_in_float32(optimizer, seed=step)
         assert [len(group["params"]) for group in optimizer.param_groups] == [4]
         assert {int(state["step"]) for state in optimizer.state.values()} == {3}
         results.append(torch.cat([p.detach().flatten().float() for p in net.parameters()]))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fulmen as pl
 from fulmen.callbacks import EMAWeightAveraging, GradientNorm, NonFiniteError, NonFiniteGuard
-from fulmen.engine.rounding import rounded_by_chance
+from fulmen.engine.stochastic_rounding import rounded_by_chance
 
 pytestmark = [
     pytest.mark.gpu,

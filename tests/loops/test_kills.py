@@ -1,4 +1,4 @@
-"""Runs that are ended with SIGKILL and resumed: a sample of the trials of `benchmarks.resume`."""
+"""Runs that are ended with SIGKILL and resumed: a sample of the trials of `trials.resume`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from benchmarks import resume
+from trials import resume
 
 
 @pytest.mark.parametrize("mix", resume.MIXES)

@@ -12,9 +12,9 @@ from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
 from fulmen.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from fulmen.engine.checkpoint_io import TorchCheckpointIO
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.loggers import CSVLogger
+from fulmen.storage.checkpoint_io import TorchCheckpointIO
 
 pytestmark = [
     pytest.mark.filterwarnings(

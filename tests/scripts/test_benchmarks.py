@@ -24,8 +24,12 @@ ROWS = {
 }
 
 
+TRIALS = ("exact", "preempt")
+
+
 def run(name: str, *arguments: str) -> str:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *arguments]
+    folder = "trials" if name in TRIALS else "benchmarks"
+    command = [sys.executable, "-m", f"{folder}.{name}", "--quick", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

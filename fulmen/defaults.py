@@ -1,0 +1,180 @@
+"""What a Trainer is assembled from: its callbacks, loggers and profiler, in the order users rely on."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from fulmen import callbacks as all_callbacks
+from fulmen import profilers
+from fulmen.callbacks.callback import Callback
+from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint
+from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
+from fulmen.callbacks.non_finite_guard import NonFiniteGuard
+from fulmen.callbacks.progress_bar import ProgressBar
+from fulmen.callbacks.timer import Timer
+from fulmen.hparams import clean_for_loggers
+from fulmen.loggers.csv_logs import CSVLogger
+from fulmen.loggers.logger import DummyLogger, Logger
+from fulmen.loggers.tensorboard import TensorBoardLogger
+from fulmen.profilers.profiler import PassThroughProfiler, Profiler
+from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
+from fulmen.utilities.optional import available
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from fulmen.utilities.seed import isolate_rng
+
+if TYPE_CHECKING:
+    from fulmen.settings import Settings
+    from fulmen.trainer import Trainer
+
+RICH = "rich", ">=10.2.2"
+PROFILERS = {"simple": "Simple", "advanced": "Advanced", "pytorch": "PyTorch", "xla": "XLA"}
+# Callbacks other installed packages want in every run.
+ENTRY_POINTS = "fulmen.callbacks_factory", "lightning.pytorch.callbacks_factory"
+
+
+@functools.cache
+def _entries(path: tuple[str, ...]) -> list[EntryPoint]:
+    """What installed packages bring; looking through all of them takes 10 ms."""
+    found = entry_points()
+    return [entry for group in ENTRY_POINTS for entry in found.select(group=group)]
+
+
+def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
+    """The user's callbacks and the default ones. The user's own list is left as it is."""
+    callbacks = as_callbacks(given, "Trainer(callbacks=...)")
+    if _missing(callbacks, Checkpoint, settings, "enable_checkpointing"):
+        callbacks.append(ModelCheckpoint())
+    if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
+        rank_zero_info("`Trainer(max_time=...)` has no effect: `callbacks` holds a Timer already.")
+    elif settings.max_time is not None:
+        callbacks.append(Timer(duration=settings.max_time, interval="step"))
+    if _missing(callbacks, ProgressBar, settings, "enable_progress_bar"):
+        callbacks.append(getattr(all_callbacks, "RichProgressBar" if available(*RICH) else "TQDMProgressBar")())
+    if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
+        callbacks.append(RichModelSummary() if available(*RICH) else ModelSummary())
+    for entry in _entries(tuple(sys.path)):
+        with isolate_rng():
+            made = entry.load()()
+        new = [made] if isinstance(made, Callback) else list(made)
+        callbacks.extend(new)
+        rank_zero_info(f"The entry point {entry.name!r} brings {len(new)} callback(s).")
+    seen: set[str] = set()
+    for callback in callbacks:
+        if callback.state_key in seen and callback.state_dict():
+            what = f"Two callbacks of one kind have states: `{type(callback).__name__}` with the state key"
+            fix = "Use different arguments, or override `state_key`."
+            raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
+        seen.add(callback.state_key)
+    return in_order(callbacks)
+
+
+def as_callbacks(given: Any, source: str) -> list[Callback]:
+    """One callback, several or None as a new list; an error that names ``source`` for anything else."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    callbacks = [] if given is None else list(given) if several and not isinstance(given, Callback) else [given]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            what = f"`{source}` received {describe_received(callback)}."
+            raise MisconfigurationException(f"{what} Pass one or several instances of `Callback`.")
+    return callbacks
+
+
+def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings, switch: str) -> bool:
+    """Is there no callback of a kind that is wanted? An error if there is one of a kind that is not."""
+    names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
+    if kind is ProgressBar and len(names) > 1:
+        raise MisconfigurationException(f"`callbacks` holds several progress bars, keep one: {', '.join(names)}.")
+    if names and not getattr(settings, switch):
+        what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
+        raise MisconfigurationException(f"{what} Remove one of the two.")
+    return not names and getattr(settings, switch)
+
+
+def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Callback] | None) -> list[Callback]:
+    """The trainer's callbacks with those of `configure_callbacks`, which replace the ones of the same class."""
+    new = as_callbacks(from_module, "configure_callbacks()")
+    if not new:
+        return list(callbacks)
+    kinds = {type(old) for old in callbacks if any(issubclass(type(n), type(old)) for n in new)} - {Callback}
+    if kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        rank_zero_info(f"These callbacks of `configure_callbacks` take the place of the trainer's: {names}")
+    return in_order([old for old in callbacks if type(old) not in kinds] + new)
+
+
+def begin_fit(callbacks: Iterable[Callback], trainer: str) -> None:
+    """Lets callbacks that another Trainer fitted with begin anew; with the same one they go on.
+
+    Arguments:
+        trainer: the identity of the Trainer, the same in all of its processes.
+    """
+    for callback in callbacks:
+        if vars(callback).get("_fitted_by", trainer) != trainer:
+            callback._forget_run()
+        callback._fitted_by = trainer  # type: ignore[attr-defined]
+
+
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Finders first; checkpoints last, and before them the guard, which keeps a state all others have seen."""
+
+    def place(callback: Callback) -> int:
+        if callback.tunes:
+            return 0
+        return 3 if isinstance(callback, Checkpoint) else 2 if isinstance(callback, NonFiniteGuard) else 1
+
+    return sorted(callbacks, key=place)
+
+
+def assemble_loggers(settings: Settings) -> list[Logger]:
+    """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
+    given: Any = settings.logger or []
+    if given is True:
+        has_tensorboard = available("tensorboard") or available("tensorboardX")
+        if not has_tensorboard:
+            fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
+            rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
+        version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
+        given = (TensorBoardLogger if has_tensorboard else CSVLogger)(settings.default_root_dir, version=version)
+    several = isinstance(given, Iterable) and not isinstance(given, (Logger, str, bytes, Mapping, type))
+    loggers = list(given) if several else [given]
+    for logger in loggers:
+        if isinstance(logger, type) or not callable(getattr(logger, "log_metrics", None)):
+            what = f"`Trainer(logger=...)` received {describe_received(logger)}."
+            fix = "Pass True or False, or instances of loggers, such as `TensorBoardLogger(...)` or `CSVLogger(...)`."
+            raise TypeError(f"{what} {fix}")
+    return [DummyLogger()] if settings.fast_dev_run and loggers else loggers
+
+
+def run_dir(logger: Logger) -> str | None:
+    """Where a logger puts the files of this run."""
+    return logger.log_dir if logger.log_dir_is_run_dir else logger.save_dir
+
+
+def send_hparams(trainer: Trainer) -> None:
+    """Hyper-parameters and the model graph go to the loggers at the start of a run."""
+    if not trainer.enable_autolog_hparams or not trainer.loggers:
+        return
+    hparams = clean_for_loggers(trainer.lightning_module, trainer.datamodule)
+    for logger in trainer.loggers:
+        if hparams:
+            logger.log_hyperparams(hparams)
+        logger.log_graph(trainer.lightning_module)
+        logger.save()
+
+
+def assemble_profiler(given: Any) -> Profiler:
+    """A profiler from its short name, or the one that was given."""
+    if given is None:
+        return PassThroughProfiler()
+    if isinstance(given, Profiler):
+        return given
+    if not isinstance(given, str) or given.lower() not in PROFILERS:
+        what = f"`Trainer(profiler=...)` received {describe_received(given)}.{suggestion(str(given), PROFILERS)}"
+        fix = f"Use one of {list(PROFILERS)}, or a `Profiler`."
+        raise MisconfigurationException(f"{what} {fix}")
+    return getattr(profilers, f"{PROFILERS[given.lower()]}Profiler")()

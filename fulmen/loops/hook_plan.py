@@ -1,0 +1,112 @@
+"""`HookPlan`: who listens to which hook, compiled once into one ready function per hook."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fulmen.hooks import HOOKS, nothing
+from fulmen.loops.signatures import names_of
+from fulmen.module import LightningModule
+from fulmen.profilers.profiler import measured
+from fulmen.utilities.introspection import by_signature, is_overridden, overridden
+from fulmen.utilities.seed import isolate_rng
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fulmen.metrics.logbook import LogBook
+
+
+class HookPlan:
+    """For each hook, one function that calls whoever implements it; `nothing` when nobody does.
+
+    `plan.on_train_batch_end(outputs, batch, batch_idx)` calls two callbacks and then the module, if that is who
+    listens. The return value is the module's. While a hook runs, `book.hook` holds its name: that is how `self.log`
+    knows where it is. With a real profiler each listener is timed under the label users know
+    (`[Callback]Name.hook`); with none, no timing code exists here.
+
+    Arguments:
+        trainer: passed to callbacks, not kept otherwise.
+        base_callback: the class whose own methods count as "not implemented" (`Callback`).
+        profiler: a `Profiler`; the pass-through one leaves no trace in the plan.
+    """
+
+    def __init__(
+        self, trainer: Any, module: Any, callbacks: Sequence[Any], strategy: Any, book: LogBook,
+        base_callback: type, base_strategy: type, profiler: Any,
+    ) -> None:  # fmt: skip
+        def listeners(
+            parties: Sequence[Any], base: type, kind: str, name: str, *given: Any
+        ) -> list[Callable[..., Any]]:
+            """Those of the parties that implement the hook, timed if somebody profiles."""
+            return [
+                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(_method(party, name, base), *given))
+                for party in parties
+                if overridden(party, name, base)
+            ]
+
+        for hook in HOOKS:
+            name, order = hook.name, hook.order
+            monitors = [c for c in callbacks if c.monitors] if "monitors" in order else []
+            first = [c for c in callbacks if c not in monitors] if "callbacks" in order else []
+            found = listeners(first, base_callback, "Callback", name, trainer, module)
+            module_at = len(found) if "module" in order and is_overridden(name, module) else None
+            if module_at is not None:
+                method = _by_name(getattr(module, name), names_of(LightningModule, name))
+                found.append(measured(profiler, f"[LightningModule]{_label(module)}.{name}", method))
+            found += listeners(monitors, base_callback, "Callback", name, trainer, module)
+            if "strategy" in order:
+                found += listeners([strategy], base_strategy, "Strategy", name)
+            setattr(self, name, _fired(name, found, module_at, book))
+
+    def __getattr__(self, name: str) -> Any:  # only for type checkers: every hook of the table is an attribute
+        raise AttributeError(name)
+
+
+def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """The method, for calls by position, if some of what it takes can only be passed by name."""
+    code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+    if code is None or not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
+        return method
+    return by_signature(method, method, names)
+
+
+def _method(party: Any, name: str, base: type) -> Callable[..., Any]:
+    """What is called: what only shows something leaves the random numbers of the run alone, also when it imports."""
+    method = _by_name(getattr(party, name), names_of(base, name))
+    once_per_batch = "batch" in name
+    return isolate_rng()(method) if getattr(party, "only_shows", False) and not once_per_batch else method
+
+
+def _label(party: Any) -> str:
+    return getattr(party, "state_key", type(party).__name__)
+
+
+def _fired(name: str, listeners: list[Callable[..., Any]], module_at: int | None, book: LogBook) -> Callable[..., Any]:
+    """One function for a list of listeners; the module's return value is the hook's."""
+    if not listeners:
+        return nothing
+    if len(listeners) == 1:
+        only = listeners[0]
+
+        def fire_one(*args: Any) -> Any:
+            previous, book.hook = book.hook, name
+            result = only(*args)
+            book.hook = previous
+            return result
+
+        return fire_one
+
+    def fire(*args: Any) -> Any:
+        previous, book.hook = book.hook, name
+        answer = None
+        for position, listener in enumerate(listeners):
+            result = listener(*args)
+            if position == module_at:
+                answer = result
+        book.hook = previous
+        return answer
+
+    return fire

@@ -1,0 +1,1 @@
+"""What `self.log` wrote: kept where it was made, reduced over steps, epochs and ranks, shown in tables."""

@@ -1,0 +1,1 @@
+"""Failure detection: who died, who stands still, and what every process was doing when that happened."""
