@@ -666,7 +666,7 @@ class Trainer:
                 f"{what} the weights from before it. `on_exception` runs there too, and saves what they had."
             )
             return
-        if self.strategy.leaving and self.strategy.saves_together:
+        if self.strategy.leaving and self.strategy.save_is_collective:
             what = f"No checkpoint is written to {os.fspath(filepath)!r}: the weights are spread over processes,"
             rank_zero_warn(f"{what} and this one ends because of an exception. Resume from the last one before.")
             return

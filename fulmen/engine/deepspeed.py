@@ -84,7 +84,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     DEEPSPEED_ENV_VAR = "PL_DEEPSPEED_CONFIG_PATH"
     restore_checkpoint_after_setup = True
     lightning_restore_optimizer = False
-    saves_together = True
+    save_is_collective = True
 
     def __init__(
         self, accelerator: Any = None, zero_optimization: bool = True, stage: int = 2, remote_device: str | None = None,

@@ -139,8 +139,8 @@ class FSDPPrecision(MixedPrecision):
         return MixedPrecisionPolicy(cast_forward_inputs=False)
 
     @property
-    def plain_step(self) -> bool:
-        return self.scaler is None and self.half.plain_step
+    def step_is_default(self) -> bool:
+        return self.scaler is None and self.half.step_is_default
 
     def convert_module(self, module: Module) -> Module:
         if self.mixed and (found := [name for name, p in module.named_parameters() if p.is_complex()]):
@@ -163,7 +163,7 @@ class FSDPPrecision(MixedPrecision):
         return super().forward_context() if self.mixed else self.half.forward_context()
 
     def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
-        if self.half.plain_step:
+        if self.half.step_is_default:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         outcome = closure()
         self.half._steps += 1
@@ -172,7 +172,7 @@ class FSDPPrecision(MixedPrecision):
         return outcome
 
     def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
-        return nullcontext() if self.half.plain_step else stand_ins(optimizer)
+        return nullcontext() if self.half.step_is_default else stand_ins(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | self.half.state_dict()

@@ -95,7 +95,7 @@ class ParallelStrategy(Strategy, ABC):
         return self._process_group_backend or collectives.backend_for(self.root_device)
 
     @property
-    def needs_plain_tensors(self) -> bool:  # type: ignore[override]
+    def forbids_inference_tensors(self) -> bool:  # type: ignore[override]
         """Gloo writes into tensors outside of inference mode."""
         return self.process_group_backend == "gloo"
 
@@ -195,7 +195,7 @@ class ParallelStrategy(Strategy, ABC):
     # ------------------------------------------------------------------ buffers
 
     def show_buffers(self) -> None:
-        if self.buffers is not None and self.together:
+        if self.buffers is not None and self.group_ready:
             self.buffers.show()
 
     def hide_buffers(self) -> None:
@@ -204,53 +204,55 @@ class ParallelStrategy(Strategy, ABC):
 
     def on_train_end(self) -> None:
         """The caller gets those of rank 0, as a checkpoint does."""
-        if self.buffers is not None and self.together:
+        if self.buffers is not None and self.group_ready:
             self.buffers.share()
 
     # ------------------------------------------------------------------ collectives
 
     @property
-    def together(self) -> bool:
-        """Can the others be reached? A RuntimeError if not all of them would answer."""
-        if self.absent is not None and not self.leaving:
-            raise RuntimeError(self.absent)
+    def group_ready(self) -> bool:
+        """Whether the process group can be used. Raises a RuntimeError while collectives are blocked."""
+        if self.collectives_blocked_reason is not None and not self.leaving:
+            raise RuntimeError(self.collectives_blocked_reason)
         return not self.leaving and collectives.initialised()
 
     def barrier(self, name: str | None = None) -> None:
-        if self.together:
+        if self.group_ready:
             device = self.root_device
             dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
 
     def patient_barrier(self, name: str) -> None:
-        if self.together:
+        if self.group_ready:
             if self.store.add(name, 1) == self.world_size:
                 self.store.set(f"{name}/all", "here")
             self.store.wait([f"{name}/all"], timedelta(days=30))
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not self.together or self.world_size == 1:
+        if not self.group_ready or self.world_size == 1:
             return obj
         carried = [obj]
         dist.broadcast_object_list(carried, src, device=collectives.home_of(self.root_device))
         return carried[0]
 
     def exchange_objects(self, obj: Any) -> list[Any]:
-        return collectives.exchanged(obj, self.root_device) if self.together else [obj]
+        return collectives.exchanged(obj, self.root_device) if self.group_ready else [obj]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if not isinstance(tensor, Tensor) or not self.together:
+        if not isinstance(tensor, Tensor) or not self.group_ready:
             return tensor
         return collectives.reduced(tensor, self.root_device, group, reduce_op or "sum")
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        if not self.together:
+        if not self.group_ready:
             return tensor.unsqueeze(0)
         return collectives.gathered(tensor, self.root_device, group, sync_grads)
 
     def check_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
         """Raises a RuntimeError on all processes if they would gather tensors of different shapes."""
         every = (
-            collectives.exchanged([tuple(t.shape) for t in tensors], self.root_device, group) if self.together else []
+            collectives.exchanged([tuple(t.shape) for t in tensors], self.root_device, group)
+            if self.group_ready
+            else []
         )
         if any(shapes != every[0] for shapes in every):
             shown = ", ".join(f"{shapes} on rank {rank}" for rank, shapes in enumerate(every))
@@ -258,7 +260,7 @@ class ParallelStrategy(Strategy, ABC):
             raise RuntimeError(f"{what} Gather sums and counts, or use a metric, or `dist.all_gather_object`.")
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if not self.together:
+        if not self.group_ready:
             return decision
         votes = int(collectives.reduced(torch.tensor(int(decision)), self.root_device, op="sum"))
         return votes == self.world_size if all else votes > 0

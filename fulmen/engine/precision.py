@@ -61,7 +61,7 @@ class Precision:
     last_skip: Any = False  # the same, as a tensor where only the device knows
 
     @property
-    def plain_step(self) -> bool:
+    def step_is_default(self) -> bool:
         """Whether applying the update is nothing but `optimizer.step()` after the gradients are finished."""
         return not overridden(self, "optimizer_step", Precision)
 
@@ -192,7 +192,7 @@ class MixedPrecision(Precision):
         self._hooks: list[Any] = []
 
     @property
-    def plain_step(self) -> bool:
+    def step_is_default(self) -> bool:
         return self.scaler is None and not overridden(self, "optimizer_step", MixedPrecision)
 
     @property
@@ -295,7 +295,7 @@ class HalfPrecision(Precision):
         self._steps = 0
 
     @property
-    def plain_step(self) -> bool:
+    def step_is_default(self) -> bool:
         return False
 
     def convert_module(self, module: Module) -> Module:
@@ -353,7 +353,7 @@ class DoublePrecision(HalfPrecision):
     """Everything in float64."""
 
     optimizer_step, clip_grad_by_norm = Precision.optimizer_step, Precision.clip_grad_by_norm
-    plain_step = Precision.plain_step
+    step_is_default = Precision.step_is_default
 
     def __init__(self) -> None:
         super().__init__()

@@ -46,12 +46,12 @@ class ShardedStrategy(ParallelStrategy):
     the next run takes them from rank 0, and nothing holds memory.
     """
 
-    needs_plain_tensors = True
+    forbids_inference_tensors = True
     restore_checkpoint_after_setup = True
-    gradients_arrive_late = True  # are those of an open accumulation window out of reach?
-    saves_together = True  # can a checkpoint only be written with all other processes?
+    defers_gradient_reduction = True
+    save_is_collective = True
     sharded_checkpoints = False  # a folder with the shards of all processes, instead of a file?
-    steps_together = True  # a forward pass gathers parameters
+    forward_is_collective = True  # a forward pass gathers parameters
 
     def __init__(self, **kwargs: Any) -> None:
         self.original: Original | None = None  # how to undo what was done to the module, while it is spread

@@ -47,13 +47,13 @@ class Strategy(KeywordHints, ABC):
     buffers: Any = None  # of a module that several processes train
     launcher: Any = None  # starts the processes of a run; None when this one is enough
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
-    needs_plain_tensors = False  # can inference tensors not be exchanged?
+    forbids_inference_tensors = False  # do collectives refuse tensors made in inference mode?
     watchdog: Any = None  # of a run on several processes
-    gradients_arrive_late = False  # are those of an open accumulation window out of reach?
-    saves_together = False  # can a checkpoint only be written with all other processes?
+    defers_gradient_reduction = False  # are gradients of an accumulation window out of reach before they are reduced?
+    save_is_collective = False  # do all processes have to write a checkpoint together?
     leaving = False  # does an exception end this process's part in the run?
-    steps_together = False  # does even a forward pass exchange something between processes?
-    absent: str | None = None  # says which process has no batch now and would not take part
+    forward_is_collective = False  # do all processes have to run a forward pass together?
+    collectives_blocked_reason: str | None = None  # of an error, while some process has no batch and takes no part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
@@ -206,6 +206,20 @@ class Strategy(KeywordHints, ABC):
     def process_dataloader(self, dataloader: Any) -> Any:
         """A last change to a loader."""
         return dataloader
+
+    def block_collectives(self, reason: str | None) -> None:
+        """Lets collectives raise a RuntimeError with this reason, because not all processes would take part; None: no more."""
+        self.collectives_blocked_reason = reason
+
+    @contextmanager
+    def allow_collectives(self) -> Generator[None]:
+        """Inside, collectives run even while they are blocked, because all processes take part in these."""
+        reason = self.collectives_blocked_reason
+        self.collectives_blocked_reason = None
+        try:
+            yield
+        finally:
+            self.collectives_blocked_reason = reason
 
     def barrier(self, name: str | None = None) -> None:
         """Waits until every process is here."""

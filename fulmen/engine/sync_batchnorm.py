@@ -49,7 +49,7 @@ class SyncBatchNorm(_BatchNorm):
 
     _original: type[_BatchNorm] | None = None  # the class before `convert`
 
-    idle = False  # does this process only go along, with a batch that does not count?
+    in_shadow_step = False  # has this process no batch of its own, and runs along so that others need not wait?
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class SyncBatchNorm(_BatchNorm):
         if num_ranks < 2:
             return super().forward(input)
         self._check_input_dim(input)
-        own = input[:0] if SyncBatchNorm.idle else input
+        own = input[:0] if SyncBatchNorm.in_shadow_step else input
         with torch.no_grad():
             mean, m2, total = merged_statistics(own, self.process_group, num_ranks)
             # sync: a rank with several values knows without asking that there is more than one

@@ -16,7 +16,7 @@ from fulmen.utilities.rank_zero import rank_zero_info, warn_once
 Output = tuple[Tensor | None, Mapping[str, Any] | None, Any]
 
 
-class Window:
+class AccumulationWindow:
     """The losses whose gradients make up one optimizer step.
 
     The gradient of a window is that of one large batch: the sum of its losses by the sum of their weights, where a loss
@@ -56,7 +56,7 @@ class Window:
         return None if self.total in (self.divisor, 0) else self.divisor / self.total
 
 
-class SharedWindow(Window):
+class DistributedWindow(AccumulationWindow):
     """A window over several processes, whose gradients are averaged in the backward pass of its last loss.
 
     With weights, what the window weighs in all processes is known before that pass, after one sum over them: the
@@ -105,8 +105,8 @@ class SharedWindow(Window):
         return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
-class CommonWindow(SharedWindow):
-    """A `SharedWindow` whose gradients are out of reach until they were averaged.
+class PostReduceWindow(DistributedWindow):
+    """A `DistributedWindow` whose gradients are out of reach until they were averaged.
 
     So all processes divide by the same, the mean weight of their first losses, and correct the average.
     """
@@ -126,7 +126,7 @@ class CommonWindow(SharedWindow):
             return super().share(loss, weight, expected)
         if not self.idle:
             self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
-        share = Window.share(self, loss, 0 if self.idle else weight, expected)
+        share = AccumulationWindow.share(self, loss, 0 if self.idle else weight, expected)
         if self.weighted and expected == 1:
             self.total = self.mean_of(self.total, loss)
         elif self.partial and expected == 1:

@@ -70,7 +70,7 @@ class EvaluationLoop(Loop):
     def run(self) -> Any:
         """All loaders. Returns the epoch metrics, one dict per loader."""
         trainer = self.trainer
-        plain = self.inside_fit or not trainer.inference_mode or trainer.strategy.needs_plain_tensors
+        plain = self.inside_fit or not trainer.inference_mode or trainer.strategy.forbids_inference_tensors
         with torch.inference_mode(not plain), torch.no_grad():
             self.load_data()
             if self.nothing_to_do():

@@ -12,7 +12,7 @@ from torch import Tensor
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.hooks import nothing
-from fulmen.loops.accumulation import CommonWindow, SharedWindow, Window, read_output
+from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, PostReduceWindow, read_output
 from fulmen.loops.dataloading import bound_step
 from fulmen.loops.standing_in import standing_in
 from fulmen.module import LightningModule
@@ -118,8 +118,8 @@ class AutomaticOptimization(Optimization):
         self.index, self.optimizer = index, trainer.optimizers[index]
         self.several = trainer.world_size > 1
         gradients_of = lambda: self.precision.main_params(self.optimizer)  # noqa: E731
-        shared = CommonWindow if self.strategy.gradients_arrive_late else SharedWindow
-        self.window = shared(self.strategy, gradients_of) if self.several else Window()
+        shared = PostReduceWindow if self.strategy.defers_gradient_reduction else DistributedWindow
+        self.window = shared(self.strategy, gradients_of) if self.several else AccumulationWindow()
         self.window_open = False  # whether there are gradients that wait for a step which later batches belong to
         self.verb = "returned"
         module = self.module
@@ -543,5 +543,5 @@ def steps_directly(optimizer: Any, strategy: Any) -> bool:
         and not isinstance(optimizer, torch.optim.LBFGS)
         and not getattr(optimizer, "_optimizer_step_pre_hooks", None)
         and not overridden(strategy, "optimizer_step", Strategy)
-        and strategy.precision_plugin.plain_step
+        and strategy.precision_plugin.step_is_default
     )

@@ -83,9 +83,8 @@ class PredictionLoop(EvaluationLoop):
         """Sends an output, or None, to rank 0. How many processes have sent one?"""
         assert self.collected is not None
         strategy = self.trainer.strategy
-        absent, strategy.absent = strategy.absent, None  # all take part, until nobody has anything left
-        arrived, senders = collected(own, strategy.root_device)
-        strategy.absent = absent
+        with strategy.allow_collectives():  # all take part, until nobody has anything left
+            arrived, senders = collected(own, strategy.root_device)
         self.collected += arrived
         return senders
 

@@ -134,7 +134,7 @@ class Memory:
             turn.window.held and turn.window.expected == turn.batches_left(loop.progress.batch) for turn in _turns(loop)
         )
         strategy = loop.trainer.strategy
-        hidden = strategy.gradients_arrive_late or strategy.handles_gradient_accumulation
+        hidden = strategy.defers_gradient_reduction or strategy.handles_gradient_accumulation
         plain = all(p.grad is None or type(p.grad) is Tensor for p in loop.trainer.lightning_module.parameters())
         return held if begun or hidden or not plain else 0
 

@@ -42,12 +42,12 @@ def standing_in(module: Module, fill: bool = False, others: Iterable[Any] = ()) 
         contents.note(part)
     for metric in metrics_in(module):
         vars(metric)["update"] = partial(_update_nothing, metric, metric.update)
-    SyncBatchNorm.idle = True
+    SyncBatchNorm.in_shadow_step = True
     try:
         with isolate_rng():
             yield
     finally:
-        SyncBatchNorm.idle = False
+        SyncBatchNorm.in_shadow_step = False
         contents.put_back()
 
 

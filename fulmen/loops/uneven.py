@@ -38,7 +38,7 @@ class UnevenBatches:
         # Loaders that have no length in some process; and so many batches of each all processes have, 0 if not known.
         self.unknown = [inf in of_loader for of_loader in zip(*counts)]
         self.full = [0 if inf in of_loader else min(of_loader) for of_loader in zip(*counts)]
-        together = loop.trainer.strategy.steps_together
+        together = loop.trainer.strategy.forward_is_collective
         self.joined = {"step"} if together else set[str]()  # what needs all processes: the step, its hooks
         self.watching = False  # is a batch out that all processes have?
         self.asking = True  # of a loader without a length: is it said at each batch who has one?
@@ -70,7 +70,7 @@ class UnevenBatches:
             what = f"`{self.loop.step_name}` wants to exchange something between all processes in batch {batch_idx}"
             why = f"and did not in those before, but rank {without} has none: {self.loop.kind} data is not padded."
             fix = "Exchange something in each batch, or only in the hook at the end of the epoch."
-            strategy.absent = f"{what} {why} {fix}"
+            strategy.block_collectives(f"{what} {why} {fix}")
         self.mark()
 
     def mark(self) -> None:
@@ -117,7 +117,7 @@ class UnevenBatches:
 
     def finish_loader(self, dataloader_idx: int) -> None:
         """This process is done with the loader. It takes part in what is left of it elsewhere."""
-        self.trainer.strategy.absent = None
+        self.trainer.strategy.block_collectives(None)
         batch_idx, none_here, unknown = self.own, self.own == 0, self.unknown[dataloader_idx]
         with ExitStack() as stack:
             entered = False

@@ -204,9 +204,8 @@ def sync_steps(trainer: Trainer, place: str, present: int | None = None, idle: b
         device = strategy.root_device
         numbers = [_NEUTRAL[op] if idle else entry.newest for entry in found]
         parts = [torch.as_tensor(number, dtype=torch.float64).detach().to(device) for number in numbers]
-        absent, strategy.absent = strategy.absent, None  # those without a batch take part in this
-        totals = strategy.reduce(torch.stack([part.reshape(()) for part in parts]), group, op)
-        strategy.absent = absent
+        with strategy.allow_collectives():  # those without a batch take part in this
+            totals = strategy.reduce(torch.stack([part.reshape(()) for part in parts]), group, op)
         size = dist.get_world_size(group) if group is not None or present is None else present
         for entry, total in zip(found, totals) if not idle else ():
             floating = isinstance(entry.newest, Tensor) and entry.newest.is_floating_point()

@@ -323,7 +323,7 @@ def test_epoch_values_of_training_are_over_all_processes_too(two_ranks):
 class Together(pl.strategies.DDPStrategy):
     """Stands for strategies that gather weights in each forward pass."""
 
-    steps_together = True
+    forward_is_collective = True
 
 
 class Exchanging(Judge):
