@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, IterableDataset
 
 from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
-from fulmen.data.combined import sized
+from fulmen.data.combined import loader_length
 from fulmen.hooks import DataHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.introspection import takes_argument
@@ -98,7 +98,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         sizes: list[float] = []
         try:
             loaders = getattr(self, f"{verb}_dataloader")()
-            _map_leaves(lambda loader: sizes.append(sized(getattr(loader, "dataset", loader))), loaders)
+            _map_leaves(lambda loader: sizes.append(loader_length(getattr(loader, "dataset", loader))), loaders)
         except Exception:  # not written, or `setup` has not run yet
             return "None"
         texts = ["size=NA" if size == inf else f"size={size}" for size in sizes]

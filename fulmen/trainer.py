@@ -306,7 +306,7 @@ class Trainer:
         self.datamodule = datamodule
         if datamodule is not None:
             datamodule.trainer = self
-        self.sources.attach(model, **loaders, datamodule=datamodule, verb=fn.value)
+        self.sources.attach_data(model, **loaders, datamodule=datamodule, verb=fn.value)
         for loop in (self.fit_loop, self.fit_loop.val_loop, self.validate_loop, self.test_loop, self.predict_loop):
             loop.loaders = None
         self.fit_loop.loaded_at_epoch = None
@@ -833,7 +833,7 @@ class Trainer:
         """Whether there is something to validate with."""
         return (
             self.lightning_module is not None
-            and self.sources.get("val").is_defined()
+            and self.sources.source_of("val").is_defined()
             and overridden(self.lightning_module, "validation_step", LightningModule)
             and self.limit_val_batches > 0
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.data.loader_state import size_of
+from fulmen.data.loader_state import dataset_and_batch_size
 from fulmen.metrics.logbook import KINDS
 from fulmen.metrics.reduce import merged_state
 
@@ -24,7 +24,10 @@ def placed(
         return kept, f"it was reading {len(readings)} training loaders, and there are {len(flattened)}"
     done = {}
     for position, reading in readings.items():
-        (samples, batch), (samples_now, batch_now) = reading.get("size", (None, None)), size_of(flattened[position])
+        (samples, batch), (samples_now, batch_now) = (
+            reading.get("size", (None, None)),
+            dataset_and_batch_size(flattened[position]),
+        )
         if samples != samples_now:
             return kept, f"its training data had {samples} samples, and has {samples_now}"
         if before == world and batch != batch_now:

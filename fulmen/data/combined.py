@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from fulmen.data.loader_state import Reading
-from fulmen.data.tensor_batches import iterate
+from fulmen.data.loader_state import LoaderPass
+from fulmen.data.tensor_batches import iterate_batches
 from fulmen.utilities.collections import map_children
 from fulmen.utilities.errors import suggestion
 
@@ -39,10 +39,12 @@ def _fill(skeleton: Any, values: Sequence[Any]) -> Any:
 
 def _of_each(attribute: str) -> property:
     """The attribute of each iterable (None for those without), in the shape of ``iterables``."""
-    return property(lambda combined: combined.fill([getattr(each, attribute, None) for each in combined.flattened]))
+    return property(
+        lambda combined: combined.tree_unflatten([getattr(each, attribute, None) for each in combined.flattened])
+    )
 
 
-def sized(loader: Any) -> int | float:
+def loader_length(loader: Any) -> int | float:
     """The number of batches a loader says it has; infinite when it does not say."""
     if isinstance(loader, CombinedLoader):
         return loader.num_batches()
@@ -73,7 +75,7 @@ class CombinedLoader:
         self._skeleton = _skeleton(iterables, self._flattened)
         self._limits: list[int | float] | None = None
         self._triples: Iterator[Triple] | None = None
-        self._readings: dict[int, Reading] = {}  # the passes that run, by position
+        self._readings: dict[int, LoaderPass] = {}  # the passes that run, by position
         self._over: set[int] = set()  # those that have ended at least once in this pass
         self._kept: dict[str, Any] = {}  # where the next pass goes on
         self._done = 0  # batches before this pass
@@ -95,7 +97,7 @@ class CombinedLoader:
             raise ValueError(
                 f"Mismatch in flattened length: {len(flattened)} cannot replace {len(self._flattened)} iterables."
             )
-        self._iterables = self.fill(flattened)
+        self._iterables = self.tree_unflatten(flattened)
         self._flattened = list(flattened)
 
     sampler = _of_each("sampler")
@@ -116,14 +118,14 @@ class CombinedLoader:
             )
         self._limits = limits
 
-    def lengths(self) -> list[int | float]:
+    def loader_lengths(self) -> list[int | float]:
         """The number of batches of each iterable, limits applied; infinite where neither length nor limit is known."""
         limits = self._limits or [math.inf] * len(self._flattened)
-        return [min(sized(loader), limit) for loader, limit in zip(self._flattened, limits)]
+        return [min(loader_length(loader), limit) for loader, limit in zip(self._flattened, limits)]
 
     def num_batches(self) -> int | float:
         """The number of batches of one pass over everything, limits applied; infinite when unknown."""
-        return _MODES[self.mode][1](self.lengths())
+        return _MODES[self.mode][1](self.loader_lengths())
 
     def __len__(self) -> int:
         if self._triples is None:
@@ -137,7 +139,7 @@ class CombinedLoader:
         self.reset()
         in_turn = self.mode == "sequential"
         self._over, self._done = set(self._kept.get("over", ())), self._kept.get("done", 0)
-        opened = [self.open(position) for position in range(1 if in_turn else len(self._flattened))]
+        opened = [self.open_pass(position) for position in range(1 if in_turn else len(self._flattened))]
         triples = _MODES[self.mode][0](self, opened)
         self._kept = {"readings": self._kept.get("readings", {})}
         total = math.inf if in_turn or self._limits is None else self.num_batches()
@@ -153,22 +155,22 @@ class CombinedLoader:
         """Forget the running iterators; the next ``iter()`` starts from the beginning."""
         self._triples = None
 
-    def open(self, position: int, at: int = 0) -> Iterator[Any]:
+    def open_pass(self, position: int, at: int = 0) -> Iterator[Any]:
         """A new iterator over the iterable at this position of ``flattened``, in mode "sequential" up to its limit.
 
-        So many batches of the epoch come before ``at`` it. After `go_on`, the first one goes on.
+        So many batches of the epoch come before ``at`` it. After `load_pass_state`, the first one goes on.
         """
         loader = self._flattened[position]
         if _has_state(loader):
-            batches = iterate(loader)
+            batches = iterate_batches(loader)
         else:
             kept = self._kept.get("readings", {}).pop(position, None)
-            reading = self._readings[position] = Reading(loader, at, kept, self._kept.get("done", 0))
+            reading = self._readings[position] = LoaderPass(loader, at, kept, self._kept.get("done", 0))
             batches = reading.open()
         limit = self._limits[position] if self._limits and self.mode == "sequential" else math.inf
         return batches if math.isinf(limit) else islice(batches, int(limit))
 
-    def fill(self, values: Sequence[Any]) -> Any:
+    def tree_unflatten(self, values: Sequence[Any]) -> Any:
         """A value for each iterable, in the shape of ``iterables``."""
         return _fill(self._skeleton, values)
 
@@ -184,19 +186,19 @@ class CombinedLoader:
         }
         return {at: data for at, data in found.items() if isinstance(data, IterableDataset) and _has_state(data)}
 
-    def keeps_state(self) -> bool:
+    def is_stateful(self) -> bool:
         """Has any of the loaders, or of their datasets, a state of its own?"""
         return bool(self._stateful() or self._datasets())
 
-    def note_state(self, given: int) -> None:
-        """Keeps what `state_dict` and `position` are to hold of loaders while so many batches are done."""
+    def record_state(self, given: int) -> None:
+        """Keeps what `state_dict` and `pass_state` are to hold of loaders while so many batches are done."""
         datasets = {position: data.state_dict() for position, data in self._datasets().items()}
         self._history.append((given, ([loader.state_dict() for loader in self._stateful()], datasets)))
 
     def _noted(self, done: int | None) -> tuple[list[Any], dict[int, Any]]:
         found = [states for given, states in self._history if given == done]
         if not found:
-            self.note_state(-1)
+            self.record_state(-1)
             found = [self._history.pop()[1]]
         return found[-1]
 
@@ -213,7 +215,7 @@ class CombinedLoader:
         for loader, state in zip(stateful, states):
             loader.load_state_dict(state)
 
-    def position(self, done: int, inside: bool, ahead: int = 0) -> dict[str, Any]:
+    def pass_state(self, done: int, inside: bool, ahead: int = 0) -> dict[str, Any]:
         """Where the pass is, in plain types: inside, with so many batches done and more read ahead, or between two."""
         opened = {position: reading.state(done, inside, ahead) for position, reading in self._readings.items()}
         readings = {**self._kept.get("readings", {}), **opened}
@@ -223,8 +225,8 @@ class CombinedLoader:
         states, datasets = self._noted(done)
         return {**found, "over": sorted(self._over), "states": states, "datasets": datasets}
 
-    def go_on(self, kept: dict[str, Any]) -> None:
-        """Lets the next pass begin at this `position`."""
+    def load_pass_state(self, kept: dict[str, Any]) -> None:
+        """Lets the next pass begin at this `pass_state`."""
         self._history.clear()
         if states := kept.get("states"):
             self.load_state_dict(states)
@@ -245,12 +247,12 @@ def _has_state(obj: Any) -> bool:
 
 def _side_by_side(together: Callable, combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
     for batch_idx, batches in enumerate(together(*iterators)):
-        yield combined.fill(batches), batch_idx, 0
+        yield combined.tree_unflatten(batches), batch_idx, 0
 
 
 def _cycling(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
     running = set(range(len(iterators))) - combined._over
-    vacant = {position for position, loader in enumerate(combined.flattened) if sized(loader) == 0}
+    vacant = {position for position, loader in enumerate(combined.flattened) if loader_length(loader) == 0}
     running -= vacant
     for batch_idx in count(combined._done):
         batches = []
@@ -261,14 +263,14 @@ def _cycling(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Tr
                 combined._over.add(position)
                 if not running:
                     return
-                iterators[position] = combined.open(position, batch_idx)
+                iterators[position] = combined.open_pass(position, batch_idx)
                 batch = next(iterators[position], _END)
                 if batch is _END:
                     raise RuntimeError(_cannot_begin_again(combined, position, batch_idx))
             batches.append(batch)
         if not running:  # all of them say that they are empty
             return
-        yield combined.fill(batches), batch_idx, 0
+        yield combined.tree_unflatten(batches), batch_idx, 0
 
 
 def _cannot_begin_again(combined: CombinedLoader, position: int, batch_idx: int) -> str:
@@ -286,7 +288,7 @@ def _cannot_begin_again(combined: CombinedLoader, position: int, batch_idx: int)
 def _sequential(combined: CombinedLoader, iterators: list[Iterator]) -> Iterator[Triple]:
     for dataloader_idx in range(len(combined.flattened)):
         # No other name for the iterator: it is gone, and its workers with it, before the next one is opened.
-        for batch_idx, batch in enumerate(iterators.pop() if iterators else combined.open(dataloader_idx)):
+        for batch_idx, batch in enumerate(iterators.pop() if iterators else combined.open_pass(dataloader_idx)):
             yield batch, batch_idx, dataloader_idx
 
 

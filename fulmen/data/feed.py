@@ -17,7 +17,7 @@ _END = object()
 class Feed:
     """The batches of one epoch.
 
-    `open()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx, dataloader_idx)`.
+    `open_iterators()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx, dataloader_idx)`.
     While a batch is out, `is_last` tells whether another will follow: by counting where the length is known for
     certain, else by reading one batch ahead. The limits of ``loaders`` are set, ``transfer(batch, dataloader_idx)`` gives
     the batch on the device (see `data.batches`), and ``profile`` wraps the function that fetches one batch.
@@ -35,34 +35,36 @@ class Feed:
         self.num_batches = loaders.num_batches()
         self.counted = counted and self.num_batches < inf
         self.is_last = False
-        self.short: dict[int, tuple[int, float]] = {}  # by loader: the batches it gave in the last pass, and promised
+        self.shortfalls: dict[
+            int, tuple[int, float]
+        ] = {}  # by loader: the batches it gave in the last pass, and promised
         self._over = False  # does no batch follow in this epoch?
-        self.opened_at: int | None = None  # the epoch whose iterators were made last
+        self.opened_epoch: int | None = None  # the epoch whose iterators were made last
         self.first_batch_idx = 0  # a resumed epoch goes on counting from here
         self._iterator: Any = None  # opened for the next pass
         # one plain loader: no need to ask the combination who is next
         self._single = loaders.flattened[0] if loaders.iterables is loaders.flattened[0] else None
 
-    def open(self, epoch: int | None = None) -> None:
+    def open_iterators(self, epoch: int | None = None) -> None:
         """Makes fresh iterators; called once before each pass, of this epoch."""
-        self.opened_at, self._over = epoch, False
-        self._iterator = iter(self.loaders) if self._single is None else self.loaders.open(0)
+        self.opened_epoch, self._over = epoch, False
+        self._iterator = iter(self.loaders) if self._single is None else self.loaders.open_pass(0)
 
-    def exhaust(self) -> None:
+    def mark_exhausted(self) -> None:
         """Lets no batch follow in this epoch."""
         self._over = True
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
-        self.is_last, self.short = False, {}
+        self.is_last, self.shortfalls = False, {}
         if self._over:
             return
         if self._iterator is None:
-            self.open()
+            self.open_iterators()
         iterator, self._iterator = self._iterator, None
         fetch: Callable[[], Any] = lambda: next(iterator, _END)  # noqa: E731
         if self.profile is not None:
             fetch = self.profile(fetch)
-        if keeps := self.loaders.keeps_state():
+        if keeps := self.loaders.is_stateful():
             fetch = self._noting(fetch)
         if self._single is None:
             yield from self._combined(fetch)
@@ -75,7 +77,7 @@ class Feed:
         given = count(self.first_batch_idx)
 
         def noted() -> Any:
-            self.loaders.note_state(next(given))
+            self.loaders.record_state(next(given))
             return fetch()
 
         return noted
@@ -128,28 +130,28 @@ class Feed:
 
     def _compare(self, counts: dict[int, int]) -> None:
         """Notes the loaders that gave fewer batches than they promised, or none."""
-        promised = self.loaders.lengths() if len(counts) > 1 else [self.num_batches]
+        promised = self.loaders.loader_lengths() if len(counts) > 1 else [self.num_batches]
         for (at, given), expected in zip(counts.items(), promised):
             if given < expected and (expected < inf or not given):
-                self.short[at] = (given, expected)
+                self.shortfalls[at] = (given, expected)
 
     @property
-    def ahead(self) -> int:
+    def batches_prefetched(self) -> int:
         """How many batches are read before they are asked for."""
         return int(not self.counted)
 
-    def taken(self, done: int, in_batch: bool) -> int:
+    def batches_consumed(self, done: int, in_batch: bool) -> int:
         """How many batches were given to so many finished steps; the one that runs does not count."""
         return done
 
-    def close(self) -> None:
+    def close_loaders(self) -> None:
         """Ends the workers."""
         self._iterator = None
         for loader in self.loaders.flattened:
             shutdown_workers(loader)
 
 
-class SharedFeed(Feed):
+class JoinFeed(Feed):
     """The batches of one of several processes that have not as many each, and end the epoch together.
 
     One that has none left is `idle`, and gives its last one again until all are done; `present` says how many have the
@@ -229,8 +231,8 @@ class IteratorFeed(Feed):
             yield iterator, self.batch_idx, ahead[2]
 
     @property
-    def ahead(self) -> int:
-        return super().ahead + 1
+    def batches_prefetched(self) -> int:
+        return super().batches_prefetched + 1
 
-    def taken(self, done: int, in_batch: bool) -> int:
+    def batches_consumed(self, done: int, in_batch: bool) -> int:
         return max(self.pulled_before if in_batch else self.pulled, self.first_batch_idx)

@@ -1,10 +1,10 @@
 """Where a loader is inside of a pass, and the same pass opened again there without loading what was loaded.
 
 The order of a pass follows from the random generators at two moments: when its iterator is made, and when the first
-index is drawn. A `Reading` notes both, once per pass. To go on, it makes the iterator as it was made, lets the sampler
+index is drawn. A `LoaderPass` notes both, once per pass. To go on, it makes the iterator as it was made, lets the sampler
 give the indices of the batches that are done, and puts every generator where the checkpoint has it.
 
-Worker processes have generators of their own. A `Courier` runs in them in the place of `collate_fn`, and keeps their
+Worker processes have generators of their own. A `WorkerRngTracker` runs in them in the place of `collate_fn`, and keeps their
 states in shared memory, where the main process looks only when a checkpoint is written.
 """
 
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from fulmen.data.sample_order import Alike
-from fulmen.data.tensor_batches import iterate
+from fulmen.data.sample_order import SharedOrder
+from fulmen.data.tensor_batches import iterate_batches
 from fulmen.supervision import loader_workers
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states, python_state, same_states, set_generator_states
@@ -33,7 +33,7 @@ _INSIDE = ("dataset", "sampler", "batch_sampler", "order", "loader")
 PATIENCE_S = 10.0  # for workers that are still busy with the end of an epoch
 
 
-def own_generators(part: Any, depth: int = 5) -> dict[int, Any]:
+def find_generators(part: Any, depth: int = 5) -> dict[int, Any]:
     """The random generators that a loader, its samplers and its dataset have for themselves, by id."""
     found: dict[int, Any] = {}
     for name, value in vars(part).items() if depth and hasattr(part, "__dict__") else ():
@@ -41,7 +41,7 @@ def own_generators(part: Any, depth: int = 5) -> dict[int, Any]:
         if isinstance(value, (torch.Generator, random.Random)) or numpys:
             found[id(value)] = value
         elif name in _INSIDE:
-            found |= own_generators(value, depth - 1)
+            found |= find_generators(value, depth - 1)
     return found
 
 
@@ -73,7 +73,7 @@ def _each(states: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any
     return {k: tuple(map(change, v)) if isinstance(v, tuple) else change(v) for k, v in states.items()}
 
 
-class Moment:
+class RngSnapshot:
     """The states of the run's generators, and of those a loader has for itself."""
 
     def __init__(self, own: list[Any], kept: dict[str, Any] | None = None) -> None:
@@ -90,7 +90,7 @@ class Moment:
         return not same_states(self.kept["global"], generator_states(include_cuda=False))
 
 
-class Continued:
+class ResumedSampler:
     """A sampler or batch sampler that gives what is left of one pass, and all of every later one.
 
     Arguments:
@@ -101,7 +101,9 @@ class Continued:
         ahead: how many more were drawn when the generators were where they belong now.
     """
 
-    def __init__(self, order: Any, skip: int, first: Moment | None, later: bool, lead: int = 0, ahead: int = 0) -> None:
+    def __init__(
+        self, order: Any, skip: int, first: RngSnapshot | None, later: bool, lead: int = 0, ahead: int = 0
+    ) -> None:
         self.order, self.skip, self.first, self.later = order, skip, first, later
         self.lead, self.ahead = lead, ahead
         self.held: deque[Any] = deque()
@@ -126,12 +128,12 @@ class Continued:
                 return
 
     def _begin(self) -> Iterator[Any]:
-        before = Moment(self.first.own if self.first else [])
+        before = RngSnapshot(self.first.own if self.first else [])
         if self.first is not None:
             self.first.put_back()
         if self.skip or self.first is not None:
             head = list(islice(self.items, 1))
-            begun = Moment([])
+            begun = RngSnapshot([])
             last = deque(islice(self.items, max(self.skip - 1, 0)), maxlen=1) or head
             self.held.extend(() if self.skip else head)
             if self.later:
@@ -147,7 +149,7 @@ class Continued:
         """Draws what had been drawn ahead."""
         self.held.extend(islice(self.items, max(self.ahead - len(self.held), 0)))
 
-    def _warn(self, before: Moment) -> None:
+    def _warn(self, before: RngSnapshot) -> None:
         if before.moved():
             what = f"`{type(self.order).__name__}` draws random numbers of the run for each index: what is left of this"
             fix = "Give it a generator of its own, `torch.Generator()`, in an attribute."
@@ -162,7 +164,7 @@ class Continued:
         return getattr(self.order, name)
 
 
-class Courier:
+class WorkerRngTracker:
     """Stands in for `collate_fn` and `worker_init_fn` in workers, and leaves the states of their generators behind.
 
     Each worker has some slots in shared memory. A state goes into the next one when a batch has drawn random numbers.
@@ -244,7 +246,7 @@ class Courier:
         return _each(states, lambda part: torch.from_numpy(part) if hasattr(part, "dtype") else part)
 
 
-def size_of(loader: Any) -> tuple[int | None, int | None]:
+def dataset_and_batch_size(loader: Any) -> tuple[int | None, int | None]:
     """Samples, and samples in a batch, where indices are read."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None, None
@@ -265,7 +267,7 @@ def _standing_in(loader: Any, **parts: Any) -> Iterator[None]:
         vars(loader).update(kept)
 
 
-class Reading:
+class LoaderPass:
     """One pass over a loader.
 
     Arguments:
@@ -277,9 +279,9 @@ class Reading:
     def __init__(self, loader: Any, at: int = 0, kept: dict[str, Any] | None = None, done: int = 0) -> None:
         self.loader, self.kept = loader, kept or {}
         self.at, self.skip = self.kept.get("at", at), 0
-        self.own = list(own_generators(loader).values())
+        self.own = list(find_generators(loader).values())
         self.first: dict[str, Any] | None = None
-        self.courier: Courier | None = None
+        self.courier: WorkerRngTracker | None = None
         if "opened" in self.kept:
             self.skip = done - self.at
         self.indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
@@ -293,8 +295,8 @@ class Reading:
         for shard in _shards(self.loader):
             shard.seed = kept.get("seed", shard.seed)
             if "alone" in kept and self.first is not None:
-                shard.begin = Moment(self.own, self.first).put_back
-        opened = Moment(self.own, kept.get("opened"))
+                shard.begin = RngSnapshot(self.own, self.first).put_back
+        opened = RngSnapshot(self.own, kept.get("opened"))
         self.opened = opened.kept
         if kept and callable(reopen := getattr(self.loader, "reopen", None)):
             reopen()
@@ -316,31 +318,31 @@ class Reading:
     def _order(self, later: bool, lead: int = 0) -> dict[str, Any]:
         """The part of the loader that chooses what is read, continued."""
         name = "sampler" if self.loader.batch_sampler is None else "batch_sampler"
-        first, order = None if self.first is None else Moment(self.own, self.first), getattr(self.loader, name)
+        first, order = None if self.first is None else RngSnapshot(self.own, self.first), getattr(self.loader, name)
         if "together" in self.kept:  # several processes drew the order of this epoch
-            alike = Alike(self.loader.sampler if name == "sampler" else order.sampler, self.kept["together"])
+            alike = SharedOrder(self.loader.sampler if name == "sampler" else order.sampler, self.kept["together"])
             order = alike if name == "sampler" else BatchSampler(alike, order.batch_size, order.drop_last)
-        return {name: Continued(order, self.skip, first, later, lead, self.kept.get("ahead", 0))}
+        return {name: ResumedSampler(order, self.skip, first, later, lead, self.kept.get("ahead", 0))}
 
     def _alone(self, resumes: bool) -> Iterator[Any]:
         if not resumes:
-            iterator = iterate(self.loader)
+            iterator = iterate_batches(self.loader)
             return chain(self._note(iterator), iterator)
         if not self.indexed:
-            iterator = iterate(self.loader)
+            iterator = iterate_batches(self.loader)
             return iterator if self.first else chain(self._note(iterator), iterator)
         order = self._order(later=True)
         with _standing_in(self.loader, **order):
-            iterator = iterate(self.loader)
+            iterator = iterate_batches(self.loader)
         return chain(self._checked(iterator, *order.values()), iterator)
 
     def _note(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        self.first = self.first or Moment(self.own).kept
+        self.first = self.first or RngSnapshot(self.own).kept
         yield from islice(iterator, 1)
 
-    def _checked(self, iterator: Iterator[Any], order: Continued) -> Iterator[Any]:
+    def _checked(self, iterator: Iterator[Any], order: ResumedSampler) -> Iterator[Any]:
         """A loader with an `__iter__` of its own may read without its sampler."""
-        self.first = self.first or Moment(self.own).kept
+        self.first = self.first or RngSnapshot(self.own).kept
         head = list(islice(iterator, 1))
         if order.pending and self.skip:
             order.pending = False
@@ -352,7 +354,7 @@ class Reading:
         loader = self.loader
         if running is not None:
             found = getattr(running, "_collate_fn", None)
-            self.courier = found if isinstance(found, Courier) else None
+            self.courier = found if isinstance(found, WorkerRngTracker) else None
             if self.courier is not None:
                 self.courier.turn(running._send_idx)
             if not self.indexed:
@@ -360,7 +362,7 @@ class Reading:
             return iter(loader)
         given = self.kept.get("workers") if resumes else None
         skipped = self.skip if resumes and self.indexed else 0
-        self.courier = courier = Courier(loader, given, skipped)
+        self.courier = courier = WorkerRngTracker(loader, given, skipped)
         self.begun = courier.given
         parts: dict[str, Any] = {"collate_fn": courier, "worker_init_fn": courier.start}
         if resumes and self.indexed:
@@ -368,7 +370,7 @@ class Reading:
         with _standing_in(loader, **parts):
             iterator = iter(loader)
         for part in parts.values():
-            if isinstance(part, Continued):
+            if isinstance(part, ResumedSampler):
                 part.hold()
         if getattr(iterator, "_collate_fn", None) is not courier:
             self.courier = None
@@ -379,13 +381,13 @@ class Reading:
                 )
         return islice(iterator, courier.lead, None) if courier.lead else iterator
 
-    def _count_off(self, iterator: Iterator[Any], opened: Moment) -> Iterator[Any]:
+    def _count_off(self, iterator: Iterator[Any], opened: RngSnapshot) -> Iterator[Any]:
         """What has no indices is read, and passed over."""
         if "opened" not in self.kept:
             opened.put_back()
         elif not self.kept.get("placed") and (self.skip or self.first is not None):
             if self.first is not None:
-                Moment(self.own, self.first).put_back()
+                RngSnapshot(self.own, self.first).put_back()
             if self.skip:
                 self._say(sum(1 for _ in islice(iterator, self.skip)))
             # What was read ahead has been drawn already.
@@ -408,7 +410,7 @@ class Reading:
         if inside:
             state |= {name: self.kept[name] for name in _ORIGIN if name in self.kept}
             state |= {
-                "size": size_of(self.loader),
+                "size": dataset_and_batch_size(self.loader),
                 "ahead": ahead,
                 "at": self.at,
                 "opened": self.opened,

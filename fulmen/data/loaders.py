@@ -24,8 +24,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fulmen.data.combined import CombinedLoader, sized
-from fulmen.data.tensor_batches import in_memory
+from fulmen.data.combined import CombinedLoader, loader_length
+from fulmen.data.tensor_batches import in_memory_dataset
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import suggested_max_num_workers
@@ -38,9 +38,9 @@ _maybe = functools.partial(rank_zero_warn, category=PossibleUserWarning)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def length_of(loader: Any) -> int | float:
+def check_length(loader: Any) -> int | float:
     """The number of batches, infinite if the loader does not know; warns about lengths that are often a mistake."""
-    length = sized(loader)
+    length = loader_length(loader)
     if length == 0:
         rank_zero_warn(f"Total length of `{type(loader).__name__}` is zero. Nothing will run on it; is that intended?")
     if not math.isinf(length) and isinstance(getattr(loader, "dataset", None), IterableDataset):
@@ -63,7 +63,7 @@ def length_is_certain(part: Any) -> bool:
     if isinstance(part, DataLoader):
         own = type(part).__len__ is not DataLoader.__len__ or is_generator(type(part).__iter__)
         order = part.sampler if part.batch_sampler is None else part.batch_sampler
-        return not own and reads_indices(part) and length_is_certain(order)
+        return not own and is_map_style(part) and length_is_certain(order)
     if type(part) in (BatchSampler, IndexRecorder):
         return length_is_certain(part.sampler if type(part) is BatchSampler else part.batch_sampler)
     if isinstance(part, DistributedSampler) and "order" in vars(part):  # a process's part of another sampler
@@ -109,16 +109,16 @@ def check_iterable(loader: Any, label: str) -> None:
         raise TypeError(f"An invalid dataloader was given by {label}: {describe_received(loader)}. {fix}")
 
 
-def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
+def warn_about_settings(loader: Any, *, stage: str, reloaded: bool = False) -> None:
     """Warn about slow or mistaken settings of the loader for "train" or another stage; will fit ask for it again?"""
     if not isinstance(loader, DataLoader):
         return
     name = f"{stage}_dataloader"
-    if name != "train_dataloader" and isinstance(order_of(loader), RandomSampler):
+    if name != "train_dataloader" and isinstance(inner_sampler(loader), RandomSampler):
         _maybe(f"The sampler of the `{name}` has shuffling enabled. Evaluation is best read in order: `shuffle=False`.")
     possible = suggested_max_num_workers(local_world_size=1)
     # Workers would only slow down data that is indexed in memory.
-    if loader.num_workers < 2 <= possible and in_memory(loader) is None:
+    if loader.num_workers < 2 <= possible and in_memory_dataset(loader) is None:
         _maybe(f"The `{name}` has {loader.num_workers} workers, which may be too few. Try `num_workers={possible}`.")
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and not loader.persistent_workers and context.get_start_method() == "spawn":
@@ -129,8 +129,8 @@ def warn_about(loader: Any, *, stage: str, reloaded: bool = False) -> None:
 
 
 @contextmanager
-def recording_arguments() -> Iterator[None]:
-    """Remember how every object of a `DataLoader` or `BatchSampler` subclass made in here was called; see `rebuilt`."""
+def record_arguments() -> Iterator[None]:
+    """Remember how every object of a `DataLoader` or `BatchSampler` subclass made in here was called; see `rebuild_loader`."""
     family = _subclasses(DataLoader) | _subclasses(BatchSampler)
     originals = {cls: cls.__init__ for cls in family if "__init__" in vars(cls)}
     for cls, init in originals.items():
@@ -180,10 +180,10 @@ def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) ->
     return named
 
 
-def rebuilt(loader: DataLoader, **order: Any) -> DataLoader:
+def rebuild_loader(loader: DataLoader, **order: Any) -> DataLoader:
     """A loader of the same class from the same arguments, but with this ``sampler`` or ``batch_sampler``.
 
-    The arguments of subclasses are those `recording_arguments` saw, else the attributes of the same names. In the same
+    The arguments of subclasses are those `record_arguments` saw, else the attributes of the same names. In the same
     way a custom batch sampler is made again around a new sampler, with a TypeError if that is impossible.
     """
     if "sampler" in order and loader.batch_size is None and loader.batch_sampler is not None:
@@ -236,24 +236,24 @@ def _arguments(obj: Any) -> dict[str, Any]:
     return {name: getattr(obj, name) for name in names}
 
 
-def reads_indices(loader: Any) -> bool:
+def is_map_style(loader: Any) -> bool:
     """Is it a loader whose samplers choose what is read?"""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
-def order_of(loader: DataLoader) -> Any:
+def inner_sampler(loader: DataLoader) -> Any:
     """The sampler that decides the order of samples."""
     return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
 
 
-def sequential(loader: Any) -> Any:
+def disable_shuffling(loader: Any) -> Any:
     """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not."""
-    if not reads_indices(loader) or isinstance(order_of(loader), (SequentialSampler, list, tuple, range)):
+    if not is_map_style(loader) or isinstance(inner_sampler(loader), (SequentialSampler, list, tuple, range)):
         return loader
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):  # a batch sampler of the user knows best
         return loader
     rank_zero_warn("`overfit_batches` needs the same batches in every epoch: shuffling is off.")
-    return rebuilt(loader, sampler=SequentialSampler(loader.dataset))
+    return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))
 
 
 class IndexRecorder:
@@ -286,31 +286,26 @@ class IndexRecorder:
         return getattr(self.batch_sampler, name)
 
 
-def undropped(loader: Any) -> Any:
+def keep_last_batch(loader: Any) -> Any:
     """The loader without ``drop_last``, if its batch sampler can be made again that way."""
-    if not reads_indices(loader) or loader.batch_sampler is None:
+    if not is_map_style(loader) or loader.batch_sampler is None:
         return loader
     batch_sampler, name = loader.batch_sampler, type(loader.batch_sampler).__name__
     if not hasattr(batch_sampler, "drop_last"):
         _maybe(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
     elif batch_sampler.drop_last:
         try:
-            return rebuilt(loader, batch_sampler=_made_again(batch_sampler, drop_last=False))
+            return rebuild_loader(loader, batch_sampler=_made_again(batch_sampler, drop_last=False))
         except TypeError as problem:
             rank_zero_warn(f"Predictions will miss the last, incomplete batch, which `{name}` drops. {problem}")
     return loader
 
 
-def recorded(loader: Any) -> Any:
+def record_indices(loader: Any) -> Any:
     """The loader with an `IndexRecorder` as its ``batch_sampler``; unchanged where there is none."""
-    if not reads_indices(loader) or loader.batch_sampler is None:
+    if not is_map_style(loader) or loader.batch_sampler is None:
         return loader
-    return rebuilt(loader, batch_sampler=IndexRecorder(loader.batch_sampler))
-
-
-def for_prediction(loader: Any) -> Any:
-    """The loader `undropped` and `recorded`."""
-    return recorded(undropped(loader))
+    return rebuild_loader(loader, batch_sampler=IndexRecorder(loader.batch_sampler))
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
@@ -345,7 +340,7 @@ def has_len_all_ranks(
     dataloader: Any, strategy: Any, allow_zero_length_dataloader_with_multiple_devices: bool = False
 ) -> bool:
     """Does the loader have a length on every process? An error if that is zero on this one and not on all of them."""
-    length = sized(dataloader)
+    length = loader_length(dataloader)
     if math.isinf(length):
         return False
     total = int(strategy.reduce(torch.tensor(length, device=strategy.root_device), reduce_op="sum"))  # sync

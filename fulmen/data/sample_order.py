@@ -11,18 +11,18 @@ import torch
 from fulmen.utilities.seed import generator_states, isolate_rng, seed_cpu, set_generator_states
 
 
-def generators_of(order: Any) -> list[torch.Generator]:
+def sampler_generators(order: Any) -> list[torch.Generator]:
     """The random generators that a sampler, or the one inside of a batch sampler, has for itself."""
     found = (getattr(part, "generator", None) for part in (order, getattr(order, "sampler", None)))
     return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
-def alike(order: Any, seed: int, ahead: int, begin: Callable[[], None] | None = None) -> Iterator[list[Any]]:
+def shared_order(order: Any, seed: int, ahead: int, begin: Callable[[], None] | None = None) -> Iterator[list[Any]]:
     """What ``iter(order)`` gives, in lists of ``ahead``; the random numbers drawn for it follow from the seed alone.
 
     Or from where ``begin`` sets the generators. Nobody else's random numbers are touched, nor the state of a generator that the order has for itself.
     """
-    own, iterator, inside, own_inside = generators_of(order), None, {}, []
+    own, iterator, inside, own_inside = sampler_generators(order), None, {}, []
     while True:
         own_outside = [generator.get_state() for generator in own]
         with isolate_rng(include_cuda=False):
@@ -46,14 +46,14 @@ def alike(order: Any, seed: int, ahead: int, begin: Callable[[], None] | None = 
             return
 
 
-class Alike:
+class SharedOrder:
     """One pass over a sampler as several processes drew it, for one of them."""
 
     def __init__(self, order: Any, seed: int) -> None:
         self.order, self.seed = order, seed
 
     def __iter__(self) -> Iterator[Any]:
-        return chain.from_iterable(alike(self.order, self.seed, 4096))
+        return chain.from_iterable(shared_order(self.order, self.seed, 4096))
 
     def __len__(self) -> int:
         return len(self.order)

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from fulmen.data.combined import sized
-from fulmen.data.loaders import order_of, reads_indices, rebuilt, shutdown_workers
-from fulmen.data.sample_order import alike, generators_of
-from fulmen.data.tensor_batches import iterate
+from fulmen.data.combined import loader_length
+from fulmen.data.loaders import inner_sampler, is_map_style, rebuild_loader, shutdown_workers
+from fulmen.data.sample_order import sampler_generators, shared_order
+from fulmen.data.tensor_batches import iterate_batches
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states
 
 
-def seed_of(loader: Any) -> int:
+def order_seed(loader: Any) -> int:
     """What the order of a loader's samples is drawn from: the seed of its own generator, else that of the run."""
-    own = generators_of(order_of(loader)) if reads_indices(loader) else []
+    own = sampler_generators(inner_sampler(loader)) if is_map_style(loader) else []
     seed = own[0].initial_seed() if own else int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed())
     return seed % 2**62
 
 
-class Shard(DistributedSampler):
+class ShardedSampler(DistributedSampler):
     """This process's part of the order of a sampler or batch sampler, which all processes draw alike.
 
     Arguments:
@@ -55,7 +55,7 @@ class Shard(DistributedSampler):
         turn = self.num_replicas * self.block
         first: list[Any] = []
         begin, self.begin = self.begin, None
-        for items in alike(self.order, self.seed + self.epoch, turn * max(1, self.ahead // turn), begin):
+        for items in shared_order(self.order, self.seed + self.epoch, turn * max(1, self.ahead // turn), begin):
             first = first or items[:turn]
             if self.padded:
                 items += islice(cycle(first), -len(items) % turn)
@@ -74,23 +74,23 @@ class Shard(DistributedSampler):
         return getattr(self.order, name)
 
 
-def sharded(loader: Any, *, num_replicas: int, rank: int, padded: bool, seed: int = 0) -> Any:
+def shard_samples(loader: Any, *, num_replicas: int, rank: int, padded: bool, seed: int = 0) -> Any:
     """The loader with this process's part of the samples; unchanged if it has no indices, or splits them already.
 
     Padded (for training), every so-many-th sample is taken, so that a batch of each process, together, is the large
     batch that one process would see. Unpadded, the batches are those of one process, dealt out. So are the batches of
     a batch sampler of the user's own, which is wrapped, and never made again.
     """
-    if not reads_indices(loader):
+    if not is_map_style(loader):
         return loader
-    batches, order = loader.batch_sampler, order_of(loader)
+    batches, order = loader.batch_sampler, inner_sampler(loader)
     if any(isinstance(part, DistributedSampler) or _splits(part) for part in (loader.sampler, batches, order)):
         return loader
     place: dict[str, Any] = {"num_replicas": num_replicas, "rank": rank, "padded": padded, "seed": seed}
     if type(batches) not in (BatchSampler, type(None)):
-        return rebuilt(loader, batch_sampler=Shard(batches, **place, ahead=64))
+        return rebuild_loader(loader, batch_sampler=ShardedSampler(batches, **place, ahead=64))
     block = batches.batch_size if batches is not None and not padded else 1
-    return rebuilt(loader, sampler=Shard(order, **place, block=block))
+    return rebuild_loader(loader, sampler=ShardedSampler(order, **place, block=block))
 
 
 def _splits(sampler: Any) -> bool:
@@ -98,7 +98,7 @@ def _splits(sampler: Any) -> bool:
     return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
 
 
-class Striped:
+class RoundRobinLoader:
     """A loader without indices, read by all processes alike; each keeps every so-many-th batch.
 
     One that gives each process other batches has split its data itself, and is left as it is. What comes first tells,
@@ -112,7 +112,7 @@ class Striped:
         self.loader, self.num_replicas, self.rank = loader, num_replicas, rank
         # A run that resumes inside this pass has to draw what is drawn here.
         self.began: dict[str, Any] | None = generator_states(include_cuda=False)
-        batches = iterate(loader)
+        batches = iterate_batches(loader)
         first = list(islice(batches, 1))
         # Kept for the first pass: it may be the only one.
         self.opened: Iterator[Any] | None = chain(first, batches)
@@ -128,11 +128,11 @@ class Striped:
 
     def __iter__(self) -> Iterator[Any]:
         opened, self.opened, self.began = self.opened, None, None
-        batches = iterate(self.loader) if opened is None else opened
+        batches = iterate_batches(self.loader) if opened is None else opened
         return islice(batches, self.rank, None, self.num_replicas) if self.alike else batches
 
     def __len__(self) -> int:
-        length = sized(self.loader)
+        length = loader_length(self.loader)
         if math.isinf(length):
             raise TypeError(f"`{type(self.loader).__name__}` has no length.")
         return len(range(self.rank, int(length), self.num_replicas)) if self.alike else int(length)
@@ -153,9 +153,9 @@ class Striped:
         shutdown_workers(self.loader)
 
 
-def striped(loader: Any, *, num_replicas: int, rank: int, exchange: Callable[[Any], list[Any]]) -> Any:
+def read_round_robin(loader: Any, *, num_replicas: int, rank: int, exchange: Callable[[Any], list[Any]]) -> Any:
     """A loader without indices, split; unchanged with them."""
-    return loader if reads_indices(loader) else Striped(loader, num_replicas, rank, exchange)
+    return loader if is_map_style(loader) else RoundRobinLoader(loader, num_replicas, rank, exchange)
 
 
 def _fingerprint(batches: list[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fulmen.data.loaders import recording_arguments
+from fulmen.data.loaders import record_arguments
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.rank_zero import warn_once
@@ -25,7 +25,7 @@ class Source:
     beside_module: bool
 
     @property
-    def label(self) -> str:
+    def display_name(self) -> str:
         """Where the loaders come from, for messages."""
         if self.argument is None:
             return f"`{self.hook_name}` of `{type(self.owner).__name__}`"
@@ -36,12 +36,12 @@ class Source:
         """Was the argument given, or does the owner implement the hook?"""
         return self.argument is not None or overridden(self.owner, self.hook_name, self.base)
 
-    def request(self) -> Any:
+    def request_loaders(self) -> Any:
         """The loader or loaders as the user gave them; a hook is called anew each time."""
         if self.argument is not None:
             return self.argument
         if self.is_defined():
-            with recording_arguments():
+            with record_arguments():
                 return getattr(self.owner, self.hook_name)()
         owner = type(self.owner).__name__
         what = f"`{self.hook_name}` must be implemented for `Trainer.{self.verb}`, and `{owner}` does not do so."
@@ -58,14 +58,14 @@ class Sources:
         self.datamodule_base = datamodule_base
         self._sources: dict[str, Source] = {}
 
-    def attach(self, module: Any, *, datamodule: Any = None, verb: str = "fit", **given: Any) -> None:
+    def attach_data(self, module: Any, *, datamodule: Any = None, verb: str = "fit", **given: Any) -> None:
         """Note what ``Trainer.<verb>`` was given, loaders by kind; beside a datamodule, those of the module are not used."""
         beside = datamodule is not None
         owner, base = (datamodule, self.datamodule_base) if beside else (module, self.module_base)
         for kind in KINDS:
             self._sources[kind] = Source(f"{kind}_dataloader", owner, base, given.get(kind), verb, beside)
 
-    def get(self, kind: str) -> Source:
+    def source_of(self, kind: str) -> Source:
         """Who gives the loaders of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
         return self._sources[kind]
 

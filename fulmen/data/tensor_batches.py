@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 
-def iterate(loader: Any) -> Iterator:
+def iterate_batches(loader: Any) -> Iterator:
     """The batches of ``iter(loader)``, bit for bit, found faster where the data already lies in memory.
 
     A plain `DataLoader` over a `TensorDataset`, or a `Subset` of one, picks samples one by one and stacks them again.
     Here each tensor is indexed once per batch. The samplers are read, and random numbers drawn, as always.
     """
-    source = in_memory(loader)
+    source = in_memory_dataset(loader)
     if source is None:
         return iter(loader)
     dataset, subsets = loader.dataset, []
@@ -31,7 +31,7 @@ def iterate(loader: Any) -> Iterator:
     return _cut(batches, loader.dataset, subsets, source.tensors)
 
 
-def in_memory(loader: Any) -> TensorDataset | None:
+def in_memory_dataset(loader: Any) -> TensorDataset | None:
     """The tensors behind a loader whose batches are found by indexing them, or None."""
     dataset = loader.dataset if _is_plain(loader) else None
     while type(dataset) is Subset:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fulmen.data.sources import Sources
 
 
-def transfer_to(strategy: Strategy, module: Any, datamodule: Any, sources: Sources, base: type) -> Callable:
+def compile_transfer(strategy: Strategy, module: Any, datamodule: Any, sources: Sources, base: type) -> Callable:
     """One function `(batch, dataloader_idx) -> batch on the device`, compiled for what is overridden.
 
     Order of the full story: the precision converts the batch, `on_before_batch_transfer`, the strategy (which calls

@@ -58,11 +58,11 @@ def configuration(trainer: Trainer) -> None:
     if verb == TrainerFn.PREDICTING and not own:
         what = f"`Trainer.predict` calls `predict_step`, which calls `forward`: {type(module).__name__} has neither."
         raise MisconfigurationException(f"{what} Define `def predict_step(self, batch, batch_idx)`.")
-    if not trainer.sources.get(kind).is_defined():
+    if not trainer.sources.source_of(kind).is_defined():
         owners = [type(owner).__name__ for owner in (module, trainer.datamodule) if owner is not None]
         what = f"`Trainer.{verb.value}` has no batches: no `{kind}_dataloader()` method defined in"
         fix = f"Pass a loader to `trainer.{verb.value}(...)`, or define that method."
-        loader = getattr(trainer.sources.get(kind).owner, f"{kind}_dataloader", None)
+        loader = getattr(trainer.sources.source_of(kind).owner, f"{kind}_dataloader", None)
         error = MisconfigurationException if callable(loader) else TypeError  # it is there, and no method
         raise error(f"{what} {' or '.join(owners)}. {fix}")
     if verb == TrainerFn.FITTING:
@@ -71,9 +71,9 @@ def configuration(trainer: Trainer) -> None:
         _check_fit(trainer, module)
     check_signatures(trainer)
     for kind in ("train", "val", "test", "predict"):
-        source = trainer.sources.get(kind)
+        source = trainer.sources.source_of(kind)
         for loader in CombinedLoader(source.argument).flattened if source.argument is not None else ():
-            check_iterable(loader, source.label)
+            check_iterable(loader, source.display_name)
     if verb == TrainerFn.FITTING:
         _resolve_durations(trainer)
 
@@ -94,7 +94,7 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
             fix = f"`Trainer(accumulate_grad_batches={batches})`, and step every so many batches yourself."
             raise MisconfigurationException(f"Automatic gradient accumulation {why} {fix}")
     has_step = overridden(module, "validation_step", LightningModule)
-    has_loader = trainer.sources.get("val").is_defined()
+    has_loader = trainer.sources.source_of("val").is_defined()
     if has_loader and not has_step:
         rank_zero_warn(f"There are validation batches, but {name} has no `validation_step`: nothing is validated.")
     if has_step and not has_loader:
@@ -108,7 +108,7 @@ _OF_VALIDATION = re.compile(r"val(id|idation)?([_/.\-]|$)")  # names of what val
 def monitors(trainer: Trainer) -> None:
     """Before the first batch: raises if something monitors what only a validation could log that will not run."""
     module, written = trainer.lightning_module, overridden(trainer.lightning_module, "validation_step", LightningModule)
-    given = trainer.sources.get("val").is_defined()
+    given = trainer.sources.source_of("val").is_defined()
     if written is given or trainer.fast_dev_run:  # without both, other hooks may validate in their own way
         return
     callbacks: list[Any] = [callback for callback in trainer.callbacks if _insists(callback)]

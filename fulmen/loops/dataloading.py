@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.data import loaders as loader_tools
 from fulmen.data import samplers
-from fulmen.data.combined import CombinedLoader, sized
-from fulmen.data.transfer import transfer_to
+from fulmen.data.combined import CombinedLoader, loader_length
+from fulmen.data.transfer import compile_transfer
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.introspection import by_signature, takes_argument
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 
-def prepared_loaders(
+def prepare_loaders(
     trainer: Trainer, combined: CombinedLoader, label: str, kind: str, limit: int | float
 ) -> CombinedLoader:
-    """The combination with every loader checked, made sequential or undropped where the stage wants it, and limited.
+    """The combination with every loader checked, made sequential, or without `drop_last`, where the stage wants it, and limited.
 
     Arguments:
         label: names the hook or argument in messages.
@@ -32,25 +32,25 @@ def prepared_loaders(
     adapted, limits = [], []
     strategy, world = trainer.strategy, trainer.world_size
     place = trainer.distributed_sampler_kwargs if trainer.use_distributed_sampler and world > 1 else None
-    seeds = strategy.broadcast([samplers.seed_of(loader) for loader in combined.flattened]) if place else []
+    seeds = strategy.broadcast([samplers.order_seed(loader) for loader in combined.flattened]) if place else []
     for index, loader in enumerate(combined.flattened):
         loader_tools.check_iterable(loader, label)
         if trainer.overfit_batches and kind in ("train", "val"):
-            loader = loader_tools.sequential(loader)
-        loader_tools.warn_about(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
+            loader = loader_tools.disable_shuffling(loader)
+        loader_tools.warn_about_settings(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
         loader_tools.seed_workers(loader, trainer.global_rank)
-        whole = loader = loader_tools.undropped(loader) if kind == "predict" else loader
+        whole = loader = loader_tools.keep_last_batch(loader) if kind == "predict" else loader
         if place:
-            if not loader_tools.reads_indices(loader):  # what comes first is read here, to compare
+            if not loader_tools.is_map_style(loader):  # what comes first is read here, to compare
                 loader_tools.set_epoch(loader, trainer.current_epoch)
-            loader = samplers.sharded(loader, **place, padded=kind == "train", seed=seeds[index])
-            loader = samplers.striped(loader, **place, exchange=strategy.exchange_objects)
-        total = sized(whole) if loader is not whole and kind != "train" else inf
+            loader = samplers.shard_samples(loader, **place, padded=kind == "train", seed=seeds[index])
+            loader = samplers.read_round_robin(loader, **place, exchange=strategy.exchange_objects)
+        total = loader_length(whole) if loader is not whole and kind != "train" else inf
         if kind == "predict" and trainer.prediction_writers:
-            loader = loader_tools.recorded(loader)
+            loader = loader_tools.record_indices(loader)
         adapted.append(strategy.process_dataloader(loader))
         name = f"limit_{kind}_batches"
-        length = loader_tools.length_of(adapted[-1])
+        length = loader_tools.check_length(adapted[-1])
         if isinstance(limit, float) and 0 < limit < 1 and total < inf:
             # A fraction is one of all batches, however they were dealt out.
             wanted = int(loader_tools.limit_batches(total, limit, name=name))
@@ -61,18 +61,18 @@ def prepared_loaders(
     return combined
 
 
-def batch_transfer(trainer: Trainer) -> Callable[[Any, int], Any]:
+def build_transfer(trainer: Trainer) -> Callable[[Any, int], Any]:
     """The compiled way of a batch to the device."""
-    return transfer_to(trainer.strategy, trainer.lightning_module, trainer.datamodule, trainer.sources, DataHooks)
+    return compile_transfer(trainer.strategy, trainer.lightning_module, trainer.datamodule, trainer.sources, DataHooks)
 
 
-def profiled_fetch(trainer: Trainer, action: str) -> Callable[[Callable[[], Any]], Callable[[], Any]] | None:
+def build_fetch_profiler(trainer: Trainer, action: str) -> Callable[[Callable[[], Any]], Callable[[], Any]] | None:
     """Wraps the fetching of a batch in the profiler; None with the pass-through profiler."""
     profiler = trainer.profiler
     return (lambda fetch: measured(profiler, action, fetch)) if profiler.active else None
 
 
-def bound_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable[..., Any]:
+def bind_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable[..., Any]:
     """The callable for a step of the module, timed if somebody profiles; it takes all of these arguments by position."""
     strategy, method = trainer.strategy, getattr(trainer.lightning_module, name)
     if takes_argument(method, "dataloader_iter", explicit=True):

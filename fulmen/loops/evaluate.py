@@ -11,10 +11,10 @@ from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed
 from fulmen.data.loaders import length_is_certain, set_epoch
 from fulmen.loops import preemption
-from fulmen.loops.dataloading import batch_transfer, bound_step, prepared_loaders, profiled_fetch
+from fulmen.loops.dataloading import bind_step, build_fetch_profiler, build_transfer, prepare_loaders
 from fulmen.loops.loop import Loop
 from fulmen.loops.progress import Position
-from fulmen.loops.shortfall import Shortfall
+from fulmen.loops.shortfall import ShortLoaderMonitor
 from fulmen.loops.uneven import UnevenBatches
 from fulmen.metrics.reduce import end_epoch
 from fulmen.metrics.tables import print_results
@@ -56,7 +56,7 @@ class EvaluationLoop(Loop):
         self.uneven: UnevenBatches | None = None  # of several processes
         self.loaded_at_epoch: int | None = None
         self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
-        self.shortfall = Shortfall()
+        self.shortfall = ShortLoaderMonitor()
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
 
     hooks_may_repeat = True  # may hooks of a batch be called for one of another process?
@@ -85,7 +85,9 @@ class EvaluationLoop(Loop):
                     self.run_batch(batch, batch_idx, dataloader_idx)
                     if trainer.signals.pending is not None:
                         preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
-                self.shortfall.say(trainer.sources.get(self.kind).label, self.loaders, self.feed.short)
+                self.shortfall.warn_short_loaders(
+                    trainer.sources.source_of(self.kind).display_name, self.loaders, self.feed.shortfalls
+                )
                 return self.finish()
             except BaseException as error:
                 if self.frozen is not None:  # whoever catches it trains on, and not in eval mode
@@ -147,17 +149,17 @@ class EvaluationLoop(Loop):
         if (self.loaded and not due) or self.limit == 0:
             self.apply_limits()
             return
-        source = trainer.sources.get(self.kind)
-        self.given_loaders = given = source.request()
+        source = trainer.sources.source_of(self.kind)
+        self.given_loaders = given = source.request_loaders()
         trainer.strategy.barrier(f"{self.kind}_dataloader()")
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
         self.check_mode(combined.mode)
-        self.loaders = prepared_loaders(trainer, combined, source.label, self.kind, self.limit)
+        self.loaders = prepare_loaders(trainer, combined, source.display_name, self.kind, self.limit)
         # With `check_val_every_n_epoch` above 1, those of the sanity check are not kept for the first validation.
         kept = not trainer.sanity_checking or trainer.check_val_every_n_epoch in (None, 1)
         self.loaded_at_epoch = epoch if kept else epoch - every
         in_turn = self.loaders.mode == "sequential"
-        self.max_batches = list(self.loaders.lengths())
+        self.max_batches = list(self.loaders.loader_lengths())
         counts = self.max_batches if in_turn else [self.loaders.num_batches()]
         if trainer.world_size > 1:
             certain = [length_is_certain(loader) for loader in self.loaders.flattened]
@@ -194,18 +196,18 @@ class EvaluationLoop(Loop):
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
         step = getattr(trainer.lightning_module, self.step_name)
         self.iterator_feed = takes_argument(step, "dataloader_iter", explicit=True)
-        profile = profiled_fetch(trainer, f"[_{type(self).__name__}].{self.kind}_next")
-        self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, batch_transfer(trainer), profile)
+        profile = build_fetch_profiler(trainer, f"[_{type(self).__name__}].{self.kind}_next")
+        self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, build_transfer(trainer), profile)
         for loader in self.loaders.flattened:
             set_epoch(loader, trainer.current_epoch)
-        self.feed.open()
+        self.feed.open_iterators()
         if len(self.everywhere) > 1:
             most = trainer.num_sanity_val_steps if trainer.sanity_checking else inf
             self.uneven = UnevenBatches(self, [[min(most, count) for count in counts] for counts in self.everywhere])
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, self.batch_hooks if self.iterator_feed else self.with_loaders)
         arguments = ("batch", "batch_idx", "dataloader_idx") if self.several else ("batch", "batch_idx")
-        self.step = bound_step(trainer, self.step_name, arguments)
+        self.step = bind_step(trainer, self.step_name, arguments)
         self.context = trainer.strategy.step_context(self.step_name)
         self.hooks = hooks
         self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)
@@ -307,9 +309,9 @@ class EvaluationLoop(Loop):
 
     def teardown(self) -> None:
         self.frozen = None
-        self.shortfall = Shortfall()
+        self.shortfall = ShortLoaderMonitor()
         if self.feed is not None:
-            self.feed.close()
+            self.feed.close_loaders()
 
 
 def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) -> None:

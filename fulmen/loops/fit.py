@@ -11,16 +11,16 @@ from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, as_attributes, to_
 from fulmen.checkpoint.snapshot import saved_progress
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
-from fulmen.data.feed import Feed, IteratorFeed, SharedFeed
+from fulmen.data.feed import Feed, IteratorFeed, JoinFeed
 from fulmen.engine.precision import MixedPrecision
 from fulmen.loops import cadence, checks, preemption
-from fulmen.loops.dataloading import batch_transfer, prepared_loaders, profiled_fetch
+from fulmen.loops.dataloading import build_fetch_profiler, build_transfer, prepare_loaders
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.loop import Loop
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
 from fulmen.loops.resume_state import Memory
-from fulmen.loops.shortfall import Shortfall
+from fulmen.loops.shortfall import ShortLoaderMonitor
 from fulmen.metrics.reduce import end_epoch, report_epoch, sync_steps, votes
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
@@ -72,7 +72,7 @@ class FitLoop(Loop):
         self.num_batches: float = inf
         self.uneven = False  # may a process run out of batches before others do?
         self.doubtful = False  # may an epoch have fewer batches than the loaders promise, in any process?
-        self.shortfall = Shortfall()
+        self.shortfall = ShortLoaderMonitor()
         self.hooks: HookPlan
         self.optimization: Optimization
         self.schedulers: Schedulers
@@ -95,7 +95,7 @@ class FitLoop(Loop):
         """All of training."""
         self.memory.starts.clear()
         self.memory.note_start()
-        self.shortfall = Shortfall()
+        self.shortfall = ShortLoaderMonitor()
         with isolate_rng():
             self.sanity_check()
         self.hooks = self.trainer.hooks
@@ -138,7 +138,7 @@ class FitLoop(Loop):
                 if not self.run_batch(batch, batch_idx):
                     break
             except StopIteration:
-                self.shortfall.inside_step(self)
+                self.shortfall.handle_stop_iteration(self)
                 break
             if self.validation_due():
                 self.validate()
@@ -225,8 +225,8 @@ class FitLoop(Loop):
         trainer = self.trainer
         if trainer.limit_train_batches == 0:
             return
-        source = trainer.sources.get("train")
-        given = source.request()
+        source = trainer.sources.source_of("train")
+        given = source.request_loaders()
         trainer.strategy.barrier("train_dataloader()")
         self.given_loaders = given
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
@@ -235,13 +235,13 @@ class FitLoop(Loop):
                 'Training does not support the `CombinedLoader(mode="sequential")` mode. '
                 "A training step takes one batch of every loader at once. Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
             )
-        self.loaders = prepared_loaders(trainer, combined, source.label, "train", trainer.limit_train_batches)
+        self.loaders = prepare_loaders(trainer, combined, source.display_name, "train", trainer.limit_train_batches)
         self.num_batches = self.loaders.num_batches()
         module = trainer.lightning_module
         self.iterator_feed = takes_argument(module.training_step, "dataloader_iter", explicit=True)
         trainer.book.size_required = self.iterator_feed
-        transfer = batch_transfer(trainer)
-        profile = profiled_fetch(trainer, "[_TrainingEpochLoop].train_dataloader_next")
+        transfer = build_transfer(trainer)
+        profile = build_fetch_profiler(trainer, "[_TrainingEpochLoop].train_dataloader_next")
         counted = self.iterator_feed or all(map(loader_tools.length_is_certain, self.loaders.flattened))
         told = trainer.strategy.exchange_objects((self.num_batches, counted))
         counts = [promised for promised, _ in told]
@@ -251,7 +251,7 @@ class FitLoop(Loop):
             self.check_counts(counts)
             self.num_batches = max(counts)
             given = [promised if certain else inf for promised, certain in told]
-            self.feed = SharedFeed(self.loaders, transfer, profile, given, lambda yes: votes(trainer, yes))
+            self.feed = JoinFeed(self.loaders, transfer, profile, given, lambda yes: votes(trainer, yes))
         elif self.iterator_feed:
             self.feed = IteratorFeed(self.loaders, transfer, profile)
         else:
@@ -262,7 +262,7 @@ class FitLoop(Loop):
             self.memory.open_feed()
         else:  # what is opened once more when its epoch begins shall draw nothing here
             with isolate_rng() if self.progress.epochs else nullcontext():
-                self.feed.open(self.progress.epochs)
+                self.feed.open_iterators(self.progress.epochs)
         self.loaded_at_epoch = self.progress.epochs
         self.set_validation_interval()
 
@@ -375,7 +375,7 @@ class FitLoop(Loop):
             self.memory.settle_feed()
             self.resumed = False
         elif progress.epochs > 0:  # else it was opened with the loaders
-            self.feed.open(progress.epochs)
+            self.feed.open_iterators(progress.epochs)
         progress.position = Position.IN_BATCH
 
     def pick_up(self) -> None:
@@ -395,7 +395,7 @@ class FitLoop(Loop):
                 self.validate()
             self.finish_batch()
         if self.stop_due():
-            self.feed.exhaust()  # type: ignore[union-attr]
+            self.feed.mark_exhausted()  # type: ignore[union-attr]
         progress.position = Position.IN_BATCH
 
     def close_epoch(self) -> None:
@@ -526,7 +526,7 @@ class FitLoop(Loop):
     def teardown(self) -> None:
         """Ends the workers of training and validation, and says how many steps the loss scaler left out."""
         if self.feed is not None:
-            self.feed.close()
+            self.feed.close_loaders()
         self.val_loop.teardown()
         precision = self.trainer.strategy.precision_plugin
         skips, steps = precision.skip_counts() if isinstance(precision, MixedPrecision) else (0, 0)

@@ -13,7 +13,7 @@ from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.hooks import nothing
 from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, PostReduceWindow, read_output
-from fulmen.loops.dataloading import bound_step
+from fulmen.loops.dataloading import bind_step
 from fulmen.loops.standing_in import standing_in
 from fulmen.module import LightningModule
 from fulmen.optimizers import NoOptimizer
@@ -41,7 +41,7 @@ class Optimization:
         self.module: LightningModule = trainer.lightning_module
         self.name = f"`{type(self.module).__name__}.training_step`"
         self.precision = self.strategy.precision_plugin
-        self.training_step: Callable[[Any, int], Any] = bound_step(trainer, "training_step", ("batch", "batch_idx"))
+        self.training_step: Callable[[Any, int], Any] = bind_step(trainer, "training_step", ("batch", "batch_idx"))
         self.context = self.strategy.step_context("training_step")
         self.after_step = overridden(self.strategy, "post_training_step", Strategy)
         self.checked = False  # the first output is looked at closely, later ones only by type

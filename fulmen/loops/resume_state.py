@@ -69,7 +69,9 @@ class Memory:
             mine["buffers"] = own
         if train is not None and loop.feed is not None:
             running = loop.progress.position == Position.IN_BATCH and trainer.book.batch is not None
-            mine["train"] = train.position(self.batches_given() - back, _inside(loop), loop.feed.ahead + back + running)
+            mine["train"] = train.pass_state(
+                self.batches_given() - back, _inside(loop), loop.feed.batches_prefetched + back + running
+            )
         if loop.resumed and "train" in self.mine:  # nothing was read yet
             mine["train"] = self.mine["train"]
         ranks = trainer.strategy.exchange_objects(mine)
@@ -106,7 +108,7 @@ class Memory:
         loop, val = self.loop, self.loop.val_loop.loaders
         return {
             "generators": generator_states(),
-            "val": None if val is None else val.position(0, inside=False),
+            "val": None if val is None else val.pass_state(0, inside=False),
             "updates": {name: metric._update_count for name, metric in _all_metrics(loop)},
             "seen": dict(loop.val_loop.batches_seen),
             "loggers": [log.position() if hasattr(log, "position") else None for log in loop.trainer.loggers],
@@ -123,7 +125,11 @@ class Memory:
     def batches_given(self) -> int:
         """How many batches the feed gave for the steps that are finished."""
         progress, feed = self.loop.progress, self.loop.feed
-        return progress.batch if feed is None else feed.taken(progress.batch, progress.position == Position.IN_BATCH)
+        return (
+            progress.batch
+            if feed is None
+            else feed.batches_consumed(progress.batch, progress.position == Position.IN_BATCH)
+        )
 
     def batches_to_repeat(self) -> int:
         """How many batches before this one have to be done again, because their gradients cannot be stored."""
@@ -186,25 +192,25 @@ class Memory:
         """The training loaders go on at their place, if that is inside of an epoch."""
         loop, progress, kept = self.loop, self.loop.progress, self.mine.get("train")
         assert loop.loaders is not None and loop.feed is not None
-        if loop.feed.opened_at is not None:
-            loop.feed.close()
+        if loop.feed.opened_epoch is not None:
+            loop.feed.close_loaders()
         if kept is not None and kept["inside"]:
             kept = self.mine["train"] = self._placed(kept)
         begun, inside = progress.position != Position.EPOCH_START, kept is not None and kept["inside"]
         over = begun and progress.is_last_batch and progress.position != Position.IN_BATCH
         if kept is not None:
-            loop.loaders.go_on(kept)
+            loop.loaders.load_pass_state(kept)
         elif begun and (self.loader_states or not over):
             self._go_on_without(loop.loaders)
         if over:
-            loop.feed.exhaust()
+            loop.feed.mark_exhausted()
         elif inside or begun:
             loop.feed.first_batch_idx = progress.batch if kept is None else kept["done"]
-            loop.feed.open(progress.epochs)
+            loop.feed.open_iterators(progress.epochs)
         else:
             self.rewind()
             self.rewound = generator_states()
-            loop.feed.open(progress.epochs)
+            loop.feed.open_iterators(progress.epochs)
             self.opened = generator_states()
 
     def settle_feed(self) -> None:
@@ -216,10 +222,10 @@ class Memory:
         if same_states(generator_states(), self.rewound):
             set_generator_states(self.opened)
             return
-        loop.feed.close()
+        loop.feed.close_loaders()
         if (kept := self.mine.get("train")) is not None:
-            loop.loaders.go_on(kept)
-        loop.feed.open(loop.progress.epochs)
+            loop.loaders.load_pass_state(kept)
+        loop.feed.open_iterators(loop.progress.epochs)
 
     def _placed(self, kept: dict[str, Any]) -> dict[str, Any]:
         """The place of the loaders if this run has one for it, else the end of the epoch.
@@ -254,7 +260,9 @@ class Memory:
             loaders.load_state_dict(self.loader_states)
             return
         unknown = {"at": 0, "opened": None, "first": None}
-        loaders.go_on({"done": progress.batch, "readings": dict.fromkeys(range(len(loaders.flattened)), unknown)})
+        loaders.load_pass_state(
+            {"done": progress.batch, "readings": dict.fromkeys(range(len(loaders.flattened)), unknown)}
+        )
         what = f"Resuming in the middle of epoch {progress.epochs}, after batch {progress.batch}, from a file that does"
         why = "not say how the order of samples was drawn: it continues exactly only where nothing is shuffled."
         rank_zero_warn(f"{what} {why}")
@@ -294,8 +302,8 @@ class Memory:
         kept = self.mine.get("val")
         if kept is not None and val.loaders is not None:
             if val.feed is not None:
-                val.feed.close()
-            val.loaders.go_on(kept)
+                val.feed.close_loaders()
+            val.loaders.load_pass_state(kept)
 
     def finish_epoch(self) -> None:
         """What comes after `on_train_epoch_end`, inside of which the checkpoint was written."""
@@ -320,7 +328,7 @@ def _inside(loop: FitLoop) -> bool:
     """Is the iterator of an epoch open, with something left in it?"""
     progress, position = loop.progress, loop.progress.position
     if position in _BETWEEN:
-        opened = loop.feed is not None and loop.feed.opened_at == 0
+        opened = loop.feed is not None and loop.feed.opened_epoch == 0
         return position == Position.EPOCH_START and progress.epochs == 0 and opened
     return not progress.is_last_batch or position == Position.IN_BATCH
 

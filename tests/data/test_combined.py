@@ -135,7 +135,7 @@ def test_as_many_batches_come_as_the_limits_and_the_length_say(mode, total):
     combined = CombinedLoader([range(5), range(3)], mode)
     assert combined.limits is None
     combined.limits = [1, 2]
-    assert combined.lengths() == [1, 2]
+    assert combined.loader_lengths() == [1, 2]
     assert len(list(combined)) == len(combined) == combined.num_batches() == total
 
 

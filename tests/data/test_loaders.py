@@ -23,18 +23,23 @@ from fulmen.data.combined import CombinedLoader
 from fulmen.data.loaders import (
     IndexRecorder,
     check_iterable,
-    for_prediction,
-    length_of,
+    check_length,
+    disable_shuffling,
+    keep_last_batch,
     limit_batches,
-    rebuilt,
-    recording_arguments,
+    rebuild_loader,
+    record_arguments,
+    record_indices,
     seed_workers,
-    sequential,
     set_epoch,
     shutdown_workers,
-    warn_about,
+    warn_about_settings,
 )
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
+
+
+def for_prediction(loader):
+    return record_indices(keep_last_batch(loader))
 
 
 class Numbers(Dataset):
@@ -87,14 +92,14 @@ def eight_cpus(monkeypatch):
     ],
 )
 def test_the_length_of_a_loader(loader, length):
-    assert length_of(loader) == length
+    assert check_length(loader) == length
 
 
 def test_suspicious_lengths_are_pointed_out():
     with pytest.warns(UserWarning, match="Total length of `DataLoader` is zero"):
-        assert length_of(DataLoader(Numbers(0))) == 0
+        assert check_length(DataLoader(Numbers(0))) == 0
     with pytest.warns(UserWarning, match="`IterableDataset` has `__len__` defined"):
-        assert length_of(DataLoader(SizedStream(), batch_size=2)) == 3
+        assert check_length(DataLoader(SizedStream(), batch_size=2)) == 3
 
 
 @pytest.mark.parametrize(
@@ -158,39 +163,41 @@ def test_what_cannot_be_read_is_named_with_its_origin(loader):
 def test_too_few_workers(num_workers):
     loader = DataLoader(Numbers(), num_workers=num_workers)
     with pytest.warns(PossibleUserWarning, match=f"`train_dataloader` has {num_workers} workers.*`num_workers=7`"):
-        warn_about(loader, stage="train")
+        warn_about_settings(loader, stage="train")
 
 
 def test_no_advice_about_workers_where_they_would_not_help():
-    warn_about(DataLoader(TensorDataset(torch.zeros(4))), stage="train")
-    warn_about(DataLoader(Numbers(), num_workers=2), stage="train")
-    warn_about([1, 2], stage="train")
+    warn_about_settings(DataLoader(TensorDataset(torch.zeros(4))), stage="train")
+    warn_about_settings(DataLoader(Numbers(), num_workers=2), stage="train")
+    warn_about_settings([1, 2], stage="train")
 
 
 @pytest.mark.parametrize("stage", ["val", "test", "predict"])
 def test_shuffled_evaluation(stage):
     in_memory = TensorDataset(torch.zeros(4))
     with pytest.warns(PossibleUserWarning, match=f"`{stage}_dataloader` has shuffling enabled"):
-        warn_about(DataLoader(in_memory, shuffle=True), stage=stage)
+        warn_about_settings(DataLoader(in_memory, shuffle=True), stage=stage)
     with pytest.warns(PossibleUserWarning, match=f"`{stage}_dataloader` has shuffling enabled"):
-        warn_about(DataLoader(in_memory, batch_sampler=BatchSampler(RandomSampler(in_memory), 2, False)), stage=stage)
-    warn_about(DataLoader(in_memory), stage=stage)
-    warn_about(DataLoader(in_memory, sampler=WeightedRandomSampler(torch.ones(4), 4)), stage=stage)
-    warn_about(DataLoader(in_memory, shuffle=True), stage="train")
+        warn_about_settings(
+            DataLoader(in_memory, batch_sampler=BatchSampler(RandomSampler(in_memory), 2, False)), stage=stage
+        )
+    warn_about_settings(DataLoader(in_memory), stage=stage)
+    warn_about_settings(DataLoader(in_memory, sampler=WeightedRandomSampler(torch.ones(4), 4)), stage=stage)
+    warn_about_settings(DataLoader(in_memory, shuffle=True), stage="train")
 
 
 def test_workers_that_are_spawned_in_every_epoch():
     context = {"num_workers": 2, "multiprocessing_context": "spawn"}
     with pytest.warns(UserWarning, match="`train_dataloader` are spawned.*`persistent_workers=True`"):
-        warn_about(DataLoader(Numbers(), **context), stage="train")
-    warn_about(DataLoader(Numbers(), persistent_workers=True, **context), stage="train")
+        warn_about_settings(DataLoader(Numbers(), **context), stage="train")
+    warn_about_settings(DataLoader(Numbers(), persistent_workers=True, **context), stage="train")
 
 
 def test_pinned_persistent_loaders_that_are_replaced():
     loader = DataLoader(Numbers(), num_workers=2, pin_memory=True, persistent_workers=True)
     with pytest.warns(PossibleUserWarning, match="`train_dataloader` has `pin_memory=True`.*`reload_dataloaders"):
-        warn_about(loader, stage="train", reloaded=True)
-    warn_about(loader, stage="train")
+        warn_about_settings(loader, stage="train", reloaded=True)
+    warn_about_settings(loader, stage="train")
 
 
 # made again
@@ -202,7 +209,7 @@ def test_a_loader_keeps_its_other_arguments():
         Numbers(), 2, True, num_workers=2, collate_fn=list, drop_last=True, generator=generator, prefetch_factor=3
     )
     loader.note = "mine"
-    again = rebuilt(loader, sampler=[4, 3, 2])
+    again = rebuild_loader(loader, sampler=[4, 3, 2])
     assert (again.sampler, again.batch_size, again.drop_last) == ([4, 3, 2], 2, True)
     assert (again.num_workers, again.prefetch_factor, again.collate_fn, again.generator) == (2, 3, list, generator)
     assert again.note == "mine"
@@ -210,7 +217,7 @@ def test_a_loader_keeps_its_other_arguments():
 
 
 def test_a_loader_without_batches_gets_its_sampler():
-    assert list(rebuilt(DataLoader(Numbers(), batch_size=None), sampler=[3])) == [3]
+    assert list(rebuild_loader(DataLoader(Numbers(), batch_size=None), sampler=[3])) == [3]
 
 
 class Passing(DataLoader):
@@ -245,7 +252,7 @@ class Inheriting(DataLoader):
 
 
 def test_recorded_subclasses_are_made_again():
-    with recording_arguments():
+    with record_arguments():
         made = [
             Passing(5, batch_size=2, shuffle=True),
             Variadic(Numbers(5), 2, True),
@@ -253,32 +260,32 @@ def test_recorded_subclasses_are_made_again():
             Inheriting(Numbers(5), 2),
         ]
     for loader in made:
-        again = rebuilt(loader, sampler=[4, 3, 2])
+        again = rebuild_loader(loader, sampler=[4, 3, 2])
         assert type(again) is type(loader)
         assert batches_of(again) == [[4, 3], [2]]
         # What was made again can be made again.
-        assert batches_of(rebuilt(again, sampler=[1])) == [[1]]
+        assert batches_of(rebuild_loader(again, sampler=[1])) == [[1]]
         assert batches_of(for_prediction(loader))[-1] == [4] or isinstance(loader.sampler, RandomSampler)
 
 
 def test_recording_leaves_the_classes_as_they_were():
     before = [cls.__init__ for cls in (DataLoader, BatchSampler, Passing, Deeper)]
-    with pytest.raises(ZeroDivisionError), recording_arguments(), recording_arguments():
+    with pytest.raises(ZeroDivisionError), record_arguments(), record_arguments():
         1 / 0  # noqa: B018
     assert [cls.__init__ for cls in (DataLoader, BatchSampler, Passing, Deeper)] == before
 
 
 def test_attributes_stand_in_for_a_record():
-    again = rebuilt(Keeping("red", Numbers(5), batch_size=2), sampler=[4, 3, 2])
+    again = rebuild_loader(Keeping("red", Numbers(5), batch_size=2), sampler=[4, 3, 2])
     assert again.colour == "red"
     assert batches_of(again) == [[4, 3], [2]]
 
 
 def test_what_is_missing_is_named():
     with pytest.raises(MisconfigurationException, match=r"`Passing`.*\['number'\] are not known.*self.number = number"):
-        rebuilt(Passing(5), sampler=[0])
+        rebuild_loader(Passing(5), sampler=[0])
     with pytest.raises(MisconfigurationException, match=r"`Closed`.*'sampler'.*\*\*kwargs"):
-        rebuilt(Closed(5), sampler=[0])
+        rebuild_loader(Closed(5), sampler=[0])
 
 
 class Every(BatchSampler):
@@ -302,15 +309,15 @@ class Foreign:
 
 
 def test_custom_batch_samplers_get_the_new_sampler():
-    with recording_arguments():
+    with record_arguments():
         own = Own(range(5), "red")
     for batch_sampler in (BatchSampler(range(5), 2, True), Every(range(5), 2, True), own):
-        again = rebuilt(DataLoader(Numbers(), batch_sampler=batch_sampler), sampler=[4, 3, 2])
+        again = rebuild_loader(DataLoader(Numbers(), batch_sampler=batch_sampler), sampler=[4, 3, 2])
         assert type(again.batch_sampler) is type(batch_sampler)
         assert batches_of(again) == [[4, 3]]
     for batch_sampler in (Own(range(5), "red"), Foreign(3)):
         with pytest.raises(TypeError, match=f"`{type(batch_sampler).__name__}` has to be made again"):
-            rebuilt(DataLoader(Numbers(), batch_sampler=batch_sampler), sampler=[4, 3, 2])
+            rebuild_loader(DataLoader(Numbers(), batch_sampler=batch_sampler), sampler=[4, 3, 2])
 
 
 # overfit_batches
@@ -326,7 +333,7 @@ def test_custom_batch_samplers_get_the_new_sampler():
 )
 def test_overfitting_reads_in_order(loader):
     with pytest.warns(UserWarning, match="`overfit_batches`.*off"):
-        again = sequential(loader)
+        again = disable_shuffling(loader)
     assert batches_of(again) == [[0, 1], [2, 3], [4]]
 
 
@@ -341,7 +348,7 @@ def test_overfitting_reads_in_order(loader):
     ],
 )
 def test_overfitting_leaves_ordered_loaders_alone(loader):
-    assert sequential(loader) is loader
+    assert disable_shuffling(loader) is loader
 
 
 # prediction
@@ -375,7 +382,7 @@ def test_loaders_that_choose_no_batches_stay_as_they_are(loader):
 
 
 def test_batch_samplers_that_cannot_give_the_last_batch():
-    with recording_arguments():
+    with record_arguments():
         own = Own(range(5), "red")
     with pytest.warns(UserWarning, match="miss the last, incomplete batch, which `Own` drops"):
         assert batches_of(for_prediction(DataLoader(Numbers(), batch_sampler=own))) == [[0, 1], [2, 3]]

@@ -24,8 +24,8 @@ from torch.utils.data import (
 )
 
 import fulmen as pl
-from fulmen.data.loaders import recorded, set_epoch, undropped
-from fulmen.data.samplers import seed_of, sharded
+from fulmen.data.loaders import keep_last_batch, record_indices, set_epoch
+from fulmen.data.samplers import order_seed, shard_samples
 
 SIZES = (1, 2, 7, 23)
 
@@ -171,7 +171,7 @@ def parts_of(name, size, ranks, padded, epoch=0, seed=3):
     for rank in range(ranks):
         torch.manual_seed(rank), random.seed(rank), numpy.random.seed(rank)
         loader = odd_loaders(size)[name]
-        loader = sharded(loader, num_replicas=ranks, rank=rank, padded=padded, seed=seed)
+        loader = shard_samples(loader, num_replicas=ranks, rank=rank, padded=padded, seed=seed)
         set_epoch(loader, epoch)
         parts.append((loader, read(loader)))
     return parts
@@ -187,7 +187,7 @@ def together(batches_of_ranks):
 def test_evaluation_deals_out_the_batches_of_one_process(name):
     for size, ranks in itertools.product(SIZES, (1, 2, 3)):
         parts = parts_of(name, size, ranks, padded=False)
-        alone = read(sharded(odd_loaders(size)[name], num_replicas=1, rank=0, padded=False, seed=3))
+        alone = read(shard_samples(odd_loaders(size)[name], num_replicas=1, rank=0, padded=False, seed=3))
         assert together(batches for _, batches in parts) == alone, (size, ranks)
         if name in AS_THEY_ARE:
             assert alone == read(odd_loaders(size)[name]), size
@@ -232,7 +232,7 @@ def test_the_order_of_a_loader_that_does_not_shuffle_is_kept():
 
 def test_a_sampler_without_end_is_drawn_as_it_is_read():
     loaders = [
-        sharded(DataLoader(Numbers(100), 4, sampler=Unending(100)), num_replicas=2, rank=r, padded=True, seed=3)
+        shard_samples(DataLoader(Numbers(100), 4, sampler=Unending(100)), num_replicas=2, rank=r, padded=True, seed=3)
         for r in range(2)
     ]
     random.seed(0), torch.manual_seed(9)
@@ -247,8 +247,8 @@ def test_drawing_the_order_changes_no_other_random_numbers():
     generator = torch.Generator().manual_seed(5)
     before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist(), generator.get_state()
     loader = DataLoader(Numbers(), 2, sampler=Drawing(23))
-    list(sharded(loader, num_replicas=2, rank=0, padded=True, seed=3).sampler)
-    list(sharded(DataLoader(Numbers(), sampler=RandomSampler(Numbers(), generator=generator)), num_replicas=2, rank=0,
+    list(shard_samples(loader, num_replicas=2, rank=0, padded=True, seed=3).sampler)
+    list(shard_samples(DataLoader(Numbers(), sampler=RandomSampler(Numbers(), generator=generator)), num_replicas=2, rank=0,
                  padded=True, seed=3).sampler)  # fmt: skip
     after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist(), generator.get_state()
     assert torch.equal(before[0], after[0]) and before[1:3] == after[1:3] and torch.equal(before[3], after[3])
@@ -256,22 +256,22 @@ def test_drawing_the_order_changes_no_other_random_numbers():
 
 def test_the_order_follows_from_the_seed_of_the_generator_or_of_the_run(monkeypatch):
     own = torch.Generator().manual_seed(5)
-    assert seed_of(DataLoader(Numbers(), shuffle=True, generator=own)) == 5
+    assert order_seed(DataLoader(Numbers(), shuffle=True, generator=own)) == 5
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    assert seed_of(DataLoader(Numbers(), shuffle=True)) == 7
+    assert order_seed(DataLoader(Numbers(), shuffle=True)) == 7
     monkeypatch.delenv("PL_GLOBAL_SEED")
     torch.manual_seed(9)
-    assert seed_of(DataLoader(Numbers(), shuffle=True)) == seed_of([1, 2]) == 9
+    assert order_seed(DataLoader(Numbers(), shuffle=True)) == order_seed([1, 2]) == 9
 
 
 def test_weighted_sampling_keeps_its_weights():
     loader = DataLoader(Numbers(6), 2, sampler=WeightedRandomSampler([0.0, 1.0, 1.0, 0.0, 1.0, 0.0], 40))
-    parts = [read(sharded(loader, num_replicas=2, rank=rank, padded=True)) for rank in range(2)]
+    parts = [read(shard_samples(loader, num_replicas=2, rank=rank, padded=True)) for rank in range(2)]
     assert {number for part in parts for batch in part for number in batch} == {1, 2, 4}
 
 
 def test_a_shard_is_a_distributed_sampler():
-    shard = sharded(DataLoader(Numbers(4)), num_replicas=2, rank=1, padded=True).sampler
+    shard = shard_samples(DataLoader(Numbers(4)), num_replicas=2, rank=1, padded=True).sampler
     assert isinstance(shard, DistributedSampler)
     assert (shard.num_replicas, shard.rank, shard.drop_last) == (2, 1, False)
 
@@ -287,25 +287,26 @@ def test_samplers_that_split_the_data_themselves_are_left_alone():
         DataLoader(Numbers(), batch_sampler=BatchSampler(own, 2, False)),
         DataLoader(Numbers(), 2, sampler=Lookalike(5)),
     ):
-        assert sharded(loader, num_replicas=2, rank=1, padded=True) is loader
+        assert shard_samples(loader, num_replicas=2, rank=1, padded=True) is loader
 
 
 def test_a_batch_sampler_of_the_users_own_is_wrapped_and_still_answers():
     batches = Buckets([1, 2, 3], secret=object())
-    loader = sharded(DataLoader(Numbers(), batch_sampler=batches), num_replicas=2, rank=0, padded=True)
+    loader = shard_samples(DataLoader(Numbers(), batch_sampler=batches), num_replicas=2, rank=0, padded=True)
     assert loader.batch_sampler.order is batches
     assert loader.batch_sampler.secret is batches.secret
 
 
 def test_a_subclass_keeps_its_arguments():
-    loader = sharded(Named("mine", Numbers(), 2), num_replicas=2, rank=0, padded=True)
+    loader = shard_samples(Named("mine", Numbers(), 2), num_replicas=2, rank=0, padded=True)
     assert type(loader) is Named and loader.name == "mine" and loader.batch_size == 2
 
 
 def test_workers_read_the_part_of_their_process():
     options = {"num_workers": 2, "persistent_workers": True}
     loaders = [
-        sharded(DataLoader(Numbers(10), 2, **options), num_replicas=2, rank=r, padded=False, seed=3) for r in range(2)
+        shard_samples(DataLoader(Numbers(10), 2, **options), num_replicas=2, rank=r, padded=False, seed=3)
+        for r in range(2)
     ]
     for _ in range(2):
         assert together(map(read, loaders)) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
@@ -313,7 +314,10 @@ def test_workers_read_the_part_of_their_process():
 
 def test_predictions_know_their_samples_and_drop_none():
     loader = DataLoader(Numbers(7), 2, drop_last=True)
-    parts = [recorded(sharded(undropped(loader), num_replicas=2, rank=rank, padded=False, seed=0)) for rank in range(2)]
+    parts = [
+        record_indices(shard_samples(keep_last_batch(loader), num_replicas=2, rank=rank, padded=False, seed=0))
+        for rank in range(2)
+    ]
     assert together(map(read, parts)) == [[0, 1], [2, 3], [4, 5], [6]]
     assert [part.batch_sampler.seen_indices for part in parts] == [[[0, 1], [4, 5]], [[2, 3], [6]]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.utils.data import DataLoader
 
-from fulmen.data.loaders import rebuilt
+from fulmen.data.loaders import rebuild_loader
 from fulmen.data.sources import KINDS, Sources
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -53,50 +53,50 @@ class Data(DataBase):
 
 def sources(module, **kwargs):
     found = Sources(ModuleBase, DataBase)
-    found.attach(module, **kwargs)
+    found.attach_data(module, **kwargs)
     return found
 
 
 def test_an_argument_comes_before_a_hook():
     module, given = Module(), [[1]]
     found = sources(module, train=given)
-    assert found.get("train").request() is given
-    assert found.get("val").request() == ["from", "module"]
+    assert found.source_of("train").request_loaders() is given
+    assert found.source_of("val").request_loaders() == ["from", "module"]
     assert module.calls == 0
-    assert found.get("train").label == "argument `train_dataloaders` of `Trainer.fit`"
+    assert found.source_of("train").display_name == "argument `train_dataloaders` of `Trainer.fit`"
 
 
 def test_the_hook_is_called_anew_for_each_request():
     module = Module()
-    source = sources(module).get("train")
-    assert source.request() == source.request() == ["from", "module"]
+    source = sources(module).source_of("train")
+    assert source.request_loaders() == source.request_loaders() == ["from", "module"]
     assert module.calls == 2
-    assert source.label == "`train_dataloader` of `Module`"
+    assert source.display_name == "`train_dataloader` of `Module`"
 
 
 def test_a_datamodule_answers_for_all_loaders():
     found = sources(Module(), datamodule=Data())
-    assert found.get("train").request() == ["from", "datamodule"]
-    assert found.get("train").label == "`train_dataloader` of `Data`"
+    assert found.source_of("train").request_loaders() == ["from", "datamodule"]
+    assert found.source_of("train").display_name == "`train_dataloader` of `Data`"
     # The module has a `val_dataloader`, but a datamodule is in use.
-    assert not found.get("val").is_defined()
+    assert not found.source_of("val").is_defined()
     with pytest.raises(MisconfigurationException, match=r"`val_dataloader` must be implemented.*`Data`.*datamodule"):
-        found.get("val").request()
+        found.source_of("val").request_loaders()
 
 
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_messages_name_the_argument_of_the_verb(verb):
     kind = {"validate": "val"}.get(verb, verb)
-    source = sources(Module(), **{kind: [1]}, verb=verb).get(kind)
-    assert source.label == f"argument `dataloaders` of `Trainer.{verb}`"
+    source = sources(Module(), **{kind: [1]}, verb=verb).source_of(kind)
+    assert source.display_name == f"argument `dataloaders` of `Trainer.{verb}`"
 
 
 def test_only_hooks_that_are_written_are_defined():
     found = sources(Module())
-    assert [kind for kind in KINDS if found.get(kind).is_defined()] == ["train", "val"]
-    assert [kind for kind in KINDS if sources(object()).get(kind).is_defined()] == []
+    assert [kind for kind in KINDS if found.source_of(kind).is_defined()] == ["train", "val"]
+    assert [kind for kind in KINDS if sources(object()).source_of(kind).is_defined()] == []
     with pytest.raises(MisconfigurationException, match=r"`test_dataloader` must be implemented.*def test_dataloader"):
-        found.get("test").request()
+        found.source_of("test").request_loaders()
 
 
 def test_hooks_set_on_the_instance_count_and_none_switches_off():
@@ -104,8 +104,8 @@ def test_hooks_set_on_the_instance_count_and_none_switches_off():
     module.test_dataloader = lambda: ["set"]
     module.val_dataloader = None
     found = sources(module)
-    assert found.get("test").request() == ["set"]
-    assert not found.get("val").is_defined()
+    assert found.source_of("test").request_loaders() == ["set"]
+    assert not found.source_of("val").is_defined()
 
 
 def test_loaders_made_in_a_hook_can_be_made_again():
@@ -115,8 +115,8 @@ def test_loaders_made_in_a_hook_can_be_made_again():
 
     module = Module()
     module.train_dataloader = lambda: Own(5, shuffle=True)
-    loader = sources(module).get("train").request()
-    assert [int(batch) for batch in rebuilt(loader, sampler=[4, 0])] == [4, 0]
+    loader = sources(module).source_of("train").request_loaders()
+    assert [int(batch) for batch in rebuild_loader(loader, sampler=[4, 0])] == [4, 0]
 
 
 def test_the_transfer_hook_of_the_datamodule_wins():

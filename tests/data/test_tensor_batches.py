@@ -1,4 +1,4 @@
-"""`iterate` gives what `iter` gives, to the last bit, and leaves the random generators where `iter` leaves them."""
+"""`iterate_batches` gives what `iter` gives, to the last bit, and leaves the random generators where `iter` leaves them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from fulmen.data.loaders import IndexRecorder
-from fulmen.data.tensor_batches import in_memory, iterate
+from fulmen.data.tensor_batches import in_memory_dataset, iterate_batches
 
 SIZE = 23
 
@@ -77,7 +77,7 @@ def read(get_iterator, loader, seed=7):
 
 def assert_same(loader):
     expected, expected_states = read(iter, loader)
-    found, states = read(iterate, loader)
+    found, states = read(iterate_batches, loader)
     assert len(found) == len(expected)
     for batch, other in zip(found, expected):
         assert type(batch) is type(other)
@@ -92,7 +92,7 @@ def assert_same(loader):
 
 @pytest.mark.parametrize(("name", "dataset"), list(datasets()))
 def test_batches_and_generators_are_those_of_the_loader(name, dataset):
-    assert in_memory(DataLoader(dataset)) is not None
+    assert in_memory_dataset(DataLoader(dataset)) is not None
     for arguments in loader_arguments():
         assert_same(DataLoader(dataset, **arguments))
         assert_same(DataLoader(dataset, generator=torch.Generator(), **arguments))
@@ -119,7 +119,7 @@ def test_every_shape_keeps_its_memory_layout(shape):
 
 def test_not_a_number_and_negative_zero_survive():
     data = torch.tensor([[float("nan"), -0.0], [float("inf"), 0.0], [-0.0, float("nan")]])
-    found = torch.cat([batch for (batch,) in iterate(DataLoader(TensorDataset(data), 2, sampler=[2, 0, 1]))])
+    found = torch.cat([batch for (batch,) in iterate_batches(DataLoader(TensorDataset(data), 2, sampler=[2, 0, 1]))])
     assert torch.equal(found.view(torch.int32), data[[2, 0, 1]].view(torch.int32))
 
 
@@ -127,7 +127,7 @@ def test_batches_do_not_share_memory_with_the_data():
     dataset = tensors((3,))
     before = dataset.tensors[0].clone()
     for shuffle in (False, True):
-        for (batch,) in iterate(DataLoader(dataset, 4, shuffle=shuffle)):
+        for (batch,) in iterate_batches(DataLoader(dataset, 4, shuffle=shuffle)):
             batch.zero_()
     assert torch.equal(dataset.tensors[0], before)
 
@@ -135,7 +135,7 @@ def test_batches_do_not_share_memory_with_the_data():
 def test_leaving_the_loop_early_costs_the_same_random_numbers():
     loader = DataLoader(tensors((3,)), 4, shuffle=True)
     states = []
-    for get_iterator in (iter, iterate):
+    for get_iterator in (iter, iterate_batches):
         torch.manual_seed(3)
         iterator = get_iterator(loader)
         next(iterator)
@@ -162,7 +162,7 @@ def test_wrong_indices_fail_as_they_do_in_the_loader(indices):
     with pytest.raises(Exception) as expected:
         list(loader)
     with pytest.raises(expected.type):
-        list(iterate(loader))
+        list(iterate_batches(loader))
 
 
 def test_wrong_subset_indices_fail_as_they_do_in_the_loader():
@@ -171,7 +171,7 @@ def test_wrong_subset_indices_fail_as_they_do_in_the_loader():
         with pytest.raises(IndexError):
             list(loader)
         with pytest.raises(IndexError):
-            list(iterate(loader))
+            list(iterate_batches(loader))
 
 
 class Doubled(TensorDataset):
@@ -200,7 +200,7 @@ def unusual_loaders():
 
 @pytest.mark.parametrize(("name", "loader"), list(unusual_loaders()))
 def test_everything_else_is_left_to_the_loader(name, loader):
-    assert in_memory(loader) is None
+    assert in_memory_dataset(loader) is None
     assert_same(loader)
 
 
@@ -210,10 +210,10 @@ def test_a_changed_collate_table_is_respected():
     loader = DataLoader(tensors((3,)), 4)
     default_collate_fn_map[tuple] = lambda batch, *, collate_fn_map=None: "mine"
     try:
-        assert list(iterate(loader)) == ["mine"] * 6
+        assert list(iterate_batches(loader)) == ["mine"] * 6
     finally:
         del default_collate_fn_map[tuple]
-    assert in_memory(loader) is not None
+    assert in_memory_dataset(loader) is not None
 
 
 def test_any_iterable_can_be_iterated():
@@ -224,8 +224,8 @@ def test_any_iterable_can_be_iterated():
         def __getitem__(self, index):
             return index
 
-    assert list(iterate([1, 2])) == [1, 2]
-    assert [batch.tolist() for batch in iterate(DataLoader(Numbers(), 2))] == [[0, 1], [2, 3], [4]]
+    assert list(iterate_batches([1, 2])) == [1, 2]
+    assert [batch.tolist() for batch in iterate_batches(DataLoader(Numbers(), 2))] == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.gpu
