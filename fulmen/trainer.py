@@ -9,37 +9,25 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from math import inf
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
 import torch
 
 from fulmen import settings
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, folder_of_run
-from fulmen.callbacks.early_stopping import EarlyStopping
-from fulmen.callbacks.progress_bar import ProgressBar
-from fulmen.callbacks.timer import GradientAccumulationScheduler
 from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
-from fulmen.defaults import (
-    arrange,
-    assemble_callbacks,
-    assemble_loggers,
-    assemble_profiler,
-    begin_fit,
-    run_dir,
-    send_hparams,
-)
+from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, begin_fit, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, plain_attributes
 from fulmen.engine.resolve import announce, resolve
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
 from fulmen.loggers.logger import FolderLogger, claim_versions
-from fulmen.loops import cadence, checks, preemption
-from fulmen.loops.dataloading import loaders_as_given
+from fulmen.loops import checks, preemption
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
 from fulmen.loops.hook_plan import HookPlan
@@ -48,12 +36,12 @@ from fulmen.loops.signals import Signals
 from fulmen.metrics.logbook import LogBook, to_host
 from fulmen.module import LightningModule, missing_super_init
 from fulmen.optimizers import LightningOptimizer, read_optimizers
-from fulmen.storage.filesystem import is_remote
 from fulmen.supervision import watchdog
+from fulmen.trainer_properties import TrainerProperties
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, describe_received
-from fulmen.utilities.introspection import alias, by_signature, overridden
+from fulmen.utilities.introspection import by_signature, overridden
 from fulmen.utilities.keywords import hide_unknown, refuse_misuse
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -64,32 +52,31 @@ from fulmen.utilities.types import RunningStage, TrainerFn, TrainerState, Traine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fulmen.engine.accelerators import Accelerator
+    from fulmen.engine.cluster import ClusterEnvironment
+    from fulmen.engine.precision import Precision
+    from fulmen.engine.sync_batchnorm import LayerSync
     from fulmen.loggers.logger import Logger
+    from fulmen.profilers.profiler import Profiler
+    from fulmen.storage.checkpoint_io import CheckpointIO
+    from fulmen.utilities.types import (
+        EVAL_DATALOADERS,
+        TRAIN_DATALOADERS,
+        AcceleratorName,
+        ClipAlgorithmName,
+        GradClipAlgorithmType,
+        PrecisionInput,
+        ProfilerName,
+        StrategyName,
+    )
+
+    Plugin: TypeAlias = Precision | CheckpointIO | ClusterEnvironment | LayerSync
 
 # The deep-path finder of fulmen.compat serves `fulmen.trainer.states` and `fulmen.trainer.trainer`.
 __path__: list[str] = []
 
 
-def first_of(kind: type, doc: str) -> Any:
-    """A property: the first callback of a kind, or None."""
-    return property(lambda self: next((c for c in self.callbacks if isinstance(c, kind)), None), doc=doc)
-
-
-def all_of(kind: type, doc: str) -> Any:
-    """A property: all callbacks of a kind."""
-    return property(lambda self: [c for c in self.callbacks if isinstance(c, kind)], doc=doc)
-
-
-def stage_flag(stage: RunningStage, doc: str) -> Any:
-    """A property: whether that stage runs; setting it to True makes it run."""
-
-    def switch(self: Any, on: bool) -> None:
-        self.state.stage = stage if on else None
-
-    return property(lambda self: self.state.stage == stage, switch, doc=doc)
-
-
-class Trainer:
+class Trainer(TrainerProperties):
     """Runs a module: give it parameters, call `fit`, `validate`, `test` and `predict`.
 
     Every argument can be preset by an environment variable `PL_TRAINER_<NAME>`. What each one means is written in
@@ -104,8 +91,8 @@ class Trainer:
     def __init__(
         self, *,
         # hardware
-        accelerator: Any = "auto", strategy: Any = "auto", devices: list[int] | str | int = "auto", num_nodes: int = 1,
-        precision: Any = None,
+        accelerator: AcceleratorName | Accelerator = "auto", strategy: StrategyName | Strategy = "auto",
+        devices: list[int] | str | int = "auto", num_nodes: int = 1, precision: PrecisionInput | None = None,
         # plug-ins
         logger: Logger | Iterable[Logger] | bool | None = None, callbacks: list[Callback] | Callback | None = None,
         # how long
@@ -124,18 +111,18 @@ class Trainer:
         enable_model_summary: bool | None = None,
         # optimization
         accumulate_grad_batches: int = 1, gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        gradient_clip_algorithm: ClipAlgorithmName | GradClipAlgorithmType | None = None,
         # everything else
-        deterministic: bool | str | None = None, benchmark: bool | None = None, inference_mode: bool = True,
-        use_distributed_sampler: bool = True, profiler: Any = None, detect_anomaly: bool = False,
-        barebones: bool = False, plugins: Any = None, sync_batchnorm: bool = False,
+        deterministic: bool | Literal["warn"] | None = None, benchmark: bool | None = None, inference_mode: bool = True,
+        use_distributed_sampler: bool = True, profiler: Profiler | ProfilerName | None = None, detect_anomaly: bool = False,
+        barebones: bool = False, plugins: Plugin | list[Plugin] | None = None, sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0, default_root_dir: str | os.PathLike[str] | None = None,
         enable_autolog_hparams: bool = True, model_registry: str | None = None, strict_resume: bool = True,
     ) -> None:  # fmt: skip
         arguments = {name: value for name, value in locals().items() if name != "self"}
         checked = settings.check(**arguments)
         settings.apply_torch_flags(checked.deterministic, checked.benchmark)
-        self._keep(checked)
+        self._keep_settings(checked)
         self.state = TrainerState()
         self.book = LogBook()
         self.signals = Signals()
@@ -145,7 +132,7 @@ class Trainer:
         self._identity = os.urandom(8).hex()  # the same after pickling, unlike `id`
         self.val_check_batch: float = inf
         self._log_dir: str | None = None  # of rank 0
-        self._ckpt_path: Any = None
+        self._ckpt_path: str | os.PathLike[str] | None = None
         self._ckpt_path_by_user = False
         machine = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "sync_batchnorm")
         self.strategy: Strategy = resolve(**{name: arguments[name] for name in machine})
@@ -167,42 +154,15 @@ class Trainer:
         """What users may use; parts that only the loops and callbacks of this package ask for are left out."""
         return [name for name in super().__dir__() if name not in _INTERNAL and not re.match(r"_(?!_)", name)]
 
-    def _keep(self, checked: settings.Settings) -> None:
-        """The settings users read and change at run time become plain attributes."""
-        for name in _PLAIN_SETTINGS:
-            setattr(self, name, getattr(checked, name))
-        self._default_root_dir = checked.default_root_dir
-
     _elsewhere = False  # is the run that failed one of other processes?
-    # declared for readers and tools; set by `_keep`
-    accumulate_grad_batches: int
-    barebones: bool
-    check_val_every_n_epoch: int | None
-    detect_anomaly: bool
-    enable_autolog_hparams: bool
-    fast_dev_run: int | bool
-    gradient_clip_algorithm: Any
-    gradient_clip_val: int | float | None
-    inference_mode: bool
-    limit_predict_batches: int | float
-    limit_test_batches: int | float
-    limit_train_batches: int | float
-    limit_val_batches: int | float
-    log_every_n_steps: int
-    num_sanity_val_steps: int | float
-    overfit_batches: int | float
-    reload_dataloaders_every_n_epochs: int
-    strict_resume: bool
-    use_distributed_sampler: bool
-    val_check_interval: int | float
-    val_check_time_s: float | None
 
     # ------------------------------------------------------------------ the four verbs
 
     @hide_unknown
     def fit(
-        self, model: LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None, ckpt_path: str | os.PathLike[str] | None = None,
+        self, model: LightningModule, train_dataloaders: TRAIN_DATALOADERS | LightningDataModule | None = None,
+        val_dataloaders: EVAL_DATALOADERS | None = None, datamodule: LightningDataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None, **unknown: NoReturn,
     ) -> None:  # fmt: skip
         """Trains.
@@ -226,7 +186,7 @@ class Trainer:
 
     @hide_unknown
     def validate(
-        self, model: LightningModule | None = None, dataloaders: Any = None,
+        self, model: LightningModule | None = None, dataloaders: EVAL_DATALOADERS | LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
         datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
@@ -239,7 +199,7 @@ class Trainer:
 
     @hide_unknown
     def test(
-        self, model: LightningModule | None = None, dataloaders: Any = None,
+        self, model: LightningModule | None = None, dataloaders: EVAL_DATALOADERS | LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
         datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
@@ -252,7 +212,7 @@ class Trainer:
 
     @hide_unknown
     def predict(
-        self, model: LightningModule | None = None, dataloaders: Any = None,
+        self, model: LightningModule | None = None, dataloaders: EVAL_DATALOADERS | LightningDataModule | None = None,
         datamodule: LightningDataModule | None = None, return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[Any] | None:  # fmt: skip
@@ -587,8 +547,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ what the loops ask for
 
-    stage = alias("state.stage", "What is running: training, validation inside it, the sanity check, ...")
-
     def read_optimizers(self, module: LightningModule) -> tuple[list[Any], list[Any]]:
         """What `configure_optimizers` returned, as two lists; asked by the strategy."""
         previous, self.book.hook = self.book.hook, "configure_optimizers"
@@ -690,73 +648,6 @@ class Trainer:
         """
         return self.strategy.tensor_init_context(empty_init=empty_init)
 
-    # ------------------------------------------------------------------ what users read
-
-    global_rank = alias("strategy.global_rank", "Index of this process over all nodes.")
-    local_rank = alias("strategy.local_rank", "Index of this process on its node.")
-    node_rank = alias("strategy.node_rank", "Index of this node.")
-    world_size = alias("strategy.world_size", "Processes over all nodes.")
-    is_global_zero = alias("strategy.is_global_zero", "Whether this process speaks for all.")
-    accelerator = alias("strategy.accelerator", "What kind of device is used.")
-    precision_plugin = alias("strategy.precision_plugin", "In which numbers the model computes.")
-    precision = alias("strategy.precision_plugin.precision", "The precision as a string.")
-    lightning_module = alias("strategy.lightning_module", "The module that is run, never wrapped.")
-    model = alias("strategy.model", "The module as it is called, wrapped if the strategy wraps.")
-    optimizers = alias("strategy.optimizers", "The optimizers of this run.")
-    lr_scheduler_configs = alias("strategy.lr_scheduler_configs", "The schedulers of this run, with their settings.")
-    max_epochs = alias("fit_loop.max_epochs", "Stop after this many epochs; -1 means no limit.")
-    min_epochs = alias("fit_loop.min_epochs", "Do not stop early before this many epochs.")
-    max_steps = alias("fit_loop.max_steps", "Stop after this many optimizer steps; -1 means no limit.")
-    min_steps = alias("fit_loop.min_steps", "Do not stop early before this many optimizer steps.")
-    current_epoch = alias("fit_loop.progress.epochs", "Epochs finished.")
-    global_step = alias("fit_loop.progress.steps", "Optimizer steps made.")
-    is_last_batch = alias("fit_loop.progress.is_last_batch", "Whether this is the last batch of the epoch.")
-    num_training_batches = alias("fit_loop.num_batches", "Training batches per epoch; inf before they are known.")
-    num_predict_batches = alias("predict_loop.max_batches", "Batches of each predict loader.")
-    num_test_batches = alias("test_loop.max_batches", "Batches of each test loader.")
-    train_dataloader = property(
-        lambda self: loaders_as_given(self.fit_loop), doc="The training loaders, nested as they were given."
-    )
-    test_dataloaders = property(
-        lambda self: loaders_as_given(self.test_loop), doc="The test loaders, nested as they were given."
-    )
-    predict_dataloaders = property(
-        lambda self: loaders_as_given(self.predict_loop), doc="The predict loaders, nested as they were given."
-    )
-    callback_metrics = alias("book.callback_metrics", "Newest value per logged name, as tensors.")
-    logged_metrics = alias("book.logged_metrics", "Newest value per name that goes to loggers, as tensors.")
-    progress_bar_metrics = alias("book.progress_bar_metrics", "Newest value per name of the progress bar, as numbers.")
-    received_sigterm = alias("signals.received_sigterm", "Whether the process was told to end.")
-
-    @property
-    def val_dataloaders(self) -> Any:
-        """The validation loaders, nested as they were given."""
-        return loaders_as_given(self.fit_loop.val_loop) or loaders_as_given(self.validate_loop)
-
-    @property
-    def num_val_batches(self) -> list[float]:
-        """Batches of each validation loader."""
-        loop = self.validate_loop if self.state.fn == TrainerFn.VALIDATING else self.fit_loop.val_loop
-        return list(loop.max_batches)
-
-    @property
-    def num_sanity_val_batches(self) -> list[float]:
-        """Batches of each validation loader the sanity check looks at."""
-        return [min(self.num_sanity_val_steps, n) for n in self.fit_loop.val_loop.max_batches]
-
-    @property
-    def default_root_dir(self) -> str:
-        """Where files go unless something says otherwise."""
-        root = self._default_root_dir
-        return root if is_remote(root) else os.path.normpath(os.path.expanduser(root))
-
-    @property
-    def log_dir(self) -> str | None:
-        """The directory of the first logger, or the root directory; in other processes what it is on rank 0."""
-        if not self.is_global_zero and self._log_dir is not None:
-            return self._log_dir
-        return run_dir(self.loggers[0]) if self.loggers else self.default_root_dir
-
     def _claim_log_dirs(self) -> None:
         """The first process finds folders for logs that no other run has; all know them."""
         versions = self.strategy.broadcast(claim_versions(self.loggers) if self.is_global_zero else None)
@@ -768,109 +659,7 @@ class Trainer:
             self._log_dir = None
             self._log_dir = self.strategy.broadcast(self.log_dir)
 
-    @property
-    def loggers(self) -> list[Logger]:
-        """All loggers; an empty list without any."""
-        return self._loggers
 
-    @loggers.setter
-    def loggers(self, loggers: Iterable[Logger] | None) -> None:
-        self._loggers = list(loggers or [])
-
-    @property
-    def logger(self) -> Logger | None:
-        """The first logger."""
-        return self.loggers[0] if self.loggers else None
-
-    @logger.setter
-    def logger(self, logger: Logger | None) -> None:
-        self.loggers = [] if logger is None else [logger]
-
-    @property
-    def scaler(self) -> Any:
-        """The loss scaler of mixed precision, if there is one."""
-        return getattr(self.precision_plugin, "scaler", None)
-
-    @property
-    def num_nodes(self) -> int:
-        """How many machines take part."""
-        return getattr(self.strategy, "num_nodes", self._num_nodes)
-
-    @property
-    def device_ids(self) -> list[int]:
-        """Indices of the devices on this node."""
-        devices = getattr(self.strategy, "parallel_devices", None) or [self.strategy.root_device]
-        return [device.index if device.index is not None else i for i, device in enumerate(devices)]
-
-    @property
-    def num_devices(self) -> int:
-        """Devices per node."""
-        return len(self.device_ids)
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
-        """Arguments a distributed sampler would get; None on one device."""
-        return getattr(self.strategy, "distributed_sampler_kwargs", None)
-
-    @property
-    def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps fit will make; loads the training loader if that is needed to know."""
-        if self.max_epochs == -1:
-            return inf if self.max_steps == -1 else self.max_steps
-        if self.fit_loop.loaders is None and self.lightning_module is not None:
-            rank_zero_info("Loading `train_dataloader` to estimate number of stepping batches.")
-            self.fit_loop.load_data()
-        if self.num_training_batches == inf:
-            return self.max_steps
-        schedules = [c for c in self.callbacks if isinstance(c, GradientAccumulationScheduler)]
-        window = schedules[0].get_accumulate_grad_batches if schedules else lambda _: self.accumulate_grad_batches
-        epochs = range(max(self.max_epochs or 0, 1))
-        total = sum(cadence.steps_in(self.num_training_batches, window(epoch)) for epoch in epochs)
-        return min(total, self.max_steps) if self.max_steps != -1 else total
-
-    @property
-    def enable_validation(self) -> bool:
-        """Whether there is something to validate with."""
-        return (
-            self.lightning_module is not None
-            and self.sources.source_of("val").is_defined()
-            and overridden(self.lightning_module, "validation_step", LightningModule)
-            and self.limit_val_batches > 0
-        )
-
-    @property
-    def ckpt_path(self) -> Any:
-        """The checkpoint that was loaded last. Set before a call, it is what the call loads."""
-        return self._ckpt_path
-
-    @ckpt_path.setter
-    def ckpt_path(self, ckpt_path: Any) -> None:
-        self._ckpt_path, self._ckpt_path_by_user = ckpt_path, bool(ckpt_path)
-
-    checkpoint_callback = first_of(Checkpoint, "The first checkpoint callback.")
-    checkpoint_callbacks = all_of(Checkpoint, "All checkpoint callbacks.")
-    early_stopping_callback = first_of(EarlyStopping, "The first `EarlyStopping`.")
-    early_stopping_callbacks = all_of(EarlyStopping, "All `EarlyStopping` callbacks.")
-    progress_bar_callback = first_of(ProgressBar, "The progress bar.")
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the last run ended with an exception."""
-        return self.state.status == TrainerStatus.INTERRUPTED
-
-    training = stage_flag(RunningStage.TRAINING, "Whether a training batch is at work; False while fit validates.")
-    validating = stage_flag(RunningStage.VALIDATING, "Whether validation runs, inside fit or alone.")
-    testing = stage_flag(RunningStage.TESTING, "Whether testing runs.")
-    predicting = stage_flag(RunningStage.PREDICTING, "Whether prediction runs.")
-    sanity_checking = stage_flag(RunningStage.SANITY_CHECKING, "Whether the validation before training runs.")
-
-    @property
-    def evaluating(self) -> bool:
-        """Whether validation, testing or the sanity check runs."""
-        return self.state.stage is not None and self.state.stage.evaluating
-
-
-_PLAIN_SETTINGS = tuple(name for name in Trainer.__annotations__ if not name.startswith("_"))
 _INTERNAL = frozenset([
     "book", "compile_hooks", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "pack_results",
     "prediction_writers", "read_optimizers", "report", "signals", "sources", "unpack_results", "val_check_time_s",

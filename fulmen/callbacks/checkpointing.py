@@ -515,7 +515,7 @@ def _epoch_due(callback: ModelCheckpoint, trainer: Trainer, after_training: bool
 
 def _metrics_of(trainer: Trainer) -> dict[str, Any]:
     """The logged values with "epoch" and "step", which a user may have logged too."""
-    metrics = {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
+    metrics: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
     return {**metrics, "epoch": int(metrics["epoch"]), "step": int(metrics["step"])}
 
 

@@ -338,10 +338,13 @@ def _log_due(trainer: Trainer, batch_idx: int = 0) -> bool:
 
 def _named_optimizers(trainer: Trainer) -> list[tuple[str, Optimizer, str | None]]:
     """Those with a scheduler, in the order of the schedulers, then the others; names are made different by ``-1``, …"""
-    found = [(config.name, config.scheduler.optimizer, config.interval) for config in trainer.lr_scheduler_configs]
+    configs = trainer.lr_scheduler_configs
+    found: list[tuple[str | None, Optimizer, str | None]] = [
+        (c.name, c.scheduler.optimizer, c.interval) for c in configs
+    ]
     found += [(None, opt, None) for opt in trainer.optimizers if not any(opt is other for _, other, _ in found)]
     seen: dict[str, int] = {}
-    named = []
+    named: list[tuple[str, Optimizer, str | None]] = []
     for name, optimizer, interval in found:
         if all("lr" in group for group in optimizer.param_groups):  # else the stand-in of a run without optimizer
             base = name or f"lr-{type(optimizer).__name__}"

@@ -462,12 +462,13 @@ class StochasticWeightAveraging(Callback):
         rates, groups = self._swa_lrs, len(trainer.optimizers[0].param_groups)
         if isinstance(rates, list) and len(rates) < groups:
             raise _refused("swa_lrs", rates, f"one number, or a list of {groups}, one for each group of parameters")
-        unlimited = limit is None or limit == -1
-        if unlimited and isinstance(self._swa_epoch_start, float):
+        if limit == -1:
+            limit = None
+        if limit is None and isinstance(self._swa_epoch_start, float):
             what = f"`StochasticWeightAveraging(swa_epoch_start={self._swa_epoch_start})` is a part of `max_epochs`,"
             raise MisconfigurationException(f"{what} and there is no limit. Use an integer, or set `max_epochs`.")
-        self._max_epochs = inf if unlimited else limit
-        if not unlimited and self.pl_module_contains_batch_norm(pl_module):
+        self._max_epochs = inf if limit is None else limit
+        if limit is not None and self.pl_module_contains_batch_norm(pl_module):
             self._limit.put(trainer, "max_epochs", limit + 1)
         self._average = Average(pl_module, self._device, False, trainer.strategy)
         if self._stored.get("n_averaged"):

@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import math
+import operator
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -114,12 +115,9 @@ def by_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Callable
 
 def alias(path: str, doc: str) -> Any:
     """A property that forwards to an attribute of a part (`"strategy.world_size"`), for reading and writing."""
-    *parts, name = path.split(".")
-
-    def owner(obj: Any) -> Any:
-        return functools.reduce(getattr, parts, obj)
-
-    return property(lambda self: getattr(owner(self), name), lambda self, v: setattr(owner(self), name, v), doc=doc)
+    part, _, name = path.rpartition(".")
+    part_of = operator.attrgetter(part) if part else lambda obj: obj
+    return property(operator.attrgetter(path), lambda self, value: setattr(part_of(self), name, value), doc=doc)
 
 
 _INSTALLED = tuple(

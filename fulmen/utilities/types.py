@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,9 +15,27 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 _PATH = str | os.PathLike
 
 STEP_OUTPUT = Tensor | Mapping[str, Any] | None
-# Loaders may be any iterable, or any nesting of them.
-TRAIN_DATALOADERS = Any
-EVAL_DATALOADERS = Any
+# The names that arguments of the Trainer accept beside objects; names that users register are passed on as they are.
+AcceleratorName = Literal["auto", "cpu", "gpu", "cuda", "mps"]
+StrategyName = Literal[
+    "auto", "single_device", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false",
+    "ddp_spawn", "ddp_spawn_find_unused_parameters_true", "ddp_spawn_find_unused_parameters_false",
+    "ddp_fork", "ddp_fork_find_unused_parameters_true", "ddp_fork_find_unused_parameters_false",
+    "ddp_notebook", "ddp_notebook_find_unused_parameters_true", "ddp_notebook_find_unused_parameters_false",
+    "fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
+    "deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme",
+]  # fmt: skip
+PrecisionName = Literal[
+    "32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed",
+    "transformer-engine", "transformer-engine-float16",
+]  # fmt: skip
+PrecisionInput = PrecisionName | Literal[64, 32, 16, "64", "32", "16", "bf16"]
+ProfilerName = Literal["simple", "advanced", "pytorch", "xla"]
+ClipAlgorithmName = Literal["norm", "value"]
+
+# One iterable of batches, or any nesting of lists, tuples and dicts of them, which are iterables, too.
+TRAIN_DATALOADERS = Iterable[Any]
+EVAL_DATALOADERS = Iterable[Any]
 
 LRSchedulerTypeUnion = LRScheduler | ReduceLROnPlateau
 LRSchedulerPLType = LRSchedulerTypeUnion

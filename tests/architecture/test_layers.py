@@ -21,7 +21,7 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"module", "datamodule", "optimizers", "hparams", "export"},),
     ({"callbacks"}, {"loggers"}, {"profilers"}, {"fabric"}, {"strategies"}, {"plugins"}, {"accelerators"}),
     ({"loops"},),
-    ({"trainer", "settings", "defaults"},),
+    ({"trainer", "trainer_properties", "settings", "defaults"},),
     ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}, {"__main__"}),
 )
 PLACE = {part: (row, group) for row, groups in enumerate(ROWS) for group, parts in enumerate(groups) for part in parts}
