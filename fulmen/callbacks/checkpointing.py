@@ -48,25 +48,43 @@ class Checkpoint(Callback):
 class ModelCheckpoint(Checkpoint):
     """Writes checkpoints during fit and keeps the best or the newest of them.
 
-    **When.** By one of ``every_n_epochs`` (1 if none is given), ``every_n_train_steps`` (optimizer steps) and
-    ``train_time_interval``. Epochs are looked at after training or after validation (``save_on_train_epoch_end``); None
-    means after training, unless validation runs inside of epochs, by the clock, or not in every epoch. A save by step
-    or time waits for the validation that comes next, or first gives ``monitor`` a value.
+    **When.** After every ``every_n_epochs`` epochs (1 if nothing is given), ``every_n_train_steps`` optimizer steps, or
+    ``train_time_interval``; one of the three. Epochs are looked at after training or after validation
+    (``save_on_train_epoch_end``). A save by step or time waits for the validation that comes next, or that first gives
+    ``monitor`` a value.
 
-    **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``.
-    What has to make room is removed after the new file was written.
+    **What.** Without ``monitor``: the newest (``save_top_k=1``), all (-1) or none (0). With it: the best ``save_top_k``. What has
+    to make room is removed after the new file was written.
 
     Args:
         dirpath: folder or URL; by default ``checkpoints`` in the first logger's folder, or in ``default_root_dir``.
         filename: may contain logged names, ``"{epoch}-{val_loss:.2f}"``. A name with a slash makes a folder, unless
-            ``auto_insert_metric_name=False``: then only the value is written.
+            ``auto_insert_metric_name=False``.
+        monitor: name of the logged value that decides which files are best.
+        verbose: say which files are written.
         save_last: also write ``last.ckpt`` whenever a checkpoint is written; ``"link"`` makes it a symbolic link.
+        save_top_k: how many files are kept; -1 keeps all, 0 writes none.
         save_on_exception: write one more file when the run breaks.
-        mode: whether the smallest ("min") or the largest ("max") value of ``monitor`` is best.
+        save_weights_only: leave out what only a resume needs: optimizers, schedulers, loops, callbacks.
+        mode: whether the smallest (``"min"``) or the largest (``"max"``) value of ``monitor`` is best.
+        auto_insert_metric_name: write ``{epoch}`` as ``epoch=3`` rather than ``3``.
+        every_n_train_steps: optimizer steps between two files; 0 or None for never.
+        train_time_interval: time between two files.
+        every_n_epochs: epochs between two files; 0 for never.
+        save_on_train_epoch_end: look after training epochs (True) or after validations (False); None means after training,
+            unless validation runs inside of epochs, by the clock, or not in every epoch.
         enable_version_counter: add ``-v1``, ``-v2``, … instead of overwriting a file of the same name.
-        on_save_error: whether the run ends ("raise") or goes on ("warn") when a file cannot be written: the disk is
+        on_save_error: whether the run ends (``"raise"``) or continues (``"warn"``) when a file cannot be written: the disk is
             full, the folder read-only or gone. Nothing is removed then, and no attribute names that file.
-        async_save: go on training while a file is written, as of the moment it was due; see `AsyncCheckpointIO`.
+        async_save: continue to train while a file is written, as of the moment it was due; see `AsyncCheckpointIO`.
+
+    Raises:
+        MisconfigurationException: arguments that do not go together, or are out of range.
+
+    Example:
+        >>> checkpoint = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3)
+        >>> checkpoint.format_checkpoint_name({"epoch": 2, "val_loss": 0.1234})
+        'epoch=2-val_loss=0.12.ckpt'
     """
 
     _changeable = "every_n_train_steps"

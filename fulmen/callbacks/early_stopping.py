@@ -30,19 +30,35 @@ class EarlyStoppingReason(Enum):
 
 
 class EarlyStopping(Callback):
-    """Sets ``trainer.should_stop`` once ``monitor`` has not improved ``patience`` times in a row.
+    """Ends training once a logged value has stopped getting better.
 
-    It looks after every training epoch, or after every validation when that does not run once per epoch. Ranks stop
-    together as soon as one of them wants to. The trainer still completes ``min_epochs`` and ``min_steps``; if the value
-    has recovered until then, training continues.
+    It sets ``trainer.should_stop`` after a training epoch, or after a validation when that does not run once per epoch. All
+    ranks stop together as soon as one of them wants to. The trainer still completes ``min_epochs`` and ``min_steps``; if
+    the value has recovered by then, training continues.
 
     Args:
-        min_delta: what counts as an improvement: a change by more than this.
-        patience: checks without improvement; 0 means the same as 1.
-        strict: a ``monitor`` nobody logged is an error, else it is ignored (with a warning if ``verbose``).
-        check_finite: stop as well when the value becomes NaN or infinite.
-        stopping_threshold, divergence_threshold: stop as soon as the value is better, or worse, than this.
-        log_rank_zero_only: with ``verbose``, only the first rank speaks.
+        monitor: name of the logged value, as in ``self.log("val_loss", ...)``.
+        min_delta: the least change that counts as an improvement; its sign does not matter.
+        patience: checks without improvement after which training ends; 0 means the same as 1.
+        verbose: say each improvement, and why training ends.
+        mode: ``"min"`` if smaller values are better, ``"max"`` if larger ones are.
+        strict: a ``monitor`` that nobody logged is an error; else it is ignored, with a warning if ``verbose``.
+        check_finite: also end training when the value becomes NaN or infinite.
+        stopping_threshold: end training as soon as the value is better than this.
+        divergence_threshold: end training as soon as the value is worse than this.
+        check_on_train_epoch_end: check after training epochs (True) or after validations (False); None decides by how
+            often validation runs.
+        log_rank_zero_only: with ``verbose``, only rank 0 speaks.
+
+    Raises:
+        MisconfigurationException: ``mode`` is neither ``"min"`` nor ``"max"``.
+        TypeError: ``patience`` is not a number.
+        RuntimeError: in a run, if ``strict`` and nobody logged ``monitor``.
+
+    Example:
+        >>> stopping = EarlyStopping("val_loss", patience=5)
+        >>> stopping.mode, stopping.patience, stopping.wait_count
+        ('min', 5, 0)
     """
 
     monitors = True

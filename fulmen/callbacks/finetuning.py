@@ -27,14 +27,19 @@ def multiplicative(epoch: int) -> float:
 
 
 class BaseFinetuning(Callback):
-    """Base class: freeze layers in `freeze_before_training`, hand them to an optimizer in `finetune_function`.
+    """Base class for training a part of the module first and the rest later.
 
-    Give the optimizer only what is trainable at the start (``filter(lambda p: p.requires_grad, self.parameters())``).
-    The groups added later are part of the checkpoint and added again when a run resumes::
+    Freeze layers in `freeze_before_training` and hand them to an optimizer in `finetune_function`. Give the optimizer only
+    what is trainable at the start: ``filter(lambda p: p.requires_grad, self.parameters())``. The groups that are added later
+    are part of the checkpoint, and are added again when a run resumes.
 
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 10:
-                self.unfreeze_and_add_param_group(pl_module.encoder, optimizer)
+    Example:
+        >>> class UnfreezeEncoder(BaseFinetuning):
+        ...     def freeze_before_training(self, pl_module):
+        ...         self.freeze(pl_module.encoder)
+        ...     def finetune_function(self, pl_module, epoch, optimizer):
+        ...         if epoch == 10:
+        ...             self.unfreeze_and_add_param_group(pl_module.encoder, optimizer)
     """
 
     def __init__(self) -> None:
@@ -54,21 +59,33 @@ class BaseFinetuning(Callback):
 
     @staticmethod
     def flatten_modules(modules: Modules) -> list[Module]:
-        """All modules inside that have no children, or parameters of their own."""
+        """All modules inside that have no children, or parameters of their own.
+
+        Example:
+            >>> from torch.nn import Linear, ReLU, Sequential
+            >>> BaseFinetuning.flatten_modules(Sequential(Sequential(ReLU()), Linear(1, 1)))
+            [ReLU(), Linear(in_features=1, out_features=1, bias=True)]
+        """
         if not isinstance(modules, Module):
             return [module for part in modules for module in BaseFinetuning.flatten_modules(part)]
         return [module for module in modules.modules() if not list(module.children()) or module._parameters]
 
     @staticmethod
     def filter_params(modules: Modules, train_bn: bool = True, requires_grad: bool = True) -> Iterator[Parameter]:
-        """The parameters that do (or do not) require gradients, with or without those of batch norm."""
+        """The parameters that do, or do not, require gradients.
+
+        Args:
+            modules: a module, or any nesting of iterables of modules.
+            train_bn: whether those of batch norm are among them.
+            requires_grad: which ones: those that require gradients, or those that do not.
+        """
         for module in BaseFinetuning.flatten_modules(modules):
             if train_bn or not isinstance(module, _BatchNorm):
                 yield from (p for p in module.parameters(recurse=False) if p.requires_grad == requires_grad)
 
     @staticmethod
     def make_trainable(modules: Modules) -> None:
-        """Undoes `freeze`."""
+        """Undoes `freeze`: parameters require gradients, and batch norm tracks its statistics."""
         for module in BaseFinetuning.flatten_modules(modules):
             _set_trainable(module, True)
 
@@ -79,13 +96,23 @@ class BaseFinetuning(Callback):
 
     @staticmethod
     def freeze(modules: Modules, train_bn: bool = True) -> None:
-        """Freezes everything inside; batch norm goes on learning unless ``train_bn=False``."""
+        """Freezes everything inside.
+
+        Args:
+            modules: a module, or any nesting of iterables of modules.
+            train_bn: leave batch norm trainable.
+        """
         for module in BaseFinetuning.flatten_modules(modules):
             _set_trainable(module, train_bn and isinstance(module, _BatchNorm))
 
     @staticmethod
     def filter_on_optimizer(optimizer: Optimizer, params: Iterable[Parameter]) -> list[Parameter]:
-        """Those of ``params`` the optimizer does not have yet; warns if it has some."""
+        """Those of ``params`` that the optimizer does not have yet; warns if it has some of them.
+
+        Args:
+            optimizer: the optimizer whose groups are looked at.
+            params: the parameters to choose from.
+        """
         params = list(params)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         new = [p for p in params if id(p) not in known]
@@ -97,7 +124,15 @@ class BaseFinetuning(Callback):
     @staticmethod
     def unfreeze_and_add_param_group(modules: Modules, optimizer: Optimizer, lr: float | None = None,
                                      initial_denom_lr: float = 10.0, train_bn: bool = True) -> None:  # fmt: skip
-        """Unfreezes and adds a group, with ``lr`` or that of the first group divided by ``initial_denom_lr``."""
+        """Unfreezes modules and adds their parameters to an optimizer as a group.
+
+        Args:
+            modules: a module, or any nesting of iterables of modules.
+            optimizer: the optimizer that shall train them.
+            lr: learning rate of the group; None takes that of the first group, divided by ``initial_denom_lr``.
+            initial_denom_lr: see ``lr``.
+            train_bn: whether parameters of batch norm are added, too.
+        """
         BaseFinetuning.make_trainable(modules)
         new = BaseFinetuning.filter_on_optimizer(optimizer, BaseFinetuning.filter_params(modules, train_bn))
         if new:
@@ -144,14 +179,24 @@ class BaseFinetuning(Callback):
 
 
 class BackboneFinetuning(BaseFinetuning):
-    """Trains everything but ``pl_module.backbone`` first, and the backbone with its own learning rate later.
+    """Trains everything but ``pl_module.backbone`` first, and the backbone with a learning rate of its own later.
 
     Args:
-        lambda_func: in later epochs, the learning rate of the backbone is multiplied by ``lambda_func(epoch + 1)``.
-        backbone_initial_ratio_lr, backbone_initial_lr: its first one, as a part of that of the first group or a number.
+        unfreeze_backbone_at_epoch: the epoch, counted from 0, from which on the backbone is trained.
+        lambda_func: in every later epoch the learning rate of the backbone is multiplied by ``lambda_func(epoch + 1)``.
+        backbone_initial_ratio_lr: its first learning rate, as a part of that of the optimizer's first group.
+        backbone_initial_lr: its first learning rate as a number, in the place of that ratio.
         should_align: never let it be larger than that of the first group.
+        initial_denom_lr: handed on to `unfreeze_and_add_param_group`.
         train_bn: whether batch norm is trained, before and after.
-        rounding: digits of the learning rates that ``verbose`` tells.
+        verbose: tell both learning rates in every epoch.
+        rounding: digits of the learning rates that are told.
+
+    Raises:
+        MisconfigurationException: in a run, if the module has no module called ``backbone``.
+
+    Example:
+        >>> finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=5, backbone_initial_lr=1e-4)
     """
 
     def __init__(

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
 
 class ModelSummary(Callback):
-    """Logs a table of the model's layers at the start of fit.
+    """Prints a table of the model's layers when fit starts.
 
-    A depth of 1 shows the direct children, -1 everything, 0 switches the table off.
+    Args:
+        max_depth: how deep the table goes: 1 shows the direct children, -1 everything, 0 switches the table off.
+        **summarize_kwargs: handed on to `summarize`.
+
+    Example:
+        >>> summary = ModelSummary(max_depth=2)
     """
 
     only_shows = True
@@ -40,13 +45,34 @@ class ModelSummary(Callback):
         summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, model_size: float,
         total_training_modes: dict[str, int], total_flops: int, **summarize_kwargs: Any,
     ) -> None:  # fmt: skip
-        """Shows the table; override it to show it differently. ``summary_data`` are the columns, with their headers."""
+        """Shows the table; override it to show it differently.
+
+        Args:
+            summary_data: the columns: a header and the cells below it.
+            total_parameters: number of parameters of the model.
+            trainable_parameters: number of those that require gradients.
+            model_size: size of all parameters, in MB.
+            total_training_modes: number of modules in ``"train"`` and in ``"eval"`` mode.
+            total_flops: FLOPs of a forward pass of ``example_input_array``; 0 without one.
+            **summarize_kwargs: those of the constructor.
+        """
         numbers = total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
         rank_zero_info("\n" + summaries.with_totals(summary_data, *numbers))
 
 
 class RichModelSummary(ModelSummary):
-    """Prints the table with Rich; ``header_style`` is its style of the header row."""
+    """Prints the table of layers with Rich.
+
+    Args:
+        max_depth: how deep the table goes: 1 shows the direct children, -1 everything, 0 switches the table off.
+        **summarize_kwargs: ``header_style``, the Rich style of the header row.
+
+    Raises:
+        ModuleNotFoundError: Rich is not installed.
+
+    Example:
+        >>> summary = RichModelSummary(max_depth=-1)
+    """
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
         require("rich", "for `RichModelSummary`", minimum=">=10.2.2")

@@ -28,15 +28,24 @@ if TYPE_CHECKING:
 
 
 class LearningRateMonitor(Callback):
-    """Logs the learning rate of every parameter group, under the name of its scheduler or ``lr-<OptimizerClass>``.
+    """Logs the learning rate of every parameter group.
 
-    Further optimizers of a class get ``-1``, ``-2``, …; several groups of one optimizer get ``/pg1``, ``/pg2``, …, or
-    their key "name". The values are in ``trainer.callback_metrics`` too, and ``lrs`` keeps all of them.
+    A value is named after its scheduler, or ``lr-<OptimizerClass>`` without one. Further optimizers of a class get ``-1``,
+    ``-2``, …; several groups of one optimizer get ``/pg1``, ``/pg2``, …, or their key ``"name"``. The values are in
+    ``trainer.callback_metrics`` too, and the attribute ``lrs`` keeps all of them.
 
     Args:
-        logging_interval: "step" or "epoch"; None follows each scheduler's own interval, or takes both without one.
-        log_momentum: also log ``<name>-momentum`` (for Adam and its kin, the first beta).
+        logging_interval: ``"step"`` or ``"epoch"``; None follows each scheduler's own interval, or takes both without one.
+        log_momentum: also log ``<name>-momentum``: for Adam and its kin the first beta.
         log_weight_decay: also log ``<name>-weight_decay``.
+
+    Raises:
+        MisconfigurationException: ``logging_interval`` is not known, the trainer has no logger, or two groups of an
+            optimizer have the same name.
+
+    Example:
+        >>> LearningRateMonitor(logging_interval="epoch").lrs
+        {}
     """
 
     def __init__(self, logging_interval: str | None = None, log_momentum: bool = False,
@@ -108,10 +117,18 @@ def _logs_stats(hook: str) -> Callable[..., None]:
 
 
 class GradientNorm(Callback):
-    """Logs the L2 norm of the gradients each optimizer steps with: of the whole window, unscaled, before clipping.
+    """Logs the L2 norm of the gradients that each optimizer steps with.
 
-    Clipping by norm computes it anyway; then that number is taken and no pass over the gradients is added. It stays on
-    its device until a logger reads it. With several optimizers, names end in ``/0``, ``/1``, …
+    It is the norm over the whole accumulation window, unscaled, before clipping. Clipping by norm computes it anyway; then
+    that number is taken and no pass over the gradients is added. It stays on its device until a logger reads it.
+
+    Args:
+        name: what it is logged as; with several optimizers, ``/0``, ``/1``, … is appended.
+        prog_bar: also show it in the progress bar.
+
+    Example:
+        >>> GradientNorm(prog_bar=True).name
+        'grad_norm'
     """
 
     def __init__(self, name: str = "grad_norm", prog_bar: bool = False) -> None:
@@ -136,9 +153,18 @@ class GradientNorm(Callback):
 
 
 class DeviceStatsMonitor(Callback):
-    """Logs what the accelerator reports around batches: memory on GPUs, load on the CPU (with `psutil`).
+    """Logs what the device reports around batches: memory on GPUs, load on the CPU.
 
-    With ``cpu_stats``, the load of the host as well; None does so only if the run is on the CPU, False not even then.
+    Args:
+        cpu_stats: log the load of the host's CPU as well (needs ``psutil``); None does so only if the run is on the CPU,
+            False not even then.
+
+    Raises:
+        MisconfigurationException: the trainer has no logger.
+        ModuleNotFoundError: ``psutil`` is needed and not installed.
+
+    Example:
+        >>> monitor = DeviceStatsMonitor(cpu_stats=False)
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
@@ -186,13 +212,18 @@ class _Pace:
 
 
 class ThroughputMonitor(Callback):
-    """Logs batches, samples and FLOPs per second as ``<stage>/device/samples_per_sec`` and the like (`Throughput`).
+    """Logs batches, samples and FLOPs per second, as ``<stage>/device/samples_per_sec`` and the like (see `Throughput`).
 
-    Training is counted without the validation inside. A row comes every ``log_every_n_steps``; only then the host waits
-    for CUDA, which itself notes when each batch is done. For FLOPs, set ``flops_per_batch`` in the module.
+    Training is counted without the validation inside. A row comes every ``log_every_n_steps``; only then the host waits for
+    CUDA, which itself notes when each batch is done. For FLOPs, set ``flops_per_batch`` in the module.
 
-    ``batch_size_fn`` gives the number of samples of a batch, ``length_fn`` that of its items, such as tokens.
-    ``kwargs`` are those of `Throughput`: ``window_size`` and ``separator``.
+    Args:
+        batch_size_fn: gives the number of samples of a batch.
+        length_fn: gives the length of a batch's items, such as its number of tokens; None logs none.
+        **kwargs: ``window_size`` (batches the rates are taken over) and ``separator``, for `Throughput`.
+
+    Example:
+        >>> monitor = ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]), window_size=20)
     """
 
     def __init__(self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None,
@@ -258,12 +289,27 @@ class TrainingSpikeException(RuntimeError):
 
 
 class SpikeDetection(Callback):
-    """Ends training by a `TrainingSpikeException` when the loss jumps, and notes that batch and the one before.
+    """Ends training when the loss jumps, and notes that batch and the one before.
 
-    A spike is worse than the mean of the last ``window`` finite losses, by ``atol`` or more and by ``rtol`` times that
-    mean or more (None leaves a bound out); with ``finite_only``, NaN and infinity are spikes too. One rank stops all.
-    The first ``warmup`` batches of an epoch are not judged. The rule needs each loss as a number, so every batch waits
-    for the device once. The numbers go to ``skip_batches.json`` in ``exclude_batches_path`` or the working folder.
+    A spike is worse than the mean of the last ``window`` finite losses, by ``atol`` or more and by ``rtol`` times that mean
+    or more. One rank stops all. The rule needs each loss as a number, so every batch waits for the device once.
+
+    Args:
+        mode: ``"min"`` if a larger loss is worse, ``"max"`` if a smaller one is.
+        window: how many of the last finite losses the mean is taken over.
+        warmup: batches at the start of each epoch that are not judged.
+        atol: least absolute distance from the mean; None leaves this bound out.
+        rtol: least distance as a multiple of the mean; None leaves this bound out.
+        exclude_batches_path: folder for ``skip_batches.json``, the numbers of those batches; by default the working folder.
+        finite_only: NaN and infinity are spikes, too.
+
+    Raises:
+        ValueError: ``mode`` is neither ``"min"`` nor ``"max"``.
+        TrainingSpikeException: in a run, at a spike.
+
+    Example:
+        >>> SpikeDetection(window=20).running_mean
+        nan
     """
 
     _changeable = "window"
@@ -297,7 +343,7 @@ class SpikeDetection(Callback):
 
     @property
     def running_mean(self) -> float:
-        """Of the last finite losses; NaN before the first."""
+        """The mean of the last finite losses; NaN before the first."""
         return sum(self._recent) / len(self._recent) if self._recent else math.nan
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,

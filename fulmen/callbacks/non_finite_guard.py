@@ -77,20 +77,29 @@ class _Look:
 
 
 class NonFiniteGuard(Callback):
-    """Checks every loss and every gradient on the device, and reads the answers once per ``every_n_steps`` steps.
+    """Finds a loss or a gradient that is not finite, and stops, skips the step, or goes back.
 
-    It also reads them before validation and before a checkpoint is written, so that neither sees a broken model. Under a
-    loss scaler gradients may overflow, which the scaler answers; then losses are checked, and that steps are made at all.
+    Every loss and every gradient is checked on the device; the answers are read once per ``every_n_steps`` steps, before
+    validation, and before a checkpoint is written, so that neither sees a broken model. Under a loss scaler gradients may
+    overflow, which the scaler answers; then losses are checked, and that steps are made at all.
 
-    Arguments:
-        policy: "stop" raises `NonFiniteError`, which names the step, the batch and the parameter. "skip" leaves out the
-            step; this has to be known before it, so the answer is read at each. "rollback" goes back to the weights,
-            optimizers and schedulers of the last reading, kept in memory, and on with the next batch. Under both,
+    Args:
+        policy: ``"stop"`` raises `NonFiniteError`, which names the step, the batch and the parameter. ``"skip"`` leaves out the
+            step; this has to be known before it, so the answer is read at each. ``"rollback"`` returns to the weights,
+            optimizers and schedulers of the last reading, kept in memory, and continues with the next batch. Under both,
             buffers, metrics and the values of the epoch are as if the batches of that step had not been there.
         every_n_steps: optimizer steps between two readings, each of which waits for the device once.
         max_in_a_row: so many faults, with nothing good in between, end the run under every policy.
-        dirpath: where batches that were skipped or rolled back are written (``torch.load`` reads them). The batches
+        dirpath: folder where batches that were skipped or rolled back are written (``torch.load`` reads them). The batches
             since the last reading are kept alive for that.
+
+    Raises:
+        MisconfigurationException: an unknown ``policy``, or a number below 1.
+        NonFiniteError: in a run, as said above.
+
+    Example:
+        >>> NonFiniteGuard("skip").every_n_steps
+        1
     """
 
     def __init__(

@@ -34,10 +34,24 @@ class WriteInterval(LightningEnum):
 
 
 class BasePredictionWriter(Callback):
-    """Base class for storing predictions: implement `write_on_batch_end`, `write_on_epoch_end` or both.
+    """Base class for callbacks that store predictions while they are made.
 
-    Every rank writes its own part, so name files after ``trainer.global_rank``. When memory is short, use
-    ``trainer.predict(..., return_predictions=False)``.
+    Implement `write_on_batch_end`, `write_on_epoch_end` or both. Every rank writes its own part, so name files after
+    ``trainer.global_rank``. When memory is short, call ``trainer.predict(..., return_predictions=False)``.
+
+    Args:
+        write_interval: ``"batch"`` calls `write_on_batch_end` after every batch, ``"epoch"`` calls `write_on_epoch_end` once
+            at the end, ``"batch_and_epoch"`` does both.
+
+    Raises:
+        MisconfigurationException: ``write_interval`` is none of the three.
+
+    Example:
+        >>> class Writer(BasePredictionWriter):
+        ...     def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
+        ...         torch.save(prediction, f"rank{trainer.global_rank}-batch{batch_idx}.pt")
+        >>> Writer("batch").interval.on_epoch
+        False
     """
 
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
@@ -54,12 +68,29 @@ class BasePredictionWriter(Callback):
 
     def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: Any,
                            batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # fmt: skip
-        """Stores the prediction of one batch; ``batch_indices`` are the samples of the dataset it belongs to."""
+        """Stores the prediction of one batch.
+
+        Args:
+            trainer: the trainer that predicts.
+            pl_module: the module it predicts with.
+            prediction: what ``predict_step`` returned.
+            batch_indices: which samples of the data set the batch has; None if the loader does not tell.
+            batch: the batch.
+            batch_idx: its number within the loader, from 0.
+            dataloader_idx: number of the loader, from 0.
+        """
         raise NotImplementedError
 
     def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence,
                            batch_indices: Sequence | None) -> None:  # fmt: skip
-        """Stores all predictions, by loader if there are several; the indices are ``batch_indices[loader][batch]``."""
+        """Stores all predictions at once.
+
+        Args:
+            trainer: the trainer that predicts.
+            pl_module: the module it predicts with.
+            predictions: what ``predict_step`` returned, by batch; with several loaders by loader, then by batch.
+            batch_indices: which samples each of them belongs to, as ``batch_indices[loader][batch]``.
+        """
         raise NotImplementedError
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
@@ -75,7 +106,18 @@ class BasePredictionWriter(Callback):
 
 
 class LambdaCallback(Callback):
-    """A callback made of functions; each gets what the hook of its name gets."""
+    """A callback made of functions, for what fits on a line.
+
+    Every argument has the name of a hook, and the function gets what `Callback`'s hook of that name gets.
+
+    Raises:
+        TypeError: there is no hook of that name.
+
+    Example:
+        >>> said = LambdaCallback(on_train_start=lambda trainer, pl_module: print("here we go"))
+        >>> said.on_train_start(None, None)
+        here we go
+    """
 
     def __init__(
         self, setup: Hook = None, teardown: Hook = None, on_fit_start: Hook = None, on_fit_end: Hook = None,

@@ -28,7 +28,18 @@ SHORTEST_BAR = 8  # columns; where a line has no room for it, metrics stand on l
 
 
 class ProgressBar(Callback):
-    """Base class for bars of your own: override the hooks in which you draw. Only the first process has a bar."""
+    """Base class for progress bars of your own: override the hooks in which you draw.
+
+    Only rank 0 has a bar; on others `disable` is called in `setup`.
+
+    Example:
+        >>> class Dots(ProgressBar):
+        ...     def disable(self):
+        ...         self.is_enabled = False
+        ...     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        ...         if self.is_enabled:
+        ...             print(".", end="")
+    """
 
     only_shows = True
     is_enabled: Any = True
@@ -38,6 +49,7 @@ class ProgressBar(Callback):
 
     @property
     def trainer(self) -> Trainer:
+        """The trainer of the run; a TypeError before there is one."""
         if self._trainer is None:
             raise TypeError(f"`{type(self).__name__}` is not attached to a trainer yet; pass it in `callbacks=[...]`.")
         return self._trainer
@@ -72,7 +84,7 @@ class ProgressBar(Callback):
         return {"v_num": version[-4:] if isinstance(version, str) else version, **logged}
 
     def has_dataloader_changed(self, dataloader_idx: int) -> bool:
-        """Is this another loader than at the last call?"""
+        """Whether this is another loader than at the last call."""
         changed = self._current_eval_dataloader_idx != dataloader_idx
         self._current_eval_dataloader_idx = dataloader_idx
         return changed

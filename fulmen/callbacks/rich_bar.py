@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class RichProgressBarTheme:
-    """Styles of the columns, in Rich's words ("bold", "#6206E0", …), and how metrics are written."""
+    """Styles of the columns of a `RichProgressBar`, in Rich's words (``"bold"``, ``"#6206E0"``, …), and how metrics are written.
+
+    Example:
+        >>> RichProgressBarTheme(metrics_format=".1e").metrics_format
+        '.1e'
+    """
 
     description: str = ""
     progress_bar: str = "#6206E0"
@@ -45,10 +50,21 @@ BAR_WIDTH = 40
 
 
 class RichProgressBar(TerminalProgressBar):
-    """A bar drawn by Rich, at most `refresh_rate` and ten times per second, or never if that is 0.
+    """A progress bar drawn by Rich, in colours; prints and warnings appear above it.
 
-    One line per finished epoch stays on the screen; ``leave=False`` keeps none but the last, ``leave=True`` makes a
-    display for each epoch. `console_kwargs` are for `rich.console.Console`.
+    One line per finished epoch stays on the screen.
+
+    Args:
+        refresh_rate: redraw at most so often a second, and never more than ten times; 0 draws nothing.
+        leave: False keeps the line of the last epoch alone, True makes a display for each epoch.
+        theme: styles of the columns.
+        console_kwargs: arguments of ``rich.console.Console``.
+
+    Raises:
+        ModuleNotFoundError: Rich is not installed.
+
+    Example:
+        >>> bar = RichProgressBar(theme=RichProgressBarTheme(progress_bar="green", metrics_format=".4f"))
     """
 
     progress: Any = None  # Rich's display, also where it is not shown and after the run

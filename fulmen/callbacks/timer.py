@@ -33,10 +33,22 @@ def _hooks(stage: RunningStage) -> tuple[Callable[..., None], Callable[..., None
 
 
 class Timer(Callback):
-    """Measures training, validation and testing, and ends training when ``duration`` is over.
+    """Measures how long training, validation and testing take, and ends training when its time is over.
 
-    ``duration`` is "DD:HH:MM:SS", a `timedelta`, or a dict of its arguments; None only measures. The clock is looked at
-    after every "step" or "epoch" (``interval``). A resumed run has what is left of the time.
+    A resumed run has what is left of the time. All ranks stop after the same batch.
+
+    Args:
+        duration: ``"DD:HH:MM:SS"``, a `timedelta`, or a dict of its arguments such as ``{"hours": 2}``; None only measures.
+        interval: look at the clock after every ``"step"`` or every ``"epoch"``.
+        verbose: say that the time is over.
+
+    Raises:
+        MisconfigurationException: ``interval`` is neither ``"step"`` nor ``"epoch"``, or ``duration`` cannot be read.
+
+    Example:
+        >>> timer = Timer("00:12:00:00", interval="epoch")
+        >>> timer.time_remaining()  # seconds
+        43200.0
     """
 
     def __init__(self, duration: str | timedelta | dict[str, int] | None = None, interval: str = "step",
@@ -63,17 +75,20 @@ class Timer(Callback):
         return self._end.get(RunningStage(stage))
 
     def time_elapsed(self, stage: str = RunningStage.TRAINING) -> float:
-        """Seconds in the stage until it ended, or until now.
+        """Seconds spent in a stage: until it ended, or until now while it runs.
+
+        Args:
+            stage: ``"train"``, ``"validate"`` or ``"test"``.
 
         Raises:
-            ValueError: for a name that is not the one of a stage.
+            ValueError: there is no stage of that name.
         """
         start, end = self.start_time(stage), self.end_time(stage)
         offset = self._offset if stage == RunningStage.TRAINING else 0
         return offset if start is None else offset + (time.monotonic() if end is None else end) - start
 
     def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
-        """Seconds left of the duration, None without one."""
+        """Seconds left of ``duration``; None if there is none."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
     on_train_start, on_train_end = _hooks(RunningStage.TRAINING)
@@ -109,7 +124,21 @@ class Timer(Callback):
 
 
 class GradientAccumulationScheduler(Callback):
-    """Sets ``trainer.accumulate_grad_batches`` by epoch: ``{4: 2}`` accumulates two batches from the fifth epoch on."""
+    """Changes ``trainer.accumulate_grad_batches`` from epoch to epoch.
+
+    Args:
+        scheduling: from an epoch, counted from 0, to the number of batches that are accumulated from then on. Before the
+            first of them every batch is a step.
+
+    Raises:
+        TypeError: ``scheduling`` is empty.
+        MisconfigurationException: an epoch is below 0, or a number of batches below 1.
+
+    Example:
+        >>> scheduler = GradientAccumulationScheduler({4: 2, 8: 4})
+        >>> [scheduler.get_accumulate_grad_batches(epoch) for epoch in (0, 4, 20)]
+        [1, 2, 4]
+    """
 
     def __init__(self, scheduling: Mapping[int, int]) -> None:
         if not scheduling:
@@ -130,11 +159,11 @@ class GradientAccumulationScheduler(Callback):
         self._set: int | None = None
 
     def going_to_accumulate_grad_batches(self) -> bool:
-        """Does any epoch accumulate?"""
+        """Whether any epoch accumulates more than one batch."""
         return any(batches > 1 for batches in self.scheduling.values())
 
     def get_accumulate_grad_batches(self, epoch: int) -> int:
-        """The window in this epoch."""
+        """How many batches are accumulated in ``epoch``, counted from 0."""
         return self.scheduling[max(start for start in self.epochs if start <= epoch)]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -110,10 +110,18 @@ def _bar(kind: str) -> property:
 
 
 class TQDMProgressBar(TerminalProgressBar):
-    """A bar drawn by tqdm, at least `refresh_rate` batches (or ``TQDM_MINITERS``) after the last time; 0 draws nothing.
+    """The progress bar that works everywhere, drawn by tqdm.
 
-    `process_position` pairs of lines above are free for bars of other runs. One line per finished epoch stays on the
-    screen; ``leave=False`` keeps none but the last, ``leave=True`` makes a bar for each epoch.
+    One line per finished epoch stays on the screen, unless ``leave`` says otherwise.
+
+    Args:
+        refresh_rate: batches between two redraws, at least (the environment variable ``TQDM_MINITERS`` wins); 0 draws nothing.
+        process_position: how many pairs of lines above are left free for bars of other runs.
+        leave: False keeps the line of the last epoch alone, True makes a bar for each epoch.
+
+    Example:
+        >>> TQDMProgressBar(refresh_rate=20).refresh_rate
+        20
     """
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
