@@ -81,7 +81,7 @@ class ModelCheckpoint(Checkpoint):
     Raises:
         MisconfigurationException: arguments that do not go together, or are out of range.
 
-    Example:
+    Examples:
         >>> checkpoint = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3)
         >>> checkpoint.format_checkpoint_name({"epoch": 2, "val_loss": 0.1234})
         'epoch=2-val_loss=0.12.ckpt'

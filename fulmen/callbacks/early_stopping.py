@@ -55,7 +55,7 @@ class EarlyStopping(Callback):
         TypeError: ``patience`` is not a number.
         RuntimeError: in a run, if ``strict`` and nobody logged ``monitor``.
 
-    Example:
+    Examples:
         >>> stopping = EarlyStopping("val_loss", patience=5)
         >>> stopping.mode, stopping.patience, stopping.wait_count
         ('min', 5, 0)

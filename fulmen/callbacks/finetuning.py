@@ -33,7 +33,7 @@ class BaseFinetuning(Callback):
     what is trainable at the start: ``filter(lambda p: p.requires_grad, self.parameters())``. The groups that are added later
     are part of the checkpoint, and are added again when a run resumes.
 
-    Example:
+    Examples:
         >>> class UnfreezeEncoder(BaseFinetuning):
         ...     def freeze_before_training(self, pl_module):
         ...         self.freeze(pl_module.encoder)
@@ -61,7 +61,7 @@ class BaseFinetuning(Callback):
     def flatten_modules(modules: Modules) -> list[Module]:
         """All modules inside that have no children, or parameters of their own.
 
-        Example:
+        Examples:
             >>> from torch.nn import Linear, ReLU, Sequential
             >>> BaseFinetuning.flatten_modules(Sequential(Sequential(ReLU()), Linear(1, 1)))
             [ReLU(), Linear(in_features=1, out_features=1, bias=True)]
@@ -195,7 +195,7 @@ class BackboneFinetuning(BaseFinetuning):
     Raises:
         MisconfigurationException: in a run, if the module has no module called ``backbone``.
 
-    Example:
+    Examples:
         >>> finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=5, backbone_initial_lr=1e-4)
     """
 

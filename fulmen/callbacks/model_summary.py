@@ -21,7 +21,7 @@ class ModelSummary(Callback):
         max_depth: how deep the table goes: 1 shows the direct children, -1 everything, 0 switches the table off.
         **summarize_kwargs: handed on to `summarize`.
 
-    Example:
+    Examples:
         >>> summary = ModelSummary(max_depth=2)
     """
 
@@ -70,7 +70,7 @@ class RichModelSummary(ModelSummary):
     Raises:
         ModuleNotFoundError: Rich is not installed.
 
-    Example:
+    Examples:
         >>> summary = RichModelSummary(max_depth=-1)
     """
 

@@ -43,7 +43,7 @@ class LearningRateMonitor(Callback):
         MisconfigurationException: ``logging_interval`` is not known, the trainer has no logger, or two groups of an
             optimizer have the same name.
 
-    Example:
+    Examples:
         >>> LearningRateMonitor(logging_interval="epoch").lrs
         {}
     """
@@ -126,7 +126,7 @@ class GradientNorm(Callback):
         name: what it is logged as; with several optimizers, ``/0``, ``/1``, … is appended.
         prog_bar: also show it in the progress bar.
 
-    Example:
+    Examples:
         >>> GradientNorm(prog_bar=True).name
         'grad_norm'
     """
@@ -163,7 +163,7 @@ class DeviceStatsMonitor(Callback):
         MisconfigurationException: the trainer has no logger.
         ModuleNotFoundError: ``psutil`` is needed and not installed.
 
-    Example:
+    Examples:
         >>> monitor = DeviceStatsMonitor(cpu_stats=False)
     """
 
@@ -222,7 +222,7 @@ class ThroughputMonitor(Callback):
         length_fn: gives the length of a batch's items, such as its number of tokens; None logs none.
         **kwargs: ``window_size`` (batches the rates are taken over) and ``separator``, for `Throughput`.
 
-    Example:
+    Examples:
         >>> monitor = ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]), window_size=20)
     """
 
@@ -307,7 +307,7 @@ class SpikeDetection(Callback):
         ValueError: ``mode`` is neither ``"min"`` nor ``"max"``.
         TrainingSpikeException: in a run, at a spike.
 
-    Example:
+    Examples:
         >>> SpikeDetection(window=20).running_mean
         nan
     """

@@ -97,7 +97,7 @@ class NonFiniteGuard(Callback):
         MisconfigurationException: an unknown ``policy``, or a number below 1.
         NonFiniteError: in a run, as said above.
 
-    Example:
+    Examples:
         >>> NonFiniteGuard("skip").every_n_steps
         1
     """

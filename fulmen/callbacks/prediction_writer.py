@@ -46,7 +46,7 @@ class BasePredictionWriter(Callback):
     Raises:
         MisconfigurationException: ``write_interval`` is none of the three.
 
-    Example:
+    Examples:
         >>> class Writer(BasePredictionWriter):
         ...     def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
         ...         torch.save(prediction, f"rank{trainer.global_rank}-batch{batch_idx}.pt")
@@ -113,7 +113,7 @@ class LambdaCallback(Callback):
     Raises:
         TypeError: there is no hook of that name.
 
-    Example:
+    Examples:
         >>> said = LambdaCallback(on_train_start=lambda trainer, pl_module: print("here we go"))
         >>> said.on_train_start(None, None)
         here we go

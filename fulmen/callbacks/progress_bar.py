@@ -32,7 +32,7 @@ class ProgressBar(Callback):
 
     Only rank 0 has a bar; on others `disable` is called in `setup`.
 
-    Example:
+    Examples:
         >>> class Dots(ProgressBar):
         ...     def disable(self):
         ...         self.is_enabled = False

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class RichProgressBarTheme:
     """Styles of the columns of a `RichProgressBar`, in Rich's words (``"bold"``, ``"#6206E0"``, …), and how metrics are written.
 
-    Example:
+    Examples:
         >>> RichProgressBarTheme(metrics_format=".1e").metrics_format
         '.1e'
     """
@@ -63,7 +63,7 @@ class RichProgressBar(TerminalProgressBar):
     Raises:
         ModuleNotFoundError: Rich is not installed.
 
-    Example:
+    Examples:
         >>> bar = RichProgressBar(theme=RichProgressBarTheme(progress_bar="green", metrics_format=".4f"))
     """
 

@@ -45,7 +45,7 @@ class Timer(Callback):
     Raises:
         MisconfigurationException: ``interval`` is neither ``"step"`` nor ``"epoch"``, or ``duration`` cannot be read.
 
-    Example:
+    Examples:
         >>> timer = Timer("00:12:00:00", interval="epoch")
         >>> timer.time_remaining()  # seconds
         43200.0
@@ -134,7 +134,7 @@ class GradientAccumulationScheduler(Callback):
         TypeError: ``scheduling`` is empty.
         MisconfigurationException: an epoch is below 0, or a number of batches below 1.
 
-    Example:
+    Examples:
         >>> scheduler = GradientAccumulationScheduler({4: 2, 8: 4})
         >>> [scheduler.get_accumulate_grad_batches(epoch) for epoch in (0, 4, 20)]
         [1, 2, 4]

@@ -119,7 +119,7 @@ class TQDMProgressBar(TerminalProgressBar):
         process_position: how many pairs of lines above are left free for bars of other runs.
         leave: False keeps the line of the last epoch alone, True makes a bar for each epoch.
 
-    Example:
+    Examples:
         >>> TQDMProgressBar(refresh_rate=20).refresh_rate
         20
     """
