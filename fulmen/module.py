@@ -360,7 +360,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         if self.trainer.evaluating:  # where processes have other batches
             found: list[Tensor] = []
             apply_to_collection(as_tensor, Tensor, found.append)
-            strategy.check_shapes(found, group)
+            strategy.check_equal_shapes(found, group)
         return apply_to_collection(as_tensor, Tensor, strategy.all_gather, group=group, sync_grads=sync_grads)
 
     # ------------------------------------------------------------------ optimization

@@ -22,8 +22,8 @@ from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
 from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, begin_fit, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, plain_attributes
-from fulmen.engine.resolve import announce, resolve
+from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, picklable_attributes
+from fulmen.engine.resolve import announce_accelerator, resolve_strategy
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
 from fulmen.loggers.logger import FolderLogger, claim_versions
@@ -135,9 +135,9 @@ class Trainer(TrainerProperties):
         self._ckpt_path: str | os.PathLike[str] | None = None
         self._ckpt_path_by_user = False
         machine = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "sync_batchnorm")
-        self.strategy: Strategy = resolve(**{name: arguments[name] for name in machine})
+        self.strategy: Strategy = resolve_strategy(**{name: arguments[name] for name in machine})
         self._num_nodes = arguments["num_nodes"]
-        announce(self.strategy)
+        announce_accelerator(self.strategy)
         self.profiler = assemble_profiler(arguments["profiler"])
         self.loggers = assemble_loggers(checked)
         self.callbacks: list[Callback] = assemble_callbacks(arguments["callbacks"], checked)
@@ -340,7 +340,7 @@ class Trainer(TrainerProperties):
         return {
             "weights": move_data_to_device(self.lightning_module.state_dict(), torch.device("cpu")),
             "callbacks": [
-                (key, plain_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()
+                (key, picklable_attributes(c, (self, self.lightning_module))) for key, c in self._keyed_callbacks()
             ],
             "progress": self.fit_loop.progress,
             "limits": (self.max_epochs, self.min_epochs),
@@ -384,7 +384,7 @@ class Trainer(TrainerProperties):
             self._connect_callbacks()
             checks.configuration(self)
             self.strategy.setup_environment()
-            self.strategy.watch(self)
+            self.strategy.start_watchdog(self)
             self.signals.install(self.strategy.cluster_environment if fit else None)
             ckpt_path = preemption.choose(self, ckpt_path, weights_only)
             self._claim_log_dirs()
@@ -420,8 +420,8 @@ class Trainer(TrainerProperties):
         try:
             yield
             self._finish(loop)
-            if getattr(self.strategy, "tell_parent", None) is None:  # else once its results are on their way
-                self.strategy.unwatch()
+            if getattr(self.strategy, "report_to_parent", None) is None:  # else once its results are on their way
+                self.strategy.stop_watchdog()
         except BaseException as error:
             told = self.signals.behind(error)
             if interrupted := isinstance(told, KeyboardInterrupt):
@@ -458,13 +458,13 @@ class Trainer(TrainerProperties):
     def _abort(self, loop: Any, error: BaseException) -> BaseException:
         """The end of a run that failed: everybody is told, logs are closed, workers end."""
         self.state.status = TrainerStatus.INTERRUPTED
-        error = self.strategy.leave(error)
+        error = self.strategy.abort(error)
         try:
             self._tell(error)
         finally:
             self._close(loop)
             self.profiler.teardown(self.state.fn)
-            self.strategy.unwatch()
+            self.strategy.stop_watchdog()
             self.state.stage = None
             self.book.turn_to(None)
             if self.is_global_zero:
@@ -514,7 +514,7 @@ class Trainer(TrainerProperties):
         self.sources.prepare_data(
             self.lightning_module, self.datamodule, local_rank=self.local_rank, global_rank=self.global_rank
         )
-        self.strategy.patient_barrier("prepare_data")
+        self.strategy.barrier_without_timeout("prepare_data")
 
     def _call_setup_hooks(self) -> None:
         module, stage = self.lightning_module, cast("str", self.state.fn)
@@ -624,7 +624,7 @@ class Trainer(TrainerProperties):
                 f"{what} the weights from before it. `on_exception` runs there too, and saves what they had."
             )
             return
-        if self.strategy.leaving and self.strategy.save_is_collective:
+        if self.strategy.aborting and self.strategy.save_is_collective:
             what = f"No checkpoint is written to {os.fspath(filepath)!r}: the weights are spread over processes,"
             rank_zero_warn(f"{what} and this one ends because of an exception. Resume from the last one before.")
             return

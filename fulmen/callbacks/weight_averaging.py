@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR
 
 from fulmen.callbacks.callback import Callback
-from fulmen.engine.dtensor import whole
+from fulmen.engine.dtensor import gather_full
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.modules import local_part, set_module_flags, spread_like
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -152,7 +152,9 @@ class Average:
 
         def on_cpu(tensors: list[Tensor] | None) -> list[Tensor] | None:
             if tensors is not None and self.spread:
-                tensors = [whole(spread_like(tensor, self.spread.get(i)), keep) for i, tensor in enumerate(tensors)]
+                tensors = [
+                    gather_full(spread_like(tensor, self.spread.get(i)), keep) for i, tensor in enumerate(tensors)
+                ]
                 tensors = tensors if keep else None
             return tensors and [tensor.cpu() for tensor in tensors]
 
@@ -321,7 +323,7 @@ class WeightAveraging(Callback):
             # `state_dict`, the average, is in the module already.
             current = {"state_dict": checkpoint["current_model_state"]}
             trainer.strategy.load_model_state_dict(current, strict=pl_module.strict_loading)
-            average = trainer.strategy.state_from(checkpoint["state_dict"])
+            average = trainer.strategy.state_from_checkpoint(checkpoint["state_dict"])
             self._stored = average, int(checkpoint["averaging_state"]["n_averaged"])
             self._take_stored()
 

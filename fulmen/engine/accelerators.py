@@ -67,7 +67,7 @@ class Accelerator(ABC):
         accelerator_registry.register(cls.name(), cls, description=cls.__name__)
 
 
-class _Known(Accelerator):
+class _BuiltInAccelerator(Accelerator):
     """What those that are described below have in common."""
 
     def setup_device(self, device: torch.device) -> None:
@@ -116,7 +116,7 @@ class _Known(Accelerator):
     auto_device_count = staticmethod(lambda: 1)
 
 
-class CPUAccelerator(_Known):
+class CPUAccelerator(_BuiltInAccelerator):
     """The host's processor; ``devices`` counts processes."""
 
     @staticmethod
@@ -134,7 +134,7 @@ class CPUAccelerator(_Known):
     name = staticmethod(lambda: "cpu")
 
 
-class CUDAAccelerator(_Known):
+class CUDAAccelerator(_BuiltInAccelerator):
     """NVIDIA GPUs, and AMD GPUs through ROCm builds of torch."""
 
     def setup_device(self, device: torch.device) -> None:
@@ -161,7 +161,7 @@ class CUDAAccelerator(_Known):
     name = staticmethod(lambda: "cuda")
 
 
-class MPSAccelerator(_Known):
+class MPSAccelerator(_BuiltInAccelerator):
     """The GPU of Apple silicon. ``DISABLE_MPS=1`` hides it."""
 
     name = staticmethod(lambda: "mps")

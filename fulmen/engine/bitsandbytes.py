@@ -79,7 +79,7 @@ class BitsandbytesPrecision(HalfPrecision):
             raise TypeError(f"{what} Use 'bf16-true', or leave names out of `ignore_modules`.")
         module = super().convert_module(module)
         for layer in linear:
-            self._quantise(layer)
+            self._quantize_layer(layer)
         return module
 
     def connect(self, model: nn.Module, optimizers: list, lr_schedulers: list) -> tuple[nn.Module, list, list]:
@@ -88,7 +88,7 @@ class BitsandbytesPrecision(HalfPrecision):
 
         def forget(*_: Any) -> None:
             for layer in trained:
-                forget_quantised(layer)
+                drop_quantized_copy(layer)
 
         for optimizer in optimizers if trained else ():
             if hasattr(optimizer, "register_step_post_hook"):
@@ -120,7 +120,7 @@ class BitsandbytesPrecision(HalfPrecision):
         def init(layer: nn.Linear, *args: Any, **kwargs: Any) -> None:
             plain(layer, *args, **kwargs)
             if type(layer) is nn.Linear:
-                self._quantise(layer)
+                self._quantize_layer(layer)
 
         if not self.ignore_modules:
             nn.Linear.__init__ = init  # type: ignore[assignment, method-assign]
@@ -130,7 +130,7 @@ class BitsandbytesPrecision(HalfPrecision):
         finally:
             nn.Linear.__init__ = plain  # type: ignore[method-assign]
 
-    def _quantise(self, layer: nn.Linear) -> None:
+    def _quantize_layer(self, layer: nn.Linear) -> None:
         """Makes the layer one of bitsandbytes, in place: its hooks, and who else has it, stay."""
         kind, given = MODES[self.mode]
         if kind == "Linear4bit":
@@ -145,12 +145,12 @@ class BitsandbytesPrecision(HalfPrecision):
         settings = {**vars(made.weight), **({"module": layer} if is_4bit(made.weight) else {})}
         trained = old.requires_grad and made.weight.requires_grad
         layer.weight = type(made.weight)(old.data, requires_grad=trained, **settings)
-        layer.register_load_state_dict_pre_hook(quantise_loaded)
+        layer.register_load_state_dict_pre_hook(quantize_on_load)
         if old.device.type not in ("cpu", "meta") and not getattr(layer.weight, "has_fp16_weights", False):
-            fill(layer, old.data, {})
+            set_weights(layer, old.data, {})
 
 
-def quantise_loaded(layer: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
+def quantize_on_load(layer: Any, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: Any) -> None:
     """Before a state is loaded: takes its weights, quantised or not, and leaves torch the layer's own to copy.
 
     Loaded by torch alone, floats would be cut to whole numbers, and what is stored beside packed weights be refused.
@@ -163,7 +163,7 @@ def quantise_loaded(layer: Any, state: dict[str, Any], prefix: str, metadata: di
         # They stay floats until the layer is quantised, for "int8-training" always; torch would assign a plain one.
         if metadata.get("assign_to_params_buffers"):
             state[key] = type(old)(weight, requires_grad=old.requires_grad, **vars(old))
-        forget_quantised(layer)
+        drop_quantized_copy(layer)
         return
     beside = f"{key}." if is_4bit(old) else f"{prefix}SCB"
     extra = {name: value for name, value in state.items() if name.startswith(beside)}
@@ -174,13 +174,13 @@ def quantise_loaded(layer: Any, state: dict[str, Any], prefix: str, metadata: di
     if old.device.type == "meta" or not (packed or weight.is_floating_point()):
         what = f"size mismatch for {key}: {weight.dtype} of shape {tuple(weight.shape)} does not fit {layer}"
         raise RuntimeError(f"{what} on {old.device}. Use the mode that quantised it, or load weights of 16 or 32 bits.")
-    fill(layer, weight, {name.removeprefix(prefix): value for name, value in extra.items()})
+    set_weights(layer, weight, {name.removeprefix(prefix): value for name, value in extra.items()})
     for name in (*extra, f"{prefix}weight_format"):
         state.pop(name, None)
     state[key] = old
 
 
-def forget_quantised(layer: Any) -> None:
+def drop_quantized_copy(layer: Any) -> None:
     """Lets a layer with 8 bits quantise its weights anew: it keeps a copy since its first forward."""
     if hasattr(layer, "state"):
         layer.state.CB = layer.state.SCB = None
@@ -191,7 +191,7 @@ def is_4bit(weight: Any) -> bool:
     return hasattr(weight, "quant_type")
 
 
-def fill(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None:
+def set_weights(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None:
     """Gives a layer other weights: floats to quantise, or packed ones with what is stored beside them."""
     old, device = layer.weight, layer.weight.device
     if is_4bit(old):

@@ -20,11 +20,11 @@ class Buffers:
     all others before every step, and everything before validation and at the end of training.
 
     Arguments:
-        apart: each process trains with its own, and has those of rank 0 for validation only.
+        per_process: each process trains with its own, and has those of rank 0 for validation only.
     """
 
-    def __init__(self, module: Module, device: torch.device, apart: bool = False) -> None:
-        self.device, self.apart = device, apart
+    def __init__(self, module: Module, device: torch.device, per_process: bool = False) -> None:
+        self.device, self.per_process = device, per_process
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
         statistics = {id(buffer) for layer in self.norms for buffer in layer.buffers(recurse=False)}
         self.every_step = False
@@ -42,9 +42,9 @@ class Buffers:
                     self.shapes.append(None if buffer is None else buffer.shape)
                     self.every_step |= id(buffer) not in statistics
         self.modes = [layer.training for layer in self.norms]
-        self.own: list[Tensor] | None = None  # while those of rank 0 are there instead
+        self.stashed: list[Tensor] | None = None  # while those of rank 0 are there instead
 
-    def live(self) -> list[Tensor]:
+    def current_buffers(self) -> list[Tensor]:
         """The buffers of the module that all processes have."""
         found = []
         for index, (owner, name) in enumerate(self.slots):
@@ -55,43 +55,43 @@ class Buffers:
                     found.append(buffer)
         return found
 
-    def share(self) -> None:
+    def broadcast(self) -> None:
         """Takes over those of rank 0, in one broadcast or few."""
-        collectives.share(self.live(), self.device)
+        collectives.broadcast_tensors(self.current_buffers(), self.device)
 
-    def before(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def sync_before(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """The step, which begins with the buffers it may read."""
-        if self.apart or not self.slots:
+        if self.per_process or not self.slots:
             return step
 
         def run(*args: Any, **kwargs: Any) -> Any:
             modes = [layer.training for layer in self.norms]
             if self.every_step or modes != self.modes:
                 self.modes = modes
-                self.share()
+                self.broadcast()
             return step(*args, **kwargs)
 
         return run
 
-    def of_process(self) -> list[Tensor] | None:
+    def own_state(self) -> list[Tensor] | None:
         """What this process trains with and no other does: a checkpoint needs it beside those of rank 0."""
-        if not self.apart:
+        if not self.per_process:
             return None
-        return [buffer.detach().cpu() for buffer in (self.live() if self.own is None else self.own)]
+        return [buffer.detach().cpu() for buffer in (self.current_buffers() if self.stashed is None else self.stashed)]
 
     @torch.no_grad()
-    def load(self, kept: list[Tensor]) -> None:
-        """Goes on with what `of_process` gave."""
-        for buffer, own in zip(self.live(), kept):
+    def load_own_state(self, kept: list[Tensor]) -> None:
+        """Goes on with what `own_state` gave."""
+        for buffer, own in zip(self.current_buffers(), kept):
             buffer.copy_(own)
 
-    def show(self) -> None:
-        """Lets all processes have those of rank 0, until `hide`."""
-        if self.apart and self.own is None:
-            self.own = [buffer.clone() for buffer in self.live()]
-        self.share()
+    def use_rank_zero(self) -> None:
+        """Lets all processes have those of rank 0, until `restore_own`."""
+        if self.per_process and self.stashed is None:
+            self.stashed = [buffer.clone() for buffer in self.current_buffers()]
+        self.broadcast()
 
-    def hide(self) -> None:
+    def restore_own(self) -> None:
         """Gives each process its own back, if it trains with them."""
-        self.load(self.own or [])
-        self.own = None
+        self.load_own_state(self.stashed or [])
+        self.stashed = None

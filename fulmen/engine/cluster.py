@@ -79,7 +79,7 @@ class LightningEnvironment(ClusterEnvironment):
 
     creates_processes_externally = property(lambda self: "LOCAL_RANK" in os.environ)
     main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
-    main_port = property(lambda self: _read("MASTER_PORT", self._free_port))
+    main_port = property(lambda self: _read_int("MASTER_PORT", self._free_port))
     detect = staticmethod(lambda: True)
 
     @cached_property
@@ -99,16 +99,16 @@ class LightningEnvironment(ClusterEnvironment):
         self._global_rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return _read("LOCAL_RANK", 0)
+        return _read_int("LOCAL_RANK", 0)
 
     def node_rank(self) -> int:
-        return _read("NODE_RANK", _read("GROUP_RANK", 0))
+        return _read_int("NODE_RANK", _read_int("GROUP_RANK", 0))
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         if type(self).world_size is not LightningEnvironment.world_size:
             return  # it knows its processes by other means, and is asked for every number
         if self.creates_processes_externally and "WORLD_SIZE" in os.environ:
-            _same_world(num_devices, num_nodes, _read("WORLD_SIZE"), "WORLD_SIZE says that somebody")
+            _check_world_size(num_devices, num_nodes, _read_int("WORLD_SIZE"), "WORLD_SIZE says that somebody")
         for name, rank, count, argument in (
             ("LOCAL_RANK", self.local_rank(), num_devices, "devices"),
             ("NODE_RANK", self.node_rank(), num_nodes, "num_nodes"),
@@ -123,7 +123,7 @@ class LightningEnvironment(ClusterEnvironment):
             raise ValueError(f"{what}, so the nodes would not find each other. {fix}")
 
 
-class _StartedElsewhere(ClusterEnvironment):
+class _ExternalEnvironment(ClusterEnvironment):
     """Processes of a scheduler that tells each of them its place in environment variables."""
 
     STARTER = ""  # what started them, for messages
@@ -131,32 +131,32 @@ class _StartedElsewhere(ClusterEnvironment):
 
     creates_processes_externally = property(lambda self: True)
     main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
-    main_port = property(lambda self: _read("MASTER_PORT", DEFAULT_PORT))
+    main_port = property(lambda self: _read_int("MASTER_PORT", DEFAULT_PORT))
 
     def world_size(self) -> int:
-        return _read(self.VARIABLES[0])
+        return _read_int(self.VARIABLES[0])
 
     def global_rank(self) -> int:
-        return _read(self.VARIABLES[1])
+        return _read_int(self.VARIABLES[1])
 
     def local_rank(self) -> int:
-        return _read(self.VARIABLES[2])
+        return _read_int(self.VARIABLES[2])
 
     def node_rank(self) -> int:
-        return _read(self.VARIABLES[3], 0)
+        return _read_int(self.VARIABLES[3], 0)
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        _same_world(num_devices, num_nodes, self.world_size(), self.STARTER)
+        _check_world_size(num_devices, num_nodes, self.world_size(), self.STARTER)
 
 
-class TorchElasticEnvironment(_StartedElsewhere):
+class TorchElasticEnvironment(_ExternalEnvironment):
     """Processes started by `torchrun`."""
 
     STARTER = "`torchrun`"
     detect = staticmethod(lambda: "TORCHELASTIC_RUN_ID" in os.environ)
 
 
-class SLURMEnvironment(_StartedElsewhere):
+class SLURMEnvironment(_ExternalEnvironment):
     """Processes started by `srun` on a SLURM cluster; without ``requeue_signal``, SIGUSR1 says that time is over."""
 
     STARTER = "`srun`"
@@ -173,7 +173,7 @@ class SLURMEnvironment(_StartedElsewhere):
 
     @property
     def main_port(self) -> int:
-        return _read("MASTER_PORT", _port_of_job(os.environ.get("SLURM_JOB_ID", ""), 15000))
+        return _read_int("MASTER_PORT", _port_for_job(os.environ.get("SLURM_JOB_ID", ""), 15000))
 
     @staticmethod
     def detect() -> bool:
@@ -181,7 +181,7 @@ class SLURMEnvironment(_StartedElsewhere):
         if "SLURM_NTASKS" not in os.environ and shutil.which("srun"):
             fix = f"To train in a SLURM job, put it in front: `srun python {' '.join(sys.argv)[:60]}`."
             rank_zero_warn(f"`srun` exists here, but did not start this process. {fix}", category=PossibleUserWarning)
-        return "SLURM_NTASKS" in os.environ and not _interactive_slurm()
+        return "SLURM_NTASKS" in os.environ and not _is_interactive_slurm()
 
     job_name = staticmethod(lambda: os.environ.get("SLURM_JOB_NAME"))
 
@@ -189,7 +189,7 @@ class SLURMEnvironment(_StartedElsewhere):
     def job_id() -> int | None:
         """The job's number; None outside of jobs and in interactive sessions."""
         job = os.environ.get("SLURM_JOB_ID", "")
-        return int(job) if job.isdigit() and not _interactive_slurm() else None
+        return int(job) if job.isdigit() and not _is_interactive_slurm() else None
 
     def requeue(self) -> None:
         """Puts the job back into the queue; of an array only this task. Failing is said, and no more: the run is over."""
@@ -210,7 +210,7 @@ class SLURMEnvironment(_StartedElsewhere):
             ("devices", "SLURM_NTASKS_PER_NODE", num_devices),
             ("num_nodes", "SLURM_NNODES", num_nodes),
         ):
-            if (started := _read(variable, given)) != given:
+            if (started := _read_int(variable, given)) != given:
                 flag = "--ntasks-per-node" if name == "devices" else "--nodes"
                 what = f"SLURM was asked for `{flag}={started}`, but the Trainer for `{name}={given}`"
                 raise ValueError(f"{what}. Use `Trainer({name}={started})`, or `#SBATCH {flag}={given}`.")
@@ -221,7 +221,7 @@ class SLURMEnvironment(_StartedElsewhere):
         return re.split(r"[,\s]", re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes))[0]
 
 
-class LSFEnvironment(_StartedElsewhere):
+class LSFEnvironment(_ExternalEnvironment):
     """Processes started by `jsrun` on an LSF cluster; the hosts are read from the file ``LSB_DJOB_RANKFILE`` names."""
 
     STARTER = "`jsrun`"
@@ -229,7 +229,7 @@ class LSFEnvironment(_StartedElsewhere):
     NEEDED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
 
     main_address = property(lambda self: self._hosts[0])
-    main_port = property(lambda self: _read("MASTER_PORT", _port_of_job(os.environ.get("LSB_JOBID", ""), 10000)))
+    main_port = property(lambda self: _read_int("MASTER_PORT", _port_for_job(os.environ.get("LSB_JOBID", ""), 10000)))
     detect = staticmethod(lambda: all(name in os.environ for name in LSFEnvironment.NEEDED))
 
     @cached_property
@@ -275,7 +275,7 @@ class MPIEnvironment(ClusterEnvironment):
 
     @cached_property
     def main_port(self) -> int:
-        return self._world.bcast(_read("MASTER_PORT", free_port()), root=0)
+        return self._world.bcast(_read_int("MASTER_PORT", free_port()), root=0)
 
     def world_size(self) -> int:
         return int(self._world.Get_size())
@@ -290,10 +290,10 @@ class MPIEnvironment(ClusterEnvironment):
         return list(dict.fromkeys(self._hosts)).index(socket.gethostname())
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        _same_world(num_devices, num_nodes, self.world_size(), "MPI")
+        _check_world_size(num_devices, num_nodes, self.world_size(), "MPI")
 
 
-class KubeflowEnvironment(_StartedElsewhere):
+class KubeflowEnvironment(_ExternalEnvironment):
     """One process per pod of a Kubeflow `PyTorchJob`. Never detected: pass it in ``plugins``."""
 
     STARTER = "Kubeflow"
@@ -307,7 +307,7 @@ class KubeflowEnvironment(_StartedElsewhere):
         return 0
 
 
-def detected() -> ClusterEnvironment:
+def detect_environment() -> ClusterEnvironment:
     """The first environment that recognises itself."""
     kinds: tuple[type[ClusterEnvironment], ...] = (
         TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment, LightningEnvironment,
@@ -322,16 +322,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _interactive_slurm() -> bool:
+def _is_interactive_slurm() -> bool:
     return SLURMEnvironment.job_name() in ("bash", "interactive")
 
 
-def _port_of_job(job: str, base: int) -> int:
+def _port_for_job(job: str, base: int) -> int:
     """Made of the job's number, so that jobs on the same node do not meet."""
     return base + int(job[-4:]) if job.isdigit() else DEFAULT_PORT
 
 
-def _same_world(num_devices: int, num_nodes: int, started: int, starter: str) -> None:
+def _check_world_size(num_devices: int, num_nodes: int, started: int, starter: str) -> None:
     if num_devices * num_nodes != started:
         what = f"{starter} started {started} processes, but the Trainer is made for {num_devices * num_nodes}"
         why = f"(`devices={num_devices}` on each of `num_nodes={num_nodes}`)"
@@ -339,7 +339,7 @@ def _same_world(num_devices: int, num_nodes: int, started: int, starter: str) ->
         raise ValueError(f"{what} {why}. {fix}")
 
 
-def _read(variable: str, default: int | None = None) -> int:
+def _read_int(variable: str, default: int | None = None) -> int:
     """A whole number from an environment variable."""
     text = os.environ.get(variable)
     if text is None and default is not None:

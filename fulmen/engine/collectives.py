@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from fulmen.engine.cluster import ClusterEnvironment
 
 # What users write, and what only some backends have under that name.
-_NAMES = {"mean": "AVG", "avg": "AVG", "prod": "PRODUCT"}
-_runs = itertools.count(1)  # of this process in its group
+_REDUCE_OPS = {"mean": "AVG", "avg": "AVG", "prod": "PRODUCT"}
+_run_numbers = itertools.count(1)  # of this process in its group
 
 
-def initialised() -> bool:
-    """Are we in a group?"""
+def is_initialized() -> bool:
+    """Is this process in a group?"""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -40,7 +40,9 @@ def backend_for(device: torch.device) -> str:
 # ---------------------------------------------------------------------- meeting
 
 
-def join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None = None) -> Any:
+def init_group(
+    cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None = None
+) -> Any:
     """Joins the group of all processes, if this one has not yet. Returns a store for the run that begins.
 
     Arguments:
@@ -60,28 +62,30 @@ def join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener
             fix = "Use the same `devices` and `num_nodes` for all Trainers of a script, or one script for each."
             raise RuntimeError(f"{what} of {size}. {fix}")
     else:
-        _join(cluster, backend, timeout, listener)
+        _create_group(cluster, backend, timeout, listener)
     # What another Trainer of this process left in the store, such as the port of its watchdog, is not for this run.
-    return dist.PrefixStore(f"fulmen/{next(_runs)}", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore(f"fulmen/{next(_run_numbers)}", dist.distributed_c10d._get_default_store())
 
 
-def _join(cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None) -> None:
-    global _runs
+def _create_group(
+    cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None
+) -> None:
+    global _run_numbers
     size, rank = cluster.world_size(), cluster.global_rank()
-    store = _store(cluster.main_address, cluster.main_port, size, rank, timeout, listener)
+    store = _open_store(cluster.main_address, cluster.main_port, size, rank, timeout, listener)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    atexit.register(leave)
-    _runs = itertools.count(1)  # those of all processes have the same numbers
+    atexit.register(destroy_group)
+    _run_numbers = itertools.count(1)  # those of all processes have the same numbers
 
 
-def leave() -> None:
+def destroy_group() -> None:
     """Ends the group; others that still wait for this process get an error."""
-    if initialised():
+    if is_initialized():
         dist.destroy_process_group()
         gc.collect()  # whoever still refers to the group keeps its threads, and ending with them aborts the process
 
 
-def _store(
+def _open_store(
     address: str, port: int, size: int, rank: int, timeout: timedelta, listener: socket.socket | None
 ) -> dist.Store:
     place, seconds = f"MASTER_ADDR={address}, MASTER_PORT={port}", timeout.total_seconds()
@@ -113,22 +117,22 @@ def _store(
 # ---------------------------------------------------------------------- travelling
 
 
-def home_of(device: torch.device, group: Any = None) -> torch.device:
+def comm_device(device: torch.device, group: Any = None) -> torch.device:
     """Where tensors have to be to travel: gloo and MPI take them from the CPU, others from the device."""
     return torch.device("cpu") if dist.get_backend(group) in ("gloo", "mpi") else device
 
 
-def reduced(tensor: Tensor, device: torch.device, group: Any = None, op: Any = "mean") -> Tensor:
+def all_reduce_tensor(tensor: Tensor, device: torch.device, group: Any = None, op: Any = "mean") -> Tensor:
     """A new tensor, the same in the whole group, combined element-wise; whole numbers have a float32 mean.
 
     Raises:
         ValueError: for an unknown operation.
     """
-    name = _NAMES.get(op.lower(), op.upper()) if isinstance(op, str) else op
+    name = _REDUCE_OPS.get(op.lower(), op.upper()) if isinstance(op, str) else op
     kind = getattr(dist.ReduceOp, name, None) if isinstance(name, str) else name
     if kind is None:
         raise ValueError(f"`reduce_op={op!r}` is not known. Use 'mean', 'sum', 'max', 'min' or 'product'.")
-    value = tensor.detach().to(home_of(device, group), copy=True)
+    value = tensor.detach().to(comm_device(device, group), copy=True)
     if kind != dist.ReduceOp.AVG:
         dist.all_reduce(value, op=kind, group=group)
         return value.to(tensor.device)
@@ -138,9 +142,9 @@ def reduced(tensor: Tensor, device: torch.device, group: Any = None, op: Any = "
     return value.div_(dist.get_world_size(group)).to(tensor.device)
 
 
-def gathered(tensor: Tensor, device: torch.device, group: Any = None, sync_grads: bool = False) -> Tensor:
+def all_gather_tensor(tensor: Tensor, device: torch.device, group: Any = None, sync_grads: bool = False) -> Tensor:
     """The tensors of the whole group along a new first dimension; shapes have to be equal."""
-    value = tensor.to(home_of(device, group)).contiguous()
+    value = tensor.to(comm_device(device, group)).contiguous()
     if sync_grads and tensor.requires_grad:
         from torch.distributed.nn.functional import all_gather
 
@@ -150,7 +154,7 @@ def gathered(tensor: Tensor, device: torch.device, group: Any = None, sync_grads
     return torch.stack(parts).to(tensor.device)
 
 
-def count() -> int:
+def count_collectives() -> int:
     """How many collectives this process has begun in its groups. A backend that does not count them has always more."""
     try:
         groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
@@ -160,33 +164,33 @@ def count() -> int:
 
 
 _uncounted = itertools.count()
-_ROOM = 8192  # bytes
+_INLINE_BYTES = 8192  # bytes
 
 
-def exchanged(obj: Any, device: torch.device, group: Any = None) -> list[Any]:
+def all_gather_objects(obj: Any, device: torch.device, group: Any = None) -> list[Any]:
     """The objects of the whole group, by rank. One collective if each is pickled into 8 KiB, else two."""
     data = pickle.dumps(obj)
     size = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
     content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    packed = torch.zeros(8 + _ROOM, dtype=torch.uint8)
-    packed[:8], packed[8 : 8 + len(data)] = size, content[:_ROOM]
-    home = home_of(device, group)
+    packed = torch.zeros(8 + _INLINE_BYTES, dtype=torch.uint8)
+    packed[:8], packed[8 : 8 + len(data)] = size, content[:_INLINE_BYTES]
+    home = comm_device(device, group)
     # sync: what arrives is read here
-    parts = [_bytes_of(part, 8 + _ROOM) for part in gathered(packed.to(home), device, group).cpu()]
+    parts = [_read_bytes(part, 8 + _INLINE_BYTES) for part in all_gather_tensor(packed.to(home), device, group).cpu()]
     sizes = [int.from_bytes(part[:8], "little") for part in parts]
-    if max(sizes) <= _ROOM:
+    if max(sizes) <= _INLINE_BYTES:
         return [pickle.loads(part[8:]) for part in parts]
     whole = torch.zeros(max(sizes), dtype=torch.uint8)
     whole[: len(data)] = content
-    rows = gathered(whole.to(home), device, group).cpu()
-    return [pickle.loads(_bytes_of(row, size)) for row, size in zip(rows, sizes)]
+    rows = all_gather_tensor(whole.to(home), device, group).cpu()
+    return [pickle.loads(_read_bytes(row, size)) for row, size in zip(rows, sizes)]
 
 
-def collected(obj: Any, device: torch.device) -> tuple[list[Any], int]:
+def gather_objects(obj: Any, device: torch.device) -> tuple[list[Any], int]:
     """On rank 0 the objects of all processes that have one (not None), by rank; everywhere, how many have."""
     data = b"" if obj is None else pickle.dumps(obj)
-    home = home_of(device)
-    sizes = gathered(torch.tensor(len(data), device=home), device).tolist()  # sync: what arrives is read here
+    home = comm_device(device)
+    sizes = all_gather_tensor(torch.tensor(len(data), device=home), device).tolist()  # sync: what arrives is read here
     senders = sum(size > 0 for size in sizes)
     if not senders:
         return [], 0
@@ -195,14 +199,14 @@ def collected(obj: Any, device: torch.device) -> tuple[list[Any], int]:
     packed = packed.to(home)
     rows = [torch.empty_like(packed) for _ in sizes] if dist.get_rank() == 0 else None
     dist.gather(packed, rows, 0)
-    return [pickle.loads(_bytes_of(row.cpu(), size)) for row, size in zip(rows or [], sizes) if size], senders
+    return [pickle.loads(_read_bytes(row.cpu(), size)) for row, size in zip(rows or [], sizes) if size], senders
 
 
-def _bytes_of(row: Tensor, size: int) -> bytes:
+def _read_bytes(row: Tensor, size: int) -> bytes:
     return ctypes.string_at(row.data_ptr(), size)
 
 
-def buckets(tensors: Iterable[Tensor], limit: int = 2**26, by_type: bool = True) -> list[list[Tensor]]:
+def bucket_tensors(tensors: Iterable[Tensor], limit: int = 2**26, by_type: bool = True) -> list[list[Tensor]]:
     """Tensors of one dtype and device together, up to so many numbers: each bucket travels at once."""
     full: list[list[Tensor]] = []
     open_ones: dict[Any, tuple[list[Tensor], int]] = {}
@@ -217,51 +221,63 @@ def buckets(tensors: Iterable[Tensor], limit: int = 2**26, by_type: bool = True)
     return full
 
 
-def share(tensors: Iterable[Tensor], device: torch.device) -> None:
+def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
     """Fills the tensors with those of rank 0, in few broadcasts: of bytes, as not every type of number can travel."""
     # Large ones go one by one, so that no copy of a whole model is made.
-    for bucket in buckets((tensor.detach() for tensor in tensors), by_type=False):
+    for bucket in bucket_tensors((tensor.detach() for tensor in tensors), by_type=False):
         parts = [tensor.reshape(-1).view(torch.uint8) for tensor in bucket]
-        flat = torch.cat(parts).to(home_of(device))
+        flat = torch.cat(parts).to(comm_device(device))
         dist.broadcast(flat, 0)
         if dist.get_rank() != 0:
             for tensor, part in zip(bucket, flat.split([part.numel() for part in parts])):
                 tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # a copy begins at a whole number
 
 
-class Ending:
-    """Agrees on the place at which all processes end, once they were told to; there is no collective, and no long wait.
+class StopConsensus:
+    """Lets all processes stop before the same batch, once they were told to: through the store, without a collective.
 
-    Places are pairs of numbers that all processes come to in the same, rising order. Whoever was told to end says where
-    it is, and waits a moment. One that sees all of them at its place decides to end there; one that waited in vain, or
-    sees that another is ahead, decides to go on. The first decision on a place counts. After ``patience`` seconds a
-    process that is the only one to know ends alone.
+    Positions are pairs of numbers that all processes reach in the same, rising order. A process that was told to stop
+    publishes its position and waits up to ``pause_s``. If all are there, it proposes to stop; if it waited in vain, or
+    another one is ahead, to continue. The first proposal for a position counts for all. After ``patience_s`` a process
+    that is the only one to know stops alone.
+
+    Arguments:
+        store: of the process group, for this alone.
+        rank, size: of this process, and how many there are.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, patience: float = 5.0, pause: float = 0.5) -> None:
-        self.store, self.rank, self.pause = store, rank, pause
-        self.told = [f"at/{other}" for other in range(size)]
-        self.deadline = time.monotonic() + patience
+    def __init__(self, store: dist.Store, rank: int, size: int, patience_s: float = 5.0, pause_s: float = 0.5) -> None:
+        self.store = store
+        self.pause_s = pause_s
+        self.position_keys = [f"at/{other}" for other in range(size)]
+        self.own_key = self.position_keys[rank]
+        self.deadline = time.monotonic() + patience_s
 
-    def here(self, place: tuple[int, int]) -> bool | None:
-        """Do all end at this place? None: this process ends alone."""
+    def agree(self, position: tuple[int, int]) -> bool | None:
+        """Do all stop at this position? None: this process stops alone."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # sync: what lies before this place is done, and needs no other process any more
+            torch.cuda.synchronize()  # sync: what was queued before is done, and needs no other process any more
         try:
-            return self.decide(place) or (None if time.monotonic() > self.deadline else False)
+            return self._decide(position) or (None if time.monotonic() > self.deadline else False)
         except RuntimeError:  # the store is gone, and with it whoever had it
             return None
 
-    def decide(self, place: tuple[int, int]) -> bool:
-        name = f"{place[0]},{place[1]}"
-        self.store.set(self.told[self.rank], name)
-        until, vote = time.monotonic() + self.pause, ""
-        while not vote:
-            if self.store.check(self.told):
-                others = [tuple(map(int, bytes(at).split(b","))) for at in self.store.multi_get(self.told)]
-                vote = "end" if all(at == place for at in others) else "go" if max(others) > place else ""
-            if not vote and time.monotonic() > until:
-                vote = "go"
-            elif not vote:
-                time.sleep(min(0.002 * len(self.told), 0.1))
-        return bool(self.store.compare_set(f"end/{name}", "", vote) in (b"end", "end"))
+    def _decide(self, position: tuple[int, int]) -> bool:
+        name = f"{position[0]},{position[1]}"
+        self.store.set(self.own_key, name)
+        deadline = time.monotonic() + self.pause_s
+        while (proposal := self._propose(position)) is None:
+            if time.monotonic() > deadline:
+                proposal = "go"
+                break
+            time.sleep(min(0.002 * len(self.position_keys), 0.1))
+        return bool(self.store.compare_set(f"end/{name}", "", proposal) in (b"end", "end"))
+
+    def _propose(self, position: tuple[int, int]) -> str | None:
+        """ "end" if all are at the position, "go" if one is ahead, None while that is open."""
+        if not self.store.check(self.position_keys):
+            return None
+        positions = [tuple(map(int, bytes(at).split(b","))) for at in self.store.multi_get(self.position_keys)]
+        if all(at == position for at in positions):
+            return "end"
+        return "go" if max(positions) > position else None

@@ -26,9 +26,9 @@ from fulmen.utilities.rank_zero import warn_once
 
 SMALL_BATCH = 8  # of one device, for batch norm
 # What `DistributedDataParallel` takes, and nobody else decides.
-_OPTIONS = tuple(name for name in inspect.signature(parallel.DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
+_DDP_ARGUMENTS = tuple(name for name in inspect.signature(parallel.DistributedDataParallel).parameters if name not in ("module", "device_ids", "output_device"))  # fmt: skip
 # Whether buffers are those of rank 0: the name of today, if torch knows it, and the older one.
-_BUFFERS = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _OPTIONS]
+_BUFFER_ARGUMENTS = [name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _DDP_ARGUMENTS]
 
 
 class DistributedDataParallel(parallel.DistributedDataParallel):
@@ -70,14 +70,14 @@ class DDPStrategy(ParallelStrategy):
             what = f"`DDPStrategy(model_averaging_period={model_averaging_period})`: models are not averaged here."
             raise MisconfigurationException(f"{what} Leave it out: gradients are averaged at every step.")
         for name in kwargs:
-            if name not in _OPTIONS:
-                known = f"Known are those of `DistributedDataParallel`: {', '.join(_OPTIONS)}."
-                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggestion(name, _OPTIONS)} {known}")
+            if name not in _DDP_ARGUMENTS:
+                known = f"Known are those of `DistributedDataParallel`: {', '.join(_DDP_ARGUMENTS)}."
+                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggestion(name, _DDP_ARGUMENTS)} {known}")
         self._ddp_comm_state, self._ddp_comm_hook = ddp_comm_state, ddp_comm_hook
         self._ddp_comm_wrapper = ddp_comm_wrapper
         self._ddp_kwargs = {"gradient_as_bucket_view": True, **kwargs}
-        self.exchange: GradientExchange | None = None
-        self._managed: list[Tensor] = []  # the parameters DDP waits for, in its order
+        self.gradient_averager: GradientAverager | None = None
+        self._ddp_parameters: list[Tensor] = []  # the parameters DDP waits for, in its order
 
     find_unused_parameters = property(
         lambda self: bool(self._ddp_kwargs.get("find_unused_parameters")), doc="May a step leave parameters out?"
@@ -95,10 +95,10 @@ class DDPStrategy(ParallelStrategy):
             )
             raise RuntimeError(f"{what} exchanged. Run a batch through them in `configure_model`.")
         if trainer.state.fn != "fit":
-            collectives.share(tensors, self.root_device)
+            collectives.broadcast_tensors(tensors, self.root_device)
             return
-        said = [self._ddp_kwargs[name] for name in _BUFFERS if self._ddp_kwargs.get(name) is not None]
-        self.buffers = Buffers(module, self.root_device, apart=said[:1] == [False])
+        chosen = [self._ddp_kwargs[name] for name in _BUFFER_ARGUMENTS if self._ddp_kwargs.get(name) is not None]
+        self.buffers = Buffers(module, self.root_device, per_process=chosen[:1] == [False])
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         whole = module.automatic_optimization and not is_generator(module.training_step) and bool(learning)
         if whole:
@@ -107,19 +107,21 @@ class DDPStrategy(ParallelStrategy):
             what = "`DDPStrategy(ddp_comm_hook=...)` works with automatic optimization and one optimizer only."
             raise MisconfigurationException(f"{what} Leave it out.")
         else:
-            collectives.share(tensors, self.root_device)
+            collectives.broadcast_tensors(tensors, self.root_device)
         # Those that are frozen now may learn later.
         other = module.parameters() if not whole else (p for p in module.parameters() if not p.requires_grad)
-        self.exchange = GradientExchange(other, self.root_device, self.find_unused_parameters)
+        self.gradient_averager = GradientAverager(other, self.root_device, self.find_unused_parameters)
 
     def configure_ddp(self) -> parallel.DistributedDataParallel:
         """The wrapped model; weights and buffers of rank 0 are in all processes afterwards."""
         options = dict(self._ddp_kwargs)
-        if self.buffers is not None and not self.buffers.apart:
+        if self.buffers is not None and not self.buffers.per_process:
             # Torch forgets buffers that are replaced, and those of the batches inside an accumulation window.
-            options = {name: value for name, value in options.items() if name not in _BUFFERS} | {_BUFFERS[0]: False}
-            self.buffers.share()  # older versions of torch would not
-        self._managed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            options = {name: value for name, value in options.items() if name not in _BUFFER_ARGUMENTS} | {
+                _BUFFER_ARGUMENTS[0]: False
+            }
+            self.buffers.broadcast()  # older versions of torch would not
+        self._ddp_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
         if hook is not None:
@@ -131,10 +133,10 @@ class DDPStrategy(ParallelStrategy):
         """None: batches are on the device when they come, the wrapper need not look."""
         return None
 
-    def bind(self, step_name: str) -> Callable[..., Any]:
-        step = super().bind(step_name)
+    def bind_step(self, step_name: str) -> Callable[..., Any]:
+        step = super().bind_step(step_name)
         wrapped = step_name == "training_step" and isinstance(self.model, parallel.DistributedDataParallel)
-        return through_forward(self, self._lightning_module, step) if wrapped else step
+        return call_through_wrapper(self, self._lightning_module, step) if wrapped else step
 
     def zero_loss(self) -> Tensor | None:
         wrapped, static = isinstance(self.model, parallel.DistributedDataParallel), self._ddp_kwargs.get("static_graph")
@@ -142,9 +144,9 @@ class DDPStrategy(ParallelStrategy):
         exchanging = any(isinstance(layer, kinds) for layer in self._lightning_module.modules())
         if not wrapped or static or exchanging:
             return None
-        nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._managed)  # noqa: E731
-        step = through_forward(self, self._lightning_module, nothing_of_each)
-        return (step if self.buffers is None else self.buffers.before(step))()
+        nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._ddp_parameters)  # noqa: E731
+        step = call_through_wrapper(self, self._lightning_module, nothing_of_each)
+        return (step if self.buffers is None else self.buffers.sync_before(step))()
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?
@@ -153,44 +155,44 @@ class DDPStrategy(ParallelStrategy):
             RuntimeError: names those that it did not reach.
         """
         if not self.find_unused_parameters and not self._ddp_kwargs.get("static_graph"):
-            missing = [parameter for parameter in self._managed if parameter.grad is None]
+            missing = [parameter for parameter in self._ddp_parameters if parameter.grad is None]
             if missing:
-                raise RuntimeError(unused_message(names_of(self._lightning_module, missing)))
+                raise RuntimeError(unused_parameters_message(parameter_names(self._lightning_module, missing)))
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
-        if self.exchange is not None:
-            self.exchange.know(self.optimizers)
+        if self.gradient_averager is not None:
+            self.gradient_averager.set_owners(self.optimizers)
 
     @contextmanager
     def _without_sync(self) -> Generator[None]:
-        assert self.exchange is not None
-        before, self.exchange.on = self.exchange.on, False
+        assert self.gradient_averager is not None
+        before, self.gradient_averager.enabled = self.gradient_averager.enabled, False
         try:
             with self.model.no_sync() if isinstance(self.model, parallel.DistributedDataParallel) else nullcontext():
                 yield
         finally:
-            self.exchange.on = before
+            self.gradient_averager.enabled = before
 
     def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
-        return self._without_sync() if enabled and self.exchange is not None else nullcontext()
+        return self._without_sync() if enabled and self.gradient_averager is not None else nullcontext()
 
     def process_dataloader(self, dataloader: Any) -> Any:
         size, world = getattr(dataloader, "batch_size", None), self.world_size
-        fits_alone = self.exchange is not None and self.layer_sync is None and world > 1
+        fits_alone = self.gradient_averager is not None and self.layer_sync is None and world > 1
         if fits_alone and isinstance(size, int) and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
             what = f"Batch norm sees {size} samples on each of {world} devices, which is few for statistics."
             warn_once(f"{what} `Trainer(sync_batchnorm=True)` takes those of all devices together.")
         return dataloader
 
     def teardown(self) -> None:
-        if self.exchange is not None:
-            self.exchange.remove()
-        self.exchange, self._managed = None, []
+        if self.gradient_averager is not None:
+            self.gradient_averager.remove_hooks()
+        self.gradient_averager, self._ddp_parameters = None, []
         super().teardown()
 
 
-def through_forward(strategy: Any, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+def call_through_wrapper(strategy: Any, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
 
     The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.
@@ -216,8 +218,8 @@ def through_forward(strategy: Any, module: Module, step: Callable[..., Any]) -> 
             indices = re.search(r"did not receive grad for rank \d+: ([\d\s]+)", str(error))
             if "Expected to have finished reduction" not in str(error):
                 raise
-            missing = [strategy._managed[int(index)] for index in indices[1].split()] if indices else []
-            raise RuntimeError(unused_message(names_of(module, missing))) from error
+            missing = [strategy._ddp_parameters[int(index)] for index in indices[1].split()] if indices else []
+            raise RuntimeError(unused_parameters_message(parameter_names(module, missing))) from error
         finally:
             put_back()
 
@@ -229,13 +231,13 @@ def has_batch_norm(module: Module) -> bool:
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
-def names_of(module: Module, parameters: Iterable[Tensor]) -> list[str]:
+def parameter_names(module: Module, parameters: Iterable[Tensor]) -> list[str]:
     """What parameters are called in a module."""
     wanted = {id(parameter) for parameter in parameters}
     return [name for name, parameter in module.named_parameters() if id(parameter) in wanted]
 
 
-def unused_message(names: list[str]) -> str:
+def unused_parameters_message(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     what = f"The loss of `training_step` does not depend on the parameters {shown or '(not known which)'}."
     why = "DDP waits for the gradient of every parameter."
@@ -243,7 +245,7 @@ def unused_message(names: list[str]) -> str:
     return f"{what} {why} {fix}"
 
 
-class GradientExchange:
+class GradientAverager:
     """Averages over the processes what a backward pass added to gradients, at its end.
 
     Averaging is linear: of a gradient that was averaged before and grew since, only what came differs. So several
@@ -257,7 +259,7 @@ class GradientExchange:
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, differs: bool) -> None:
         # Quantised ones never learn.
         self.parameters = [p for p in parameters if p.is_floating_point() or p.is_complex()]
-        self.device, self.differs, self.on = device, differs, True
+        self.device, self.differs, self.enabled = device, differs, True
         self.owner: dict[int, int] = {}  # of which optimizer; those of none belong together
         self.reached: set[int] = set()  # since the last exchange
         self.now: set[int] = set()  # by the backward pass that is running
@@ -267,27 +269,29 @@ class GradientExchange:
             learns = parameter.requires_grad
             # Torch takes the hook of a parameter that learns only, but keeps it when that changes.
             parameter.requires_grad_(True)
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, index=index: self.arrived(index)))
+            self.hooks.append(
+                parameter.register_post_accumulate_grad_hook(lambda _, index=index: self.mark_reached(index))
+            )
             parameter.requires_grad_(learns)
 
-    def know(self, optimizers: Iterable[Any]) -> None:
+    def set_owners(self, optimizers: Iterable[Any]) -> None:
         """Whose parameters are stepped together."""
         index_of = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         for number, optimizer in enumerate(optimizers):
             for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in index_of):
                 self.owner[index_of[id(parameter)]] = number
 
-    def arrived(self, index: int) -> None:
+    def mark_reached(self, index: int) -> None:
         """A gradient is there."""
         self.reached.add(index)
-        if not self.on:
+        if not self.enabled:
             return
         self.now.add(index)
         if not self.due:
             self.due = True
-            torch.autograd.Variable._execution_engine.queue_callback(self.run)
+            torch.autograd.Variable._execution_engine.queue_callback(self.average_reached)
 
-    def run(self) -> None:
+    def average_reached(self) -> None:
         """At the end of the backward pass."""
         self.due, world = False, dist.get_world_size()
         owners = {self.owner.get(index) for index in self.now}
@@ -295,7 +299,7 @@ class GradientExchange:
         if self.differs:
             mine = torch.zeros(len(self.parameters), dtype=torch.int32)
             mine[found] = 1
-            found = collectives.reduced(mine, self.device, op="max").nonzero().flatten().tolist()
+            found = collectives.all_reduce_tensor(mine, self.device, op="max").nonzero().flatten().tolist()
         self.now.clear()
         self.reached.difference_update(found)
         gradients = []
@@ -304,14 +308,14 @@ class GradientExchange:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         with torch.no_grad():
-            for bucket in collectives.buckets(gradients):
+            for bucket in collectives.bucket_tensors(gradients):
                 flat = torch.cat([grad.reshape(-1) for grad in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
-                travelling = flat.to(collectives.home_of(self.device))
+                travelling = flat.to(collectives.comm_device(self.device))
                 dist.all_reduce(travelling)
                 travelling /= world
                 for grad, part in zip(bucket, travelling.split([grad.numel() for grad in bucket])):
                     grad.copy_(part.view_as(grad))
 
-    def remove(self) -> None:
+    def remove_hooks(self) -> None:
         for hook in self.hooks:
             hook.remove()

@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from fulmen.engine.buffers import Buffers
-from fulmen.engine.ddp import through_forward
+from fulmen.engine.ddp import call_through_wrapper
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
 from fulmen.storage.async_io import written_at_once
@@ -25,9 +25,9 @@ from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_info
 
-SUPPORTED = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
+SUPPORTED_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 # The folder with the engine's files in a checkpoint, and the one with what the Trainer saves.
-TAG, STATES = "checkpoint", "mp_rank_00_model_states.pt"
+ENGINE_FOLDER, MODEL_STATES_FILE = "checkpoint", "mp_rank_00_model_states.pt"
 
 
 class DeepSpeedPrecision(Precision):
@@ -38,14 +38,14 @@ class DeepSpeedPrecision(Precision):
     """
 
     def __init__(self, precision: Any) -> None:
-        if precision not in SUPPORTED:
-            known = ", ".join(map(repr, SUPPORTED))
+        if precision not in SUPPORTED_PRECISIONS:
+            known = ", ".join(map(repr, SUPPORTED_PRECISIONS))
             raise ValueError(f"`DeepSpeedPrecision({precision!r})`: DeepSpeed computes in one of {known}.")
         self.precision = precision
         self.half = Precision() if precision == "32-true" else HalfPrecision(precision.replace("mixed", "true"))
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def config_entries(self) -> dict[str, Any]:
         """Which numbers, for the configuration."""
         kinds = {"16": "fp16", "bf16": "bf16"}
         kind = kinds.get(self.precision.split("-")[0])
@@ -117,7 +117,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         self.loss_scale_window, self.hysteresis, self.min_loss_scale = loss_scale_window, hysteresis, min_loss_scale
         self.batch_size = logging_batch_size_per_gpu
         config = config if config is not None else os.environ.get(self.DEEPSPEED_ENV_VAR)
-        self.config = configuration(given) if config is None else read_configuration(config)
+        self.config = build_config(given) if config is None else read_config(config)
 
     def precision_for(self, name: str) -> DeepSpeedPrecision:
         """The precision of that name."""
@@ -143,13 +143,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         logging.getLogger("DeepSpeed").setLevel(self.logging_level)
 
     def setup(self, trainer: Any) -> None:
-        self.prepare(trainer)
+        self.complete_config(trainer)
         self.checkpoint_io = written_at_once(self.checkpoint_io, "DeepSpeed writes its own files")
         super().setup(trainer)
         if trainer.state.fn == "fit":
             self.init_deepspeed()
 
-    def prepare(self, trainer: Any) -> None:
+    def complete_config(self, trainer: Any) -> None:
         """What the Trainer decides goes into the configuration."""
         clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         if clip and getattr(algorithm, "value", algorithm) == "value":
@@ -169,7 +169,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             "loss_scale_window": self.loss_scale_window, "hysteresis": self.hysteresis,
             "min_loss_scale": self.min_loss_scale,
         }  # fmt: skip
-        for kind, settings in self.precision_plugin.settings.items():
+        for kind, settings in self.precision_plugin.config_entries.items():
             self.config.setdefault(kind, {**settings, **(scaling if kind == "fp16" else {})})
 
     def init_deepspeed(self) -> None:
@@ -196,16 +196,18 @@ class DeepSpeedStrategy(ParallelStrategy):
 
         return deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=self.config)
 
-    def bind(self, step_name: str) -> Callable[..., Any]:
-        step = super().bind(step_name)
-        return step if self.model is self._lightning_module else through_forward(self, self._lightning_module, step)
+    def bind_step(self, step_name: str) -> Callable[..., Any]:
+        step = super().bind_step(step_name)
+        return (
+            step if self.model is self._lightning_module else call_through_wrapper(self, self._lightning_module, step)
+        )
 
-    def _plain_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def _precision_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.model.backward(loss, *args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The engine scales the loss and backpropagates."""
-        self._plain_backward(closure_loss, optimizer, *args, **kwargs)
+        self._precision_backward(closure_loss, optimizer, *args, **kwargs)
         return closure_loss
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -215,7 +217,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         return outcome
 
     @contextmanager
-    def _inside_window(self) -> Generator[None]:
+    def _accumulating(self) -> Generator[None]:
         self.model.set_gradient_accumulation_boundary(False)
         try:
             yield
@@ -224,7 +226,7 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
         has_engine = self.model is not self._lightning_module
-        return self._inside_window() if enabled and has_engine else nullcontext()
+        return self._accumulating() if enabled and has_engine else nullcontext()
 
     # ------------------------------------------------------------------ files
 
@@ -246,33 +248,33 @@ class DeepSpeedStrategy(ParallelStrategy):
         path = self.broadcast(os.fspath(filepath))
         frozen = {"exclude_frozen_parameters": True} if self.exclude_frozen_parameters else {}
         rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        self.model.save_checkpoint(path, client_state=rest, tag=TAG, **frozen)
+        self.model.save_checkpoint(path, client_state=rest, tag=ENGINE_FOLDER, **frozen)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """What the Trainer needs; the engine loads its own part when it exists."""
-        if self.load_full_weights or not os.path.isdir(os.path.join(checkpoint_path, TAG)):
+        if self.load_full_weights or not os.path.isdir(os.path.join(checkpoint_path, ENGINE_FOLDER)):
             return super().load_checkpoint(checkpoint_path, weights_only)
-        file = os.path.join(checkpoint_path, TAG, STATES)
+        file = os.path.join(checkpoint_path, ENGINE_FOLDER, MODEL_STATES_FILE)
         with open(file, "rb") as states:
             content = read(states, file, "cpu", weights_only)  # DeepSpeed itself reads the others, and trusts them
         rank_zero_info(f"The weights are loaded by DeepSpeed from {checkpoint_path}")
         return {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], **content, "path": checkpoint_path}
 
     def verify_checkpoint(self, checkpoint_path: Any) -> None:
-        if not os.path.isdir(os.path.join(checkpoint_path, TAG)):  # a folder of the engine has no hashes
+        if not os.path.isdir(os.path.join(checkpoint_path, ENGINE_FOLDER)):  # a folder of the engine has no hashes
             super().verify_checkpoint(checkpoint_path)
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         if "path" not in checkpoint or self.model is self._lightning_module:
             super().load_model_state_dict(checkpoint, strict)
             return
-        found, _ = self.model.load_checkpoint(checkpoint["path"], tag=TAG, load_module_strict=strict)
+        found, _ = self.model.load_checkpoint(checkpoint["path"], tag=ENGINE_FOLDER, load_module_strict=strict)
         if found is None:
             what = f"DeepSpeed found no checkpoint of its own in {checkpoint['path']}."
             raise RuntimeError(f"{what} Pass the folder that `save_checkpoint` wrote.")
 
 
-def configuration(given: dict[str, Any]) -> dict[str, Any]:
+def build_config(given: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration, from the arguments of the strategy."""
     pick = lambda *names: {name: given[name] for name in names}  # noqa: E731
     names: tuple[str, ...] = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
@@ -295,7 +297,7 @@ def configuration(given: dict[str, Any]) -> dict[str, Any]:
     return {**config, "zero_optimization": zero}
 
 
-def read_configuration(config: Any) -> dict[str, Any]:
+def read_config(config: Any) -> dict[str, Any]:
     """A copy of the dict, or what a JSON file holds."""
     if isinstance(config, dict):
         return dict(config)
@@ -324,7 +326,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     require("deepspeed", "to read its checkpoints")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    client = torch.load(os.path.join(folder, STATES), map_location="cpu", weights_only=False)
+    client = torch.load(os.path.join(folder, MODEL_STATES_FILE), map_location="cpu", weights_only=False)
     own = ("module", "optimizer", "lr_scheduler", "param_shapes", "buffer_names", "frozen_param_fragments")
     content = {key: value for key, value in client.items() if key not in own}
     content["state_dict"] = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)

@@ -15,27 +15,27 @@ from torch.optim import Optimizer
 
 from fulmen.engine import collectives
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
-from fulmen.engine.stochastic_rounding import rounded_by_chance
+from fulmen.engine.stochastic_rounding import stochastic_round
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import local_part, scale_gradients, total_norm
 
-SUPPORTED = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+SUPPORTED_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 
-def is_spread(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Is it a `DTensor`? Asking does not import its module."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
 
 
-def whole(value: Any, keep: bool) -> Any:
+def gather_full(value: Any, keep: bool) -> Any:
     """All of a tensor on the CPU, for those who keep it; every process must ask. Other values come back as they are."""
-    if not is_spread(value):
+    if not is_dtensor(value):
         return value if keep else None
     full = value.detach().full_tensor()
     return full.cpu() if keep else None
 
 
-def part_like(full: Tensor, like: Any) -> Any:
+def shard_like(full: Tensor, like: Any) -> Any:
     """What this process holds of a full tensor, if it is spread like another one; nothing travels."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -46,7 +46,7 @@ def part_like(full: Tensor, like: Any) -> Any:
     return part
 
 
-def norm_over_processes(gradients: Iterable[Any]) -> Tensor:
+def global_norm(gradients: Iterable[Any]) -> Tensor:
     """The L2 norm of all elements together, the same on all processes, in at least float32.
 
     One sum travels for each way of spreading, however many tensors there are.
@@ -54,7 +54,7 @@ def norm_over_processes(gradients: Iterable[Any]) -> Tensor:
     groups: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
         key: Any = None
-        if is_spread(gradient):
+        if is_dtensor(gradient):
             spread = [dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate()]
             key = gradient.device_mesh, tuple(spread)
         groups.setdefault(key, []).append(local_part(gradient))
@@ -63,7 +63,7 @@ def norm_over_processes(gradients: Iterable[Any]) -> Tensor:
         square = total_norm(parts).square()
         for dim in key[1] if key is not None else ():
             group = key[0].get_group(dim)
-            travelling = square.to(collectives.home_of(torch.device(key[0].device_type), group))
+            travelling = square.to(collectives.comm_device(torch.device(key[0].device_type), group))
             dist.all_reduce(travelling, group=group)
             square = travelling.to(parts[0].device)
         squares.append(square)
@@ -72,7 +72,7 @@ def norm_over_processes(gradients: Iterable[Any]) -> Tensor:
     )
 
 
-class SpreadGradScaler(torch.amp.GradScaler):
+class ShardedGradScaler(torch.amp.GradScaler):
     """Torch's loss scaler for gradients that are spread over processes: what one of them finds counts for all."""
 
     def _unscale_grads_(self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
@@ -88,7 +88,7 @@ class SpreadGradScaler(torch.amp.GradScaler):
         # A process without gradients takes part too.
         device = next(iter(found), found_inf.device)
         votes = [value.to(device) for value in found.values()] or [torch.zeros_like(found_inf)]
-        worst = torch.stack(votes).amax(dim=0).to(collectives.home_of(found_inf.device))
+        worst = torch.stack(votes).amax(dim=0).to(collectives.comm_device(found_inf.device))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         for value in found.values():
             value.copy_(worst)
@@ -110,9 +110,9 @@ class FSDPPrecision(MixedPrecision):
     """
 
     def __init__(self, precision: Any, scaler: Any = None) -> None:
-        if precision not in SUPPORTED:
+        if precision not in SUPPORTED_PRECISIONS:
             what = f"`FSDPPrecision({precision!r})`: parameters that are spread over processes are not kept in it."
-            raise ValueError(f"{what} Use one of {', '.join(map(repr, SUPPORTED))}.")
+            raise ValueError(f"{what} Use one of {', '.join(map(repr, SUPPORTED_PRECISIONS))}.")
         if scaler is not None and precision != "16-mixed":
             raise ValueError(f"`{precision=}` needs no loss scaler. Leave `scaler` out, or use '16-mixed'.")
         super().__init__("bf16-mixed", "")
@@ -123,11 +123,11 @@ class FSDPPrecision(MixedPrecision):
         # What is done where weights themselves have 16 bits.
         self.half: Any = HalfPrecision(precision) if precision.endswith("16-true") else Precision()
 
-    def place(self, device: torch.device) -> None:
+    def use_device(self, device: torch.device) -> None:
         """The device is known."""
         self.device = device.type
         if self.precision == "16-mixed" and self.scaler is None:
-            self.scaler = SpreadGradScaler(device.type)
+            self.scaler = ShardedGradScaler(device.type)
 
     @property
     def mixed_precision_config(self) -> Any:
@@ -167,12 +167,12 @@ class FSDPPrecision(MixedPrecision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         outcome = closure()
         self.half._steps += 1
-        with stand_ins(optimizer, seed=self.half._steps << 16):
+        with sharded_stand_ins(optimizer, seed=self.half._steps << 16):
             optimizer.step(**kwargs)
         return outcome
 
     def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
-        return nullcontext() if self.half.step_is_default else stand_ins(optimizer)
+        return nullcontext() if self.half.step_is_default else sharded_stand_ins(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | self.half.state_dict()
@@ -184,7 +184,7 @@ class FSDPPrecision(MixedPrecision):
             super().load_state_dict(state_dict)
 
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
-        return norm_over_processes(p.grad for p in self.main_params(optimizer) if p.grad is not None)
+        return global_norm(p.grad for p in self.main_params(optimizer) if p.grad is not None)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor:
         norm = self.gradient_norm(optimizer)
@@ -198,7 +198,7 @@ class FSDPPrecision(MixedPrecision):
 
 
 @contextmanager
-def stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generator[None]:
+def sharded_stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generator[None]:
     """Inside, the optimizer has parameters, gradients and states of 32 bits; afterwards its own, with rounded values.
 
     With a seed, bfloat16 is rounded by chance (`engine.stochastic_rounding`), on replicas alike.
@@ -222,7 +222,7 @@ def stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generator[None]:
             part = local_part(wide).detach()
             if seed is not None and own.dtype == torch.bfloat16 and part.numel():
                 generator = torch.Generator(part.device).manual_seed(seed + number)
-                part = rounded_by_chance(part.reshape(-1).clone(), generator).view(part.shape)
+                part = stochastic_round(part.reshape(-1).clone(), generator).view(part.shape)
             with torch.no_grad():
                 local_part(own).copy_(part)
             if wide in optimizer.state:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint as recompute
 
-from fulmen.engine.dtensor import is_spread
-from fulmen.engine.sharded import ShardedStrategy, materialise
+from fulmen.engine.dtensor import is_dtensor
+from fulmen.engine.sharded import ShardedStrategy, materialize_layers
 from fulmen.engine.strategy import StrategyRegistry
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
@@ -21,7 +21,7 @@ from fulmen.utilities.modules import mode_of_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 # Whether parameters are let go between forward and backward, and whether they are spread over a part of the processes.
-SHARDING = {
+SHARDING_STRATEGIES = {
     "FULL_SHARD": (True, False),
     "SHARD_GRAD_OP": (False, False),
     "HYBRID_SHARD": (True, True),
@@ -29,7 +29,7 @@ SHARDING = {
 }
 # What the older wrapper, `FullyShardedDataParallel`, is told and `fully_shard` is not: what to say, and for which values
 # there is nothing to say.
-OBSOLETE: dict[str, tuple[str, tuple[Any, ...]]] = {
+OBSOLETE_OPTIONS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "use_orig_params": ("parameters are always the module's own", (True,)),
     "sync_module_states": ("weights are always those of rank 0", (True,)),
     "limit_all_gathers": ("at most two layers are put together at a time", (True,)),
@@ -37,13 +37,13 @@ OBSOLETE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "forward_prefetch": ("the next layer is always fetched early", ()),
     "device_id": ("the device is that of the Trainer", (None,)),
 }
-REFUSED = {
+REFUSED_OPTIONS = {
     "process_group": "Use `device_mesh`.",
     "ignored_modules": "Freeze them instead (`requires_grad_(False)`): each parameter has a choice of its own.",
     "ignored_parameters": "Freeze them instead (`requires_grad_(False)`): each parameter has a choice of its own.",
     "ignored_states": "Freeze them instead (`requires_grad_(False)`): each parameter has a choice of its own.",
 }
-KNOWN = (*OBSOLETE, *REFUSED, "param_init_fn")
+KNOWN_OPTIONS = (*OBSOLETE_OPTIONS, *REFUSED_OPTIONS, "param_init_fn")
 
 
 class FSDPStrategy(ShardedStrategy):
@@ -89,14 +89,14 @@ class FSDPStrategy(ShardedStrategy):
         if activation_checkpointing is not None and activation_checkpointing_policy is not None:
             what = "`activation_checkpointing` is the former name of `activation_checkpointing_policy`."
             raise ValueError(f"{what} Leave it out.")
-        self.sharding_strategy = name = checked_sharding(sharding_strategy)
-        self.reshards, self.hybrid = SHARDING[name]
+        self.sharding_strategy = name = parse_sharding_strategy(sharding_strategy)
+        self.reshards, self.hybrid = SHARDING_STRATEGIES[name]
         if device_mesh is not None and len(getattr(device_mesh, "shape", device_mesh)) != (2 if self.hybrid else 1):
             what = f"`{device_mesh=}` does not fit `sharding_strategy={name!r}`."
             raise ValueError(f"{what} 'HYBRID_SHARD' needs two numbers, copies and shards; the others none at all.")
-        self.kwargs = checked_options(kwargs)
+        self.kwargs = check_options(kwargs)
         self.cpu_offload = getattr(cpu_offload, "offload_params", cpu_offload)
-        self.mixed_precision = None if mixed_precision is None else as_policy(mixed_precision)
+        self.mixed_precision = None if mixed_precision is None else as_mixed_precision_policy(mixed_precision)
         self.auto_wrap_policy = auto_wrap_policy
         self.activation_checkpointing_policy = activation_checkpointing_policy or activation_checkpointing
         self.state_dict_type = state_dict_type
@@ -139,35 +139,35 @@ class FSDPStrategy(ShardedStrategy):
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         module = self._lightning_module
-        units = chosen(module, self.auto_wrap_policy)
+        units = select_modules(module, self.auto_wrap_policy)
         whole = trainer.state.fn != "fit" or (module.automatic_optimization and not is_generator(module.training_step))
         if whole:
-            self.model = StepShell(module)
+            self.model = StepModule(module)
             roots: list[Module] = [self.model]
         else:
             roots = list(callable_children(module))
-            check_direct(module, roots)
+            check_parameters_in_layers(module, roots)
         norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.affine]
         narrow = self.mixed_precision_config.param_dtype is not None
         parts = list(dict.fromkeys([*(norms if narrow else []), *units, *roots]))
-        check_tied(module, parts)
-        for part in chosen(module, self.activation_checkpointing_policy):
-            vars(part)["forward"] = partial(recomputed, part.forward, use_reentrant=False)
+        check_tied_parameters(module, parts)
+        for part in select_modules(module, self.activation_checkpointing_policy):
+            vars(part)["forward"] = partial(recompute, part.forward, use_reentrant=False)
         options = self.shard_options()
         init, first, done = self.kwargs.get("param_init_fn"), self.global_rank == 0, set[int]()
         for part in parts:
             new = [layer for layer in part.modules() if id(layer) not in done]
             done.update(map(id, new))
-            materialise(new, self.root_device, first, init)
+            materialize_layers(new, self.root_device, first, init)
             if isinstance(part, FSDPModule):  # by the user
                 continue
             own = dict(options)
             if narrow and isinstance(part, _BatchNorm):
-                own["mp_policy"] = as_policy(None)
+                own["mp_policy"] = as_mixed_precision_policy(None)
             if part in roots and self.reshards:
                 own["reshard_after_forward"] = None  # they are needed next, when the backward pass begins
             fully_shard(part, **own)
-        self.note_sharded()
+        self.record_sharded_modules()
 
     def shard_options(self) -> dict[str, Any]:
         """Arguments of `fully_shard`."""
@@ -183,12 +183,12 @@ class FSDPStrategy(ShardedStrategy):
             "offload_policy": offload,
         }
 
-    def bind(self, step_name: str) -> Callable[..., Any]:
-        step = super().bind(step_name)
-        return explained(partial(self.model, step) if isinstance(self.model, StepShell) else step)
+    def bind_step(self, step_name: str) -> Callable[..., Any]:
+        step = super().bind_step(step_name)
+        return explain_missing_parameters(partial(self.model, step) if isinstance(self.model, StepModule) else step)
 
 
-def explained(step: Callable[..., Any]) -> Callable[..., Any]:
+def explain_missing_parameters(step: Callable[..., Any]) -> Callable[..., Any]:
     """The step, whose error says what to do when it uses parameters that are not together."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -206,7 +206,7 @@ def explained(step: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class StepShell(Module):
+class StepModule(Module):
     """Around the module: calls its steps while the parameters that no other part communicates are together."""
 
     def __init__(self, module: Module) -> None:
@@ -222,34 +222,36 @@ class StepShell(Module):
 # ---------------------------------------------------------------------- arguments
 
 
-def checked_sharding(value: Any) -> str:
+def parse_sharding_strategy(value: Any) -> str:
     """The name of a sharding strategy, from it or an enum."""
     name = getattr(value, "name", value)
     name = name.upper() if isinstance(name, str) else name
     if name == "NO_SHARD":
         raise ValueError("`sharding_strategy='NO_SHARD'` keeps everything everywhere. That is `strategy='ddp'`.")
-    if name not in SHARDING:
-        known = ", ".join(repr(known) for known in SHARDING if not known.startswith("_"))
-        raise ValueError(f"`sharding_strategy={value!r}` is none of {known}.{suggestion(str(name), SHARDING)}")
+    if name not in SHARDING_STRATEGIES:
+        known = ", ".join(repr(known) for known in SHARDING_STRATEGIES if not known.startswith("_"))
+        raise ValueError(
+            f"`sharding_strategy={value!r}` is none of {known}.{suggestion(str(name), SHARDING_STRATEGIES)}"
+        )
     return name
 
 
-def checked_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+def check_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Further arguments, after a word about those that mean nothing any more."""
     for name, value in kwargs.items():
-        if name not in KNOWN:
-            raise TypeError(f"`FSDPStrategy` has no argument `{name}`.{suggestion(name, KNOWN)}")
-        if name in REFUSED and value is not None:
-            raise ValueError(f"`FSDPStrategy({name}=...)`: `fully_shard` has no such option. {REFUSED[name]}")
-        why, fine = OBSOLETE.get(name, ("", (value,)))
+        if name not in KNOWN_OPTIONS:
+            raise TypeError(f"`FSDPStrategy` has no argument `{name}`.{suggestion(name, KNOWN_OPTIONS)}")
+        if name in REFUSED_OPTIONS and value is not None:
+            raise ValueError(f"`FSDPStrategy({name}=...)`: `fully_shard` has no such option. {REFUSED_OPTIONS[name]}")
+        why, fine = OBSOLETE_OPTIONS.get(name, ("", (value,)))
         if name == "use_orig_params" and not value:
             raise ValueError(f"`FSDPStrategy({name}={value!r})`: {why} with `fully_shard`. Leave it out.")
         if value not in fine:
             rank_zero_info(f"`FSDPStrategy({name}=...)` changes nothing: {why} with `fully_shard`.")
-    return {name: value for name, value in kwargs.items() if name not in REFUSED}
+    return {name: value for name, value in kwargs.items() if name not in REFUSED_OPTIONS}
 
 
-def as_policy(given: Any) -> Any:
+def as_mixed_precision_policy(given: Any) -> Any:
     """A `MixedPrecisionPolicy`, from one or from the `MixedPrecision` of the older wrapper."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -271,7 +273,7 @@ def as_policy(given: Any) -> Any:
 # ---------------------------------------------------------------------- parts of a module
 
 
-def chosen(module: Module, policy: Any) -> list[Module]:
+def select_modules(module: Module, policy: Any) -> list[Module]:
     """The parts that a policy chooses, inner ones first; never the module itself."""
     if policy is None:
         return []
@@ -283,28 +285,28 @@ def chosen(module: Module, policy: Any) -> list[Module]:
         found = set(policy._run_policy(module, set(), {}))
     elif callable(policy):
         found = set()
-        _ask(policy, module, found)
+        _apply_policy(policy, module, found)
     else:
         what = f"The policy {policy!r} chooses no modules."
         raise TypeError(f"{what} Use a set of classes, or `policy(module, recurse, nonwrapped_numel) -> bool`.")
-    return [part for part in inner_first(module) if part in found and part is not module and has_forward(part)]
+    return [part for part in modules_inner_first(module) if part in found and part is not module and has_forward(part)]
 
 
-def _ask(policy: Callable[..., bool], part: Module, found: set[Module], top: bool = True) -> int:
+def _apply_policy(policy: Callable[..., bool], part: Module, found: set[Module], top: bool = True) -> int:
     """Asks about a part and what is in it; returns how many numbers are in chosen parts."""
     total = sum(parameter.numel() for parameter in part.parameters())
     if not policy(module=part, recurse=True, nonwrapped_numel=total):
         return 0
-    inside = sum(_ask(policy, child, found, False) for child in part.children())
+    inside = sum(_apply_policy(policy, child, found, False) for child in part.children())
     if not top and policy(module=part, recurse=False, nonwrapped_numel=total - inside):
         found.add(part)
         return total
     return inside
 
 
-def inner_first(module: Module) -> Iterator[Module]:
+def modules_inner_first(module: Module) -> Iterator[Module]:
     for child in module.children():
-        yield from inner_first(child)
+        yield from modules_inner_first(child)
     yield module
 
 
@@ -322,23 +324,23 @@ def callable_children(module: Module) -> Iterator[Module]:
             yield from callable_children(child)
 
 
-def check_direct(module: Module, roots: list[Module]) -> None:
+def check_parameters_in_layers(module: Module, roots: list[Module]) -> None:
     """Where backward runs inside the step, all parameters have to be in layers that are called."""
     inside = {id(parameter) for root in roots for parameter in root.parameters()}
-    outside = [name for name, p in module.named_parameters() if id(p) not in inside and not is_spread(p)]
+    outside = [name for name, p in module.named_parameters() if id(p) not in inside and not is_dtensor(p)]
     if outside:
         what = f"The parameters {', '.join(outside[:5])} are in no layer of `{type(module).__name__}` that is called."
         why = "With manual optimization (or a step that yields), FSDP puts parameters together when a layer is called."
         raise MisconfigurationException(f"{what} {why} Put them into one, or use `strategy='ddp'`.")
 
 
-def check_tied(module: Module, parts: list[Module]) -> None:
+def check_tied_parameters(module: Module, parts: list[Module]) -> None:
     """A parameter that several layers share has to be communicated by one part."""
     homes = {id(layer): id(part) for part in reversed(parts) for layer in part.modules()}
     seen: dict[int, tuple[str, int]] = {}
     for name, layer in module.named_modules():
         for key, parameter in layer._parameters.items():
-            if parameter is None or is_spread(parameter):
+            if parameter is None or is_dtensor(parameter):
                 continue
             home, full = homes.get(id(layer), 0), f"{name}.{key}" if name else key
             other, before = seen.setdefault(id(parameter), (full, home))

@@ -90,7 +90,7 @@ class ScriptLauncher:
         strategy, cluster = self.strategy, self.strategy.cluster_environment
         command, count = command_line(), strategy.num_processes
         places = meeting_point(strategy)
-        share_processors(count)
+        divide_cpu_threads(count)
         for local_rank in range(1, count):
             place = {**places, "LOCAL_RANK": str(local_rank), PARENT: str(os.getpid())}
             self.children.append(subprocess.Popen(command, env={**os.environ, **place}))
@@ -149,7 +149,7 @@ class ScriptLauncher:
 
     def wait(self) -> None:
         """At the end of the script: until the others are at theirs, unless something went wrong."""
-        collectives.leave()
+        collectives.destroy_group()
         raised = getattr(sys, "last_value", None) is not None
         if self.failed or self.over or raised:
             self.end()
@@ -367,7 +367,7 @@ def _child(
         # The pool of OpenMP threads does not survive a fork, and whoever uses it afterwards hangs.
         torch.set_num_threads(1)
     else:
-        share_processors(count)
+        divide_cpu_threads(count)
     code = 0
     try:
         if not forked:
@@ -376,16 +376,16 @@ def _child(
         strategy = owner.strategy
         strategy.launcher, strategy.listener = None, listener
         strategy.set_world_ranks()
-        strategy.tell_parent = partial(_tell, folder, rank)
+        strategy.report_to_parent = partial(_tell, folder, rank)
         if "PL_GLOBAL_SEED" in os.environ:
             seed_everything(workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)
         result = function(*args)
         if rank == 0:
             torch.save({"packed": owner.pack_results(), "result": result}, folder / "result")
-        strategy.unwatch()
+        strategy.stop_watchdog()
         if (failed := watchdog.wait_for_others()) is not None:
             raise failed
-        collectives.leave()
+        collectives.destroy_group()
         (folder / f"{FINISHED}{rank}").touch()
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
@@ -450,7 +450,7 @@ def unpicklable(value: Any, name: str, depth: int = 8) -> str | None:
     return next((where for where in found if where), name)
 
 
-def plain_attributes(obj: Any, beside: tuple[Any, ...]) -> dict[str, Any]:
+def picklable_attributes(obj: Any, beside: tuple[Any, ...]) -> dict[str, Any]:
     """The attributes of an object that can be pickled and lead to none of the objects `beside` it."""
 
     class Pickler(pickle.Pickler):
@@ -520,7 +520,7 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
-def share_processors(count: int) -> None:
+def divide_cpu_threads(count: int) -> None:
     """Each process of this node gets its part of the processors, unless the user said how many threads to use."""
     if "OMP_NUM_THREADS" not in os.environ and count > 1:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

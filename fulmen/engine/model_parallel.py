@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fulmen.engine import collectives
-from fulmen.engine.dtensor import is_spread, part_like
-from fulmen.engine.sharded import ShardedStrategy, initialise
+from fulmen.engine.dtensor import is_dtensor, shard_like
+from fulmen.engine.sharded import ShardedStrategy, init_layer
 from fulmen.utilities.introspection import is_overridden
 
-AXES = ("data_parallel", "tensor_parallel")
+MESH_AXES = ("data_parallel", "tensor_parallel")
 
 
 class ModelParallelStrategy(ShardedStrategy):
@@ -76,22 +76,22 @@ class ModelParallelStrategy(ShardedStrategy):
             what = f"`data_parallel_size={data}` times `tensor_parallel_size={tensor}` is not the number of processes"
             raise RuntimeError(f"{what}, {self.world_size}. Choose two numbers whose product it is.")
         if self._device_mesh is None:
-            self._device_mesh = init_device_mesh(self.root_device.type, (data, tensor), mesh_dim_names=AXES)
+            self._device_mesh = init_device_mesh(self.root_device.type, (data, tensor), mesh_dim_names=MESH_AXES)
         module.device_mesh = self._device_mesh
 
     def wrap_model(self, trainer: Any) -> None:
         """Layers get their values, and what no process would exchange is found."""
         module = self._lightning_module
-        check_exchanged(module, self.device_mesh["data_parallel"].size() if trainer.state.fn == "fit" else 1)
-        fill(module, self.root_device, self.global_rank == 0)
-        self.note_sharded()
+        check_gradients_averaged(module, self.device_mesh["data_parallel"].size() if trainer.state.fn == "fit" else 1)
+        materialize_module(module, self.root_device, self.global_rank == 0)
+        self.record_sharded_modules()
 
     def teardown(self) -> None:
         vars(self._lightning_module).pop("device_mesh", None)
         super().teardown()
 
 
-def check_exchanged(module: Module, rows: int) -> None:
+def check_gradients_averaged(module: Module, rows: int) -> None:
     """With different batches, each gradient has to be averaged over them.
 
     Raises:
@@ -106,7 +106,7 @@ def check_exchanged(module: Module, rows: int) -> None:
         raise RuntimeError(f"{what} Spread them in `configure_model`, last of all: {fix}.")
 
 
-def fill(module: Module, device: torch.device, first: bool) -> None:
+def materialize_module(module: Module, device: torch.device, first: bool) -> None:
     """Layers get the values of rank 0; those on the meta device are initialised there, as if they were made now."""
     held = {id(part): [*part._parameters.items(), *part._buffers.items()] for part in module.modules()}
     empty = {part: [name for name, t in tensors if t is not None and t.is_meta] for part, tensors in held.items()}
@@ -115,16 +115,16 @@ def fill(module: Module, device: torch.device, first: bool) -> None:
     plain: list[Tensor] = []
     for part in module.modules():
         names, own = empty[id(part)], dict(part._parameters)
-        spread: dict[str, Any] = {name: own[name] for name in names if is_spread(own.get(name))}
+        spread: dict[str, Any] = {name: own[name] for name in names if is_dtensor(own.get(name))}
         stand_ins = {name: Parameter(torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in spread.items()}
         part._parameters.update(stand_ins)
         if names and first:
-            initialise(part, None, names)
+            init_layer(part, None, names)
         part._parameters.update(spread)
-        collectives.share(stand_ins.values(), device)
+        collectives.broadcast_tensors(stand_ins.values(), device)
         with torch.no_grad():
             for name, tensor in spread.items():
-                tensor.copy_(part_like(stand_ins[name].detach(), tensor))
+                tensor.copy_(shard_like(stand_ins[name].detach(), tensor))
         tensors = [*part._parameters.values(), *part._buffers.values()]
-        plain += [tensor for tensor in tensors if tensor is not None and not is_spread(tensor)]
-    collectives.share(plain, device)
+        plain += [tensor for tensor in tensors if tensor is not None and not is_dtensor(tensor)]
+    collectives.broadcast_tensors(plain, device)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class ParallelStrategy(Strategy, ABC):
     """One process per device, each with the whole loop and a part of the data.
 
-    Collectives must be called by all processes. Before the processes have met, and once this one is leaving because of
+    Collectives must be called by all processes. Before the processes have met, and once this one is aborting because of
     an exception, they do nothing and give back what they got.
 
     Arguments:
@@ -57,12 +57,12 @@ class ParallelStrategy(Strategy, ABC):
         self.layer_sync: Any = None  # a `LayerSync` that is applied while fitting
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
         self.store: Any = None  # the group's, once they have
-        self.tell_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
-        self._ending: collectives.Ending | None = None
+        self.report_to_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
+        self._stop_consensus: collectives.StopConsensus | None = None
         self.buffers: Buffers | None = None  # of the module, while it is trained
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "store": None, "_ending": None}  # connections are of this process
+        return {**super().__getstate__(), "store": None, "_stop_consensus": None}  # connections are of this process
 
     # ------------------------------------------------------------------ who is who
 
@@ -134,8 +134,10 @@ class ParallelStrategy(Strategy, ABC):
         """Meets the other processes."""
         self.set_world_ranks()
         listener, self.listener = self.listener, None
-        self.store = collectives.join(self.cluster_environment, self.process_group_backend, self._timeout, listener)
-        self.leaving, self._ending = False, None
+        self.store = collectives.init_group(
+            self.cluster_environment, self.process_group_backend, self._timeout, listener
+        )
+        self.aborting, self._stop_consensus = False, None
 
     def setup(self, trainer: Any) -> None:
         if self.layer_sync is not None and trainer.state.fn == "fit" and self.world_size > 1:
@@ -150,12 +152,12 @@ class ParallelStrategy(Strategy, ABC):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
 
-    def watch(self, trainer: Any) -> None:
+    def start_watchdog(self, trainer: Any) -> None:
         self.watchdog = watchdog.watch(self, trainer, watchdog.limit_seconds(self.watchdog_timeout_s))
 
-    def leave(self, error: BaseException) -> BaseException:
+    def abort(self, error: BaseException) -> BaseException:
         """The same; a process that leaves the others by `sys.exit(0)` fails, as they do."""
-        error = super().leave(error)
+        error = super().abort(error)
         if self.world_size > 1 and isinstance(error, SystemExit) and not isinstance(error, SIGTERMException):
             if not watchdog.reported(error):  # the processes have not met
                 watchdog.say(f"Rank {self.global_rank} failed at {origin(error)}: SystemExit: {error.code}")
@@ -167,23 +169,23 @@ class ParallelStrategy(Strategy, ABC):
     def model_to_device(self) -> None:
         self.model.to(self.root_device)
 
-    def ends_at(self, place: tuple[int, int]) -> bool:
-        """A signal came: does the run end here? In all processes together; else this one is `leaving` alone."""
+    def agree_to_stop(self, batch_position: tuple[int, int]) -> bool:
+        """A signal came: does the run end here? In all processes together; else this one is `aborting` alone."""
         if self.world_size == 1 or self.store is None:
             return True
-        if self._ending is None:
+        if self._stop_consensus is None:
             tell_launcher()
             if isinstance(self.launcher, ScriptLauncher):
                 self.launcher.tell_others()
             store = dist.PrefixStore("end", self.store)
-            self._ending = collectives.Ending(store, self.global_rank, self.world_size)
-        together = self._ending.here(place)
+            self._stop_consensus = collectives.StopConsensus(store, self.global_rank, self.world_size)
+        together = self._stop_consensus.agree(batch_position)
         try:
             if together:
                 self.barrier("end")  # all have heard of it before the store may go away
         except RuntimeError:
             together = None
-        self.leaving = together is None
+        self.aborting = together is None
         return together is not False
 
     @contextmanager
@@ -194,34 +196,34 @@ class ParallelStrategy(Strategy, ABC):
 
     # ------------------------------------------------------------------ buffers
 
-    def show_buffers(self) -> None:
+    def use_rank_zero_buffers(self) -> None:
         if self.buffers is not None and self.group_ready:
-            self.buffers.show()
+            self.buffers.use_rank_zero()
 
-    def hide_buffers(self) -> None:
+    def restore_own_buffers(self) -> None:
         if self.buffers is not None:
-            self.buffers.hide()
+            self.buffers.restore_own()
 
     def on_train_end(self) -> None:
         """The caller gets those of rank 0, as a checkpoint does."""
         if self.buffers is not None and self.group_ready:
-            self.buffers.share()
+            self.buffers.broadcast()
 
     # ------------------------------------------------------------------ collectives
 
     @property
     def group_ready(self) -> bool:
         """Whether the process group can be used. Raises a RuntimeError while collectives are blocked."""
-        if self.collectives_blocked_reason is not None and not self.leaving:
+        if self.collectives_blocked_reason is not None and not self.aborting:
             raise RuntimeError(self.collectives_blocked_reason)
-        return not self.leaving and collectives.initialised()
+        return not self.aborting and collectives.is_initialized()
 
     def barrier(self, name: str | None = None) -> None:
         if self.group_ready:
             device = self.root_device
             dist.barrier(device_ids=[device.index] if dist.get_backend() == "nccl" else None)
 
-    def patient_barrier(self, name: str) -> None:
+    def barrier_without_timeout(self, name: str) -> None:
         if self.group_ready:
             if self.store.add(name, 1) == self.world_size:
                 self.store.set(f"{name}/all", "here")
@@ -231,26 +233,26 @@ class ParallelStrategy(Strategy, ABC):
         if not self.group_ready or self.world_size == 1:
             return obj
         carried = [obj]
-        dist.broadcast_object_list(carried, src, device=collectives.home_of(self.root_device))
+        dist.broadcast_object_list(carried, src, device=collectives.comm_device(self.root_device))
         return carried[0]
 
     def exchange_objects(self, obj: Any) -> list[Any]:
-        return collectives.exchanged(obj, self.root_device) if self.group_ready else [obj]
+        return collectives.all_gather_objects(obj, self.root_device) if self.group_ready else [obj]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if not isinstance(tensor, Tensor) or not self.group_ready:
             return tensor
-        return collectives.reduced(tensor, self.root_device, group, reduce_op or "sum")
+        return collectives.all_reduce_tensor(tensor, self.root_device, group, reduce_op or "sum")
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         if not self.group_ready:
             return tensor.unsqueeze(0)
-        return collectives.gathered(tensor, self.root_device, group, sync_grads)
+        return collectives.all_gather_tensor(tensor, self.root_device, group, sync_grads)
 
-    def check_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
+    def check_equal_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
         """Raises a RuntimeError on all processes if they would gather tensors of different shapes."""
         every = (
-            collectives.exchanged([tuple(t.shape) for t in tensors], self.root_device, group)
+            collectives.all_gather_objects([tuple(t.shape) for t in tensors], self.root_device, group)
             if self.group_ready
             else []
         )
@@ -262,7 +264,7 @@ class ParallelStrategy(Strategy, ABC):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if not self.group_ready:
             return decision
-        votes = int(collectives.reduced(torch.tensor(int(decision)), self.root_device, op="sum"))
+        votes = int(collectives.all_reduce_tensor(torch.tensor(int(decision)), self.root_device, op="sum"))
         return votes == self.world_size if all else votes > 0
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from fulmen.engine.stochastic_rounding import step_in_float32, widened
+from fulmen.engine.stochastic_rounding import float32_stand_ins, step_in_float32
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import num_positional, overridden, takes_argument
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from fulmen.utilities.types import GradClipAlgorithmType
 
-_LBFGS = (
+_LBFGS_REFUSED = (
     "`precision='{}'`: LBFGS evaluates the loss several times inside its step, {}. "
     "Use 'bf16-mixed' or '32-true', or another optimizer."
 )
 
 
 @lru_cache(maxsize=32)
-def _way_of_the_closure(step: Any) -> str:
+def _closure_argument(step: Any) -> str:
     """How a `step` function takes its closure: "by name", "by position", or "not at all"."""
     if takes_argument(step, "closure"):
         return "by name"
@@ -40,7 +40,7 @@ def _way_of_the_closure(step: Any) -> str:
 
 def step_with_closure(optimizer: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
     """`optimizer.step(closure)`; where the optimizer takes none, the closure runs first."""
-    way = _way_of_the_closure(getattr(type(optimizer), "step", None) or optimizer.step)
+    way = _closure_argument(getattr(type(optimizer), "step", None) or optimizer.step)
     if way == "by name":
         return optimizer.step(closure=closure, **kwargs)
     if way == "by position":
@@ -172,7 +172,7 @@ class MixedPrecision(Precision):
     """
 
     # Several optimizers take turns: gradients that wait for a step must be unscaled by the scale they were made with, so
-    # it changes when `settle` is called only, not before the next backward.
+    # it changes when `update_loss_scale` is called only, not before the next backward.
     hold_scale = False
 
     def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
@@ -187,7 +187,7 @@ class MixedPrecision(Precision):
         self.last_skip: bool | Tensor = False
         self._skips: int | Tensor = 0
         self._steps = 0
-        self._unsettled = False  # was there a step whose findings the scale does not show yet?
+        self._scale_update_due = False  # was there a step whose findings the scale does not show yet?
         self._unscaled: set[int] = set()  # ids of the optimizers whose gradients are, and wait for their step
         self._hooks: list[Any] = []
 
@@ -205,7 +205,7 @@ class MixedPrecision(Precision):
     def connect(self, model: Module, optimizers: list, lr_schedulers: list) -> tuple[Module, list, list]:
         for optimizer in optimizers if self.scaler is not None else ():
             if isinstance(optimizer, torch.optim.LBFGS):
-                raise MisconfigurationException(_LBFGS.format("16-mixed", "a loss scaler allows one"))
+                raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
             if hasattr(optimizer, "register_step_post_hook"):
                 self._hooks.append(optimizer.register_step_post_hook(self._on_step))
         self.hold_scale, self.last_skip, self._skips, self._steps = False, False, 0, 0
@@ -228,8 +228,8 @@ class MixedPrecision(Precision):
     def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
         if self.scaler is None:
             return tensor
-        if self._unsettled and not self.hold_scale:
-            self.settle()
+        if self._scale_update_due and not self.hold_scale:
+            self.update_loss_scale()
         return self.scaler.scale(tensor)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
@@ -241,7 +241,7 @@ class MixedPrecision(Precision):
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException(_LBFGS.format("16-mixed", "a loss scaler allows one"))
+            raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
         self.last_skip = False
         # `training_step` returned no loss: there are no gradients to apply
         if closure() is None and getattr(model, "automatic_optimization", True):
@@ -251,15 +251,15 @@ class MixedPrecision(Precision):
         outcome = self.scaler.step(optimizer, **kwargs)
         self._steps += 1
         self._skips = self._skips + self.last_skip
-        self._unsettled = True
+        self._scale_update_due = True
         self._unscaled.discard(id(optimizer))
         return outcome
 
-    def settle(self) -> None:
+    def update_loss_scale(self) -> None:
         """Lets the scale grow or shrink by what was found since the last time; the loops call it when a batch is done."""
-        if self._unsettled or self._unscaled:
+        if self._scale_update_due or self._unscaled:
             self.scaler.update()
-            self._unsettled = False
+            self._scale_update_due = False
             self._unscaled.clear()
 
     def skip_counts(self) -> tuple[int, int]:
@@ -269,7 +269,7 @@ class MixedPrecision(Precision):
     def state_dict(self) -> dict[str, Any]:
         if self.scaler is None:
             return {}
-        self.settle()
+        self.update_loss_scale()
         return self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -325,7 +325,7 @@ class HalfPrecision(Precision):
 
     def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if isinstance(optimizer, torch.optim.LBFGS):
-            raise MisconfigurationException(_LBFGS.format(self.precision, "which is made in float32"))
+            raise MisconfigurationException(_LBFGS_REFUSED.format(self.precision, "which is made in float32"))
         outcome = closure()
         self._steps += 1
         step_in_float32(optimizer, seed=self._steps << 16, **kwargs)
@@ -333,7 +333,7 @@ class HalfPrecision(Precision):
 
     def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """States that are loaded keep their 32 bits with float16 weights."""
-        return widened(optimizer) if self.dtype == torch.float16 else nullcontext()
+        return float32_stand_ins(optimizer) if self.dtype == torch.float16 else nullcontext()
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
         # A norm in float16 is infinite beyond 65,504, and clipping to it would erase the gradients.

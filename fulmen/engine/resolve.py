@@ -13,7 +13,7 @@ import torch
 
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
 from fulmen.engine.bitsandbytes import BitsandbytesPrecision
-from fulmen.engine.cluster import ClusterEnvironment, detected
+from fulmen.engine.cluster import ClusterEnvironment, detect_environment
 from fulmen.engine.launch import is_interactive
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
@@ -31,7 +31,6 @@ from fulmen.utilities.errors import (
 from fulmen.utilities.optional import available
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-MCE = MisconfigurationException
 # The parts of a strategy that come as plugins; a `LayerSync` is none of them.
 PLUGIN_PARTS: dict[str, type] = {
     "precision_plugin": Precision,
@@ -51,7 +50,7 @@ PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
 }
 ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 # What people write after the names in torch and elsewhere; no name, but a hint.
-MEANT = {
+PRECISION_HINTS = {
     **dict.fromkeys(("float64", "fp64", "double", "64.0"), "64-true"),
     **dict.fromkeys(("float32", "fp32", "float", "single", "full", "32.0"), "32-true"),
     **dict.fromkeys(("float16", "fp16", "half", "amp", "mixed", "16.0"), "16-mixed"),
@@ -60,12 +59,12 @@ MEANT = {
 }
 
 # What not every device of a type can do: how to find out, and which ones can. Other types can do all but FP8.
-ABILITIES: dict[str, dict[str, tuple[Callable[[torch.device], bool], str]]] = {
+DEVICE_ABILITIES: dict[str, dict[str, tuple[Callable[[torch.device], bool], str]]] = {
     "cuda": {
         "bfloat16": (lambda device: torch.cuda.is_bf16_supported(), "GPUs of NVIDIA and AMD"),
         # what `is_bf16_supported(including_emulation=False)` asks of the current device
-        "fast bfloat16": (lambda device: is_gpu_since((8, 0), device), "GPUs from compute capability 8.0 on"),
-        "FP8": (lambda device: is_gpu_since((8, 9), device), "GPUs from compute capability 8.9 on"),
+        "fast bfloat16": (lambda device: has_capability((8, 0), device), "GPUs from compute capability 8.0 on"),
+        "FP8": (lambda device: has_capability((8, 9), device), "GPUs from compute capability 8.9 on"),
     },
     "mps": {
         "float64": (lambda device: False, "other devices"),
@@ -74,18 +73,18 @@ ABILITIES: dict[str, dict[str, tuple[Callable[[torch.device], bool], str]]] = {
     },
 }
 # What a precision needs, and what to write instead.
-NEEDS = {
+PRECISION_REQUIREMENTS = {
     "64-true": ("float64", "'32-true', or `accelerator='cpu'`"),
     "bf16-true": ("bfloat16", "'16-true' or '32-true'"),
     "bf16-mixed": ("bfloat16", "'16-mixed' or '32-true'"),
     "16-mixed": ("a loss scaler", "'bf16-mixed' or '32-true'"),
     "transformer-engine": ("FP8", "'bf16-mixed'"),
 }
-NOT_BUILT = ("single_xla", "single_tpu", "xla", "xla_debug")
+UNSUPPORTED_STRATEGIES = ("single_xla", "single_tpu", "xla", "xla_debug")
 
 
 @dataclass
-class Wishes:
+class EngineRequest:
     """The arguments of `resolve`, with names and types checked."""
 
     accelerator: str | Accelerator = "auto"
@@ -98,19 +97,19 @@ class Wishes:
 
     def __post_init__(self) -> None:
         accelerators = ("auto", "gpu", "tpu", *AcceleratorRegistry)
-        self.accelerator = _known("accelerator", self.accelerator, accelerators, Accelerator)
-        names = ("auto", *StrategyRegistry, *NOT_BUILT)
+        self.accelerator = _check_known("accelerator", self.accelerator, accelerators, Accelerator)
+        names = ("auto", *StrategyRegistry, *UNSUPPORTED_STRATEGIES)
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
-        self.strategy = _known("strategy", spelled, names, Strategy)
-        self.precision = known_precision(self.precision)
-        self.plugins = _by_kind(self.plugins)
+        self.strategy = _check_known("strategy", spelled, names, Strategy)
+        self.precision = parse_precision(self.precision)
+        self.plugins = _plugins_by_kind(self.plugins)
 
-    def own(self, attribute: str) -> Any:
+    def brought_along(self, attribute: str) -> Any:
         """A part that a strategy object was made with."""
         return getattr(self.strategy, attribute, None) if isinstance(self.strategy, Strategy) else None
 
     @property
-    def one_device(self) -> bool:
+    def needs_single_device(self) -> bool:
         """Is it a strategy for one device? One of the user's own may spread over as many as it likes."""
         kind: Any = type(self.strategy)
         if isinstance(self.strategy, str) and self.strategy in StrategyRegistry:
@@ -126,56 +125,57 @@ class Wishes:
         return getattr(chosen, "start_method", "")
 
 
-_OWN = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
+_GIVEN_TWICE = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
 
 # Two lines a row: a table is read by its columns.
 # fmt: off
 
-# What cannot be, whatever the hardware: a condition, the exception class, a message with the wishes as {w}.
-CONFLICTS: tuple[tuple[Callable[[Wishes], Any], type[Exception], str], ...] = (
-    (lambda w: type(w.num_nodes) is not int or w.num_nodes < 1, ValueError,
-     "`num_nodes={w.num_nodes!r}` must be a positive integer: the number of machines."),
-    (lambda w: w.precision and Precision in w.plugins, ValueError,
-     "`precision={w.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
-    (lambda w: w.sync_batchnorm and not isinstance(w.plugins.get(LayerSync), (TorchSyncBatchNorm, NoneType)), MCE,
-     "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
-    (lambda w: w.own("accelerator") and w.accelerator != "auto", MCE, _OWN.format("accelerator", "accelerator")),
-    (lambda w: w.own("precision_plugin") and w.precision not in (None, w.own("precision_plugin").precision), MCE,
-     _OWN.format("precision", "precision")),
-    *((lambda w, part=part, kind=kind: w.own(part) and kind in w.plugins, MCE, _OWN.format(part, "plugins"))
-      for part, kind in PLUGIN_PARTS.items()),
-    (lambda w: w.devices in (0, "0", [], ()), MCE,
-     "`devices={w.devices!r}` is not a valid input: it asks for no device at all. Use `devices=1`, or 'auto'."),
-    (lambda w: isinstance(w.strategy, str) and w.strategy not in ("auto", *StrategyRegistry), MCE,
-     "`strategy={w.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
-    (lambda w: w.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
-     "`strategy={w.strategy!r}` starts processes by {w.start_method!r}, which this platform cannot. Use 'ddp'."),
-    (lambda w: w.start_method == "popen" and is_interactive(), MCE,
-     "`strategy={w.strategy!r}` runs the script again for each device, and in a notebook or interpreter there is none. "
+# What cannot be, whatever the hardware: a condition; the exception class, and a message about the {request}.
+CONFLICTS: tuple[tuple[Callable[[EngineRequest], Any], type[Exception], str], ...] = (
+    (lambda request: type(request.num_nodes) is not int or request.num_nodes < 1,
+     ValueError, "`num_nodes={request.num_nodes!r}` must be a positive integer: the number of machines."),
+    (lambda request: request.precision and Precision in request.plugins,
+     ValueError, "`precision={request.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
+    (lambda request: request.sync_batchnorm and not isinstance(request.plugins.get(LayerSync), (TorchSyncBatchNorm, NoneType)),
+     MisconfigurationException, "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
+    (lambda request: request.brought_along("accelerator") and request.accelerator != "auto",
+     MisconfigurationException, _GIVEN_TWICE.format("accelerator", "accelerator")),
+    (lambda request: (own := request.brought_along("precision_plugin")) and request.precision not in (None, own.precision),
+     MisconfigurationException, _GIVEN_TWICE.format("precision", "precision")),
+    *((lambda request, part=part, kind=kind: request.brought_along(part) and kind in request.plugins,
+       MisconfigurationException, _GIVEN_TWICE.format(part, "plugins")) for part, kind in PLUGIN_PARTS.items()),
+    (lambda request: request.devices in (0, "0", [], ()), MisconfigurationException,
+     "`devices={request.devices!r}` is not a valid input: it asks for no device at all. Use `devices=1`, or 'auto'."),
+    (lambda request: isinstance(request.strategy, str) and request.strategy not in ("auto", *StrategyRegistry),
+     MisconfigurationException, "`strategy={request.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
+    (lambda request: request.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
+     "`strategy={request.strategy!r}` starts processes by {request.start_method!r}, which this platform cannot. Use 'ddp'."),
+    (lambda request: request.start_method == "popen" and is_interactive(), MisconfigurationException,
+     "`strategy={request.strategy!r}` runs the script again for each device, and in a notebook or interpreter there is none. "
      "Use `strategy='ddp_notebook'`."),
 )
 # fmt: on
 
 
-def resolve(**arguments: Any) -> Strategy:
-    """The strategy that arguments of `Trainer` (the fields of `Wishes`) ask for, complete."""
-    wishes = Wishes(**arguments)
+def resolve_strategy(**arguments: Any) -> Strategy:
+    """The strategy that arguments of `Trainer` (the fields of `EngineRequest`) ask for, complete."""
+    request = EngineRequest(**arguments)
     for holds, error, message in CONFLICTS:
-        if holds(wishes):
-            raise error(message.format(w=wishes))
-    chosen = choose_accelerator(wishes)
-    devices = choose_devices(wishes, chosen)
-    if wishes.strategy == "auto":
-        several = len(devices) > 1 or wishes.num_nodes > 1
-        wishes.strategy = ("ddp_fork" if is_interactive() else "ddp") if several else "single_device"
-    return assemble(wishes, chosen, devices)
+        if holds(request):
+            raise error(message.format(request=request))
+    chosen = choose_accelerator(request)
+    devices = choose_devices(request, chosen)
+    if request.strategy == "auto":
+        several = len(devices) > 1 or request.num_nodes > 1
+        request.strategy = ("ddp_fork" if is_interactive() else "ddp") if several else "single_device"
+    return assemble_strategy(request, chosen, devices)
 
 
-def choose_accelerator(wishes: Wishes) -> Accelerator:
+def choose_accelerator(request: EngineRequest) -> Accelerator:
     """An accelerator whose devices exist here."""
-    wish = wishes.own("accelerator") or wishes.accelerator
-    if wish == "auto" and isinstance(wishes.strategy, SingleDeviceStrategy):
-        wish = wishes.strategy.root_device.type
+    wish = request.brought_along("accelerator") or request.accelerator
+    if wish == "auto" and isinstance(request.strategy, SingleDeviceStrategy):
+        wish = request.strategy.root_device.type
     asked = wish if isinstance(wish, str) else wish.name()
     if asked in ("auto", "gpu"):
         wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
@@ -184,62 +184,68 @@ def choose_accelerator(wishes: Wishes) -> Accelerator:
         usable = [repr(name) for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
         gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
         gone = f"No supported gpu backend found, as {gone}" if asked == "gpu" else gone
-        raise MCE(f"`accelerator={asked!r}`: {gone}. Available are {', '.join(usable)}.")
+        raise MisconfigurationException(f"`accelerator={asked!r}`: {gone}. Available are {', '.join(usable)}.")
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
 
-def choose_devices(wishes: Wishes, accelerator: Accelerator) -> list[torch.device]:
+def choose_devices(request: EngineRequest, accelerator: Accelerator) -> list[torch.device]:
     """One device per process of this node."""
-    wish = accelerator.auto_device_count() if wishes.devices == "auto" else wishes.devices
-    if wishes.devices == "auto" and wish > 1 and wishes.one_device:
+    wish = accelerator.auto_device_count() if request.devices == "auto" else request.devices
+    if request.devices == "auto" and wish > 1 and request.needs_single_device:
         rank_zero_info(f"There are {wish} {accelerator.name()} devices; this strategy trains on the first.")
         wish = 1
-    elif wishes.devices == "auto" and wish > 1 and accelerator.name() == "cuda" and is_interactive():
+    elif request.devices == "auto" and wish > 1 and accelerator.name() == "cuda" and is_interactive():
         rank_zero_info(f"There are {wish} cuda devices; in a notebook, one is used unless you say `devices={wish}`.")
         wish = 1
     parsed = accelerator.parse_devices(wish)
     found = accelerator.get_parallel_devices(parsed) if parsed else []
     if not found:
-        raise MCE(f"`devices={wishes.devices!r}` names no {accelerator.name()} device. Use `devices=1`.")
-    if wishes.one_device and (len(found) > 1 or wishes.num_nodes > 1):
-        what = f"`devices={wishes.devices!r}` with `num_nodes={wishes.num_nodes}` are several devices"
-        raise MCE(f"{what}, and `strategy={wishes.strategy!r}` trains on one. Use 'ddp', or `devices=1`.")
-    wish = wishes.strategy
+        raise MisconfigurationException(
+            f"`devices={request.devices!r}` names no {accelerator.name()} device. Use `devices=1`."
+        )
+    if request.needs_single_device and (len(found) > 1 or request.num_nodes > 1):
+        what = f"`devices={request.devices!r}` with `num_nodes={request.num_nodes}` are several devices"
+        raise MisconfigurationException(
+            f"{what}, and `strategy={request.strategy!r}` trains on one. Use 'ddp', or `devices=1`."
+        )
+    wish = request.strategy
     if accelerator.name() == "mps" and (isinstance(wish, ParallelStrategy) or str(wish).startswith(("ddp", "fsdp"))):
         raise ValueError(f"`strategy={wish!r}` needs collectives, which MPS has not. Use 'auto', or the CPU.")
     return found
 
 
-def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.device]) -> Strategy:
+def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices: list[torch.device]) -> Strategy:
     """The strategy with all of its parts; those that it brought along stay."""
-    strategy = wishes.strategy
+    strategy = request.strategy
     if isinstance(strategy, str):
         kind, arguments = StrategyRegistry[strategy]["strategy"], StrategyRegistry[strategy]["init_params"]
-        on_first = wishes.one_device
+        on_first = request.needs_single_device
         strategy = kind(**{"device": devices[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
     if getattr(strategy, "parallel_devices", devices) is None:
         strategy.parallel_devices = devices  # type: ignore[union-attr]
-    brought = {part: wishes.own(part) for part in PLUGIN_PARTS}
-    cluster = brought["cluster_environment"] or wishes.plugins.get(ClusterEnvironment)
-    strategy.cluster_environment = cluster or detected()
+    brought = {part: request.brought_along(part) for part in PLUGIN_PARTS}
+    cluster = brought["cluster_environment"] or request.plugins.get(ClusterEnvironment)
+    strategy.cluster_environment = cluster or detect_environment()
     if isinstance(strategy, ParallelStrategy):
-        strategy.num_nodes = wishes.num_nodes
-        strategy.layer_sync = wishes.plugins.get(LayerSync) or (TorchSyncBatchNorm() if wishes.sync_batchnorm else None)
+        strategy.num_nodes = request.num_nodes
+        strategy.layer_sync = request.plugins.get(LayerSync) or (
+            TorchSyncBatchNorm() if request.sync_batchnorm else None
+        )
         strategy.configure_launcher()
     device = strategy.root_device
     if {device.type, accelerator.name()} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
-        raise MCE(
+        raise MisconfigurationException(
             f"The strategy is on `{device}`, but the accelerator is {accelerator.name()!r}. Choose one of the two."
         )
     strategy.accelerator = accelerator
-    strategy.checkpoint_io = brought["checkpoint_io"] or wishes.plugins.get(CheckpointIO) or TorchCheckpointIO()
-    strategy.precision_plugin = brought["precision_plugin"] or wishes.plugins.get(Precision)
+    strategy.checkpoint_io = brought["checkpoint_io"] or request.plugins.get(CheckpointIO) or TorchCheckpointIO()
+    strategy.precision_plugin = brought["precision_plugin"] or request.plugins.get(Precision)
     started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
     if isinstance(strategy, SingleDeviceStrategy) and started.isdigit() and int(started) > 1:
         what = f"{started} processes were started, but each trains a model of its own on one device here"
         rank_zero_warn(f"{what}, and all write the same files. Start one process.", category=PossibleUserWarning)
     if strategy.precision_plugin is None:
-        name = str(wishes.precision or "32-true")
+        name = str(request.precision or "32-true")
         strategy.precision_plugin = getattr(strategy, "precision_for", lambda name: PRECISIONS[name](device))(name)
         if name.endswith("-mixed"):
             rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
@@ -250,7 +256,7 @@ def assemble(wishes: Wishes, accelerator: Accelerator, devices: list[torch.devic
     return strategy
 
 
-def check_precision(precision: Precision, device: torch.device, abilities: Any = ABILITIES) -> None:
+def check_precision(precision: Precision, device: torch.device, abilities: Any = DEVICE_ABILITIES) -> None:
     """Refuses what the device cannot compute in, and warns of what it only imitates."""
     kind, asked = device.type, f"`precision={precision.precision!r}`"
     if isinstance(precision, BitsandbytesPrecision) and kind not in (served := precision.device_types):
@@ -258,24 +264,24 @@ def check_precision(precision: Precision, device: torch.device, abilities: Any =
         raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
     if isinstance(precision, MixedPrecision) and precision.device not in (kind, ""):
         what = f"The precision plugin autocasts on {precision.device!r}, but the device is `{device}`."
-        raise MCE(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
-    need, instead = NEEDS.get(str(precision.precision), ("", ""))
+        raise MisconfigurationException(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
+    need, instead = PRECISION_REQUIREMENTS.get(str(precision.precision), ("", ""))
     known = {"FP8": (lambda _: False, "NVIDIA GPUs from compute capability 8.9 on"), **abilities.get(kind, {})}
     can, who = known.get(need, (None, ""))
     if can is not None and not can(device):
-        raise MCE(f"{asked} needs {need}. `{device}` does not have it, {who} do. Use {instead}.")
+        raise MisconfigurationException(f"{asked} needs {need}. `{device}` does not have it, {who} do. Use {instead}.")
     fast, who = known.get(f"fast {need}", (None, ""))
     if fast is not None and not fast(device):
         what = f"{asked}: `{device}` imitates {need}, which is slow; {who} compute in it."
         rank_zero_warn(f"{what} Use {instead}.", category=PossibleUserWarning)
 
 
-def is_gpu_since(capability: tuple[int, int], device: torch.device) -> bool:
+def has_capability(capability: tuple[int, int], device: torch.device) -> bool:
     """Is the GPU of that compute capability or a newer one? Those of AMD count as new."""
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= capability
 
 
-def known_precision(value: Any) -> str | None:
+def parse_precision(value: Any) -> str | None:
     """The full name of a precision; a `ValueError` for what is none."""
     asked = str(value) if type(value) is int else value
     names = (*PRECISIONS, *ALIASES)
@@ -287,7 +293,7 @@ def known_precision(value: Any) -> str | None:
             )
         return name
     spelled = str(value).lower().removeprefix("torch.")
-    near = MEANT.get(spelled) or (nearest(spelled, names) if isinstance(value, str) else None)
+    near = PRECISION_HINTS.get(spelled) or (nearest(spelled, names) if isinstance(value, str) else None)
     hint = f" Did you mean `{near}`?" if near else ""
     raise ValueError(f"`precision={value!r}` is invalid. It must be one of {', '.join(map(repr, names))}.{hint}")
 
@@ -297,7 +303,7 @@ def gpu_kind() -> str:
     return next((kind.name() for kind in (MPSAccelerator, CUDAAccelerator) if kind.is_available()), "")
 
 
-def announce(strategy: Strategy) -> None:
+def announce_accelerator(strategy: Strategy) -> None:
     """Say whether there is a GPU and whether it is used; warn when it idles."""
     gpu, used = gpu_kind(), isinstance(strategy.accelerator, (CUDAAccelerator, MPSAccelerator))
     rank_zero_info(f"GPU available: {bool(gpu)}{f' ({gpu})' if gpu else ''}, used: {used}")
@@ -306,7 +312,7 @@ def announce(strategy: Strategy) -> None:
         rank_zero_warn(what, category=PossibleUserWarning)
 
 
-def _known(argument: str, value: Any, names: Sequence[str], kind: type) -> Any:
+def _check_known(argument: str, value: Any, names: Sequence[str], kind: type) -> Any:
     """The value, which must be one of the names or an object of that kind."""
     if isinstance(value, kind) or (isinstance(value, str) and value in names):
         return value
@@ -315,15 +321,17 @@ def _known(argument: str, value: Any, names: Sequence[str], kind: type) -> Any:
     raise ValueError(f"{what} is an invalid {argument} name. It must be one of {known}.{suggestion(str(value), names)}")
 
 
-def _by_kind(plugins: Any) -> dict[type, Any]:
+def _plugins_by_kind(plugins: Any) -> dict[type, Any]:
     found: dict[type, Any] = {}
     for plugin in plugins if isinstance(plugins, (list, tuple)) else [] if plugins is None else [plugins]:
         kind = next((kind for kind in PLUGINS if isinstance(plugin, kind)), None)
         if kind is None:
             what = f"`plugins` received {describe_received(plugin)}; that" if isinstance(plugin, type) else repr(plugin)
             kinds = ", ".join(kind.__name__ for kind in PLUGINS)
-            raise MCE(f"{what} is not a plugin. Pass an object of one of {kinds} in `plugins`.")
+            raise MisconfigurationException(f"{what} is not a plugin. Pass an object of one of {kinds} in `plugins`.")
         if kind in found:
-            raise MCE(f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one.")
+            raise MisconfigurationException(
+                f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one."
+            )
         found[kind] = plugin
     return found

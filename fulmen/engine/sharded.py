@@ -16,7 +16,7 @@ from torch.optim import LBFGS
 
 from fulmen.engine import collectives
 from fulmen.engine.buffers import Buffers
-from fulmen.engine.dtensor import FSDPPrecision, is_spread, part_like, whole
+from fulmen.engine.dtensor import FSDPPrecision, gather_full, is_dtensor, shard_like
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
 from fulmen.storage.async_io import written_at_once
@@ -54,7 +54,7 @@ class ShardedStrategy(ParallelStrategy):
     forward_is_collective = True  # a forward pass gathers parameters
 
     def __init__(self, **kwargs: Any) -> None:
-        self.original: Original | None = None  # how to undo what was done to the module, while it is spread
+        self.module_backup: ModuleBackup | None = None  # how to undo what was done to the module, while it is spread
         self.sharded_modules: list[Any] = []  # those with communication of their own
         self._states_kept = True
         super().__init__(**kwargs)
@@ -89,8 +89,8 @@ class ShardedStrategy(ParallelStrategy):
         if lazy:
             what = f"Lazy parameters that saw no batch yet cannot be spread over processes: {', '.join(lazy[:5])}."
             raise RuntimeError(f"{what} Run a batch through them in `configure_model`.")
-        self.precision_plugin.place(self.root_device)
-        self.original = Original(self._lightning_module)
+        self.precision_plugin.use_device(self.root_device)
+        self.module_backup = ModuleBackup(self._lightning_module)
         super().setup(trainer)
 
     def setup_optimizers(self, trainer: Any) -> None:
@@ -119,36 +119,36 @@ class ShardedStrategy(ParallelStrategy):
             if self.global_rank != 0:
                 torch.set_rng_state(own)
 
-    def note_sharded(self) -> None:
+    def record_sharded_modules(self) -> None:
         """Everything is spread: finds the modules that communicate, and what has to be undone."""
         from torch.distributed.fsdp import FSDPModule
 
-        assert self.original is not None
-        self.original.note_changes()
+        assert self.module_backup is not None
+        self.module_backup.record_changes()
         self.sharded_modules = [part for part in self.model.modules() if isinstance(part, FSDPModule)]
         self.buffers = Buffers(self._lightning_module, self.root_device)
         if self.sharded_modules and self.process_group_backend != "nccl":
-            sum_and_divide(self.sharded_modules)
+            average_by_sum(self.sharded_modules)
 
     def teardown(self) -> None:
-        if self.original is not None and not self.leaving:
-            self.make_whole(self.original)
-        self.original, self.sharded_modules = None, []
+        if self.module_backup is not None and not self.aborting:
+            self.unshard_module(self.module_backup)
+        self.module_backup, self.sharded_modules = None, []
         self.model = self._lightning_module
         super().teardown()
 
-    def make_whole(self, original: Original) -> None:
+    def unshard_module(self, backup: ModuleBackup) -> None:
         """The module with plain parameters, values on rank 0; of the optimizers' states those that a file would have."""
         keep, module = self.global_rank == 0, self._lightning_module
         self._reshard()
         new: dict[int, Any] = {}
         for part in module.modules():
             for name, old in [*part._parameters.items()]:
-                if old is not None and (is_spread(old) or not keep):
+                if old is not None and (is_dtensor(old) or not keep):
                     if id(old) not in new:
-                        new[id(old)] = Parameter(_here_or_meta(old, keep), old.requires_grad)
+                        new[id(old)] = Parameter(_gather_or_meta(old, keep), old.requires_grad)
                     part._parameters[name] = new[id(old)]
-        original.restore()
+        backup.restore()
         self._states_kept = not self.sharded_checkpoints
         for optimizer in self.optimizers:
             states = dict(optimizer.state)
@@ -157,7 +157,7 @@ class ShardedStrategy(ParallelStrategy):
                 for index, old in enumerate(group["params"]):
                     group["params"][index] = new.get(id(old), old)
                     if self._states_kept and old in states:
-                        state = {key: whole(value, keep) for key, value in states[old].items()}
+                        state = {key: gather_full(value, keep) for key, value in states[old].items()}
                         optimizer.state.update({group["params"][index]: state} if keep else {})
 
     def move_to_cpu(self) -> None:
@@ -204,40 +204,40 @@ class ShardedStrategy(ParallelStrategy):
 
     def state_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
         keep = self.global_rank == 0
-        if self.sharded_checkpoints and self.original is not None:
+        if self.sharded_checkpoints and self.module_backup is not None:
             return state
-        full = {name: whole(value, keep) for name, value in state.items()}
+        full = {name: gather_full(value, keep) for name, value in state.items()}
         return full if keep else {}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        if self.original is None and not self._states_kept:
+        if self.module_backup is None and not self._states_kept:
             what = "The run is over, and the states of its optimizers, which were spread over processes, are gone."
             fix = "Save inside the run (`ModelCheckpoint`, `on_train_end`), or with `weights_only=True`."
             raise RuntimeError(f"{what} {fix}")
         state, keep = super().optimizer_state(optimizer), self.global_rank == 0
-        if not self.sharded_checkpoints or self.original is None:
-            full = {i: {k: whole(v, keep) for k, v in values.items()} for i, values in state["state"].items()}
+        if not self.sharded_checkpoints or self.module_backup is None:
+            full = {i: {k: gather_full(v, keep) for k, v in values.items()} for i, values in state["state"].items()}
             return {**state, "state": full} if keep else {}
-        names = names_in(self._lightning_module, self.precision_plugin.main_params(optimizer))
+        names = parameter_names(self._lightning_module, self.precision_plugin.main_params(optimizer))
         groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
         return {**state, "state": {names[i]: dict(v) for i, v in state["state"].items()}, "param_groups": groups}
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         module, saved = self._lightning_module, checkpoint["state_dict"]
         # Straight into the parameters; what does not fit is complained about here.
-        module.load_state_dict(filled(saved, module.state_dict()), strict=strict)
+        module.load_state_dict(fill_with_saved(saved, module.state_dict()), strict=strict)
 
-    def state_from(self, saved: dict[str, Any]) -> dict[str, Any]:
+    def state_from_checkpoint(self, saved: dict[str, Any]) -> dict[str, Any]:
         own = self._lightning_module.state_dict()
         fitting = {key: value for key, value in saved.items() if key in own and own[key].shape == value.shape}
-        return filled(saved, {key: torch.empty_like(own[key], dtype=v.dtype) for key, v in fitting.items()})
+        return fill_with_saved(saved, {key: torch.empty_like(own[key], dtype=v.dtype) for key, v in fitting.items()})
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         saved, fitted = checkpoint["optimizer_states"], []
         stored = checkpoint["state_dict"] if isinstance(checkpoint["state_dict"], Stored) else None
         for index, (optimizer, state) in enumerate(zip(self.optimizers, saved)):
             parameters = self.precision_plugin.main_params(optimizer)
-            names = names_in(self._lightning_module, parameters)
+            names = parameter_names(self._lightning_module, parameters)
             keys = [key for group in state["param_groups"] for key in group["params"]]
             if set(keys) == set(names):
                 position = {name: place for place, name in enumerate(names)}
@@ -248,7 +248,9 @@ class ShardedStrategy(ParallelStrategy):
             for key, value in state["state"].items() if stored is not None else ():
                 own = parameters[position[key]]
                 wanted |= {
-                    f"{OPTIMIZER.format(index)}{key}.{n}": _room(v, own) for n, v in value.items() if _missing(v)
+                    f"{OPTIMIZER.format(index)}{key}.{n}": _empty_like_saved(v, own)
+                    for n, v in value.items()
+                    if _is_in_folder(v)
                 }
             if stored is not None and wanted:
                 read_shards(wanted, stored)
@@ -256,8 +258,8 @@ class ShardedStrategy(ParallelStrategy):
                 own, target = parameters[position[key]], values[position[key]]
                 for name, v in value.items():
                     v = wanted.get(f"{OPTIMIZER.format(index)}{key}.{name}", v)
-                    fits = isinstance(v, Tensor) and is_spread(own) and not is_spread(v) and v.shape == own.shape
-                    target[name] = part_like(v, own) if fits else v
+                    fits = isinstance(v, Tensor) and is_dtensor(own) and not is_dtensor(v) and v.shape == own.shape
+                    target[name] = shard_like(v, own) if fits else v
             groups = [{**g, "params": [position[key] for key in g["params"]]} for g in state["param_groups"]]
             fitted.append({**state, "state": values, "param_groups": groups})
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": fitted + saved[len(fitted) :]})
@@ -265,7 +267,7 @@ class ShardedStrategy(ParallelStrategy):
     # ------------------------------------------------------------------ files
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if not self.sharded_checkpoints or self.original is None:
+        if not self.sharded_checkpoints or self.module_backup is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if storage_options is not None:
@@ -302,17 +304,17 @@ class ShardedStrategy(ParallelStrategy):
         return read_outline(checkpoint_path, weights_only)
 
 
-class Original:
+class ModuleBackup:
     """How a module was before layers were given other classes, hooks and attributes; and that again."""
 
     def __init__(self, module: Module) -> None:
-        self.before = [(part, type(part), set(vars(part)), _hooks(part)) for part in module.modules()]
+        self.before = [(part, type(part), set(vars(part)), _hooks_of(part)) for part in module.modules()]
         self.changes: list[tuple[Module, type, set[str], dict[str, set[Any]]]] = []
 
-    def note_changes(self) -> None:
+    def record_changes(self) -> None:
         """Only what was changed until now is undone."""
         for part, kind, names, hooks in self.before:
-            more = {name: set(now) - set(hooks.get(name, ())) for name, now in _hooks(part).items()}
+            more = {name: set(now) - set(hooks.get(name, ())) for name, now in _hooks_of(part).items()}
             self.changes.append((part, kind, set(vars(part)) - names, more))
 
     def restore(self) -> None:
@@ -329,11 +331,13 @@ class Original:
                 vars(part).pop(name, None)
 
 
-def _hooks(part: Module) -> dict[str, dict]:
+def _hooks_of(part: Module) -> dict[str, dict]:
     return {name: dict(value) for name, value in vars(part).items() if isinstance(value, dict) and "hooks" in name}
 
 
-def materialise(parts: Iterable[Module], device: torch.device, first: bool, init: Callable[[Any], Any] | None) -> None:
+def materialize_layers(
+    parts: Iterable[Module], device: torch.device, first: bool, init: Callable[[Any], Any] | None
+) -> None:
     """Layers get the values of rank 0; those on the meta device are initialised there, as if they were made now.
 
     Arguments:
@@ -349,18 +353,18 @@ def materialise(parts: Iterable[Module], device: torch.device, first: bool, init
         held: list[Any] = [
             (place, name, tensor) for place in (part._parameters, part._buffers) for name, tensor in place.items()
         ]
-        plain = [(place, name, tensor) for place, name, tensor in held if tensor is not None and not is_spread(tensor)]
+        plain = [(place, name, tensor) for place, name, tensor in held if tensor is not None and not is_dtensor(tensor)]
         missing = [(place, name, tensor) for place, name, tensor in plain if tensor.is_meta]
         for place, name, tensor in missing:
             empty = torch.empty_like(tensor, device=device)
             place[name] = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
         if missing and first:
-            initialise(part, init, [name for _, name, _ in missing])
+            init_layer(part, init, [name for _, name, _ in missing])
         shared += [place[name] for place, name, _ in plain]
-    collectives.share(shared, device)
+    collectives.broadcast_tensors(shared, device)
 
 
-def initialise(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -> None:
+def init_layer(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -> None:
     """Gives the tensors of a layer their first values."""
     reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
     if init is None and reset is None:
@@ -372,7 +376,7 @@ def initialise(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -
         (reset if init is None else partial(init, part))()  # type: ignore[misc]
 
 
-def sum_and_divide(modules: Iterable[Any]) -> None:
+def average_by_sum(modules: Iterable[Any]) -> None:
     """Gradients are averaged by a sum and a division: gloo of some versions of torch takes an average for a sum.
 
     Raises:
@@ -385,41 +389,41 @@ def sum_and_divide(modules: Iterable[Any]) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def names_in(module: Module, parameters: Iterable[Tensor]) -> list[str]:
+def parameter_names(module: Module, parameters: Iterable[Tensor]) -> list[str]:
     """What parameters are called in a module, in their order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names.get(id(parameter), f"#{i}") for i, parameter in enumerate(parameters)]
 
 
-def filled(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def fill_with_saved(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What was saved, with this process's part of what is spread; what is in a folder is read into `own`."""
     loaded = dict(saved)
     if isinstance(saved, Stored):
-        fitting = {key: own[key] for key, value in saved.items() if key in own and _fits(own[key], value)}
+        fitting = {key: own[key] for key, value in saved.items() if key in own and _can_read(own[key], value)}
         wanted = {f"{saved.prefix}{key}": value for key, value in fitting.items()}
         read_shards(wanted, saved)
         loaded.update({key: wanted[f"{saved.prefix}{key}"] for key in fitting})
     for key, value in loaded.items():
-        if is_spread(own.get(key)) and not is_spread(value) and value.shape == own[key].shape and not value.is_meta:
-            loaded[key] = part_like(value, own[key])
+        if is_dtensor(own.get(key)) and not is_dtensor(value) and value.shape == own[key].shape and not value.is_meta:
+            loaded[key] = shard_like(value, own[key])
     return loaded
 
 
-def _here_or_meta(tensor: Tensor, keep: bool) -> Tensor:
-    full = whole(tensor, keep)
+def _gather_or_meta(tensor: Tensor, keep: bool) -> Tensor:
+    full = gather_full(tensor, keep)
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if full is None else full
 
 
-def _missing(value: Any) -> bool:
+def _is_in_folder(value: Any) -> bool:
     """Is it still in the folder?"""
     return value is None or (isinstance(value, Tensor) and value.is_meta)
 
 
-def _fits(own: Any, saved: Any) -> bool:
-    return _missing(saved) and getattr(own, "shape", None) == getattr(saved, "shape", None)
+def _can_read(own: Any, saved: Any) -> bool:
+    return _is_in_folder(saved) and getattr(own, "shape", None) == getattr(saved, "shape", None)
 
 
-def _room(value: Any, parameter: Any) -> Any:
+def _empty_like_saved(value: Any, parameter: Any) -> Any:
     """Where a stored tensor can be read to: spread like its parameter, if it has its shape."""
     if value is None or value.shape != parameter.shape:
         return None if value is None else torch.empty_like(value, device="cpu")

@@ -18,9 +18,9 @@ from torch.nn import Parameter
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-HALF = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Elements that are widened together: bounds the memory that a step needs on top, to a few times 64 MB.
-PART = 1 << 24
+CHUNK_ELEMENTS = 1 << 24
 
 
 def step_in_float32(optimizer: Any, seed: int, **kwargs: Any) -> Any:
@@ -38,10 +38,10 @@ def step_in_float32(optimizer: Any, seed: int, **kwargs: Any) -> Any:
     members = [group["params"] for group in groups]
     outcome = None
     try:
-        for number, part in enumerate(_parts(members, PART if alone else 1 << 62)):
+        for number, part in enumerate(_chunk_parameters(members, CHUNK_ELEMENTS if alone else 1 << 62)):
             for group, parameters in zip(groups, part):
                 group["params"] = parameters
-            with widened(optimizer, seed + 2 * number):
+            with float32_stand_ins(optimizer, seed + 2 * number):
                 outcome = optimizer.step(**kwargs)
     finally:
         for group, parameters in zip(groups, members):
@@ -49,7 +49,7 @@ def step_in_float32(optimizer: Any, seed: int, **kwargs: Any) -> Any:
     return outcome
 
 
-def _parts(members: list[list[Any]], limit: int) -> Iterator[list[list[Any]]]:
+def _chunk_parameters(members: list[list[Any]], limit: int) -> Iterator[list[list[Any]]]:
     """The parameters that have a gradient, by group, in portions of about `limit` elements; at least one portion."""
     part: list[list[Any]] = [[] for _ in members]
     size = 0
@@ -66,38 +66,38 @@ def _parts(members: list[list[Any]], limit: int) -> Iterator[list[list[Any]]]:
 
 
 @contextmanager
-def widened(optimizer: Any, seed: int | None = None) -> Generator[None]:
+def float32_stand_ins(optimizer: Any, seed: int | None = None) -> Generator[None]:
     """Inside, the optimizer has stand-ins of 32 bits for its parameters of 16, with their gradients and states.
 
     The parameters themselves stay as they are: autograd forgets who listens to a gradient, such as DDP, when the dtype of
     its parameter changes. Without a seed only states are of interest, which are being loaded.
     """
-    own = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF]
-    wide = [Parameter(data) for data in _wide([p.data for p in own])]
+    own = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF_DTYPES]
+    wide = [Parameter(data) for data in _to_float32([p.data for p in own])]
     there = [(stand_in, p.grad) for stand_in, p in zip(wide, own) if p.grad is not None]
-    for (stand_in, _), grad in zip(there, _wide([grad for _, grad in there])):
+    for (stand_in, _), grad in zip(there, _to_float32([grad for _, grad in there])):
         stand_in.grad = grad
-    _replace(optimizer, own, wide)
+    _swap_parameters(optimizer, own, wide)
     states = [optimizer.state[p] for p in wide if p in optimizer.state]
     slots = [(state, name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
-    slots = [slot for slot in slots if slot[2].dtype in HALF]
-    for (state, name, _), value in zip(slots, _wide([value for _, _, value in slots])):
+    slots = [slot for slot in slots if slot[2].dtype in HALF_DTYPES]
+    for (state, name, _), value in zip(slots, _to_float32([value for _, _, value in slots])):
         state[name] = value
     try:
         yield
     finally:
-        _replace(optimizer, wide, own)
+        _swap_parameters(optimizer, wide, own)
         if seed is not None:
             half = [(p.data, w.data) for p, w in zip(own, wide) if p.dtype == torch.float16]
             if half:
                 torch._foreach_copy_([data for data, _ in half], [data for _, data in half])
             brain = [(p, w.data) for p, w in zip(own, wide) if p.dtype == torch.bfloat16]
-            _store([data for _, data in brain], [p.data for p, _ in brain], seed)
+            _store_rounded([data for _, data in brain], [p.data for p, _ in brain], seed)
             before = {(id(state), name): value for state, name, value in slots}
-            _narrow_states([p for p, _ in brain], optimizer.state, before, seed + 1)
+            _round_states([p for p, _ in brain], optimizer.state, before, seed + 1)
 
 
-def _replace(optimizer: Any, old: list[Any], new: list[Any]) -> None:
+def _swap_parameters(optimizer: Any, old: list[Any], new: list[Any]) -> None:
     """Other parameters in the optimizer's groups, which inherit the states."""
     successor = {id(before): after for before, after in zip(old, new)}
     for group in optimizer.param_groups:
@@ -107,7 +107,7 @@ def _replace(optimizer: Any, old: list[Any], new: list[Any]) -> None:
             optimizer.state[after] = optimizer.state.pop(before)
 
 
-def _narrow_states(parameters: Sequence[Any], states: Any, before: dict[Any, Tensor], seed: int) -> None:
+def _round_states(parameters: Sequence[Any], states: Any, before: dict[Any, Tensor], seed: int) -> None:
     """Stores the states of bfloat16 parameters as bfloat16, in the tensors that held them before where there are any."""
     found = [(states[p], name) for p in parameters if p in states for name in states[p] if name != "step"]
     found = [slot for slot in found if isinstance(slot[0][slot[1]], Tensor) and slot[0][slot[1]].dtype == torch.float32]
@@ -115,10 +115,10 @@ def _narrow_states(parameters: Sequence[Any], states: Any, before: dict[Any, Ten
     for (state, name), value in zip(found, values):
         old = before.get((id(state), name))
         state[name] = torch.empty_like(value, dtype=torch.bfloat16) if old is None else old
-    _store(values, [state[name] for state, name in found], seed)
+    _store_rounded(values, [state[name] for state, name in found], seed)
 
 
-def _wide(tensors: list[Any]) -> list[Tensor]:
+def _to_float32(tensors: list[Any]) -> list[Tensor]:
     """float32 copies, made by a few large operations instead of many small ones."""
     if len({tensor.device for tensor in tensors}) != 1 or any(tensor.is_sparse for tensor in tensors):
         return [tensor.float() for tensor in tensors]
@@ -126,18 +126,18 @@ def _wide(tensors: list[Any]) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
 
-def _store(wide: list[Tensor], narrow: list[Tensor], seed: int) -> None:
+def _store_rounded(wide: list[Tensor], narrow: list[Tensor], seed: int) -> None:
     """Rounds by chance, device by device, and writes into the tensors that are there."""
     for device in {tensor.device for tensor in wide}:
         pairs = [(source, target) for source, target in zip(wide, narrow) if source.device == device]
         generator = torch.Generator(device).manual_seed(seed)
-        flat = rounded_by_chance(torch.cat([source.reshape(-1) for source, _ in pairs]), generator)
+        flat = stochastic_round(torch.cat([source.reshape(-1) for source, _ in pairs]), generator)
         parts = flat.split([source.numel() for source, _ in pairs])
         views = [part.view(source.shape) for part, (source, _) in zip(parts, pairs)]
         torch._foreach_copy_([target for _, target in pairs], views)
 
 
-def rounded_by_chance(wide: Tensor, generator: torch.Generator) -> Tensor:
+def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
     """float32 as bfloat16: one of the two neighbours, the nearer one more often, so that the mean is the value.
 
     Arguments:

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 # How the precision's context around a step is called, where it is not called like the step.
-SHORT = {"training_step": "train_step", "validation_step": "val_step"}
+STEP_CONTEXTS = {"training_step": "train_step", "validation_step": "val_step"}
 
 
-def _moved(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+def _move_batch(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     return move_data_to_device(batch, device)
 
 
-def _step_of_module(name: str) -> Callable[..., Any]:
+def _call_module_step(name: str) -> Callable[..., Any]:
     """A step of the strategy, which calls the module's method of that name."""
     return lambda self, *args, **kwargs: getattr(self._lightning_module, name)(*args, **kwargs)
 
@@ -51,7 +51,7 @@ class Strategy(KeywordHints, ABC):
     watchdog: Any = None  # of a run on several processes
     defers_gradient_reduction = False  # are gradients of an accumulation window out of reach before they are reduced?
     save_is_collective = False  # do all processes have to write a checkpoint together?
-    leaving = False  # does an exception end this process's part in the run?
+    aborting = False  # does an exception end this process's part in the run?
     forward_is_collective = False  # do all processes have to run a forward pass together?
     collectives_blocked_reason: str | None = None  # of an error, while some process has no batch and takes no part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
@@ -65,12 +65,16 @@ class Strategy(KeywordHints, ABC):
         self.lr_scheduler_configs: list[Any] = []
         self.cluster_environment: Any = None
         # Between `pre_backward` and `post_backward`; the training loop puts its own in, which fires the hooks there.
-        self.run_backward: Callable[..., None] = self._plain_backward
+        self.run_backward: Callable[..., None] = self._precision_backward
         # What moves a batch; the feed puts the user's transfer hook in.
-        self.transfer: Callable[..., Any] = _moved
+        self.transfer: Callable[..., Any] = _move_batch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "run_backward": self._plain_backward, "transfer": _moved}  # without what a run put in
+        return {
+            **vars(self),
+            "run_backward": self._precision_backward,
+            "transfer": _move_batch,
+        }  # without what a run put in
 
     lightning_module = alias("_lightning_module", "The user's module, never wrapped.")
 
@@ -115,7 +119,7 @@ class Strategy(KeywordHints, ABC):
         """Back to the CPU, so that a finished run holds no device memory."""
         if self.root_device.type != "cpu":
             self.move_to_cpu()
-        if self.leaving and isinstance(self.checkpoint_io, AsyncCheckpointIO):
+        if self.aborting and isinstance(self.checkpoint_io, AsyncCheckpointIO):
             self.checkpoint_io.settle()  # does not hide why the run ends
         for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
             part.teardown()
@@ -134,8 +138,8 @@ class Strategy(KeywordHints, ABC):
     def wrap_model(self, trainer: Any) -> None:
         """Puts around the model what exchanges it or its gradients with other processes, before optimizers are made."""
 
-    def ends_at(self, place: tuple[int, int]) -> bool:
-        """A signal came: does the run end here? `place` rises, and all processes come to it."""
+    def agree_to_stop(self, batch_position: tuple[int, int]) -> bool:
+        """A signal came: does the run stop here? All processes reach the same, rising positions."""
         return True
 
     @contextmanager
@@ -152,21 +156,21 @@ class Strategy(KeywordHints, ABC):
         """Entered around `configure_model`."""
         return nullcontext()
 
-    def bind(self, step_name: str) -> Callable[..., Any]:
+    def bind_step(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
         return getattr(self if overridden(self, step_name, Strategy) else self._lightning_module, step_name)
 
     def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """The precision's context around a step; None if it has none, so that nothing is entered."""
-        for name in (SHORT.get(step_name, step_name) + "_context", "forward_context"):
+        for name in (STEP_CONTEXTS.get(step_name, step_name) + "_context", "forward_context"):
             if overridden(self.precision_plugin, name, Precision):
                 return getattr(self.precision_plugin, name)
         return None
 
-    training_step = _step_of_module("training_step")
-    validation_step = _step_of_module("validation_step")
-    test_step = _step_of_module("test_step")
-    predict_step = _step_of_module("predict_step")
+    training_step = _call_module_step("training_step")
+    validation_step = _call_module_step("validation_step")
+    test_step = _call_module_step("test_step")
+    predict_step = _call_module_step("predict_step")
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The batch on `device` (default: the root device)."""
@@ -181,7 +185,7 @@ class Strategy(KeywordHints, ABC):
         self.post_backward(scaled)
         return scaled
 
-    def _plain_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def _precision_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.precision_plugin.backward(loss, self._lightning_module, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -197,10 +201,10 @@ class Strategy(KeywordHints, ABC):
         """A loss of 0 whose backward pass takes part in those of other processes; None if only a whole step does."""
         return None
 
-    def show_buffers(self) -> None:
-        """Validation begins: until `hide_buffers`, all processes have the buffers that a checkpoint would hold."""
+    def use_rank_zero_buffers(self) -> None:
+        """Validation begins: until `restore_own_buffers`, all processes have the buffers that a checkpoint would hold."""
 
-    def hide_buffers(self) -> None:
+    def restore_own_buffers(self) -> None:
         """Validation is over: each process has those again that it trains with."""
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -224,7 +228,7 @@ class Strategy(KeywordHints, ABC):
     def barrier(self, name: str | None = None) -> None:
         """Waits until every process is here."""
 
-    def patient_barrier(self, name: str) -> None:
+    def barrier_without_timeout(self, name: str) -> None:
         """`barrier` for where others may take hours."""
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
@@ -248,7 +252,7 @@ class Strategy(KeywordHints, ABC):
         """The tensors of all processes along a new first dimension."""
         return tensor
 
-    def check_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
+    def check_equal_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
         """Raises on all processes if they have tensors of different shapes."""
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -263,7 +267,7 @@ class Strategy(KeywordHints, ABC):
         """A state dict of the module, or one like it, as a checkpoint holds it; all processes call this."""
         return state
 
-    def state_from(self, saved: dict[str, Any]) -> dict[str, Any]:
+    def state_from_checkpoint(self, saved: dict[str, Any]) -> dict[str, Any]:
         """A state dict of a checkpoint, as this process has one; all processes call this."""
         return saved
 
@@ -311,17 +315,17 @@ class Strategy(KeywordHints, ABC):
         if self.is_global_zero and isinstance(self.checkpoint_io, AsyncCheckpointIO):
             self.checkpoint_io.wait()
 
-    def leave(self, error: BaseException) -> BaseException:
+    def abort(self, error: BaseException) -> BaseException:
         """An exception ends this process's part in the run: nobody waits for others now. Returns the real reason."""
-        self.leaving = True
+        self.aborting = True
         if isinstance(self.checkpoint_io, AsyncCheckpointIO):
             self.checkpoint_io.settle()  # it was logged if that failed, and the exception is what counts now
         return error if self.watchdog is None else self.watchdog.failed(error)
 
-    def watch(self, trainer: Any) -> None:
+    def start_watchdog(self, trainer: Any) -> None:
         """The processes have met: from now on, one that fails is found out."""
 
-    def unwatch(self) -> None:
+    def stop_watchdog(self) -> None:
         """The run is over, however it ended."""
         watching, self.watchdog = self.watchdog, None
         if watching is not None:
@@ -391,7 +395,7 @@ for _start, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), (
 _FSDP, _DEEPSPEED = "fulmen.engine.fsdp:FSDPStrategy", "fulmen.engine.deepspeed:DeepSpeedStrategy"
 _OFFLOAD: dict[str, Any] = {"offload_optimizer": True}
 _NVME: dict[str, Any] = {"offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
-_SPREAD: tuple[tuple[str, str, dict[str, Any]], ...] = (
+_SHARDED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("fsdp", _FSDP, {"start_method": "popen"}),
     ("fsdp_cpu_offload", _FSDP, {"start_method": "popen", "cpu_offload": True}),
     ("deepspeed", _DEEPSPEED, {}),
@@ -402,5 +406,5 @@ _SPREAD: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("deepspeed_stage_3_offload", _DEEPSPEED, {"stage": 3, "offload_parameters": True, **_OFFLOAD}),
     ("deepspeed_stage_3_offload_nvme", _DEEPSPEED, {"stage": 3, "offload_parameters": True, **_OFFLOAD, **_NVME}),
 )
-for _name, _path, _given in _SPREAD:
+for _name, _path, _given in _SHARDED:
     StrategyRegistry.register(_name, _path, "parameters spread over processes", **_given)

@@ -81,7 +81,7 @@ class SyncBatchNorm(_BatchNorm):
                 rank_zero_warn(f"{what}. Build it on `fulmen.SyncBatchNorm` if they should span all.")
                 continue
             layer.process_group = getattr(layer, "process_group", None) or process_group
-            layer.__class__ = _synchronised(kind)
+            layer.__class__ = _synchronized_class(kind)
         return module
 
     @staticmethod
@@ -112,21 +112,23 @@ class SyncBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         own = input[:0] if SyncBatchNorm.in_shadow_step else input
         with torch.no_grad():
-            mean, m2, total = merged_statistics(own, self.process_group, num_ranks)
+            mean, m2, total = merge_statistics(own, self.process_group, num_ranks)
             # sync: a rank with several values knows without asking that there is more than one
             if input.numel() <= input.size(1) and total.item() == 1:
                 what = f"got one from all {num_ranks} ranks together (here the input is {list(input.shape)})"
                 raise ValueError(f"Expected more than 1 value per channel when training, {what}. Use larger batches.")
             if self.track_running_stats:
-                self._track(mean, m2, total)
+                self._update_running_statistics(mean, m2, total)
             dtype = _statistics_dtype(input)
             mean, var = mean.to(dtype), (m2 / total.clamp(min=1)).to(dtype)
-        result = _Normalise.apply(own, self.weight, self.bias, mean, var, total, self.eps, self.process_group)
+        result = _NormalizeWithAllRanks.apply(
+            own, self.weight, self.bias, mean, var, total, self.eps, self.process_group
+        )
         if own is not input:  # normalised beside those that count; nothing of it is used
             result = F.batch_norm(input, mean, var, eps=self.eps) + result.sum()
         return result
 
-    def _track(self, mean: Tensor, m2: Tensor, total: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, m2: Tensor, total: Tensor) -> None:
         """Move the running statistics; a batch that is empty on all ranks counts, but moves nothing."""
         momentum = total.clamp(max=1) * (self.momentum or 0.0)
         if self.num_batches_tracked is not None:
@@ -149,7 +151,7 @@ class TorchSyncBatchNorm(LayerSync):
         return SyncBatchNorm.revert(model)
 
 
-def merged_statistics(input: Tensor, group: Any, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge_statistics(input: Tensor, group: Any, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C] and sum of squared deviations from it [C] over all ranks, and the number of values per channel [].
 
     All float64 and bitwise the same on every rank. A rank adds its count, mean and sum of squared deviations; these are
@@ -173,7 +175,7 @@ def merged_statistics(input: Tensor, group: Any, num_ranks: int) -> tuple[Tensor
     return mean, (m2s + counts * (means - mean) ** 2).sum(0), total
 
 
-class _Normalise(Function):
+class _NormalizeWithAllRanks(Function):
     """Normalises with statistics [C] of all ranks, and differentiates through them.
 
     The gradient is that of Ioffe and Szegedy, "Batch Normalization" (2015), section 3, where both means over the batch
@@ -234,18 +236,19 @@ def _statistics_dtype(input: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def _synchronised(kind: Any) -> type[SyncBatchNorm]:
+def _synchronized_class(kind: Any) -> type[SyncBatchNorm]:
     """The class of converted layers: still of that kind, with the forward pass of `SyncBatchNorm`."""
     # DDP refuses layers of torch's class on a CPU.
     bases = (SyncBatchNorm,) if kind is torch.nn.SyncBatchNorm else (SyncBatchNorm, kind)
     body = {"_original": kind, "_check_input_dim": kind._check_input_dim, "__module__": __name__}
     becomes = getattr(kind, "cls_to_become", None)  # of a lazy layer, once it has seen an input
     if becomes is not None:
-        body["cls_to_become"] = _synchronised(becomes)
+        body["cls_to_become"] = _synchronized_class(becomes)
     return type(f"Sync{kind.__name__.removeprefix('Sync')}", bases, body)
 
 
+# Pickles of converted layers name this function.
 def _blank(kind: Any) -> SyncBatchNorm:
     """A converted layer that copying or unpickling fills."""
-    converted = _synchronised(kind)
+    converted = _synchronized_class(kind)
     return converted.__new__(converted)

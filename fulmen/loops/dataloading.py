@@ -77,9 +77,9 @@ def bind_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable
     strategy, method = trainer.strategy, getattr(trainer.lightning_module, name)
     if takes_argument(method, "dataloader_iter", explicit=True):
         arguments = ("dataloader_iter", *arguments[1:])
-    step = strategy.bind(name)
+    step = strategy.bind_step(name)
     if name == "training_step" and strategy.buffers is not None:
-        step = strategy.buffers.before(step)
+        step = strategy.buffers.sync_before(step)
     step = by_signature(step, method, arguments)
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 

@@ -221,7 +221,7 @@ class EvaluationLoop(Loop):
         getattr(hooks, f"on_{self.infix}_start")()
         getattr(hooks, f"on_{self.infix}_epoch_start")()
         if self.inside_fit:
-            trainer.strategy.show_buffers()  # last of all: a hook may have put an average in their place
+            trainer.strategy.use_rank_zero_buffers()  # last of all: a hook may have put an average in their place
         trainer.book.dataloader_idx = 0 if self.several else None
 
     @property
@@ -275,7 +275,7 @@ class EvaluationLoop(Loop):
         assert self.loaders is not None and book.page is not None
         self.finish_loaders()
         if self.inside_fit:
-            trainer.strategy.hide_buffers()
+            trainer.strategy.restore_own_buffers()
         book.dataloader_idx = None
         if book.page.has_steps:
             book.remember()

@@ -319,7 +319,7 @@ class AutomaticOptimization(Optimization):
         wrapped = self.trainer.lightning_optimizers[self.index]
         self.optimizer_step(self.progress.epochs, batch_idx, wrapped, closure)
         if self.mixed and not self.only:
-            self.precision.settle()
+            self.precision.update_loss_scale()
         if not self.closure_ran:
             raise MisconfigurationException(
                 f"`{type(self.module).__name__}.optimizer_step` did not run the closure. "
@@ -394,7 +394,7 @@ class AlternatingOptimization(Optimization):
             outputs.update((key, value) for key, value in given.items() if key != "loss")
         self.end(losses)
         if self.mixed:
-            self.precision.settle()
+            self.precision.update_loss_scale()
         there = [loss for loss in outputs["losses"] if loss is not None]
         return {**outputs, "loss": sum(there)} if there else outputs
 
@@ -478,7 +478,7 @@ class ManualOptimization(Optimization):
         if self.after_step:
             self.strategy.post_training_step()
         if self.mixed:
-            self.precision.settle()
+            self.precision.update_loss_scale()
         if output is None:
             return {}
         if isinstance(output, Tensor):

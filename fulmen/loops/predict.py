@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fulmen.data.loaders import IndexRecorder
-from fulmen.engine.collectives import collected
+from fulmen.engine.collectives import gather_objects
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.rank_zero import WarningCache
@@ -84,7 +84,7 @@ class PredictionLoop(EvaluationLoop):
         assert self.collected is not None
         strategy = self.trainer.strategy
         with strategy.allow_collectives():  # all take part, until nobody has anything left
-            arrived, senders = collected(own, strategy.root_device)
+            arrived, senders = gather_objects(own, strategy.root_device)
         self.collected += arrived
         return senders
 

@@ -28,7 +28,7 @@ LAST = 1 << 60  # behind all validation batches
 
 def after_step(loop: FitLoop) -> None:
     """A signal came: ends the run if an accumulation window is complete, and all processes end here."""
-    if not in_window(loop) and loop.trainer.strategy.ends_at((loop.progress.batches, LAST)):
+    if not in_window(loop) and loop.trainer.strategy.agree_to_stop((loop.progress.batches, LAST)):
         end(loop.trainer)
 
 
@@ -39,7 +39,7 @@ def after_evaluation_batch(loop: EvaluationLoop, batch_idx: int, dataloader_idx:
         raise trainer.signals.exception()
     place = (trainer.fit_loop.progress.batches, (dataloader_idx << 40) + batch_idx)
     everywhere = loop.uneven is None or batch_idx < loop.uneven.full[dataloader_idx]
-    if everywhere and not in_window(trainer.fit_loop) and trainer.strategy.ends_at(place):
+    if everywhere and not in_window(trainer.fit_loop) and trainer.strategy.agree_to_stop(place):
         end(trainer)
 
 

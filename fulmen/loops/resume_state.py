@@ -65,7 +65,7 @@ class Memory:
             "book": book_state(trainer.book),
             "window": None if back or train is None else _window(loop),
         }
-        if trainer.strategy.buffers is not None and (own := trainer.strategy.buffers.of_process()) is not None:
+        if trainer.strategy.buffers is not None and (own := trainer.strategy.buffers.own_state()) is not None:
             mine["buffers"] = own
         if train is not None and loop.feed is not None:
             running = loop.progress.position == Position.IN_BATCH and trainer.book.batch is not None
@@ -280,7 +280,7 @@ class Memory:
         if self.restored:
             return
         if mine.get("buffers") is not None and trainer.strategy.buffers is not None:
-            trainer.strategy.buffers.load(mine["buffers"])
+            trainer.strategy.buffers.load_own_state(mine["buffers"])
         load_book(trainer.book, mine["book"], trainer.strategy.root_device)
         parts = dict(_all_metrics(loop))
         for name, state in mine["metrics"].items():

@@ -75,11 +75,11 @@ class UnevenBatches:
 
     def mark(self) -> None:
         """From here on, collectives are the user's."""
-        self.seen = collectives.count() if self.watching else 0
+        self.seen = collectives.count_collectives() if self.watching else 0
 
     def note(self, where: str) -> None:
         """Were there any, in the "step" or in its "hooks"?"""
-        if self.watching and (seen := collectives.count()) != self.seen:
+        if self.watching and (seen := collectives.count_collectives()) != self.seen:
             self.joined.add(where)
             self.seen = seen
 

@@ -181,7 +181,7 @@ class Watchdog:
             for logger in self.trainer.loggers:
                 with contextlib.suppress(Exception):
                     logger.finalize("failed")
-            if (tell := self.strategy.tell_parent) is not None and self.failure is not None:
+            if (tell := self.strategy.report_to_parent) is not None and self.failure is not None:
                 tell(self.failure, (self.verdict or {}).get("stack", ""), hasattr(self.failure, "_fulmen_echo"))
             self.leave((self.verdict or {}).get("code", 1))
 
@@ -335,14 +335,14 @@ class Watchdog:
         timer.daemon = True
         timer.start()
         self.echo()
-        self.strategy.leaving = True
+        self.strategy.aborting = True
         try:  # code of the user, which may raise anything; the timer ends it if it does not return
             self.trainer._tell(error)
         except BaseException:
             say(f"Rank {self.rank}: telling callbacks of the failure failed:\n{readable(traceback.format_exc())}")
         verdict = self.verdict
         error._fulmen_told = "here"  # type: ignore[attr-defined]
-        if (tell := self.strategy.tell_parent) is not None:
+        if (tell := self.strategy.report_to_parent) is not None:
             tell(error, (verdict or {}).get("stack", ""), verdict is not None and verdict["rank"] != self.rank)
         self.board.set(f"closed/{self.rank}", True)
         if verdict is not None and verdict["kind"] == "raised":

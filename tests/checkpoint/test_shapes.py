@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fulmen as pl
 from fulmen.__main__ import main
 from fulmen.checkpoint.consolidate import consolidate
-from fulmen.engine.dtensor import whole
+from fulmen.engine.dtensor import gather_full
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.strategies import DDPStrategy, FSDPStrategy
 
@@ -49,9 +49,10 @@ class Net(pl.LightningModule):
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         states = self.trainer.optimizers[0].state
         self.begin = {
-            "weights": {name: whole(value, True).clone() for name, value in self.state_dict().items()},
+            "weights": {name: gather_full(value, True).clone() for name, value in self.state_dict().items()},
             "states": {
-                names[id(p)]: {k: whole(v, True).clone() for k, v in values.items()} for p, values in states.items()
+                names[id(p)]: {k: gather_full(v, True).clone() for k, v in values.items()}
+                for p, values in states.items()
             },
         }
 

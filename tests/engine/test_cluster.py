@@ -14,7 +14,7 @@ from fulmen.engine.cluster import (
     MPIEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
-    detected,
+    detect_environment,
 )
 from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.optional import available
@@ -240,17 +240,17 @@ def test_kubeflow_has_one_process_per_pod_and_is_not_detected(environment):
 
 
 def test_the_first_environment_that_recognises_itself_is_taken(lsf, mpi):
-    found = [type(detected())]
+    found = [type(detect_environment())]
     for variables in (SLURM, TORCHRUN):
         mpi(**variables)
-        found.append(type(detected()))
+        found.append(type(detect_environment()))
     assert found == [LSFEnvironment, SLURMEnvironment, TorchElasticEnvironment]
 
 
 def test_mpi_comes_after_lsf_and_before_nothing(mpi):
-    assert type(detected()) is LightningEnvironment
+    assert type(detect_environment()) is LightningEnvironment
     mpi(PMI_SIZE="3")
-    assert type(detected()) is MPIEnvironment
+    assert type(detect_environment()) is MPIEnvironment
 
 
 @pytest.mark.parametrize(

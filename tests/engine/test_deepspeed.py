@@ -51,7 +51,7 @@ def test_a_configuration_replaces_the_arguments(installed, tmp_path, monkeypatch
 
 def test_what_the_trainer_decides_goes_into_the_configuration(installed):
     trainer = make_trainer(strategy=DeepSpeedStrategy(), devices=2, precision="16-mixed", gradient_clip_val=0.5)
-    trainer.strategy.prepare(trainer)
+    trainer.strategy.complete_config(trainer)
     config = trainer.strategy.config
     assert config["gradient_clipping"] == 0.5 and config["fp16"]["enabled"]
     assert config["fp16"]["initial_scale_power"] == 16
@@ -67,7 +67,7 @@ def test_what_the_trainer_decides_goes_into_the_configuration(installed):
 def test_what_the_engine_cannot_do_is_refused(installed, config, settings, message):
     trainer = make_trainer(strategy=DeepSpeedStrategy(config=config), devices=2, **settings)
     with pytest.raises(MisconfigurationException, match=message):
-        trainer.strategy.prepare(trainer)
+        trainer.strategy.complete_config(trainer)
 
 
 def test_other_devices_are_refused(installed):
@@ -79,8 +79,8 @@ def test_other_devices_are_refused(installed):
 def test_precisions_that_it_has_not_are_refused():
     with pytest.raises(ValueError, match="32-true"):
         DeepSpeedPrecision("64-true")
-    assert DeepSpeedPrecision("bf16-mixed").settings == {"bf16": {"enabled": True}}
-    assert DeepSpeedPrecision("32-true").settings == {}
+    assert DeepSpeedPrecision("bf16-mixed").config_entries == {"bf16": {"enabled": True}}
+    assert DeepSpeedPrecision("32-true").config_entries == {}
 
 
 def test_the_folder_of_a_checkpoint_is_found_or_named(tmp_path):

@@ -516,10 +516,10 @@ def test_names_and_precisions_lead_to_the_strategy():
     ],
 )
 def test_policies_choose_layers(policy, expected):
-    from fulmen.engine.fsdp import chosen
+    from fulmen.engine.fsdp import select_modules
 
     net = Layers()
-    found = chosen(net, policy)
+    found = select_modules(net, policy)
     assert [name for name, part in net.named_modules() if part in found] == expected
 
 

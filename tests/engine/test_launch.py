@@ -240,8 +240,8 @@ def test_threads_are_shared_out(run_python, tmp_path):
     code = """
 import os, torch
 os.environ.pop("OMP_NUM_THREADS", None)
-from fulmen.engine.launch import share_processors
-share_processors(2)
+from fulmen.engine.launch import divide_cpu_threads
+divide_cpu_threads(2)
 available = len(os.sched_getaffinity(0))
 assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"]) == max(1, available // 2), torch.get_num_threads()
 """

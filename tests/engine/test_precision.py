@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen as pl
 from fulmen.engine import stochastic_rounding
-from fulmen.engine.stochastic_rounding import rounded_by_chance
+from fulmen.engine.stochastic_rounding import stochastic_round
 from fulmen.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -186,13 +186,13 @@ def test_bf16_true_resumes_in_the_same_bits(tmp_path):
 def test_rounding_by_chance_is_right_on_average_and_leaves_exact_values_alone():
     generator = torch.Generator().manual_seed(0)
     value = torch.full((200_003,), 1.001)  # the neighbours in bfloat16 are 1 and 1.0078125
-    rounded = rounded_by_chance(value.clone(), generator).double()
+    rounded = stochastic_round(value.clone(), generator).double()
     assert set(rounded.unique().tolist()) == {1.0, 1.0078125}
     assert rounded.mean().item() == pytest.approx(1.001, abs=4e-5)
     exact = torch.tensor([0.0, -0.0, 1.5, -2.0, float("inf"), -float("inf"), 2.0**-130])
-    assert torch.equal(rounded_by_chance(exact.clone(), generator).float(), exact)
-    assert rounded_by_chance(torch.tensor([float("nan")]), generator).isnan().all()
-    assert rounded_by_chance(-value, generator).double().mean().item() == pytest.approx(-1.001, abs=4e-5)
+    assert torch.equal(stochastic_round(exact.clone(), generator).float(), exact)
+    assert stochastic_round(torch.tensor([float("nan")]), generator).isnan().all()
+    assert stochastic_round(-value, generator).double().mean().item() == pytest.approx(-1.001, abs=4e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -200,7 +200,7 @@ def test_large_models_are_updated_a_part_at_a_time_with_the_same_result(monkeypa
     """The bound on extra memory splits a step; in float16, where nothing is left to chance, the bits are the same."""
     results = []
     for part in (1 << 24, 10):
-        monkeypatch.setattr(stochastic_rounding, "PART", part)
+        monkeypatch.setattr(stochastic_rounding, "CHUNK_ELEMENTS", part)
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).to(dtype)
         optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)

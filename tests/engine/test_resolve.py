@@ -8,7 +8,13 @@ import torch
 from fulmen import Trainer
 from fulmen.accelerators import Accelerator, AcceleratorRegistry, CPUAccelerator, CUDAAccelerator
 from fulmen.engine.cluster import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from fulmen.engine.resolve import ABILITIES, NOT_BUILT, announce, check_precision, resolve
+from fulmen.engine.resolve import (
+    DEVICE_ABILITIES,
+    UNSUPPORTED_STRATEGIES,
+    announce_accelerator,
+    check_precision,
+    resolve_strategy,
+)
 from fulmen.plugins import (
     DoublePrecision,
     HalfPrecision,
@@ -79,7 +85,7 @@ def single(**own):
 
 
 def test_defaults_are_one_cpu_in_full_precision():
-    strategy = resolve()
+    strategy = resolve_strategy()
     assert type(strategy) is SingleDeviceStrategy and strategy.root_device == torch.device("cpu")
     assert type(strategy.accelerator) is CPUAccelerator
     assert type(strategy.precision_plugin) is Precision
@@ -90,19 +96,19 @@ def test_defaults_are_one_cpu_in_full_precision():
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "cuda"])
 def test_a_gpu_is_taken_when_there_is_one(gpus, accelerator):
     gpus(1)
-    strategy = resolve(accelerator=accelerator)
+    strategy = resolve_strategy(accelerator=accelerator)
     assert strategy.root_device == torch.device("cuda", 0) and type(strategy.accelerator) is CUDAAccelerator
 
 
 def test_one_gpu_is_chosen_by_its_index(gpus):
     gpus(4)
-    assert resolve(accelerator="gpu", devices=[2]).root_device == torch.device("cuda", 2)
-    assert resolve(accelerator="gpu", devices="3,").root_device == torch.device("cuda", 3)
+    assert resolve_strategy(accelerator="gpu", devices=[2]).root_device == torch.device("cuda", 2)
+    assert resolve_strategy(accelerator="gpu", devices="3,").root_device == torch.device("cuda", 3)
 
 
 def test_auto_takes_all_gpus(gpus):
     gpus(4)
-    strategy = resolve(accelerator="gpu")
+    strategy = resolve_strategy(accelerator="gpu")
     assert type(strategy) is DDPStrategy and strategy.process_group_backend == "nccl"
     assert strategy.parallel_devices == [torch.device("cuda", index) for index in range(4)]
 
@@ -111,26 +117,26 @@ def test_one_gpu_is_enough_in_a_notebook(gpus, monkeypatch, caplog):
     gpus(4)
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
     with caplog.at_level(logging.INFO, "fulmen"):
-        assert type(resolve(accelerator="gpu")) is SingleDeviceStrategy
+        assert type(resolve_strategy(accelerator="gpu")) is SingleDeviceStrategy
     assert "say `devices=4`" in caplog.text
 
 
 def test_a_strategy_for_one_device_takes_the_first_of_several_gpus(gpus, caplog):
     gpus(4)
     with caplog.at_level(logging.INFO, "fulmen"):
-        assert resolve(accelerator="gpu", strategy="single_device").root_device == torch.device("cuda", 0)
+        assert resolve_strategy(accelerator="gpu", strategy="single_device").root_device == torch.device("cuda", 0)
     assert "4 cuda devices" in caplog.text
 
 
 @pytest.mark.parametrize("strategy", ["single_device", "SINGLE_device", "auto"])
 def test_names_of_strategies_have_any_case(strategy):
-    assert type(resolve(strategy=strategy)) is SingleDeviceStrategy
+    assert type(resolve_strategy(strategy=strategy)) is SingleDeviceStrategy
 
 
 @pytest.mark.parametrize("start", ["", "_spawn", "_fork", "_notebook"])
 @pytest.mark.parametrize("unused", ["", "_find_unused_parameters_true", "_FIND_unused_parameters_false"])
 def test_every_name_of_ddp(start, unused):
-    strategy = resolve(strategy=f"ddp{start}{unused}", devices=2)
+    strategy = resolve_strategy(strategy=f"ddp{start}{unused}", devices=2)
     assert type(strategy) is DDPStrategy and strategy.num_processes == strategy.world_size == 2
     assert strategy.start_method == {"": "popen", "_spawn": "spawn"}.get(start, "fork")
     assert strategy.find_unused_parameters is unused.endswith("true")
@@ -138,32 +144,32 @@ def test_every_name_of_ddp(start, unused):
 
 
 def test_several_devices_are_ddp(monkeypatch):
-    assert resolve(devices=2).start_method == "popen"
+    assert resolve_strategy(devices=2).start_method == "popen"
     monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
-    assert resolve(devices=2).start_method == "fork"
+    assert resolve_strategy(devices=2).start_method == "fork"
     with pytest.raises(MisconfigurationException, match="strategy='ddp_notebook'"):
-        resolve(devices=2, strategy="ddp")
+        resolve_strategy(devices=2, strategy="ddp")
 
 
 @pytest.mark.parametrize("plugin", [None, TorchSyncBatchNorm(), MySync()])
 def test_layers_to_synchronise_go_to_the_strategy(plugin):
-    strategy = resolve(devices=2, sync_batchnorm=type(plugin) is not MySync, plugins=plugin)
+    strategy = resolve_strategy(devices=2, sync_batchnorm=type(plugin) is not MySync, plugins=plugin)
     assert type(strategy.layer_sync) is (type(plugin) if plugin is not None else TorchSyncBatchNorm)
 
 
 def test_the_environment_recognises_itself(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert type(resolve().cluster_environment) is SLURMEnvironment
+    assert type(resolve_strategy().cluster_environment) is SLURMEnvironment
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert type(resolve().cluster_environment) is TorchElasticEnvironment
+    assert type(resolve_strategy().cluster_environment) is TorchElasticEnvironment
 
 
 def test_the_launcher_and_the_trainer_must_mean_the_same_number_of_processes(monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"`torchrun` started 4 processes, but the Trainer is made for 2"):
-        resolve(devices=2)
+        resolve_strategy(devices=2)
 
 
 @pytest.mark.parametrize(
@@ -182,14 +188,14 @@ def test_the_launcher_and_the_trainer_must_mean_the_same_number_of_processes(mon
     ],
 )
 def test_precisions(precision, kind, name):
-    plugin = resolve(precision=precision).precision_plugin
+    plugin = resolve_strategy(precision=precision).precision_plugin
     assert type(plugin) is kind and plugin.precision == name
 
 
 @pytest.mark.parametrize(("old", "new"), [(16, "16-mixed"), ("16", "16-mixed"), ("bf16", "bf16-mixed")])
 def test_old_names_of_precisions_work_and_warn(old, new):
     with pytest.warns(UserWarning, match=f"Write `precision='{new}'`"):
-        assert resolve(precision=old).precision_plugin.precision == new
+        assert resolve_strategy(precision=old).precision_plugin.precision == new
 
 
 def test_mixed_precision_is_made_for_the_chosen_device(gpus, caplog, monkeypatch):
@@ -197,31 +203,31 @@ def test_mixed_precision_is_made_for_the_chosen_device(gpus, caplog, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with caplog.at_level(logging.INFO, "fulmen"):
-        assert resolve(precision="bf16-mixed").precision_plugin.device == "cuda"
-        assert resolve(precision="16-mixed", accelerator="cpu").precision_plugin.device == "cpu"
+        assert resolve_strategy(precision="bf16-mixed").precision_plugin.device == "cuda"
+        assert resolve_strategy(precision="16-mixed", accelerator="cpu").precision_plugin.device == "cpu"
     assert "Using bfloat16 Automatic Mixed Precision (AMP)" in caplog.text
     assert "Using 16bit Automatic Mixed Precision (AMP)" in caplog.text
 
 
 def test_plugins_become_parts_of_the_strategy():
     precision, io, cluster = DoublePrecision(), TorchCheckpointIO(), LightningEnvironment()
-    strategy = resolve(plugins=[precision, io, cluster, MySync()])
+    strategy = resolve_strategy(plugins=[precision, io, cluster, MySync()])
     assert strategy.precision_plugin is precision
     assert strategy.checkpoint_io is io
     assert strategy.cluster_environment is cluster
-    assert resolve(plugins=precision).precision_plugin is precision
+    assert resolve_strategy(plugins=precision).precision_plugin is precision
 
 
 def test_several_processes_on_a_strategy_for_one_device_are_mentioned(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(PossibleUserWarning, match="2 processes were started"):
-        resolve()
+        resolve_strategy()
 
 
 @pytest.mark.parametrize("sync_batchnorm", [True, False])
 def test_synchronised_batch_norm_changes_nothing_on_one_device(sync_batchnorm):
-    assert type(resolve(sync_batchnorm=sync_batchnorm)) is SingleDeviceStrategy
+    assert type(resolve_strategy(sync_batchnorm=sync_batchnorm)) is SingleDeviceStrategy
 
 
 # strategies, accelerators of the user's own
@@ -231,21 +237,21 @@ def test_a_strategy_object_is_used_as_it_is_and_gets_what_it_lacks():
     class Mine(SingleDeviceStrategy): ...
 
     strategy = Mine("cpu")
-    assert resolve(strategy=strategy, precision="64-true") is strategy
+    assert resolve_strategy(strategy=strategy, precision="64-true") is strategy
     assert type(strategy.accelerator) is CPUAccelerator and type(strategy.precision_plugin) is DoublePrecision
 
 
 def test_a_strategy_object_keeps_what_it_brought():
     precision, io, accelerator = DoublePrecision(), TorchCheckpointIO(), CPUAccelerator()
-    strategy = resolve(strategy=single(precision_plugin=precision, checkpoint_io=io, accelerator=accelerator))
+    strategy = resolve_strategy(strategy=single(precision_plugin=precision, checkpoint_io=io, accelerator=accelerator))
     assert strategy.precision_plugin is precision and strategy.checkpoint_io is io
     assert strategy.accelerator is accelerator
 
 
 def test_the_accelerator_follows_the_device_of_a_strategy_object(gpus):
     gpus(2)
-    assert type(resolve(strategy=single()).accelerator) is CPUAccelerator
-    assert type(resolve(strategy=SingleDeviceStrategy(torch.device("cuda:1"))).accelerator) is CUDAAccelerator
+    assert type(resolve_strategy(strategy=single()).accelerator) is CPUAccelerator
+    assert type(resolve_strategy(strategy=SingleDeviceStrategy(torch.device("cuda:1"))).accelerator) is CUDAAccelerator
 
 
 def test_a_registered_strategy_is_made_on_the_chosen_device(gpus):
@@ -254,7 +260,7 @@ def test_a_registered_strategy_is_made_on_the_chosen_device(gpus):
     gpus(2)
     StrategyRegistry.register("My_own", Mine, "for a test")
     try:
-        strategy = resolve(strategy="my_own", accelerator="gpu", devices=[1])
+        strategy = resolve_strategy(strategy="my_own", accelerator="gpu", devices=[1])
     finally:
         StrategyRegistry.remove("My_own")
     assert type(strategy) is Mine and strategy.root_device == torch.device("cuda", 1)
@@ -263,13 +269,13 @@ def test_a_registered_strategy_is_made_on_the_chosen_device(gpus):
 def test_a_registered_accelerator_is_chosen_by_name():
     AcceleratorRegistry.register("mine", MyAccelerator)
     try:
-        assert type(resolve(accelerator="mine").accelerator) is MyAccelerator
+        assert type(resolve_strategy(accelerator="mine").accelerator) is MyAccelerator
     finally:
         AcceleratorRegistry.remove("mine")
 
 
 def test_a_strategy_of_ones_own_may_have_several_devices():
-    strategy = resolve(strategy=MyStrategy(), accelerator=MyAccelerator())
+    strategy = resolve_strategy(strategy=MyStrategy(), accelerator=MyAccelerator())
     assert strategy.parallel_devices == [torch.device("cpu")] * 4
     assert type(strategy.accelerator) is MyAccelerator and type(strategy.precision_plugin) is Precision
 
@@ -333,7 +339,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "error", "words"), REFUSED)
 def test_what_cannot_be_had_is_refused(arguments, error, words):
     with pytest.raises(error, match=words) as raised:
-        resolve(**arguments)
+        resolve_strategy(**arguments)
     assert type(raised.value) is error
 
 
@@ -365,7 +371,7 @@ def test_an_unknown_precision_is_answered_with_the_list_and_the_nearest(precisio
     with pytest.raises(
         ValueError, match=rf"`precision={re.escape(repr(precision))}` is invalid. It must be one of '32-true'"
     ) as raised:
-        resolve(precision=precision, accelerator="gpu")  # found before anything is asked about the GPU
+        resolve_strategy(precision=precision, accelerator="gpu")  # found before anything is asked about the GPU
     assert "'transformer-engine-float16', '64', '32', '16', 'bf16'." in str(raised.value)
     assert str(raised.value).endswith(f"Did you mean `{meant}`?" if meant else "'bf16'.")
 
@@ -373,41 +379,41 @@ def test_an_unknown_precision_is_answered_with_the_list_and_the_nearest(precisio
 def test_a_strategy_object_and_the_accelerator_must_agree(gpus):
     gpus(1)
     with pytest.raises(MisconfigurationException, match=r"`cuda:0`.*'cpu'"):
-        resolve(strategy=SingleDeviceStrategy("cuda:0"), accelerator="cpu")
+        resolve_strategy(strategy=SingleDeviceStrategy("cuda:0"), accelerator="cpu")
 
 
 def test_a_cluster_environment_cannot_come_twice():
     strategy = single()
     strategy.cluster_environment = LightningEnvironment()
     with pytest.raises(MisconfigurationException, match="own cluster_environment"):
-        resolve(strategy=strategy, plugins=LightningEnvironment())
+        resolve_strategy(strategy=strategy, plugins=LightningEnvironment())
 
 
 def test_layers_cannot_be_synchronised_twice():
     with pytest.raises(MisconfigurationException, match="sync_batchnorm=True"):
-        resolve(sync_batchnorm=True, plugins=MySync())
+        resolve_strategy(sync_batchnorm=True, plugins=MySync())
 
 
 def test_more_gpus_than_there_are(gpus):
     gpus(2)
     with pytest.raises(MisconfigurationException, match=r"\[2, 3\] do not exist. Choose from \[0, 1\]"):
-        resolve(accelerator="gpu", devices=4)
+        resolve_strategy(accelerator="gpu", devices=4)
 
 
 def test_mps_is_taken_when_there_is_nothing_better(monkeypatch):
     monkeypatch.delenv("DISABLE_MPS")
     monkeypatch.setattr("platform.processor", lambda: "arm")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert resolve().root_device.type == "mps"
+    assert resolve_strategy().root_device.type == "mps"
     with pytest.raises(ValueError, match="MPS has not"):
-        resolve(strategy="ddp")
+        resolve_strategy(strategy="ddp")
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
+@pytest.mark.parametrize("name", UNSUPPORTED_STRATEGIES)
 def test_every_strategy_of_the_api_is_either_built_or_refused_by_name(gpus, name):
     gpus(1)
     with pytest.raises(MisconfigurationException, match=name):
-        resolve(strategy=name)
+        resolve_strategy(strategy=name)
 
 
 # what a device can compute in
@@ -438,12 +444,12 @@ class Named(Precision):
 )
 def test_a_precision_that_the_device_cannot_do_is_refused(name, device, lacks, words):
     def all_but(*missing):
-        known = ABILITIES.get(device.type, {}).items()
+        known = DEVICE_ABILITIES.get(device.type, {}).items()
         return {device.type: {what: (lambda _, ok=what not in missing: ok, who) for what, (_, who) in known}}
 
     with pytest.raises(MisconfigurationException, match=re.escape(words)):
         check_precision(Named(name), device, all_but(lacks))
-    if lacks in ABILITIES.get(device.type, {}):
+    if lacks in DEVICE_ABILITIES.get(device.type, {}):
         check_precision(Named(name), device, all_but())
     check_precision(Named("32-true"), device, all_but(lacks))
 
@@ -500,7 +506,7 @@ def test_a_device_is_asked_when_the_trainer_is_made(monkeypatch):
 
 @pytest.mark.parametrize("name", ["64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"])
 def test_the_cpu_computes_in_all_but_fp8_without_a_word(name, recwarn):
-    assert resolve(precision=name, accelerator="cpu").precision_plugin.precision == name
+    assert resolve_strategy(precision=name, accelerator="cpu").precision_plugin.precision == name
     assert not recwarn.list
 
 
@@ -558,9 +564,9 @@ def test_a_storage_plugin_stores_what_the_trainer_saves(tmp_path, model, loader)
 
 def test_the_trainer_says_which_gpu_is_used(gpus, caplog):
     with caplog.at_level(logging.INFO, "fulmen"):
-        announce(resolve())
+        announce_accelerator(resolve_strategy())
         gpus(1)
-        announce(resolve())
+        announce_accelerator(resolve_strategy())
     assert [r.message for r in caplog.records] == [
         "GPU available: False, used: False",
         "GPU available: True (cuda), used: True",
@@ -570,4 +576,4 @@ def test_the_trainer_says_which_gpu_is_used(gpus, caplog):
 def test_an_idle_gpu_is_mentioned(gpus):
     gpus(1)
     with pytest.warns(PossibleUserWarning, match=r"GPU \(cuda\).*accelerator='gpu'"):
-        announce(resolve(accelerator="cpu"))
+        announce_accelerator(resolve_strategy(accelerator="cpu"))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fulmen as pl
 from fulmen.callbacks import EMAWeightAveraging, GradientNorm, NonFiniteError, NonFiniteGuard
-from fulmen.engine.stochastic_rounding import rounded_by_chance
+from fulmen.engine.stochastic_rounding import stochastic_round
 
 pytestmark = [
     pytest.mark.gpu,
@@ -200,7 +200,7 @@ def test_the_guard_finds_a_fault_with_one_reading_per_window():
 
 def test_rounding_by_chance_on_the_device():
     generator = torch.Generator("cuda").manual_seed(0)
-    rounded = rounded_by_chance(torch.full((400_003,), 1.001, device="cuda"), generator).double()
+    rounded = stochastic_round(torch.full((400_003,), 1.001, device="cuda"), generator).double()
     assert set(rounded.unique().tolist()) == {1.0, 1.0078125}
     assert rounded.mean().item() == pytest.approx(1.001, abs=4e-5)
 
