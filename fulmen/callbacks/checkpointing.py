@@ -88,8 +88,11 @@ class ModelCheckpoint(Checkpoint):
     """
 
     _changeable = "every_n_train_steps"
-    CHECKPOINT_JOIN_CHAR, CHECKPOINT_EQUALS_CHAR, CHECKPOINT_NAME_LAST = "-", "=", "last"
-    FILE_EXTENSION, STARTING_VERSION = ".ckpt", 1
+    CHECKPOINT_JOIN_CHAR = "-"
+    CHECKPOINT_EQUALS_CHAR = "="
+    CHECKPOINT_NAME_LAST = "last"
+    FILE_EXTENSION = ".ckpt"
+    STARTING_VERSION = 1
 
     def __init__(
         self, dirpath: str | os.PathLike | None = None, filename: str | None = None, monitor: str | None = None,
@@ -102,17 +105,24 @@ class ModelCheckpoint(Checkpoint):
     ) -> None:  # fmt: skip
         if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
             every_n_epochs = 1
-        self._every_n_train_steps, self._every_n_epochs = every_n_train_steps or 0, every_n_epochs or 0
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._every_n_epochs = every_n_epochs or 0
         self._train_time_interval = train_time_interval
         self._triggers = {name: getattr(self, f"_{name}") for name in _TRIGGERS}
         self.dirpath = None if dirpath is None else os.fspath(dirpath)
         if self.dirpath is not None and not is_remote(self.dirpath):
             self.dirpath = os.path.realpath(os.path.expanduser(local_path(self.dirpath)))
         self.filename = None if filename is None else os.fspath(filename)
-        self.monitor, self.mode, self.verbose = monitor, mode, verbose
-        self.save_last, self.save_top_k, self.save_on_exception = save_last, save_top_k, save_on_exception
-        self.save_weights_only, self.auto_insert_metric_name = save_weights_only, auto_insert_metric_name
-        self._save_on_train_epoch_end, self._enable_version_counter = save_on_train_epoch_end, enable_version_counter
+        self.monitor = monitor
+        self.mode = mode
+        self.verbose = verbose
+        self.save_last = save_last
+        self.save_top_k = save_top_k
+        self.save_on_exception = save_on_exception
+        self.save_weights_only = save_weights_only
+        self.auto_insert_metric_name = auto_insert_metric_name
+        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._enable_version_counter = enable_version_counter
         self.on_save_error = on_save_error
         chosen = {name: value for name, value in self._triggers.items() if value}
         negative = self._every_n_train_steps < 0 or self._every_n_epochs < 0
@@ -143,7 +153,8 @@ class ModelCheckpoint(Checkpoint):
         self.best_k_models: dict[str, torch.Tensor] = {}
         self.kth_value = self._worst_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self._last_global_step_saved = 0  # nothing is worth saving before the first step
-        self._last_checkpoint_saved, self._last_time_checked = "", 0.0
+        self._last_checkpoint_saved = ""
+        self._last_time_checked = 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
         self._outdated: list[str] = []  # what a run left here when it ended, until there is a newer file
         self._warnings = WarningCache()
@@ -155,7 +166,8 @@ class ModelCheckpoint(Checkpoint):
         return self._generate_state_key(monitor=self.monitor, mode=self.mode, **self._triggers)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        given, self.dirpath = self.dirpath, trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
+        given = self.dirpath
+        self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
         if given is None:
             self._found_folder = self.dirpath
         if self.async_save and _background(trainer) is None:
@@ -183,7 +195,8 @@ class ModelCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         if self._untold:
             _tell_loggers(self, trainer)
-        due, interval = False, self._train_time_interval
+        due = False
+        interval = self._train_time_interval
         if not trainer.fit_loop.optimization.stepped:  # gradients wait for more batches
             return
         if self._every_n_train_steps:
@@ -242,7 +255,8 @@ class ModelCheckpoint(Checkpoint):
         _settle(self, trainer)
         metrics = _metrics_of(trainer)
         if self.monitor is None:
-            previous, before = self.best_model_path, _noted(self)
+            previous = self.best_model_path
+            before = _noted(self)
             self.best_model_path = self._free_path(trainer, metrics, replaces=previous)
             if not self._written(trainer, self.best_model_path, before):
                 return
@@ -268,7 +282,8 @@ class ModelCheckpoint(Checkpoint):
             if self.verbose:
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return False
-        scores, before = self.best_k_models, _noted(self)
+        scores = self.best_k_models
+        before = _noted(self)
         k = self.save_top_k if self.save_top_k > 0 else len(scores) + 1
         best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
@@ -304,8 +319,12 @@ class ModelCheckpoint(Checkpoint):
 
     def _write_last(self, trainer: Trainer, metrics: dict) -> None:
         filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
-        before, previous, self.last_model_path = _noted(self), self.last_model_path, filepath
-        newest, io, write = self._last_checkpoint_saved, _background(trainer), None
+        before = _noted(self)
+        previous = self.last_model_path
+        self.last_model_path = filepath
+        newest = self._last_checkpoint_saved
+        io = _background(trainer)
+        write = None
         if self.save_last == "link" and newest not in ("", filepath):
             link: Callable[[], Any] = partial(_link, newest, filepath)
             if io is not None:
@@ -357,7 +376,8 @@ class ModelCheckpoint(Checkpoint):
         old, resumed, folder = (os.path.abspath(local_path(path or "")) for path in paths)
         if previous and previous != current and old != resumed and old.startswith(os.path.join(folder, "")):
             if self.save_last == "link" and trainer.is_global_zero and os.path.islink(self.last_model_path):
-                link, io = partial(_link, current, self.last_model_path), _background(trainer)
+                link = partial(_link, current, self.last_model_path)
+                io = _background(trainer)
                 if io is not None and io.writing:  # at no moment to a file that is gone
                     io.after_writing(link, self.last_model_path, exists=True)
                 elif os.path.exists(current):
@@ -366,7 +386,8 @@ class ModelCheckpoint(Checkpoint):
 
     def _free_path(self, trainer: Trainer, metrics: dict, replaces: str = "", template: str | None = None) -> str:
         """The next file, named after the metrics of the first rank; ``replaces`` is free: it is about to be removed."""
-        share, version = trainer.strategy.broadcast, self.STARTING_VERSION
+        share = trainer.strategy.broadcast
+        version = self.STARTING_VERSION
         filepath, replaces = share((self.format_checkpoint_name(metrics, template), replaces))
         while self._enable_version_counter and filepath != replaces and self.file_exists(filepath, trainer):
             filepath = share(self.format_checkpoint_name(metrics, template, ver=version))
@@ -389,7 +410,8 @@ class ModelCheckpoint(Checkpoint):
         """
 
         def fill(field: re.Match[str]) -> str:
-            name, how = field[1], field[2] or ""
+            name = field[1]
+            how = field[2] or ""
             value = metrics.get(name, 0)
             text = format(value.item() if isinstance(value, torch.Tensor) else value, how)
             return f"{name}{self.CHECKPOINT_EQUALS_CHAR}{text}" if self.auto_insert_metric_name else text
@@ -432,7 +454,8 @@ class OnExceptionCheckpoint(Checkpoint):
     def __init__(self, dirpath: str | os.PathLike, filename: str = "on_exception") -> None:
         if not filename:
             raise ValueError("`OnExceptionCheckpoint(filename='')` names no file: the filename cannot be empty.")
-        self.dirpath, self.filename = dirpath, filename
+        self.dirpath = dirpath
+        self.filename = filename
 
     @property
     def ckpt_path(self) -> str:
@@ -515,14 +538,16 @@ def _tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
     io = _background(trainer)
     if io is not None and io.writing:
         return
-    files, callback._untold = callback._untold if io is None or not io.failed else 0, 0
+    files = callback._untold if io is None or not io.failed else 0
+    callback._untold = 0
     for logger in [*trainer.loggers] * files if trainer.is_global_zero else ():
         logger.after_save_checkpoint(callback)
 
 
 def _epoch_due(callback: ModelCheckpoint, trainer: Trainer, after_training: bool) -> bool:
     """Is this epoch's turn, and is it looked at here: after training or after validation?"""
-    every, chosen = callback._every_n_epochs, callback._save_on_train_epoch_end
+    every = callback._every_n_epochs
+    chosen = callback._save_on_train_epoch_end
     if every < 1 or (trainer.current_epoch + 1) % every:
         return False
     if chosen is None:

@@ -76,10 +76,15 @@ class EarlyStopping(Callback):
         given: Any = patience
         if not isinstance(given, Real):
             raise TypeError(f"`EarlyStopping(patience={patience!r})` must be a number of checks, such as 3.")
-        self.monitor, self.mode, self.strict, self.verbose = monitor, mode, strict, verbose
+        self.monitor = monitor
+        self.mode = mode
+        self.strict = strict
+        self.verbose = verbose
         self.min_delta = min_delta if mode == "max" else -min_delta
-        self.patience, self.check_finite = patience, check_finite
-        self.stopping_threshold, self.divergence_threshold = stopping_threshold, divergence_threshold
+        self.patience = patience
+        self.check_finite = check_finite
+        self.stopping_threshold = stopping_threshold
+        self.divergence_threshold = divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
         self._check_on_train_epoch_end = self._given_check = check_on_train_epoch_end
         self._forget_run()
@@ -132,12 +137,14 @@ class EarlyStopping(Callback):
         reason, told = self._judge(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
         stop = reason is not EarlyStoppingReason.NOT_STOPPED
         if stop:
-            self.stopping_reason, self.stopping_reason_message = reason, told
+            self.stopping_reason = reason
+            self.stopping_reason_message = told
         rank = trainer.global_rank if trainer.world_size > 1 else None
         if told and self.verbose and not (rank and self.log_rank_zero_only):
             log.info(rank_prefixed_message(told, None if self.log_rank_zero_only else rank))
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
-            self._asks, self._switched = True, self._switched or not trainer.should_stop
+            self._asks = True
+            self._switched = self._switched or not trainer.should_stop
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
         elif self._asks:
@@ -145,8 +152,10 @@ class EarlyStopping(Callback):
 
     def _withdraw(self, trainer: Trainer) -> None:
         """Training went on below `min_epochs` or `min_steps`, and there is no reason to stop any more."""
-        self._asks, self.stopped_epoch = False, 0
-        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
+        self._asks = False
+        self.stopped_epoch = 0
+        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+        self.stopping_reason_message = None
         alike = trainer.early_stopping_callbacks
         if any(callback._switched for callback in alike) and not any(callback._asks for callback in alike):
             trainer.should_stop = False  # what nobody else asked for
@@ -159,7 +168,8 @@ class EarlyStopping(Callback):
         Args:
             metrics: the values at that end.
         """
-        before, none = self.stopping_reason, EarlyStoppingReason.NOT_STOPPED
+        before = self.stopping_reason
+        none = EarlyStoppingReason.NOT_STOPPED
         value = metrics.get(self.monitor)
         stops = before is not none
         if before is EarlyStoppingReason.PATIENCE_EXHAUSTED:
@@ -168,14 +178,20 @@ class EarlyStopping(Callback):
             stops = self._judge_alone(torch.as_tensor(value).detach().cpu().squeeze())[0] is not none
         self._asks = self._switched = stops
         if not stops:
-            self.stopping_reason, self.stopping_reason_message, self.stopped_epoch = none, None, 0
+            self.stopping_reason = none
+            self.stopping_reason_message = None
+            self.stopped_epoch = 0
         return stops
 
     def _judge_alone(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """Applies the rules that need no other value."""
-        reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
-        stop_at, diverged_at = self.stopping_threshold, self.divergence_threshold
-        better, worse = self.order_dict[self.mode], self.order_dict["max" if self.mode == "min" else "min"]
+        reason = EarlyStoppingReason
+        is_better = self.monitor_op
+        name = f"`{self.monitor}`"
+        stop_at = self.stopping_threshold
+        diverged_at = self.divergence_threshold
+        better = self.order_dict[self.mode]
+        worse = self.order_dict["max" if self.mode == "min" else "min"]
         best = f"the best score was {self.best_score:.3f}"
         if self.check_finite and not torch.isfinite(current):
             return reason.NON_FINITE_METRIC, f"Monitored metric {name} = {current} is not finite; {best}."
@@ -188,14 +204,17 @@ class EarlyStopping(Callback):
 
     def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """Applies all rules in their order; also counts, and remembers the best value."""
-        reason, is_better, name = EarlyStoppingReason, self.monitor_op, f"`{self.monitor}`"
+        reason = EarlyStoppingReason
+        is_better = self.monitor_op
+        name = f"`{self.monitor}`"
         alone, told = self._judge_alone(current)
         if alone is not reason.NOT_STOPPED:
             return alone, told
         if is_better(current - self.min_delta, self.best_score):
             gain = abs(self.best_score - current)
             by = f" by {gain:.3f} (`min_delta` is {abs(self.min_delta)})" if gain.isfinite() else ""
-            self.best_score, self.wait_count = current.clone(), 0
+            self.best_score = current.clone()
+            self.wait_count = 0
             return reason.NOT_STOPPED, f"{name} improved{by}; the best value is {current:.3f} now."
         self.wait_count += 1
         if self.wait_count < self.patience:

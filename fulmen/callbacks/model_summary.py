@@ -28,7 +28,8 @@ class ModelSummary(Callback):
     only_shows = True
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
-        self._max_depth, self._summarize_kwargs = max_depth, summarize_kwargs
+        self._max_depth = max_depth
+        self._summarize_kwargs = summarize_kwargs
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         if not self._max_depth:

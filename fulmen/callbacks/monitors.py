@@ -53,7 +53,8 @@ class LearningRateMonitor(Callback):
         if logging_interval not in (None, "step", "epoch"):
             raise MisconfigurationException(f"`{logging_interval=}` must be 'step', 'epoch' or None.")
         self.logging_interval = logging_interval
-        self.log_momentum, self.log_weight_decay = log_momentum, log_weight_decay
+        self.log_momentum = log_momentum
+        self.log_weight_decay = log_weight_decay
         self.lrs: dict[str, list[float]] = {}
         self.last_momentum_values: dict[str, float | None] = {}
         self.last_weight_decay_values: dict[str, float | None] = {}
@@ -90,10 +91,12 @@ class LearningRateMonitor(Callback):
                 metrics[name] = float(group["lr"])
                 self.lrs[name].append(metrics[name])
                 if self.log_momentum:
-                    key, value = f"{name}-momentum", group["betas"][0] if "betas" in group else group.get("momentum", 0)
+                    key = f"{name}-momentum"
+                    value = group["betas"][0] if "betas" in group else group.get("momentum", 0)
                     metrics[key] = self.last_momentum_values[key] = float(value)
                 if self.log_weight_decay:
-                    key, value = f"{name}-weight_decay", group.get("weight_decay", 0)
+                    key = f"{name}-weight_decay"
+                    value = group.get("weight_decay", 0)
                     metrics[key] = self.last_weight_decay_values[key] = float(value)
         if metrics:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
@@ -132,7 +135,8 @@ class GradientNorm(Callback):
     """
 
     def __init__(self, name: str = "grad_norm", prog_bar: bool = False) -> None:
-        self.name, self.prog_bar = name, prog_bar
+        self.name = name
+        self.prog_bar = prog_bar
         self._norms: dict[int, torch.Tensor | None] = {}  # by the id of an optimizer; None: clipping will say
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -193,7 +197,8 @@ class _Pace:
     """The batches of one stage: ``waiting`` until a row is due, then in ``throughput``."""
 
     def __init__(self, throughput: Throughput, start: Any, num_batches: int) -> None:
-        self.throughput, self.batch_start = throughput, start
+        self.throughput = throughput
+        self.batch_start = start
         self.num_batches = num_batches  # of all passes: the x axis of evaluations
         self.waiting: list[tuple[Any, Any, dict[str, int]]] = []  # start, end, counts
         self.totals: dict[str, Any] = {"time": 0.0}
@@ -228,7 +233,9 @@ class ThroughputMonitor(Callback):
 
     def __init__(self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None,
                  **kwargs: Any) -> None:  # fmt: skip
-        self.batch_size_fn, self.length_fn, self.kwargs = batch_size_fn, length_fn, kwargs
+        self.batch_size_fn = batch_size_fn
+        self.length_fn = length_fn
+        self.kwargs = kwargs
         self.available_flops: int | None = None
         self._paces: dict[str, _Pace] = {}
 
@@ -251,13 +258,16 @@ class ThroughputMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int, *_: Any, **__: Any) -> None:  # fmt: skip
-        every, training, stage = trainer.log_every_n_steps, trainer.training, trainer.stage.value
+        every = trainer.log_every_n_steps
+        training = trainer.training
+        stage = trainer.stage.value
         if not trainer.loggers or every == 0 or trainer.sanity_checking:
             return
         counts = {"batches": 1, "samples": self.batch_size_fn(batch)}
         if self.length_fn is not None:
             counts["lengths"] = self.length_fn(batch)
-        pace, end = self._paces[stage], _mark(trainer)
+        pace = self._paces[stage]
+        end = _mark(trainer)
         pace.waiting.append((pace.batch_start, end, counts))
         pace.batch_start = end
         pace.num_batches += 1
@@ -320,8 +330,13 @@ class SpikeDetection(Callback):
     ) -> None:  # fmt: skip
         if mode not in ("min", "max"):
             raise ValueError(f"`SpikeDetection(mode={mode!r})` is not known. Use 'min' or 'max'.")
-        self.mode, self.warmup, self.atol, self.rtol, self.finite_only = mode, warmup, atol, rtol, finite_only
-        self.exclude_batches_path, self._window = exclude_batches_path, window
+        self.mode = mode
+        self.warmup = warmup
+        self.atol = atol
+        self.rtol = rtol
+        self.finite_only = finite_only
+        self.exclude_batches_path = exclude_batches_path
+        self._window = window
         self.bad_batches: list[int] = []  # of all runs: it is the content of the file
         self._forget_run()
 
@@ -338,7 +353,8 @@ class SpikeDetection(Callback):
         return {"bad_batches": self.bad_batches, "last_val": self.last_val, "recent": list(self._recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.bad_batches, self.last_val = list(state_dict["bad_batches"]), state_dict["last_val"]
+        self.bad_batches = list(state_dict["bad_batches"])
+        self.last_val = state_dict["last_val"]
         self._recent.extend(state_dict["recent"])
 
     @property

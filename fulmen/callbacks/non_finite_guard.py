@@ -111,7 +111,9 @@ class NonFiniteGuard(Callback):
         for name, value in (("every_n_steps", every_n_steps), ("max_in_a_row", max_in_a_row)):
             if type(value) is not int or value < 1:
                 raise MisconfigurationException(f"`NonFiniteGuard({name}={value!r})`: use a whole number from 1 on.")
-        self.policy, self.max_in_a_row, self.dirpath = policy, max_in_a_row, dirpath
+        self.policy = policy
+        self.max_in_a_row = max_in_a_row
+        self.dirpath = dirpath
         self.every_n_steps = 1 if policy == "skip" else every_n_steps
         self._forget_run()
         self._looks: list[_Look] = []
@@ -132,7 +134,9 @@ class NonFiniteGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {id(p): name for name, p in pl_module.named_parameters()}
-        self._read_at_step, self._in_a_row, self._counted = trainer.global_step, 0, (0, 0)
+        self._read_at_step = trainer.global_step
+        self._in_a_row = 0
+        self._counted = (0, 0)
         self._drop_looks()
         self._remember(trainer)
 
@@ -222,10 +226,12 @@ class NonFiniteGuard(Callback):
         Raises:
             NonFiniteError: for the policy "stop", or if there were too many in a row.
         """
-        looks, self._looks = self._looks, []
+        looks = self._looks
+        self._looks = []
         # sync: the one transfer of a reading
         flags = torch.stack([look.bad.to(looks[0].bad.device) for look in looks]).tolist() if looks else []
-        several, strategy = trainer.world_size > 1, trainer.strategy
+        several = trainer.world_size > 1
+        strategy = trainer.strategy
         if not (strategy.reduce_boolean_decision(True in flags, all=False) if several else True in flags):
             self._in_a_row = 0 if looks else self._in_a_row
             return None
@@ -254,7 +260,8 @@ class NonFiniteGuard(Callback):
         if (gradients := next(same_step, None)) is not None and gradients.each is not None:
             each = gradients.each.tolist()  # sync: once a fault
             bad = [name for name, is_bad in zip(gradients.names, each) if is_bad]
-            fault.parameter, fault.num_parameters = bad[-1] if bad else None, len(bad)
+            fault.parameter = bad[-1] if bad else None
+            fault.num_parameters = len(bad)
         return fault
 
     def _refuse_dead_scale(self, trainer: Trainer) -> None:
@@ -285,7 +292,8 @@ class NonFiniteGuard(Callback):
         self._take_out = []  # taken anew with the next batch, which may be one of another epoch
         if not self._good:
             return
-        precision, live = trainer.precision_plugin, _live_state(trainer)
+        precision = trainer.precision_plugin
+        live = _live_state(trainer)
         with torch.no_grad():
             for name, tensor in live["weights"].items():
                 tensor.copy_(self._good["weights"][name])

@@ -108,13 +108,15 @@ class ProgressBar(Callback):
     @property
     def total_val_batches(self) -> int | float:
         """Validation batches of all loaders in this epoch; 0 in epochs without validation."""
-        trainer, every = self.trainer, self.trainer.check_val_every_n_epoch
+        trainer = self.trainer
+        every = self.trainer.check_val_every_n_epoch
         skipped = trainer.state.fn == "fit" and every and (trainer.current_epoch + 1) % every
         return 0 if skipped and not trainer.sanity_checking else sum(self._val_batches)
 
     def _train_batches(self) -> int | float:
         """As many as the loader has, or as `max_steps` leaves."""
-        trainer, progress = self.trainer, self.trainer.fit_loop.progress
+        trainer = self.trainer
+        progress = self.trainer.fit_loop.progress
         if trainer.max_steps == -1:
             return trainer.num_training_batches
         steps_per_batch = max(len(trainer.optimizers), 1)
@@ -180,13 +182,15 @@ class TerminalProgressBar(ProgressBar):
 
     def __init__(self, refresh_rate: int, leave: bool) -> None:
         super().__init__()
-        self._refresh_rate, self._leave = refresh_rate, leave
+        self._refresh_rate = refresh_rate
+        self._leave = leave
 
     def enable(self) -> None:
         self._enabled = True
 
     def disable(self) -> None:
-        self._enabled, self._redraw_at = False, inf
+        self._enabled = False
+        self._redraw_at = inf
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -210,7 +214,8 @@ class TerminalProgressBar(ProgressBar):
         self._redraw_at = monotonic() + self._seconds_between_redraws
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
-        last, keep = self._train, None
+        last = self._train
+        keep = None
         if last and last.done and self._leave:
             self._finish(last)
             self._train = None
@@ -260,14 +265,17 @@ class TerminalProgressBar(ProgressBar):
         track = self._evaluation
         own = track.kind in ("test", "predict")
         sizes = getattr(trainer, f"num_{track.kind}_batches") if own else self._val_batches
-        track.loader, track.loaders, track.total = dataloader_idx, len(sizes), self._current(sizes)
+        track.loader = dataloader_idx
+        track.loaders = len(sizes)
+        track.total = self._current(sizes)
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
         track.done = track.drawn = 0
         self._begin(track)
 
     def _end_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
-        track, self._evaluation = self._evaluation, None
+        track = self._evaluation
+        self._evaluation = None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
             self._draw(track)

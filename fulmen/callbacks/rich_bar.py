@@ -87,7 +87,8 @@ class RichProgressBar(TerminalProgressBar):
     ) -> None:  # fmt: skip
         require("rich", "for `RichProgressBar`", minimum=">=10.2.2")
         super().__init__(refresh_rate, leave)
-        self.theme, self._console_kwargs = theme, console_kwargs or {}
+        self.theme = theme
+        self._console_kwargs = console_kwargs or {}
         if refresh_rate > 0:
             self._seconds_between_redraws = max(SECONDS_BETWEEN_REDRAWS, 1 / refresh_rate)
         self._console: Any = None
@@ -149,7 +150,8 @@ class RichProgressBar(TerminalProgressBar):
     def _begin(self, track: Track) -> None:
         if track.kind not in self._ids:
             return
-        name, last = track.name, self.trainer.max_epochs
+        name = track.name
+        last = self.trainer.max_epochs
         if track.loaders > 1:
             name += f" DataLoader {track.loader}"
         elif track.kind == "train" and last is not None and last > 0:
@@ -166,7 +168,9 @@ class RichProgressBar(TerminalProgressBar):
         return self.progress.keep(task) if task is not None else lambda: None
 
     def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        done, total, rate = track.done, track.total, track.rate
+        done = track.done
+        total = track.total
+        rate = track.rate
         remaining = timedelta(seconds=ceil((total - done) / rate)) if total < inf and rate else "-:--:--"
         dot = "•" if self._console.encoding.startswith("utf") else "-"
         texts: dict[str, Any] = {

@@ -58,7 +58,8 @@ class Timer(Callback):
                 f"Unsupported parameter value: `Timer(interval={interval!r})` must be 'step' or 'epoch'."
             )
         self._duration = None if duration is None else parse_duration(duration, "Timer(duration)").total_seconds()
-        self._interval, self._verbose = str(interval), verbose
+        self._interval = str(interval)
+        self._verbose = verbose
         self._forget_run()
 
     def _forget_run(self) -> None:
@@ -83,7 +84,8 @@ class Timer(Callback):
         Raises:
             ValueError: there is no stage of that name.
         """
-        start, end = self.start_time(stage), self.end_time(stage)
+        start = self.start_time(stage)
+        end = self.end_time(stage)
         offset = self._offset if stage == RunningStage.TRAINING else 0
         return offset if start is None else offset + (time.monotonic() if end is None else end) - start
 

@@ -63,7 +63,8 @@ def _tqdm_class() -> Any:
             self.lines_below = len(lines)
 
         def close(self) -> None:
-            open_, leave = not self.disable, self.leave or (self.leave is None and not self.pos)
+            open_ = not self.disable
+            leave = self.leave or (self.leave is None and not self.pos)
             super().close()
             if open_ and leave and self.lines_below:
                 self.fp.write("\n" * self.lines_below)
@@ -75,7 +76,8 @@ def _lines(bar: Any) -> list[str]:
     """What is drawn of a tqdm bar: the bar, and where it is too short the lines of metrics below it."""
     from tqdm.utils import disp_len
 
-    meter, metrics = bar.format_dict, bar.postfix
+    meter = bar.format_dict
+    metrics = bar.postfix
     if not meter["ncols"] and bar.fp.isatty():  # a stream around that of the terminal
         meter["ncols"] = shutil.get_terminal_size((0, 0)).columns or None
     width = meter["ncols"]
@@ -143,7 +145,8 @@ class TQDMProgressBar(TerminalProgressBar):
         if refresh_rate > 0:
             refresh_rate = max(refresh_rate, int(os.environ.get("TQDM_MINITERS", 1)))
         super().__init__(refresh_rate, leave)
-        self._batches_between_redraws, self._process_position = refresh_rate, process_position
+        self._batches_between_redraws = refresh_rate
+        self._process_position = process_position
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.endswith("_progress_bar")}
@@ -198,7 +201,8 @@ class TQDMProgressBar(TerminalProgressBar):
     def _count(self, track: Track) -> None:
         bar = getattr(self, _attribute(track.kind))
         if self.is_enabled:
-            bar.n, bar.initial = track.done, track.first
+            bar.n = track.done
+            bar.initial = track.first
 
     def _keep(self, track: Track) -> Callable[[], None]:
         bar = getattr(self, _attribute(track.kind))
@@ -240,7 +244,10 @@ class _AboveBars:
     """A stream that makes room for each complete line by moving the bars on ``screen`` down."""
 
     def __init__(self, stream: Any, screen: Any) -> None:
-        self.stream, self.screen, self.line, self.process = stream, screen, "", os.getpid()
+        self.stream = stream
+        self.screen = screen
+        self.line = ""
+        self.process = os.getpid()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

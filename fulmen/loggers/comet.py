@@ -39,8 +39,10 @@ class CometLogger(ServiceLogger):
         if "offline" in kwargs:
             log.warning("`CometLogger(offline=…)` is now the opposite of `online`.")
             online = not kwargs.pop("offline")
-        self._project, self._save_dir = kwargs.pop("project", project), kwargs.get("offline_directory")
-        self._config_options, account = kwargs, {"api_key": api_key, "workspace": workspace, "project": self._project}
+        self._project = kwargs.pop("project", project)
+        self._save_dir = kwargs.get("offline_directory")
+        self._config_options = kwargs
+        account = {"api_key": api_key, "workspace": workspace, "project": self._project}
         self._start_options = {**account, "experiment_key": experiment_key, "mode": mode, "online": online}
 
     def _open(self) -> Any:

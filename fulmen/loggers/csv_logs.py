@@ -50,14 +50,17 @@ class ExperimentWriter:
 
     def go_on(self, position: dict[str, Any]) -> None:
         """Keeps so many rows of the file, if the last of them is the one that was written then."""
-        count, last = position["rows"], position["last"]
+        count = position["rows"]
+        last = position["last"]
         if not (self._foreign and count and self._files.isfile(self.metrics_file_path)):
             return
         with self._files.open(self.metrics_file_path, "r", newline="") as file:
             rows = list(csv.DictReader(file))
         if len(rows) < count or {name: text for name, text in rows[count - 1].items() if text} != last:
             return  # the file of another run
-        self._foreign, self.num_rows, self.last = False, count, last
+        self._foreign = False
+        self.num_rows = count
+        self.last = last
         self.metrics_keys = list(rows[0])
         if len(rows) > count:
             text = io.StringIO(newline="")
@@ -98,7 +101,8 @@ class ExperimentWriter:
         else:
             with self._files.open(self.metrics_file_path, "a", newline="") as file:
                 file.write(text.getvalue())
-        self.metrics_keys, self.metrics = names, []
+        self.metrics_keys = names
+        self.metrics = []
 
 
 class CSVLogger(FolderLogger):
@@ -118,7 +122,8 @@ class CSVLogger(FolderLogger):
         if flush_logs_every_n_steps < 1:
             raise ValueError(f"`{flush_logs_every_n_steps=}` must be at least 1.")
         super().__init__(save_dir, name, version, prefix)
-        self._flush_logs_every_n_steps, self._rows_at_last_save = flush_logs_every_n_steps, -1
+        self._flush_logs_every_n_steps = flush_logs_every_n_steps
+        self._rows_at_last_save = -1
 
     def _open(self) -> ExperimentWriter:
         return ExperimentWriter(self.log_dir)
@@ -129,7 +134,8 @@ class CSVLogger(FolderLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        writer, limit = self.experiment, self._flush_logs_every_n_steps
+        writer = self.experiment
+        limit = self._flush_logs_every_n_steps
         writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
         if len(writer.metrics) >= limit or (step is not None and (step + 1) % limit == 0):
             self._save_now()
@@ -138,7 +144,8 @@ class CSVLogger(FolderLogger):
     def save(self) -> None:
         """Writes the rows if the last writing was long ago, or if nothing was logged since the last call."""
         writer = self.experiment
-        asked_again, self._rows_at_last_save = self._rows_at_last_save == writer.num_rows, writer.num_rows
+        asked_again = self._rows_at_last_save == writer.num_rows
+        self._rows_at_last_save = writer.num_rows
         if asked_again or time.monotonic() - self._written_at >= self.WRITE_EVERY_SECONDS:
             writer.save()
             self._written_at = time.monotonic()

@@ -24,7 +24,8 @@ from fulmen.utilities.seed import isolate_rng
 
 Params = dict[str, Any] | argparse.Namespace
 # Of hyper-parameters: arrays with more elements are abbreviated, what is nested deeper (in itself, say) is shown as text.
-MAX_ELEMENTS, MAX_DEPTH = 100, 20
+MAX_ELEMENTS = 100
+MAX_DEPTH = 20
 _NESTED = (Mapping, list, tuple, set, frozenset)
 
 
@@ -143,7 +144,9 @@ class FolderLogger(ExperimentLogger):
 
     def __init__(self, save_dir: str | os.PathLike, name: str | None, version: int | str | None, prefix: str) -> None:
         super().__init__(prefix)
-        self._save_dir, self._name, self._version = os.fspath(save_dir), name or "", version
+        self._save_dir = os.fspath(save_dir)
+        self._name = name or ""
+        self._version = version
         self._sub_dir: str | None = None
         self.claimed = version is not None  # is the folder this run's own, or meant to be shared?
 
@@ -224,7 +227,8 @@ def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool =
 
     Tensors and arrays of several elements become an entry each, ``name_0``, ``name_1``, ..., but for `keep_arrays`.
     """
-    start, numbers = prefix and f"{prefix}-", {}
+    start = prefix and f"{prefix}-"
+    numbers = {}
     for name, value in metrics.items():
         if type(value) is float or not (hasattr(value, "tolist") and hasattr(value, "shape")):
             numbers[start + name] = value
@@ -265,7 +269,8 @@ def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
 
 def plain_params(params: Any, leaf: Callable[[Any], Any] | None = None, depth: int = MAX_DEPTH) -> Any:
     """The same made of dictionaries with texts as keys, lists, tuples, and what `leaf` makes of the rest."""
-    leaf, value = leaf or plain_value, _opened(params)
+    leaf = leaf or plain_value
+    value = _opened(params)
     if not isinstance(value, _NESTED) or not depth:
         return leaf(value)
     if isinstance(value, Mapping):
@@ -321,12 +326,14 @@ def claim_versions(loggers: Iterable[Any]) -> list[Any]:
     plain = [one for one in folders if not one.claimed and _is_plain(one) and not is_remote(expand(one.root_dir))]
     for root in dict.fromkeys(expand(one.root_dir) for one in plain):
         alike = [one for one in plain if expand(one.root_dir) == root]
-        opened, seen = any(one._experiment is not None for one in alike), any(one._version is not None for one in alike)
+        opened = any(one._experiment is not None for one in alike)
+        seen = any(one._version is not None for one in alike)
         first = number = next((one._version for one in alike if one._version is not None), alike[0].version)
         while not opened and isinstance(number, int) and not _claim(os.path.join(root, f"version_{number}"), seen):
             number += 1
         for one in alike:
-            one._version, one.claimed = number, True
+            one._version = number
+            one.claimed = True
         if number != first:
             rank_zero_info(f"Another run has taken version_{first} in {root}: this one logs to version_{number}.")
     return [one._version for one in folders]

@@ -15,7 +15,10 @@ from fulmen.storage.filesystem import local_path
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
-MAX_NAME_LENGTH, MAX_PARAM_LENGTH, PARAMS_PER_CALL, METRICS_PER_CALL = 250, 250, 100, 1000
+MAX_NAME_LENGTH = 250
+MAX_PARAM_LENGTH = 250
+PARAMS_PER_CALL = 100
+METRICS_PER_CALL = 1000
 
 
 class MLFlowLogger(ServiceLogger):
@@ -38,13 +41,18 @@ class MLFlowLogger(ServiceLogger):
     ) -> None:  # fmt: skip
         require("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
         super().__init__(prefix, log_model)
-        self._experiment_name, self._run_name, self._run_id = experiment_name, run_name, run_id
+        self._experiment_name = experiment_name
+        self._run_name = run_name
+        self._run_id = run_id
         self._experiment_id: str | None = None
-        self._artifact_location, self.tags = artifact_location, tags
+        self._artifact_location = artifact_location
+        self.tags = tags
         self._save_dir: str | None
-        chosen, folder = tracking_uri or os.getenv("MLFLOW_TRACKING_URI"), save_dir or "./mlruns"
+        chosen = tracking_uri or os.getenv("MLFLOW_TRACKING_URI")
+        folder = save_dir or "./mlruns"
         if chosen is None and not _writes_folders():
-            chosen, self._save_dir = f"sqlite:///{os.path.join(folder, 'mlflow.db')}", folder
+            chosen = f"sqlite:///{os.path.join(folder, 'mlflow.db')}"
+            self._save_dir = folder
             self._artifact_location = artifact_location or os.path.abspath(os.path.join(folder, experiment_name))
         else:
             chosen = chosen or f"file:{folder}"
@@ -82,9 +90,11 @@ class MLFlowLogger(ServiceLogger):
         from mlflow.entities import Param
 
         known = dict(self.experiment.get_run(self.run_id).data.params)
-        new, kept = [], []
+        new = []
+        kept = []
         for name, value in flatten_params(params).items():
-            name, text = _allowed_name(name), str(plain_value(value))[:MAX_PARAM_LENGTH]
+            name = _allowed_name(name)
+            text = str(plain_value(value))[:MAX_PARAM_LENGTH]
             if name not in known and not self._is_folder(name, known):
                 known[name] = text
                 new.append(Param(name, text))
@@ -110,7 +120,8 @@ class MLFlowLogger(ServiceLogger):
         """Records numbers; others are left out with a warning, and so are characters that MLflow refuses in names."""
         from mlflow.entities import Metric
 
-        now, entries = int(time.time() * 1000), []
+        now = int(time.time() * 1000)
+        entries = []
         for name, value in as_numbers(metrics, self._prefix).items():
             if not isinstance(value, (int, float)):
                 kind = f"text {value!r}" if isinstance(value, str) else f"`{type(value).__name__}` {value!r}"

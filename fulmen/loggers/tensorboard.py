@@ -38,7 +38,9 @@ class TensorBoardLogger(FolderLogger):
             require("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
-        self._log_graph, self._default_hp_metric, self._writer_kwargs = log_graph, default_hp_metric, kwargs
+        self._log_graph = log_graph
+        self._default_hp_metric = default_hp_metric
+        self._writer_kwargs = kwargs
         self._has_hp_metric = False
         self._found: dict[str, int] = {}  # event files of runs before this one, once they were looked for
         self.hparams: dict[str, Any] = {}
@@ -130,7 +132,8 @@ class TensorBoardLogger(FolderLogger):
                 os.truncate(os.path.join(self.log_dir, name), size)
         if any(name not in position for name in self._found):
             writer.close()
-            self._writer_kwargs, self._experiment = {**self._writer_kwargs, "purge_step": step}, None
+            self._writer_kwargs = {**self._writer_kwargs, "purge_step": step}
+            self._experiment = None
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

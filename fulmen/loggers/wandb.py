@@ -42,7 +42,9 @@ class WandbLogger(ServiceLogger):
             what = f"`WandbLogger(log_model={log_model}, offline=True)` cannot send checkpoints without a connection."
             raise MisconfigurationException(f"{what} Leave one of the two out.")
         super().__init__(prefix, log_model)
-        self._experiment, self._checkpoint_name, self.add_file_policy = experiment, checkpoint_name, add_file_policy
+        self._experiment = experiment
+        self._checkpoint_name = checkpoint_name
+        self.add_file_policy = add_file_policy
         self._project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self._save_dir = os.fspath(save_dir if dir is None else dir)
         place = {"name": name, "project": self._project, "dir": self._save_dir}

@@ -32,7 +32,8 @@ class Profiler(ABC):
     active = True  # False tells the Trainer that it need not name its actions at all
 
     def __init__(self, dirpath: str | os.PathLike | None = None, filename: str | None = None) -> None:
-        self.dirpath, self.filename = dirpath, filename
+        self.dirpath = dirpath
+        self.filename = filename
         self.module: torch.nn.Module | None = None  # set by the Trainer before `setup`
         self._stage: str | None = None
         self._local_rank: int | None = None
@@ -72,7 +73,8 @@ class Profiler(ABC):
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         """A run begins: ``stage`` is "fit", "validate", "test" or "predict"; the rank is None for a single process."""
-        self._stage, self._local_rank = getattr(stage, "value", stage), local_rank
+        self._stage = getattr(stage, "value", stage)
+        self._local_rank = local_rank
         self.dirpath = self.dirpath or log_dir
 
     def teardown(self, stage: str | None) -> None:
@@ -133,7 +135,8 @@ class SimpleProfiler(Profiler):
         super().__init__(dirpath, filename)
         self.current_actions: dict[str, float] = {}
         self.recorded_durations: dict[str, array[float]] = {}  # eight bytes per call: a long run has millions
-        self.extended, self.start_time = extended, time.monotonic()
+        self.extended = extended
+        self.start_time = time.monotonic()
 
     def start(self, action_name: str) -> None:
         if action_name in self.current_actions:
@@ -156,7 +159,8 @@ class SimpleProfiler(Profiler):
             num_calls = sum(map(len, self.recorded_durations.values()))
             rows.append(("Total", "-", str(num_calls), f"{elapsed:.5}", "100 %"))
         for name, times in durations:
-            total, calls = sum(times), len(times)
+            total = sum(times)
+            calls = len(times)
             rows.append((name, f"{total / calls:.5}", str(calls), f"{total:.5}", f"{100 * total / elapsed:.5}"))
         if not self.extended:
             rows = [(name, mean, total) for name, mean, _, total, _ in rows]
@@ -185,7 +189,8 @@ class AdvancedProfiler(Profiler):
         import cProfile
 
         super().__init__(dirpath, filename)
-        self.line_count_restriction, self.dump_stats = line_count_restriction, dump_stats
+        self.line_count_restriction = line_count_restriction
+        self.dump_stats = dump_stats
         self.profiled_actions: dict[str, cProfile.Profile] = defaultdict(cProfile.Profile)
         self._running: list[str] = []
 

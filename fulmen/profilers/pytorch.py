@@ -18,7 +18,9 @@ from fulmen.storage.filesystem import ensure_dir
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-WAIT, WARMUP, ACTIVE = 1, 1, 3
+WAIT = 1
+WARMUP = 1
+ACTIVE = 3
 
 
 class PyTorchProfiler(Profiler):
@@ -52,8 +54,10 @@ class PyTorchProfiler(Profiler):
         table_kwargs: dict[str, Any] | None = None, **profiler_kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(dirpath, filename)
-        self._emit_nvtx, self._export_to_chrome = emit_nvtx, export_to_chrome
-        self._group_by_input_shapes, self._record_module_names = group_by_input_shapes, record_module_names
+        self._emit_nvtx = emit_nvtx
+        self._export_to_chrome = export_to_chrome
+        self._group_by_input_shapes = group_by_input_shapes
+        self._record_module_names = record_module_names
         self._sort_by_key = sort_by_key or ("cuda_time_total" if torch.cuda.is_available() else "cpu_time_total")
         if self._sort_by_key not in (columns := self.AVAILABLE_SORT_KEYS):
             hint = suggestion(self._sort_by_key, columns)

@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from measures import code_lines
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "fulmen").rglob("*.py"))
 
@@ -13,7 +15,7 @@ FILE_LINES = 800
 FACE_LINES = 900  # trainer.py and module.py: what users call
 FUNCTION_LINES = 60
 METHODS = 25
-PACKAGE_LINES = 26_500
+CODE_LINES = 19_500  # neither blank, nor comment, nor documentation
 
 # Faces that users see: as many methods as the contract names.
 FACADES = {
@@ -86,5 +88,4 @@ def test_no_class_has_too_many_methods() -> None:
 
 
 def test_the_whole_stays_small() -> None:
-    total = sum(lines(path) for path in FILES)
-    assert total <= PACKAGE_LINES, f"{total} lines"
+    assert code_lines() <= CODE_LINES
