@@ -107,18 +107,6 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
     return in_order([old for old in callbacks if type(old) not in kinds] + new)
 
 
-def begin_fit(callbacks: Iterable[Callback], trainer: str) -> None:
-    """Lets callbacks that another Trainer fitted with begin anew; with the same one they go on.
-
-    Arguments:
-        trainer: the identity of the Trainer, the same in all of its processes.
-    """
-    for callback in callbacks:
-        if vars(callback).get("_fitted_by", trainer) != trainer:
-            callback._forget_run()
-        callback._fitted_by = trainer  # type: ignore[attr-defined]
-
-
 def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     """Finders first; checkpoints last, and before them the guard, which keeps a state all others have seen."""
 

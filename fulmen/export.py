@@ -63,7 +63,9 @@ def to_torchscript(
     return converted
 
 
-def _inputs(module: LightningModule, given: Any, method: str, name: str = "input_sample") -> tuple[tuple, dict]:
+def _inputs(
+    module: LightningModule, given: Any, method: str, name: str = "input_sample"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and named arguments of `forward`, which went through the module's transfer hooks as a batch would."""
     sample = module.example_input_array if given is None else given
     if sample is None:

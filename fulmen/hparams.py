@@ -36,7 +36,7 @@ class HyperparametersMixin:
         The values are the local variables of this object's running constructors, base classes included; a subclass
         wins. `**kwargs` are flattened, `*args` are left out.
 
-        Args:
+        Arguments:
             args: nothing for all arguments, names of some, or one mapping or `Namespace` whose content is kept.
             ignore: arguments not to keep; also forgets them if a base class has kept them.
             frame: where to look for the constructors; the caller's frame by default.

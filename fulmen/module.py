@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +27,31 @@ from fulmen.utilities.types import GradClipAlgorithmType
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
+    from torch.serialization import MAP_LOCATION
     from typing_extensions import Self
 
     from fulmen.callbacks.callback import Callback
+    from fulmen.loggers.logger import Logger
+    from fulmen.optimizers import LightningOptimizer
     from fulmen.trainer import Trainer
-    from fulmen.utilities.types import OptimizerLRScheduler
+    from fulmen.utilities.types import (
+        STEP_OUTPUT,
+        TRAINING_STEP_OUTPUT,
+        ClipAlgorithmName,
+        LoggedValue,
+        LRSchedulerTypeUnion,
+        OptimizerLRScheduler,
+        ReduceName,
+    )
+
+    DeviceLike = torch.device | str | int
+    ClipAlgorithm = ClipAlgorithmName | GradClipAlgorithmType
 
 Number = int | float  # inside the class, `float` is the method
-
-
-def _from_trainer(name: str, otherwise: Any, doc: str) -> Any:
-    """A property that asks the trainer, and has a value without one."""
-
-    def read(self: Any) -> Any:
-        return getattr(self._trainer, name) if self._trainer is not None else otherwise
-
-    return property(read, doc=doc)
+Nested = TypeVar("Nested", bound=Mapping[str, Any] | list[Any] | tuple[Any, ...])
 
 
 class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
@@ -50,7 +59,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     Write `__init__`, `training_step` and `configure_optimizers`; everything else is optional.
 
-    Example:
+    Examples:
         >>> class Regression(LightningModule):
         ...     def __init__(self):
         ...         super().__init__()
@@ -69,13 +78,13 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
-    device_mesh = None  # put here by `ModelParallelStrategy`
-    fabric: Any = None  # put here by `Fabric.setup`
+    device_mesh: ClassVar[DeviceMesh | None] = None  # an instance gets one from `ModelParallelStrategy`
+    fabric: ClassVar[object | None] = None
 
     if TYPE_CHECKING:  # at run time TorchScript would try to read these
-        _trainer: Any
+        _trainer: Trainer | None
         _book: Any
-        _example_input_array: Any
+        _example_input_array: Tensor | tuple[Any, ...] | dict[str, Any] | None
         _automatic_optimization: bool
         _strict_loading: bool | None
         _device: torch.device
@@ -123,44 +132,58 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     def dtype(self, dtype: torch.dtype) -> None:
         raise RuntimeError("`dtype` is read only. Convert the module with `module.to(dtype)`.")
 
-    def to(self, *args: Any, **kwargs: Any) -> LightningModule:
-        """Moves and converts, like `torch.nn.Module.to`."""
-        device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
-        return self._placed(super().to(*args, **kwargs), device, dtype)
+    @overload
+    def to(
+        self, device: DeviceLike | None = ..., dtype: torch.dtype | None = ..., non_blocking: bool = ...
+    ) -> Self: ...
+    @overload
+    def to(self, dtype: torch.dtype, non_blocking: bool = ...) -> Self: ...
+    @overload
+    def to(self, tensor: Tensor, non_blocking: bool = ...) -> Self: ...
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves and converts, like `torch.nn.Module.to`, and keeps `device` and `dtype` true.
 
-    def cuda(self, device: torch.device | int | None = None) -> LightningModule:
+        Examples:
+            >>> module = LightningModule().to(torch.float64)
+            >>> module.dtype
+            torch.float64
+        """
+        device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+        return self._record_move(super().to(*args, **kwargs), device, dtype)
+
+    def cuda(self, device: torch.device | int | None = None) -> Self:
         """Moves to a CUDA device (default: the current one)."""
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device())
         elif isinstance(device, int):
             device = torch.device("cuda", device)
-        return self._placed(super().cuda(device), device, None)
+        return self._record_move(super().cuda(device), device, None)
 
-    def cpu(self) -> LightningModule:
+    def cpu(self) -> Self:
         """Moves to the CPU."""
-        return self._placed(super().cpu(), torch.device("cpu"), None)
+        return self._record_move(super().cpu(), torch.device("cpu"), None)
 
-    def type(self, dst_type: str | torch.dtype) -> LightningModule:
+    def type(self, dst_type: str | torch.dtype) -> Self:
         """Converts all parameters and buffers."""
-        return self._placed(super().type(dst_type), None, dst_type)
+        return self._record_move(super().type(dst_type), None, dst_type)
 
-    def float(self) -> LightningModule:
+    def float(self) -> Self:
         """Converts floating-point parameters to float32."""
-        return self._placed(super().float(), None, torch.float)
+        return self._record_move(super().float(), None, torch.float)
 
-    def double(self) -> LightningModule:
+    def double(self) -> Self:
         """Converts floating-point parameters to float64."""
-        return self._placed(super().double(), None, torch.double)
+        return self._record_move(super().double(), None, torch.double)
 
-    def half(self) -> LightningModule:
+    def half(self) -> Self:
         """Converts floating-point parameters to float16."""
-        return self._placed(super().half(), None, torch.half)
+        return self._record_move(super().half(), None, torch.half)
 
-    def bfloat16(self) -> LightningModule:
+    def bfloat16(self) -> Self:
         """Converts floating-point parameters to bfloat16."""
-        return self._placed(super().bfloat16(), None, torch.bfloat16)
+        return self._record_move(super().bfloat16(), None, torch.bfloat16)
 
-    def _placed(self, moved: Any, device: torch.device | None, dtype: Any) -> Any:
+    def _record_move(self, moved: Self, device: torch.device | None, dtype: str | torch.dtype | None) -> Self:
         for module in self.modules():
             if isinstance(module, LightningModule):
                 if device is not None:
@@ -197,12 +220,35 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
                 child.__dict__["_trainer"] = trainer
                 child.__dict__["_book"] = book
 
-    current_epoch = _from_trainer("current_epoch", 0, "Epochs finished so far; 0 without a trainer.")
-    global_step = _from_trainer("global_step", 0, "Optimizer steps made so far; 0 without a trainer.")
-    global_rank = _from_trainer("global_rank", 0, "Index of this process over all nodes; 0 without a trainer.")
-    local_rank = _from_trainer("local_rank", 0, "Index of this process on its node; 0 without a trainer.")
-    logger = _from_trainer("logger", None, "The first logger.")
-    loggers = property(lambda self: [] if self._trainer is None else self._trainer.loggers, doc="All loggers.")
+    @property
+    def current_epoch(self) -> int:
+        """Epochs finished so far; 0 without a trainer."""
+        return self._trainer.current_epoch if self._trainer is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps made so far; 0 without a trainer."""
+        return self._trainer.global_step if self._trainer is not None else 0
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process over all nodes; 0 without a trainer."""
+        return self._trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its node; 0 without a trainer."""
+        return self._trainer.local_rank if self._trainer is not None else 0
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger of the trainer, if it has one."""
+        return self._trainer.logger if self._trainer is not None else None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """All loggers of the trainer."""
+        return self._trainer.loggers if self._trainer is not None else []
 
     # ------------------------------------------------------------------ switches
 
@@ -239,28 +285,79 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """What the model computes; same as `torch.nn.Module.forward`."""
         return super().forward(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, *args: Any, **kwargs: Any) -> TRAINING_STEP_OUTPUT:
         """The loss of one batch.
 
-        Called as `training_step(batch, batch_idx)`; `batch_idx` may be left out.
+        Called as `training_step(batch, batch_idx)`; `batch_idx` may be left out. A step that asks for `dataloader_iter`
+        instead reads its batches itself.
 
         Returns:
-            A scalar tensor; a dict with the key "loss" (handed on to `on_train_batch_end`); or None to skip the batch.
+            A tensor with one element; a dict with the key "loss" (handed on to `on_train_batch_end`); or None to skip
+            the batch. With several optimizers it may be a generator, which yields one loss for each of them. With
+            manual optimization anything may be returned.
+
+        Examples:
+            >>> class Regression(LightningModule):
+            ...     def training_step(self, batch, batch_idx):
+            ...         x, y = batch
+            ...         loss = nn.functional.mse_loss(self(x), y)
+            ...         self.log("train_loss", loss)
+            ...         return loss
         """
+        return None
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Looks at one validation batch: `validation_step(batch, batch_idx, dataloader_idx=0)`."""
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Looks at one validation batch, in eval mode and without gradients.
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Looks at one test batch: `test_step(batch, batch_idx, dataloader_idx=0)`."""
+        Called as `validation_step(batch, batch_idx, dataloader_idx=0)`; the last one, or two, may be left out.
+
+        Returns:
+            Anything, for `on_validation_batch_end`; usually nothing, as metrics are logged.
+
+        Examples:
+            >>> class Regression(LightningModule):
+            ...     def validation_step(self, batch, batch_idx):
+            ...         x, y = batch
+            ...         self.log("val_loss", nn.functional.mse_loss(self(x), y))
+        """
+        return None
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Looks at one test batch, in eval mode and without gradients; called and used like `validation_step`."""
+        return None
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predicts one batch; by default `self(batch)`."""
+        """Predicts one batch, in eval mode and without gradients; by default `self(batch)`.
+
+        Called as `predict_step(batch, batch_idx, dataloader_idx=0)`; the last one, or two, may be left out.
+
+        Returns:
+            The predictions of the batch, which `Trainer.predict` collects on the CPU.
+
+        Examples:
+            >>> class Classifier(LightningModule):
+            ...     def forward(self, batch):
+            ...         return batch
+            ...     def predict_step(self, batch, batch_idx):
+            ...         return self(batch).argmax(dim=-1)
+            >>> Classifier().predict_step(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), 0)
+            tensor([1, 0])
+        """
         batch = kwargs.get("batch", args[0] if args else None)
         return self(batch)
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Callbacks that belong to the model; they replace those of the same class in the trainer."""
+        """Callbacks that belong to the model; they replace those of the same class in the trainer.
+
+        Returns:
+            One or several, made anew by each call.
+
+        Examples:
+            >>> from fulmen.callbacks import EarlyStopping
+            >>> class Net(LightningModule):
+            ...     def configure_callbacks(self):
+            ...         return EarlyStopping(monitor="val_loss")
+        """
         return []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -268,8 +365,21 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
         Returns:
             An optimizer; a list of optimizers; `([optimizers], [schedulers])`; a dict with "optimizer" and
-            "lr_scheduler" (a scheduler or a dict with "scheduler", "interval", "frequency", "monitor", "strict",
-            "name"); a list of such dicts; or None to train without one.
+            "lr_scheduler"; a list of such dicts; or None to train without one. A scheduler is an object or a dict of
+            the form `LRSchedulerConfigType`: "scheduler", and optionally "interval" ("epoch" or "step"), "frequency",
+            "monitor" (the logged name that `ReduceLROnPlateau` watches), "strict" and "name".
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.layer = nn.Linear(4, 1)
+            ...     def configure_optimizers(self):
+            ...         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            ...         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+            ...         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            >>> sorted(Net().configure_optimizers())
+            ['lr_scheduler', 'optimizer']
         """
         raise MisconfigurationException(
             f"`{type(self).__name__}.configure_optimizers` was called but is not implemented. Without an optimizer "
@@ -280,9 +390,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     # ------------------------------------------------------------------ logging
 
     def log(
-        self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None,
-        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean",
-        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: Any = None,
+        self, name: str, value: LoggedValue, prog_bar: bool = False, logger: bool | None = None,
+        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: ReduceName | Callable[..., Any] = "mean",
+        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: ProcessGroup | None = None,
         add_dataloader_idx: bool = True, batch_size: int | None = None, metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:  # fmt: skip
@@ -291,12 +401,29 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         Arguments:
             name: the key; `name_step` and `name_epoch` when both are on.
             value: a number, a tensor with one element, or a torchmetrics `Metric`.
-            on_step, on_epoch: log now, and/or the value reduced over the epoch. Defaults depend on the hook: now in
-                training, over the epoch in evaluation.
+            prog_bar: show it in the progress bar.
+            logger: send it to the loggers; None means yes.
+            on_step: log the value now. The default depends on the hook: yes in training, no in evaluation.
+            on_epoch: log the value reduced over the epoch. The default is the opposite of `on_step`.
             reduce_fx: "mean" (weighted by batch size), "sum", "min" or "max" over the epoch.
-            batch_size: weight of this value in a mean; looked up in the batch when left out.
+            enable_graph: keep the graph of the value, for those who want to call `backward` on it.
+            sync_dist: reduce the value of a step over all processes; those over an epoch always are.
+            sync_dist_group: the processes to reduce over; all by default.
             add_dataloader_idx: append `/dataloader_idx_N` when there are several loaders.
+            batch_size: weight of this value in a mean; looked up in the batch when left out.
             metric_attribute: name of the attribute that holds the `Metric`, if it cannot be found.
+            rank_zero_only: the value is logged on the first process alone, and reduced over no others.
+
+        Raises:
+            MisconfigurationException: in hooks where nothing can be logged (see docs/hooks.md), or for a value or
+                combination of arguments that cannot be reduced.
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def training_step(self, batch, batch_idx):
+            ...         loss = self(batch).mean()
+            ...         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True)
+            ...         return loss
         """
         book = self._book
         if book is None:
@@ -311,12 +438,21 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             book.write(name, value, options, batch_size)
 
     def log_dict(
-        self, dictionary: Mapping[str, Any], prog_bar: bool = False, logger: bool | None = None,
-        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean",
-        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: Any = None,
+        self, dictionary: Mapping[str, LoggedValue], prog_bar: bool = False, logger: bool | None = None,
+        on_step: bool | None = None, on_epoch: bool | None = None, reduce_fx: ReduceName | Callable[..., Any] = "mean",
+        enable_graph: bool = False, sync_dist: bool = False, sync_dist_group: ProcessGroup | None = None,
         add_dataloader_idx: bool = True, batch_size: int | None = None, rank_zero_only: bool = False,
     ) -> None:  # fmt: skip
-        """`log` for several names at once: a mapping, or a torchmetrics `MetricCollection`."""
+        """`log` for several names at once; the other arguments are those of `log`.
+
+        Arguments:
+            dictionary: a mapping from names to values, or a torchmetrics `MetricCollection`.
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def validation_step(self, batch, batch_idx):
+            ...         self.log_dict({"val_loss": 0.3, "val_accuracy": 0.9}, batch_size=len(batch))
+        """
         try:
             items = dictionary.items()
         except (AttributeError, TypeError):
@@ -348,11 +484,31 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """Prints on one process only, above the progress bar if there is one."""
         trainer = self._trainer
         if trainer is None or trainer.is_global_zero:
-            bar = trainer and trainer.progress_bar_callback
+            bar = trainer.progress_bar_callback if trainer is not None else None
             (bar.print if bar is not None and bar.is_enabled else print)(*args, **kwargs)
 
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Tensors of all processes, along a new first dimension, and unchanged on one device; numbers become tensors."""
+    @overload
+    def all_gather(
+        self, data: Tensor | Number, group: ProcessGroup | None = None, sync_grads: bool = False
+    ) -> Tensor: ...
+    @overload
+    def all_gather(self, data: Nested, group: ProcessGroup | None = None, sync_grads: bool = False) -> Nested: ...
+    def all_gather(self, data: Any, group: ProcessGroup | None = None, sync_grads: bool = False) -> Any:
+        """Tensors of all processes, along a new first dimension, and unchanged on one device; numbers become tensors.
+
+        Every process must call this, with tensors of the same shapes.
+
+        Arguments:
+            data: a tensor, a number, or lists, tuples and dicts of them.
+            group: the processes that exchange; all by default.
+            sync_grads: let gradients flow back to the process a tensor is from.
+
+        Returns:
+            The same structure, with a tensor of shape `(world_size, ...)` for each.
+
+        Raises:
+            RuntimeError: without a trainer.
+        """
         strategy = self.trainer.strategy
         as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
         if getattr(strategy, "world_size", 1) == 1:
@@ -365,24 +521,60 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     # ------------------------------------------------------------------ optimization
 
+    @overload
+    def optimizers(self, use_pl_optimizer: Literal[True] = True) -> LightningOptimizer | list[LightningOptimizer]: ...
+    @overload
+    def optimizers(self, use_pl_optimizer: Literal[False]) -> Optimizer | list[Optimizer]: ...
+    @overload
+    def optimizers(self, use_pl_optimizer: bool) -> Optimizer | list[LightningOptimizer] | list[Optimizer]: ...
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """The optimizer, or the list of them.
+        """The optimizers of the run, for manual optimization.
 
         Arguments:
             use_pl_optimizer: wrapped ones, whose `step` knows about precision and counting; False: your own objects.
+
+        Returns:
+            The optimizer if there is one, else the list of them in the order of `configure_optimizers`.
+
+        Raises:
+            RuntimeError: without a trainer.
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.automatic_optimization = False
+            ...     def training_step(self, batch, batch_idx):
+            ...         optimizer = self.optimizers()
+            ...         optimizer.zero_grad()
+            ...         self.manual_backward(self(batch).mean())
+            ...         optimizer.step()
         """
-        found = self.trainer.lightning_optimizers if use_pl_optimizer else self.trainer.optimizers
+        trainer = self.trainer
+        found: Sequence[Optimizer] = trainer.lightning_optimizers if use_pl_optimizer else trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
 
-    def lr_schedulers(self) -> Any:
-        """The scheduler, the list of them, or None."""
+    def lr_schedulers(self) -> LRSchedulerTypeUnion | list[LRSchedulerTypeUnion] | None:
+        """The schedulers of the run, for manual optimization: the only one, a list of several, or None.
+
+        Raises:
+            RuntimeError: without a trainer.
+        """
         configs = self.trainer.lr_scheduler_configs
         if not configs:
             return None
         return configs[0].scheduler if len(configs) == 1 else [config.scheduler for config in configs]
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """`loss.backward()` for manual optimization: scaled by the precision, with the hooks around it."""
+        """`loss.backward()` for manual optimization: scaled by the precision, with the hooks around it.
+
+        Arguments:
+            loss: a tensor with one element; not divided by anything.
+            args: handed to `backward`, as are `kwargs`.
+
+        Raises:
+            MisconfigurationException: with automatic optimization, where the trainer calls backward itself.
+        """
         if self.automatic_optimization:
             raise MisconfigurationException(
                 "`manual_backward` was called with automatic optimization. "
@@ -396,14 +588,22 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         loss.backward(*args, **kwargs)
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Makes one optimizer step. An override must run the closure: it is the forward and the backward.
 
         Arguments:
-            epoch, batch_idx: where training is.
+            epoch: the number of the epoch, from 0.
+            batch_idx: the number of the batch in this epoch, from 0.
             optimizer: a `LightningOptimizer`.
             optimizer_closure: runs `training_step`, `zero_grad` and `backward`, and returns the loss.
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            ...         for group in optimizer.param_groups:
+            ...             group["lr"] = min(1.0, (self.global_step + 1) / 500) * 0.1  # warm-up
+            ...         optimizer.step(closure=optimizer_closure)
         """
         optimizer.step(closure=optimizer_closure)
 
@@ -411,25 +611,44 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """Clears the gradients; override it to do something else."""
         optimizer.zero_grad()
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Steps one scheduler; `metric` is given to those that watch one."""
+    def lr_scheduler_step(self, scheduler: LRSchedulerTypeUnion, metric: Tensor | Number | None) -> None:
+        """Steps one scheduler; override it for one that does not follow torch's.
+
+        Arguments:
+            scheduler: one of `configure_optimizers`.
+            metric: the value of the metric it watches, or None.
+        """
         if metric is None:
-            scheduler.step()
+            scheduler.step()  # type: ignore[call-arg]
         else:
-            scheduler.step(metric)
+            scheduler.step(metric)  # type: ignore[arg-type]
 
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: Number | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: Number | None = None,
+        gradient_clip_algorithm: ClipAlgorithm | None = None,
     ) -> None:
-        """Clips the gradients before the step; called with the trainer's values, also when clipping is off."""
+        """Clips the gradients before each step; called with the trainer's values, also when clipping is off.
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            ...         if self.current_epoch > 0:
+            ...             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def clip_gradients(
-        self, optimizer: Optimizer, gradient_clip_val: Number | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: Number | None = None,
+        gradient_clip_algorithm: ClipAlgorithm | None = None,
     ) -> Tensor | None:
         """Clips the gradients of one optimizer, by norm (default) or by value; unscaled ones, whatever the precision.
 
         Arguments:
+            optimizer: whose parameters' gradients are clipped.
             gradient_clip_val: the bound; None takes the trainer's, 0 or less does nothing.
             gradient_clip_algorithm: "norm" or "value"; None takes the trainer's.
 
@@ -469,7 +688,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Only the parameters of this optimizer require gradients, until `untoggle_optimizer`."""
         before = dict(self._requires_grad_before_toggle)  # of another one, that is still toggled
-        for other in self.optimizers(use_pl_optimizer=False) if len(self.trainer.optimizers) > 1 else ():
+        for other in self.trainer.optimizers if len(self.trainer.optimizers) > 1 else ():
             for parameter in _parameters(other):
                 before.setdefault(parameter, parameter.requires_grad)
                 parameter.requires_grad = False
@@ -494,12 +713,17 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     # ------------------------------------------------------------------ the rest
 
-    def freeze(self) -> LightningModule:
-        """No parameter requires gradients any more, and the module is in eval mode."""
+    def freeze(self) -> Self:
+        """No parameter requires gradients any more, and the module is in eval mode.
+
+        Examples:
+            >>> LightningModule().freeze().training
+            False
+        """
         self.requires_grad_(False)
         return self.eval()
 
-    def unfreeze(self) -> LightningModule:
+    def unfreeze(self) -> Self:
         """All parameters require gradients, and the module is in train mode."""
         self.requires_grad_(True)
         return self.train()
@@ -509,7 +733,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     @ClassOnlyMethod
     def load_from_checkpoint(
-        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: Any = None, strict: bool | None = None,
+        cls, checkpoint_path: str | os.PathLike[str] | IO[bytes], map_location: MAP_LOCATION = None,
+        hparams_file: str | os.PathLike[str] | None = None, strict: bool | None = None,
         weights_only: bool | None = None, **kwargs: Any,
     ) -> Self:  # fmt: skip
         """A module as it was saved: built from the stored hyper-parameters, with the stored weights.
@@ -519,7 +744,24 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             map_location: as for `torch.load`; None keeps the saved device if it exists.
             hparams_file: .yaml or .csv with hyper-parameters that the file lacks.
             strict: whether the keys must match; None takes `strict_loading`.
+            weights_only: handed to `torch.load`; False unpickles anything, for files you trust.
             kwargs: arguments of `__init__`, before the stored ones.
+
+        Raises:
+            TypeError: when called on an instance, or when `__init__` needs an argument that nobody gives.
+
+        Examples:
+            >>> class Net(LightningModule):
+            ...     def __init__(self, width: int = 8):
+            ...         super().__init__()
+            ...         self.save_hyperparameters()
+            ...         self.layer = nn.Linear(width, 1)
+            >>> from fulmen import Trainer
+            >>> trainer = Trainer(accelerator="cpu", logger=False)
+            >>> trainer.strategy.connect(Net(width=16))
+            >>> trainer.save_checkpoint("net.ckpt", weights_only=True)
+            >>> Net.load_from_checkpoint("net.ckpt").layer.in_features
+            16
         """
         return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
 

@@ -19,16 +19,24 @@ from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig
 
 if TYPE_CHECKING:
+    from collections import defaultdict
     from collections.abc import Generator
 
+    from torch import Tensor
+
     from fulmen.metrics.logbook import LogBook
+
+if TYPE_CHECKING:
+    OptimizerBase = Optimizer
+else:
+    OptimizerBase = object  # the class of an instance gets its optimizer's class as a base
 
 _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
 _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
 
 
-class LightningOptimizer:
+class LightningOptimizer(OptimizerBase):
     """An optimizer of this run: behaves like the one it wraps, and its `step` knows about hooks, precision and counting.
 
     The class of an instance is made on the fly and is also a subclass of the wrapped optimizer's, so `isinstance`
@@ -42,11 +50,13 @@ class LightningOptimizer:
         self._module: Any = None
         self._sync_context: Callable[[], Any] = nullcontext
 
-    optimizer = alias("_optimizer", "The optimizer that is wrapped.")
+    optimizer: Optimizer = alias("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
-    param_groups = alias("_optimizer.param_groups", "The groups of parameters with their settings.")
-    state = alias("_optimizer.state", "The state of each parameter.")
-    defaults = alias("_optimizer.defaults", "The settings of groups that have none of their own.")
+    param_groups: list[dict[str, Any]] = alias(
+        "_optimizer.param_groups", "The groups of parameters with their settings."
+    )
+    state: defaultdict[Tensor, Any] = alias("_optimizer.state", "The state of each parameter.")
+    defaults: dict[str, Any] = alias("_optimizer.defaults", "The settings of groups that have none of their own.")
 
     def __getattr__(self, name: str) -> Any:
         if name == "_optimizer":  # not there yet: unpickling

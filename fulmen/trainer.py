@@ -20,7 +20,7 @@ from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
-from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, begin_fit, send_hparams
+from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, picklable_attributes
 from fulmen.engine.resolve import announce_accelerator, resolve_strategy
@@ -82,7 +82,7 @@ class Trainer(TrainerProperties):
     Every argument can be preset by an environment variable `PL_TRAINER_<NAME>`. What each one means is written in
     docs/trainer.md; `fulmen.settings` checks them.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(max_epochs=3, accelerator="cpu")
         >>> trainer.fit(model, train_loader, val_loader)  # doctest: +SKIP
     """
@@ -498,9 +498,10 @@ class Trainer(TrainerProperties):
         from_module = module.configure_callbacks()
         self.callbacks = arrange(self.callbacks, from_module)
         if self.state.fn == TrainerFn.FITTING:
-            begin_fit(self.callbacks, self._identity)
+            for callback in self.callbacks:
+                callback._enter_fit(self._identity)
         for callback in self.callbacks:
-            callback.log, callback.log_dict = module.log, module.log_dict  # type: ignore[attr-defined]
+            callback._attach_log(module)
         self.book.module, self.book.has_loggers = module, bool(self.loggers)
         self.book.shared = self.world_size > 1
         self.compile_hooks()

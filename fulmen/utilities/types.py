@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, SupportsFloat, TypedDict
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-_PATH = str | os.PathLike
+_PATH = str | os.PathLike[str]
 
 STEP_OUTPUT = Tensor | Mapping[str, Any] | None
+# A `training_step` that is a generator yields one loss for each optimizer.
+TRAINING_STEP_OUTPUT = STEP_OUTPUT | Generator[Any, Any, Any]
 # The names that arguments of the Trainer accept beside objects; names that users register are passed on as they are.
 AcceleratorName = Literal["auto", "cpu", "gpu", "cuda", "mps"]
 StrategyName = Literal[
@@ -36,6 +38,30 @@ ClipAlgorithmName = Literal["norm", "value"]
 # One iterable of batches, or any nesting of lists, tuples and dicts of them, which are iterables, too.
 TRAIN_DATALOADERS = Iterable[Any]
 EVAL_DATALOADERS = Iterable[Any]
+
+
+class Stateful(Protocol):
+    """What has a state that a checkpoint can hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain types and tensors."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from what `state_dict` returned."""
+
+
+class MetricLike(Protocol):
+    """What `self.log` takes besides numbers: a `torchmetrics.Metric`, which knows how to reduce itself."""
+
+    def compute(self) -> Any:
+        """The value over all batches so far."""
+
+    def reset(self) -> None:
+        """Forgets them."""
+
+
+LoggedValue = Tensor | SupportsFloat | MetricLike
+ReduceName = Literal["mean", "sum", "min", "max"]
 
 LRSchedulerTypeUnion = LRScheduler | ReduceLROnPlateau
 LRSchedulerPLType = LRSchedulerTypeUnion
@@ -126,41 +152,67 @@ class TrainerState:
 
 @dataclass
 class LRSchedulerConfig:
-    """A learning-rate scheduler and when to step it."""
+    """A learning-rate scheduler of a run and when to step it.
+
+    Attributes:
+        scheduler: an object with `step`, `state_dict` and `load_state_dict`.
+        name: under which `LearningRateMonitor` logs its rates.
+        interval: what is counted: "epoch", or the optimizer's "step".
+        frequency: after how many of them it is stepped.
+        reduce_on_plateau: whether it is stepped with the value of `monitor`.
+        monitor: the name of a logged metric.
+        strict: whether a metric that was not logged is an error, or only a warning.
+    """
 
     scheduler: LRSchedulerTypeUnion
     name: str | None = None
-    interval: str = "epoch"
+    interval: Literal["epoch", "step"] = "epoch"
     frequency: int = 1
     reduce_on_plateau: bool = False
     monitor: str | None = None
     strict: bool = True
 
 
-class LRSchedulerConfigType(TypedDict, total=False):
-    """What `configure_optimizers` may give for a scheduler, with the keys of `LRSchedulerConfig`."""
+class _LRSchedulerConfigRequired(TypedDict):
+    scheduler: LRSchedulerTypeUnion | Stateful
 
-    scheduler: Any
+
+class LRSchedulerConfigType(_LRSchedulerConfigRequired, total=False):
+    """What `configure_optimizers` may give for a scheduler, with the keys of `LRSchedulerConfig`; one is required."""
+
     name: str | None
-    interval: str
+    interval: Literal["epoch", "step"]
     frequency: int
     reduce_on_plateau: bool
     monitor: str | None
     strict: bool
 
 
-OptimizerConfig = dict[str, Any]
-
-
-class OptimizerLRSchedulerConfig(TypedDict, total=False):
-    """The dictionary `configure_optimizers` may return with a scheduler."""
+class OptimizerConfig(TypedDict):
+    """The dictionary `configure_optimizers` may return without a scheduler."""
 
     optimizer: Optimizer
-    lr_scheduler: LRSchedulerTypeUnion | LRSchedulerConfigType
+
+
+class OptimizerLRSchedulerConfig(OptimizerConfig, total=False):
+    """The dictionary `configure_optimizers` may return with a scheduler.
+
+    `monitor` belongs to a `ReduceLROnPlateau` that is given without a dictionary of its own.
+    """
+
+    lr_scheduler: LRSchedulerTypeUnion | LRSchedulerConfigType | None
     monitor: str | None
 
 
-_Config = OptimizerConfig | OptimizerLRSchedulerConfig
-_Schedulers = Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]
-_Lists = tuple[Sequence[Optimizer], _Schedulers]
-OptimizerLRScheduler = Optimizer | _Config | Sequence[Optimizer | _Config] | _Lists | None
+# What `configure_optimizers` may return: an optimizer; optimizers; optimizers and schedulers; a dictionary or several;
+# or None to train without an optimizer.
+OptimizerLRScheduler = (
+    Optimizer
+    | Sequence[Optimizer]
+    | tuple[Sequence[Optimizer], Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]]
+    | OptimizerConfig
+    | OptimizerLRSchedulerConfig
+    | Sequence[OptimizerConfig]
+    | Sequence[OptimizerLRSchedulerConfig]
+    | None
+)
