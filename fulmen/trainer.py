@@ -17,7 +17,7 @@ from fulmen import settings
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, folder_of_run
 from fulmen.checkpoint import paths
-from fulmen.checkpoint.snapshot import Snapshot, collect
+from fulmen.checkpoint.snapshot import Snapshot, collect_checkpoint
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
 from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, send_hparams
@@ -286,7 +286,7 @@ class Trainer(TrainerProperties):
                 f"`trainer.ckpt_path = {self._ckpt_path!r}` was set, but `ckpt_path={ckpt_path!r}` is passed: "
                 "the argument is used."
             )
-        self._ckpt_path = paths.find(
+        self._ckpt_path = paths.resolve_path(
             ckpt_path,
             verb=self.state.fn.value,  # type: ignore[union-attr]
             callbacks=self.callbacks,
@@ -630,7 +630,7 @@ class Trainer(TrainerProperties):
             rank_zero_warn(f"{what} and this one ends because of an exception. Resume from the last one before.")
             return
         with self.profiler.profile("save_checkpoint"):
-            checkpoint = collect(self, bool(weights_only))
+            checkpoint = collect_checkpoint(self, bool(weights_only))
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
             if self.state.status != TrainerStatus.RUNNING:
                 self.strategy.finish_saving()  # nobody else would wait for it

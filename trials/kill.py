@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 import fulmen as pl
 from benchmarks.harness import NOTHING_ON, print_table
 from fulmen.callbacks import ModelCheckpoint
-from fulmen.checkpoint.paths import newest_good
+from fulmen.checkpoint.paths import find_newest_good
 from fulmen.plugins import TorchCheckpointIO
 
 WEIGHTS = 150_000  # numbers: a file of 0.6 MB, in whose writing there is time for a kill
@@ -237,7 +237,7 @@ def judge(folder: Path, events: list[Event], found: Found) -> tuple[str, int]:
     done = [event for event in events if event.what == "done"][-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        newest = str(newest_good(str(path) for path in folder.glob("*.ckpt")))
+        newest = str(find_newest_good(str(path) for path in folder.glob("*.ckpt")))
     if steps.get(done.path, 0) < done.step:
         found.lost += 1
         found.complaints.append(f"{done.path} of step {done.step} was finished, and is lost")

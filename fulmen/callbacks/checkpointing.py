@@ -21,7 +21,7 @@ from fulmen.callbacks.callback import Callback
 from fulmen.checkpoint.paths import FINISHED, PREEMPTED
 from fulmen.metrics.logbook import missing_metric
 from fulmen.storage.async_io import AsyncCheckpointIO
-from fulmen.storage.atomic import clean, flush_folder, temporary_name
+from fulmen.storage.atomic import flush_folder, remove_leftovers, temporary_name
 from fulmen.storage.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import alias
@@ -178,7 +178,7 @@ class ModelCheckpoint(Checkpoint):
         if stage == "fit" and trainer.is_global_zero:
             names_make_folders = os.path.dirname(self.filename or "") and not is_remote(self.dirpath)
             folders = [folder for folder, *_ in os.walk(self.dirpath)] if names_make_folders else [self.dirpath]
-            if left := [name for folder in folders for name in clean(folder)]:
+            if left := [name for folder in folders for name in remove_leftovers(folder)]:
                 rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
         files = get_filesystem(self.dirpath)
         ends = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
@@ -378,7 +378,7 @@ class ModelCheckpoint(Checkpoint):
             if self.save_last == "link" and trainer.is_global_zero and os.path.islink(self.last_model_path):
                 link = partial(_link, current, self.last_model_path)
                 io = _background(trainer)
-                if io is not None and io.writing:  # at no moment to a file that is gone
+                if io is not None and io.is_writing:  # at no moment to a file that is gone
                     io.after_writing(link, self.last_model_path, exists=True)
                 elif os.path.exists(current):
                     link()
@@ -536,7 +536,7 @@ def _settle(callback: ModelCheckpoint, trainer: Trainer) -> None:
 def _tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Of the files that are there by now."""
     io = _background(trainer)
-    if io is not None and io.writing:
+    if io is not None and io.is_writing:
         return
     files = callback._untold if io is None or not io.failed else 0
     callback._untold = 0

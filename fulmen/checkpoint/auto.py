@@ -1,4 +1,4 @@
-"""`ckpt_path="auto"`: which checkpoint of a run's folders it goes on from."""
+"""`ckpt_path="auto"`: which checkpoint in the folders of a run it continues from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ import pickle
 import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
-from fulmen.checkpoint.migrate import refuse_foreign
-from fulmen.checkpoint.paths import files_in, named
-from fulmen.storage.atomic import clean
-from fulmen.storage.filesystem import is_remote, local_path, modified
-from fulmen.storage.integrity import DamagedCheckpointError, damaged
+from fulmen.checkpoint.lightning_format import refuse_foreign
+from fulmen.checkpoint.paths import describe_failure, files_in
+from fulmen.storage.atomic import remove_leftovers
+from fulmen.storage.filesystem import is_remote, local_path, modified_ns
+from fulmen.storage.integrity import DamagedCheckpointError, damage_error
 from fulmen.storage.sharded import META, is_sharded
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 EXTENSION = ".ckpt"  # unless callbacks write others
 Load = Callable[[str], dict[str, Any]]
 Check = Callable[[str], Any]
+Fits = Callable[[Any, str], Any]
+
+
+class Candidate(NamedTuple):
+    """A checkpoint to choose from, in the order in which the last one is the best."""
+
+    steps: int
+    written_ns: int
+    path: str
 
 
 def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSION,)) -> list[str]:
@@ -32,16 +42,16 @@ def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSIO
         if is_remote(folder):
             found.update(dict.fromkeys(files_in(folder, rf"[^.].*({'|'.join(map(re.escape, ends))})")))
             continue
-        for place, below, _ in os.walk(local_path(folder)):
-            clean(place)  # also puts a folder in place whose renaming was interrupted
-            here = [name for name in os.listdir(place) if name.endswith(ends) and not name.startswith(".")]
-            found.update((os.path.join(place, name), None) for name in here)
+        for parent, below, _ in os.walk(local_path(folder)):
+            remove_leftovers(parent)  # also finishes the renaming of a folder that was interrupted
+            here = [name for name in os.listdir(parent) if name.endswith(ends) and not name.startswith(".")]
+            found.update((os.path.join(parent, name), None) for name in here)
             below[:] = [name for name in below if name not in here]
     return list(found)
 
 
-def newest_good(
-    candidates: Iterable[str], load: Load, verify: Check | None = None, fits: Callable[[Any, str], Any] | None = None
+def find_newest_good(
+    candidates: Iterable[str], load: Load, verify: Check | None = None, fits: Fits | None = None
 ) -> str | None:
     """The checkpoint of the most steps, among equals the youngest; None if there is none.
 
@@ -58,33 +68,11 @@ def newest_good(
         DamagedCheckpointError: there are some, and none is good.
         UnpicklingError: none is good, and the newest holds classes that may not be loaded.
     """
-    known, unknown = [], []  # (steps, age, path), and (age, path) of those without
     aside: dict[str, Exception] = {}  # what cannot be used, by path
     unfit: dict[str, Exception] = {}
-
-    def read(path: str) -> Any:
-        if verify is not None:
-            verify(path)
-        return outline(path, load) if verify is not None or is_sharded(path) else load(path)
-
-    for path in candidates:
-        with _passing_over(path, aside):
-            steps, age = _steps(outline(path, load), path), modified(path)
-            if steps is None:
-                unknown.append((age, path))
-            else:
-                known.append((steps, age, path))
-    found = None
-    for *_, path in sorted(known, reverse=True):
-        with _passing_over(path, aside):
-            content = read(path)
-            try:
-                if fits is not None:
-                    fits(content, path)
-                found = path
-                break
-            except Exception as error:
-                unfit[path] = error
+    read = partial(_read_candidate, load=load, verify=verify)
+    known, unknown = _list_candidates(candidates, load, aside)
+    found = _first_that_fits(sorted(known, reverse=True), read, fits, aside, unfit)
     if found is None and unfit:
         return next(iter(unfit))
     if found is None and aside:
@@ -92,14 +80,50 @@ def newest_good(
     for path, why in unfit.items():
         _pass_over(path, why, aside)
     # One whose damage hides how many steps it has seen is to be named too.
-    since = modified(found) if found is not None else 0
-    for age, path in [*unknown, *((age, path) for _, age, path in known)]:
-        if age > since and path not in aside and path != found:
-            with _passing_over(path, aside):
-                content = read(path)
-                if (age, path) in unknown:
-                    refuse_foreign(content, path)
-    return found
+    since = modified_ns(found.path) if found is not None else 0
+    for candidate in (*unknown, *known):
+        if candidate.written_ns > since and candidate.path not in aside and candidate != found:
+            with _passing_over(candidate.path, aside):
+                content = read(candidate.path)
+                if candidate in unknown:
+                    refuse_foreign(content, candidate.path)
+    return None if found is None else found.path
+
+
+def _first_that_fits(
+    known: list[Candidate], read: Load, fits: Fits | None, aside: dict[str, Exception], unfit: dict[str, Exception]
+) -> Candidate | None:
+    """What is passed over before it is added to `aside`, if it cannot be read, or to `unfit`."""
+    for candidate in known:
+        with _passing_over(candidate.path, aside):
+            content = read(candidate.path)
+            try:
+                if fits is not None:
+                    fits(content, candidate.path)
+                return candidate
+            except Exception as error:
+                unfit[candidate.path] = error
+    return None
+
+
+def _list_candidates(
+    paths: Iterable[str], load: Load, aside: dict[str, Exception]
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Those that have seen so many steps, and those without optimizer, which do not say it."""
+    known: list[Candidate] = []
+    unknown: list[Candidate] = []
+    for path in paths:
+        with _passing_over(path, aside):
+            steps = _steps_seen(read_outline(path, load), path)
+            candidate = Candidate(steps or 0, modified_ns(path), path)
+            (unknown if steps is None else known).append(candidate)
+    return known, unknown
+
+
+def _read_candidate(path: str, load: Load, verify: Check | None) -> Any:
+    if verify is not None:
+        verify(path)
+    return read_outline(path, load) if verify is not None or is_sharded(path) else load(path)
 
 
 @contextmanager
@@ -111,7 +135,7 @@ def _passing_over(path: str, aside: dict[str, Exception]) -> Generator[None]:
         _pass_over(path, error, aside)
 
 
-def outline(path: str, load: Load) -> Any:
+def read_outline(path: str, load: Load) -> Any:
     """What a checkpoint holds, without reading its tensors where that can be helped."""
     where = os.path.join(local_path(path), META) if is_sharded(path) else local_path(path)
     if not is_remote(path) and os.path.isfile(where):
@@ -121,16 +145,16 @@ def outline(path: str, load: Load) -> Any:
     return load(path)
 
 
-def _steps(content: Any, path: str) -> int | None:
+def _steps_seen(content: Any, path: str) -> int | None:
     """The steps that a checkpoint has seen; None if it is without optimizer."""
     if not isinstance(content, dict):
-        raise damaged(path, f"it holds a `{type(content).__name__}`, not the dict that a checkpoint is")
+        raise damage_error(path, f"it holds a `{type(content).__name__}`, not the dict that a checkpoint is")
     return int(content.get("global_step", 0)) if "optimizer_states" in content or is_sharded(path) else None
 
 
 def _pass_over(path: str, error: Exception, aside: dict[str, Exception]) -> None:
     aside[path] = error
-    rank_zero_warn(f"Passed over: {named(path, error)}")
+    rank_zero_warn(f"Passed over: {describe_failure(path, error)}")
 
 
 def _none_is_good(aside: dict[str, Exception]) -> Exception:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
-from fulmen.storage.sharded import META, is_plain_torch, is_sharded, read_plain
+from fulmen.storage.sharded import META, is_dcp_folder, is_sharded, read_dcp_folder
 
 
 def consolidate(
@@ -26,14 +26,14 @@ def consolidate(
         FileExistsError: the file is there already.
     """
     source = os.fspath(folder).rstrip("/\\")
-    if not is_sharded(source) and not is_plain_torch(source):
+    if not is_sharded(source) and not is_dcp_folder(source):
         what = f"{source!r} is no sharded checkpoint: it has no `{META}`."
         raise FileNotFoundError(f"{what} Pass the folder that a run with `state_dict_type='sharded'` wrote.")
     target = f"{source}.consolidated" if output_file is None else os.fspath(output_file)
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} exists already. Remove it, or give another `--output_file`.")
     io = TorchCheckpointIO()
-    read = read_plain if is_plain_torch(source) else io.load_checkpoint
+    read = read_dcp_folder if is_dcp_folder(source) else io.load_checkpoint
     io.save_checkpoint(read(source, weights_only=weights_only), target)
     return target
 

@@ -12,7 +12,7 @@ import io
 import sys
 from collections import OrderedDict
 from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,13 @@ DATA_CLASSES = {
 }  # fmt: skip
 
 
+class Missing(NamedTuple):
+    """A hyper-parameter that cannot be given back: is it in the file, and why not?"""
+
+    in_file: bool
+    why: str
+
+
 def is_plain(value: Any, around: tuple[int, ...] = ()) -> bool:
     """Is it made of what `torch.load(weights_only=True)` reads in every process, whatever classes this one allows?"""
     kind = type(value)
@@ -60,14 +67,15 @@ def is_plain(value: Any, around: tuple[int, ...] = ()) -> bool:
 
 def write_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
     """Adds the hyper-parameters of a module or datamodule. What cannot be pickled is named here and in the file."""
-    key, hparams = owner.CHECKPOINT_HYPER_PARAMS_KEY, owner.hparams
+    key = owner.CHECKPOINT_HYPER_PARAMS_KEY
+    hparams = owner.hparams
     if hparams and owner._hparams_name:
         checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
     if type(hparams).__module__.startswith("omegaconf"):
         hparams = sys.modules["omegaconf"].OmegaConf.to_container(hparams)
         checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = OMEGACONF  # a name: classes make files that are not safe
     entries = {name: {"type": kind} for name, kind in owner._hparams_removed.items() if name not in hparams}
-    objects = {name: _entry(value) for name, value in hparams.items() if not is_plain(value)}
+    objects = {name: _pickle_entry(value) for name, value in hparams.items() if not is_plain(value)}
     if lost := {name: entry["type"] for name, entry in objects.items() if "pickle" not in entry}:
         what = f"Hyper-parameters are left out of checkpoints, since they cannot be pickled: {lost} (name: type)."
         fix = f"Pass them again, as in `load_from_checkpoint(path, {next(iter(lost))}=...)`"
@@ -78,8 +86,9 @@ def write_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
         checkpoint.setdefault("fulmen", {}).setdefault(CHAPTER, {})[key] = {**entries, **objects}
 
 
-def _entry(value: Any) -> dict[str, Any]:
-    file, entry = io.BytesIO(), {"type": type(value).__qualname__}
+def _pickle_entry(value: Any) -> dict[str, Any]:
+    entry = {"type": type(value).__qualname__}
+    file = io.BytesIO()
     try:
         torch.save(value, file)
     except Exception:  # objects raise whatever they like while being pickled
@@ -89,30 +98,32 @@ def _entry(value: Any) -> dict[str, Any]:
 
 def read_objects(
     checkpoint: dict[str, Any], key: str, weights_only: bool | None, map_location: Any = None, skip: Container = ()
-) -> dict[str, tuple[bool, str]]:
+) -> dict[str, Missing]:
     """Puts the stored objects among the hyper-parameters under `key`, but for the names in `skip`.
 
-    Returns, for each name that is missing, whether it is in the file, and why it cannot be given back.
+    Returns those that cannot be given back, by name.
     """
     missing = {}
     for name, entry in ((checkpoint.get("fulmen") or {}).get(CHAPTER) or {}).get(key, {}).items():
         if name in skip:
             continue
         if "pickle" not in entry:
-            missing[name] = False, f"a `{entry['type']}` that could not be pickled when the file was written"
+            why = f"a `{entry['type']}` that could not be pickled when the file was written"
+            missing[name] = Missing(False, why)
             continue
         try:
-            value = _unpickled(entry["pickle"], weights_only, map_location)
+            value = _load_object(entry["pickle"], weights_only, map_location)
         except Exception as error:  # of the object's class, or of torch, which refuses that class
-            missing[name] = True, _reason(entry, error, weights_only)
+            missing[name] = Missing(True, _explain_refusal(entry, error, weights_only))
         else:
             checkpoint.setdefault(key, {})[name] = value
     return missing
 
 
-def _unpickled(pickled: bytes, weights_only: bool | None, map_location: Any) -> Any:
+def _load_object(pickled: bytes, weights_only: bool | None, map_location: Any) -> Any:
     allowed = [entry for found in _refused_classes(pickled) if _is_data(found) for entry in _to_allow(found)]
-    known, as_data = torch.serialization.get_safe_globals(), None if weights_only is None else True
+    known = torch.serialization.get_safe_globals()
+    as_data = None if weights_only is None else True
     with torch.serialization.safe_globals([entry for entry in allowed if entry not in known]):
         try:  # as data first, which also knows classes by the names they have in other versions of Python
             return torch.load(io.BytesIO(pickled), map_location, weights_only=as_data)
@@ -141,7 +152,7 @@ def _to_allow(path: str) -> list[Any]:
     return entries
 
 
-def _reason(entry: dict[str, Any], error: Exception, weights_only: bool | None) -> str:
+def _explain_refusal(entry: dict[str, Any], error: Exception, weights_only: bool | None) -> str:
     if weights_only is False:
         return f"a `{entry['type']}` that cannot be built here ({type(error).__name__}: {error})"
     classes = [found for found in _refused_classes(entry["pickle"]) if not _is_data(found)]

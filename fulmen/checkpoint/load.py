@@ -9,19 +9,19 @@ import inspect
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
 
-from fulmen.checkpoint.hparams import OMEGACONF, read_objects
-from fulmen.checkpoint.migrate import migrate_checkpoint
+from fulmen.checkpoint.hparams import OMEGACONF, Missing, read_objects
+from fulmen.checkpoint.lightning_format import migrate_checkpoint
 from fulmen.checkpoint.snapshot import load_weights
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import get_filesystem
-from fulmen.storage.integrity import read
+from fulmen.storage.integrity import load_verified
 from fulmen.utilities.collections import AttributeDict
 from fulmen.utilities.errors import suggestion
 from fulmen.utilities.introspection import parameters_of
@@ -44,13 +44,13 @@ class _ClassOnlyMethod(classmethod):
             return super().__get__(None, owner)
 
         @functools.wraps(self.__func__)
-        def refuse(*_: Any, **__: Any) -> NoReturn:
+        def refuse_call(*_: Any, **__: Any) -> NoReturn:
             name = f"{type(instance).__name__}.{self.__func__.__name__}"
             raise TypeError(
                 f"`{name}` cannot be called on an instance: it makes a new one. Use `loaded = {name}(...)`."
             )
 
-        return refuse
+        return refuse_call
 
 
 if TYPE_CHECKING:
@@ -71,12 +71,9 @@ def load_from_checkpoint(
     """An object of `cls` (or of the subclass the file names) made from the file; `kwargs` replace stored arguments."""
     location = keep_available_device if map_location is None else map_location
     checkpoint = read_checkpoint(checkpoint_path, location, weights_only)
-    key, missing = cls.CHECKPOINT_HYPER_PARAMS_KEY, {}
-    try:
-        stored = None if hparams_file is None else load_hparams(hparams_file)
-    except FileNotFoundError:
-        stored, what = None, f"`hparams_file={os.fspath(hparams_file)!r}` does not exist"  # type: ignore[arg-type]
-        rank_zero_warn(f"{what}: the hyper-parameters of the checkpoint are used. Pass the file that a logger wrote.")
+    key = cls.CHECKPOINT_HYPER_PARAMS_KEY
+    missing: dict[str, Missing] = {}
+    stored = None if hparams_file is None else _load_existing_hparams(hparams_file)
     if stored is None:
         old = [checkpoint[name] for name in OLD_KEYS if name in checkpoint and issubclass(cls, nn.Module)]
         checkpoint[key] = checkpoint.get(key) or next(iter(old), {})
@@ -84,7 +81,7 @@ def load_from_checkpoint(
         stored = checkpoint[key]
     # `on_load_checkpoint` shall see the arguments that are used.
     checkpoint[key] = {**stored, **kwargs}
-    built = _build(cls, dict(stored), kwargs, checkpoint, missing, weights_only is False)
+    built = _build_object(cls, dict(stored), kwargs, checkpoint, missing, weights_only is False)
     if not isinstance(built, nn.Module):
         if type(built).__qualname__ in checkpoint:
             built.load_state_dict(checkpoint[type(built).__qualname__])
@@ -97,12 +94,22 @@ def load_from_checkpoint(
     return built.to(weights[0].device)
 
 
+def _load_existing_hparams(path: str | os.PathLike) -> dict[str, Any] | None:
+    try:
+        return load_hparams(path)
+    except FileNotFoundError:
+        what = f"`hparams_file={os.fspath(path)!r}` does not exist"
+        rank_zero_warn(f"{what}: the hyper-parameters of the checkpoint are used. Pass the file that a logger wrote.")
+        return None
+
+
 def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
     """The content of a file, brought up to date."""
     if isinstance(path, (str, os.PathLike)):
         checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
     else:
-        checkpoint = read(path, getattr(path, "name", repr(path)), map_location, weights_only)
+        name = path.name if hasattr(path, "name") else repr(path)
+        checkpoint = load_verified(path, name, map_location, weights_only)
     return migrate_checkpoint(checkpoint, path)
 
 
@@ -113,54 +120,75 @@ def keep_available_device(storage: Any, location: str) -> Any:
     return storage if int(index or 0) >= present.get(kind, inf) else None
 
 
-def _build(
-    cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict, missing: dict[str, tuple[bool, str]],
+def _build_object(
+    cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict, missing: dict[str, Missing],
     trusted: bool,
 ) -> Any:  # fmt: skip
     """The new object, from the arguments its constructor accepts."""
-    instantiator, class_path = stored.pop("_instantiator", None), stored.pop("_class_path", None)
-    if instantiator not in (None, *INSTANTIATORS):
-        what = f"The checkpoint wants to be built by `{instantiator}`, and a file could name any function."
-        raise ValueError(f"{what} If you trust it, add its name to `fulmen.checkpoint.load.INSTANTIATORS`.")
-    if instantiator is not None and class_path is not None:
-        cls = _imported_subclass(cls, class_path)
-    found = parameters_of(cls.__init__)[1:]  # type: ignore[misc]
-    accepted = {p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
+    cls = _class_to_build(cls, stored.pop("_instantiator", None), stored.pop("_class_path", None))
+    signature = _Signature(parameters_of(cls.__init__)[1:])  # type: ignore[misc]
+    accepted = signature.accepted
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
-    if name in accepted:
+    if name in accepted:  # one argument that holds all hyper-parameters
         inside = {k: v for k, v in kwargs.items() if k in stored or k in missing or k not in accepted}
-        kind = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE, AttributeDict)  # type: ignore[attr-defined]
-        if isinstance(kind, str):
-            kind = (
-                require(OMEGACONF, "for its hyper-parameters").OmegaConf.create if kind == OMEGACONF else AttributeDict
-            )
+        kind = _container_of_hparams(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_TYPE))  # type: ignore[attr-defined]
         arguments = {name: kind({**stored, **inside}), **kwargs}
         missing = {} if name in kwargs else missing
     else:
-        inside, arguments = {}, {**stored, **kwargs}
-        missing = {k: why for k, why in missing.items() if k in accepted or takes_any}
-    if not takes_any:
+        inside = {}
+        arguments = {**stored, **kwargs}
+        missing = {k: why for k, why in missing.items() if k in accepted or signature.takes_any}
+    if not signature.takes_any:
         arguments = {k: v for k, v in arguments.items() if k in accepted}
-        for ignored in kwargs.keys() - accepted - inside.keys():
-            what = f"The argument `{ignored}` was left out: `{cls.__name__}.__init__` does not accept it."
-            rank_zero_warn(what + suggestion(ignored, accepted))
-    required = [p.name for p in found if p.name in accepted and p.default is p.empty and p.name not in arguments]
+        _warn_of_ignored(cls, kwargs.keys() - accepted - inside.keys(), accepted)
+    required = [name for name in signature.required if name not in arguments]
     _say_what_is_missing(cls, required, missing, trusted, bool(stored))
-    by_position = [arguments.pop(p.name) for p in found if p.kind is p.POSITIONAL_ONLY and p.name in arguments]
+    by_position = [arguments.pop(name) for name in signature.positional_only if name in arguments]
     return cls(*by_position, **arguments)
 
 
+class _Signature:
+    """What a constructor accepts, by name; `takes_any` if it has `**kwargs`."""
+
+    def __init__(self, parameters: list[inspect.Parameter]) -> None:
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self.accepted = {p.name for p in named}
+        self.required = [p.name for p in named if p.default is p.empty]
+        self.positional_only = [p.name for p in named if p.kind is p.POSITIONAL_ONLY]
+        self.takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _warn_of_ignored(cls: type, names: Iterable[str], accepted: set[str]) -> None:
+    for name in names:
+        what = f"The argument `{name}` was left out: `{cls.__name__}.__init__` does not accept it."
+        rank_zero_warn(what + suggestion(name, accepted))
+
+
+def _class_to_build(cls: type, instantiator: str | None, class_path: str | None) -> type:
+    """The class itself, or the subclass that a file of a command line interface names."""
+    if instantiator not in (None, *INSTANTIATORS):
+        what = f"The checkpoint wants to be built by `{instantiator}`, and a file could name any function."
+        raise ValueError(f"{what} If you trust it, add its name to `fulmen.checkpoint.load.INSTANTIATORS`.")
+    return cls if instantiator is None or class_path is None else _imported_subclass(cls, class_path)
+
+
+def _container_of_hparams(kind: type | str | None) -> Callable[[dict[str, Any]], Any]:
+    """What makes one argument of a dict of hyper-parameters; files name it, those of Lightning by a class."""
+    if kind == OMEGACONF:
+        return require(OMEGACONF, "for its hyper-parameters").OmegaConf.create
+    return AttributeDict if kind is None or isinstance(kind, str) else kind
+
+
 def _say_what_is_missing(
-    cls: type, required: list[str], missing: dict[str, tuple[bool, str]], trusted: bool, any_stored: bool
+    cls: type, required: list[str], missing: dict[str, Missing], trusted: bool, any_stored: bool
 ) -> None:
     """Raises if the file lacks needed arguments or may not give them, and warns of those that take their defaults."""
     names = [*required, *(name for name in missing if name not in required)]
     if not names:
         return
-    reasons = "; ".join(f"`{name}` is {why}" for name, (_, why) in missing.items())
+    reasons = "; ".join(f"`{name}` is {lost.why}" for name, lost in missing.items())
     fix = f"pass them: `{cls.__name__}.load_from_checkpoint(path, {', '.join(f'{name}=...' for name in names)})`."
-    if any(in_file for in_file, _ in missing.values()):
+    if any(lost.in_file for lost in missing.values()):
         what = f"Hyper-parameters of `{cls.__name__}` are stored as objects: {reasons}."
         how = "Make their classes importable under these names, or"
         if not trusted:
@@ -220,7 +248,7 @@ def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
     if extension != ".csv":
         raise ValueError(f"`hparams_file={os.fspath(path)!r}`: a file that ends in .yaml, .yml or .csv is needed.")
     with get_filesystem(path).open(os.fspath(path), "r", newline="") as file:
-        return {row["key"]: _literal(row["value"]) for row in csv.DictReader(file)}
+        return {row["key"]: _parse_literal(row["value"]) for row in csv.DictReader(file)}
 
 
 def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:
@@ -243,7 +271,7 @@ def _plain_loader(yaml: Any) -> Any:
     return Loader
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

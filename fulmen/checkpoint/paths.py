@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fulmen.storage.atomic import clean
+from fulmen.storage.atomic import remove_leftovers
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
-from fulmen.storage.filesystem import get_filesystem, is_remote, local_path, modified
+from fulmen.storage.filesystem import get_filesystem, is_remote, local_path, modified_ns
 from fulmen.storage.integrity import DamagedCheckpointError
 from fulmen.utilities.rank_zero import rank_zero_warn
 
@@ -17,11 +17,13 @@ Verify = Callable[[Any], Any]  # raises if a checkpoint cannot be used
 
 AUTO = "auto"
 # Beside the files of `ModelCheckpoint`, until one of them is newer: of a run that was told to end, and of one that is over.
-PREEMPTED, FINISHED = "preempted.ckpt", "finished.ckpt"
+PREEMPTED = "preempted.ckpt"
+FINISHED = "finished.ckpt"
 HPC = r"hpc_ckpt_\d+\.ckpt"
+_OF_BROKEN_RUN = object()  # like "last", without a warning if there is none
 
 
-def find(
+def resolve_path(
     ckpt_path: str | os.PathLike | None,
     *,
     verb: str,
@@ -33,46 +35,64 @@ def find(
     verify: Verify | None = None,
     requeued: bool = False,
 ) -> str | os.PathLike | None:
-    """The file to load, or None to go on with the weights there are; a `ValueError` if the name leads to nothing.
+    """The file to load, or None to keep the weights there are; a `ValueError` if the name leads to nothing.
 
     `folder_of` tells where a `ModelCheckpoint` without `dirpath` is going to write. What `verify` finds damaged is
     replaced, with a warning, by the newest good checkpoint in the folders of the callbacks. `requeued`: the job may be
-    one that was interrupted, and goes on.
+    one that was interrupted and started again.
     """
-    if ckpt_path is None and verb == "fit" and requeued and files_in(os.fspath(root_dir), HPC):
-        ckpt_path = "hpc"
-    if ckpt_path is None and verb == "fit":
-        # A broken run goes on; no warning if there is none.
-        found = last_checkpoint(callbacks, folder_of) if any(map(_saves_on_exception, callbacks)) else None
-        return found and _or_newest_good(found, callbacks, folder_of, verify)
-    if ckpt_path is None and model_given:
-        return None
     if ckpt_path is None:
-        what = f"`trainer.{verb}()` was called without a model: the best model of the previous `fit` call will be used."
-        rank_zero_warn(f'{what} Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.')
-    if ckpt_path is None or ckpt_path == "best":
-        return _or_newest_good(best_checkpoint(callbacks, verb, fast_dev_run), callbacks, folder_of, verify)
-    if ckpt_path == "last":
+        ckpt_path = _default_name(verb, callbacks, model_given, requeued and bool(files_in(os.fspath(root_dir), HPC)))
+    if ckpt_path is None:
+        return None
+    found: str | None
+    if ckpt_path == "best":
+        found = best_checkpoint(callbacks, verb, fast_dev_run)
+    elif ckpt_path == _OF_BROKEN_RUN:
+        found = last_checkpoint(callbacks, folder_of)
+    elif ckpt_path == "last":
         found = last_checkpoint(callbacks, folder_of)
         if found is None:
             what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no last checkpoint available.'
             rank_zero_warn(f"{what} `ModelCheckpoint(save_last=True)` writes one.")
-        return found and _or_newest_good(found, callbacks, folder_of, verify)
+    elif os.fspath(ckpt_path) == "hpc":
+        found = _newest_of_requeued_jobs(verb, os.fspath(root_dir))
+    else:
+        return _check_path(ckpt_path, verb)
+    return found and _or_newest_good(found, callbacks, folder_of, verify)
+
+
+def _default_name(verb: str, callbacks: Sequence[Any], model_given: bool, requeued: bool) -> Any:
+    """What is meant where no `ckpt_path` is given; None where the weights stay as they are."""
+    if verb == "fit":
+        if requeued:
+            return "hpc"
+        return _OF_BROKEN_RUN if any(map(_saves_on_exception, callbacks)) else None
+    if model_given:
+        return None
+    what = f"`trainer.{verb}()` was called without a model: the best model of the previous `fit` call will be used."
+    rank_zero_warn(f'{what} Say so with `ckpt_path="best"`, or pass the model to use its weights as they are.')
+    return "best"
+
+
+def _newest_of_requeued_jobs(verb: str, root_dir: str) -> str:
+    """The one with the highest number of those that interrupted jobs wrote."""
+    saved = files_in(root_dir, HPC)
+    if not saved:
+        raise _nothing_to_load(verb, "hpc", f"no `hpc_ckpt_N.ckpt` is in {root_dir}")
+    return max(saved, key=_last_number)
+
+
+def _check_path(ckpt_path: str | os.PathLike, verb: str) -> str | os.PathLike:
+    """What is not the name of a file, such as "auto", which is looked for when the processes have met."""
     path = os.fspath(ckpt_path)
-    if path == "hpc":  # the one with the highest number of those that interrupted jobs wrote
-        saved = files_in(os.fspath(root_dir), HPC)
-        if not saved:
-            raise _nothing(verb, path, f"no `hpc_ckpt_N.ckpt` is in {os.fspath(root_dir)}")
-        return _or_newest_good(max(saved, key=_number), callbacks, folder_of, verify)
-    if path == AUTO:  # looked for when the processes have met
-        if verb != "fit":
-            raise _nothing(verb, path, "only `fit` resumes a run")
-        return AUTO
+    if path == AUTO and verb != "fit":
+        raise _nothing_to_load(verb, path, "only `fit` resumes a run")
     if not path:
-        raise _nothing(verb, path, "an empty path names no file")
+        raise _nothing_to_load(verb, path, "an empty path names no file")
     if re.match(r"registry(:|$)", path) and not os.path.exists(path):
-        raise _nothing(verb, path, "the model registry is a hosted service, not reached here")
-    return ckpt_path
+        raise _nothing_to_load(verb, path, "the model registry is a hosted service, not reached here")
+    return AUTO if path == AUTO else ckpt_path
 
 
 def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = False) -> str:
@@ -83,14 +103,14 @@ def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = Fa
             f'`trainer.{verb}(ckpt_path="best")` is that of the first one of {len(judges)} `ModelCheckpoint`s.'
         )
     if fast_dev_run:
-        raise _nothing(verb, "best", "`fast_dev_run` writes no checkpoints")
+        raise _nothing_to_load(verb, "best", "`fast_dev_run` writes no checkpoints")
     if not judges or not judges[0].best_model_path:
         why = "`ModelCheckpoint` has not saved anything" if judges else "the trainer has no `ModelCheckpoint`"
-        raise _nothing(verb, "best", why)
+        raise _nothing_to_load(verb, "best", why)
     return judges[0].best_model_path
 
 
-def newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str | None:
+def find_newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str | None:
     """The newest of these checkpoints that is whole; a warning names each newer one that is not.
 
     None without candidates.
@@ -98,12 +118,13 @@ def newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str 
     Raises:
         DamagedCheckpointError: there are some, and none is good.
     """
-    verify, damaged = verify or TorchCheckpointIO().verify_checkpoint, []
-    for path in sorted(candidates, key=_age, reverse=True):
+    verify = verify or TorchCheckpointIO().verify_checkpoint
+    damaged: list[str] = []
+    for path in sorted(candidates, key=_sort_key, reverse=True):
         try:
             verify(path)
         except Exception as error:  # nothing that can be wrong with a file may keep the run from another one
-            damaged.append(named(path, error))
+            damaged.append(describe_failure(path, error))
             continue
         for problem in damaged:
             rank_zero_warn(f"{problem} The newest good one is used instead: {path!r}.")
@@ -123,23 +144,23 @@ def _or_newest_good(
         verify(path)
         return path
     except Exception as error:
-        folders = {os.path.dirname(path), *(_folder(c, folder_of) for c in callbacks if hasattr(c, "dirpath"))}
+        folders = {os.path.dirname(path), *(_folder_of(c, folder_of) for c in callbacks if hasattr(c, "dirpath"))}
         extension = re.escape(os.path.splitext(path)[1])
         others = {file for folder in folders for file in files_in(folder, rf"[^.].*{extension}")} - {path}
-        if (found := newest_good(others, verify)) is None:
+        if (found := find_newest_good(others, verify)) is None:
             raise
-        rank_zero_warn(f"{named(path, error)} The newest good one is used instead: {found!r}.")
+        rank_zero_warn(f"{describe_failure(path, error)} The newest good one is used instead: {found!r}.")
         return found
 
 
-def named(path: str, error: Exception) -> str:
+def describe_failure(path: str, error: Exception) -> str:
     """What is wrong with a checkpoint, with its path."""
     if path in str(error):
         return str(error)
     return f"The checkpoint {path!r} cannot be used: {type(error).__name__}: {error}."
 
 
-def _folder(callback: Any, folder_of: Callable[[Any], str] | None) -> str:
+def _folder_of(callback: Any, folder_of: Callable[[Any], str] | None) -> str:
     return os.fspath(callback.dirpath or (folder_of(callback) if folder_of is not None else ""))
 
 
@@ -149,7 +170,7 @@ def stop_file(callbacks: Iterable[Any], requeue_folder: str | None) -> str | Non
     `requeue_folder` is given if the job will start again, and find the next `hpc_ckpt_N.ckpt` there.
     """
     if requeue_folder is not None:
-        numbers = map(_number, files_in(requeue_folder, HPC))
+        numbers = map(_last_number, files_in(requeue_folder, HPC))
         return os.path.join(requeue_folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
     savers = [callback for callback in callbacks if hasattr(callback, "FILE_EXTENSION")]
     first = next((os.fspath(saver.ckpt_path) for saver in savers if _saves_on_exception(saver)), None)
@@ -157,7 +178,7 @@ def stop_file(callbacks: Iterable[Any], requeue_folder: str | None) -> str | Non
     return first or next((os.path.join(folder, PREEMPTED) for folder in folders), None)
 
 
-def _number(path: str) -> int:
+def _last_number(path: str) -> int:
     return int(re.findall(r"\d+", os.path.basename(path))[-1])
 
 
@@ -171,14 +192,14 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
     found = []
     for callback in callbacks:
         if hasattr(callback, "CHECKPOINT_NAME_LAST"):
-            folder = _folder(callback, folder_of)
+            folder = _folder_of(callback, folder_of)
             # Logged values in the name may be anything, also nothing that Python's format would give back.
             name = re.sub(r"\\\{.*?\\\}", ".*", re.escape(callback.CHECKPOINT_NAME_LAST))
             found += files_in(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
         elif _saves_on_exception(callback):
             path = os.fspath(callback.ckpt_path)
             found += [path] if get_filesystem(path).exists(path) else []
-    return max(found, key=_age, default=None)
+    return max(found, key=_sort_key, default=None)
 
 
 def files_in(folder: str, pattern: str) -> list[str]:
@@ -187,19 +208,19 @@ def files_in(folder: str, pattern: str) -> list[str]:
     if not folder or not files.isdir(folder):
         return []
     if not is_remote(folder):
-        clean(local_path(folder))
+        remove_leftovers(local_path(folder))
     # Remote file systems list paths without their scheme, so only names are taken over.
     names = (os.path.basename(str(path).rstrip("/")) for path in files.ls(folder, detail=False))
     return [os.path.join(folder, name) for name in names if re.fullmatch(pattern, name)]
 
 
-def _age(path: str) -> tuple[Any, str]:
+def _sort_key(path: str) -> tuple[Any, str]:
     """Sorts by the time of writing; a link that leads nowhere, or to itself, counts itself."""
     try:
-        return modified(path), path
+        return modified_ns(path), path
     except OSError:
         return (os.lstat(path).st_mtime_ns if os.path.islink(path) else 0), path
 
 
-def _nothing(verb: str, given: Any, why: str) -> ValueError:
+def _nothing_to_load(verb: str, given: str, why: str) -> ValueError:
     return ValueError(f"`trainer.{verb}(ckpt_path={given!r})` has nothing to load: {why}. Pass the path of a file.")

@@ -1,7 +1,8 @@
 """A checkpoint, as an opened file or as one being collected: what is saved, what is loaded, and when.
 
 The layout is Lightning's, so that either framework reads the other's files. Our own chapter, "fulmen", holds the exact
-position and the states of the random generators in plain types; files without it are placed by `loop_counters`.
+position and the states of the random generators in plain types; for files without it, the position is read from
+Lightning's counters.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fulmen.checkpoint.hparams import read_objects, write_hparams
-from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, from_loops, to_loops
-from fulmen.checkpoint.migrate import API_VERSION, VERSION_KEY, migrate_checkpoint, refuse_foreign, release
+from fulmen.checkpoint.lightning_format import (
+    API_VERSION,
+    LOG_STEP_PENDING,
+    VERSION_KEY,
+    from_loops,
+    migrate_checkpoint,
+    parse_version,
+    refuse_foreign,
+    to_loops,
+)
 from fulmen.storage.integrity import DamagedCheckpointError
 from fulmen.storage.sharded import is_sharded
 from fulmen.utilities.errors import MisconfigurationException, nearest
@@ -24,42 +33,35 @@ from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
 
 CHAPTER_VERSION = 1  # raised when a file could not be continued by the code of today
 
 
-def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
+def collect_checkpoint(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
     """The whole content of a checkpoint, as of now; or without callbacks, optimizers, schedulers and precision."""
-    module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
-    progress = saved_progress(trainer)
+    module = trainer.lightning_module
+    datamodule = trainer.datamodule
+    progress = progress_state_dict(trainer)
     book = trainer.book
-    previous, book.hook = book.hook, "on_save_checkpoint"
+    previous = book.hook
+    book.hook = "on_save_checkpoint"
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": API_VERSION,
-        "state_dict": strategy.lightning_module_state_dict(),
+        "state_dict": trainer.strategy.lightning_module_state_dict(),
         "loops": to_loops(progress),
     }
-    if weights_only:  # else `on_save_checkpoint` does it, and keeps the others beside them
-        for callback in trainer.callbacks:
-            if hasattr(callback, "weights_to_save"):
-                checkpoint["state_dict"] = callback.weights_to_save(checkpoint["state_dict"])
     loaders = trainer.fit_loop.loaders
     if loaders is not None and (loader_states := loaders.state_dict(trainer.fit_loop.memory.batches_given())):
         checkpoint["loops"]["fit_loop"]["state_dict"] = {"combined_loader": loader_states}
-    if not weights_only:
-        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
-        checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-        checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
-        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        if state := strategy.precision_plugin.state_dict():
-            checkpoint[type(strategy.precision_plugin).__qualname__] = state
-        strategy.precision_plugin.on_save_checkpoint(checkpoint)
-        chapter = {"progress": progress, **trainer.fit_loop.memory.chapter()}
-        checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter}
+    if weights_only:
+        _replace_weights(checkpoint, trainer)
+    else:
+        _add_training_state(checkpoint, trainer, progress)
     for owner in (module, datamodule):
         if owner is not None:
             write_hparams(checkpoint, owner)
@@ -73,7 +75,28 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def saved_progress(trainer: Trainer) -> dict[str, Any]:
+def _replace_weights(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """An average takes the place of the weights; in a file for training, `on_save_checkpoint` keeps both."""
+    for callback in trainer.callbacks:
+        if hasattr(callback, "weights_to_save"):
+            checkpoint["state_dict"] = callback.weights_to_save(checkpoint["state_dict"])
+
+
+def _add_training_state(checkpoint: dict[str, Any], trainer: Trainer, progress: dict[str, Any]) -> None:
+    """Callbacks, optimizers, schedulers, precision, and our own chapter."""
+    strategy = trainer.strategy
+    states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
+    checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+    checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
+    checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    if state := strategy.precision_plugin.state_dict():
+        checkpoint[type(strategy.precision_plugin).__qualname__] = state
+    strategy.precision_plugin.on_save_checkpoint(checkpoint)
+    chapter = {"progress": progress, **trainer.fit_loop.memory.chapter()}
+    checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter}
+
+
+def progress_state_dict(trainer: Trainer) -> dict[str, Any]:
     """The counters as a file holds them: a batch that was finished counts in full."""
     loop = trainer.fit_loop
     stepped = getattr(getattr(loop, "optimization", None), "stepped", True)
@@ -94,7 +117,8 @@ class Snapshot:
     """An opened checkpoint, of a local path or URL. Without one, restoring does nothing."""
 
     def __init__(self, trainer: Trainer, path: Any = None, weights_only: bool | None = None) -> None:
-        self.trainer, self.path = trainer, path
+        self.trainer = trainer
+        self.path = path
         self.content: dict[str, Any] = {}
         self.left_out: set[str] = set()  # weights of another shape
         if path is not None:
@@ -113,12 +137,15 @@ class Snapshot:
 
     def restore_model(self) -> None:
         """Weights, datamodule and callbacks; before the model is set up, or after, if the strategy asks for that."""
-        content, trainer = self.content, self.trainer
         if self.path is None:
             return
-        module, datamodule = trainer.lightning_module, trainer.datamodule
+        content = self.content
+        trainer = self.trainer
+        module = trainer.lightning_module
+        datamodule = trainer.datamodule
         module.on_load_checkpoint(content)
-        strict, saved = module.strict_loading, set(content.get("state_dict", ()))
+        strict = module.strict_loading
+        saved = set(content.get("state_dict", ()))
         load_weights(
             self.path, module, content, strict, lambda: trainer.strategy.load_model_state_dict(content, strict)
         )
@@ -148,9 +175,10 @@ class Snapshot:
 
     def restore_training(self) -> None:
         """Precision, counters, optimizers and schedulers; after the optimizers were built."""
-        content, trainer = self.content, self.trainer
         if self.path is None:
             return
+        content = self.content
+        trainer = self.trainer
         precision = trainer.strategy.precision_plugin
         precision.on_load_checkpoint(content)
         if type(precision).__qualname__ in content:
@@ -175,7 +203,8 @@ class Snapshot:
         rank_zero_info(f"Restored all states from the checkpoint at {self.path}")
 
     def _restore_progress(self) -> None:
-        loop, chapter = self.trainer.fit_loop, self.content.get("fulmen") or {}
+        loop = self.trainer.fit_loop
+        chapter = self.content.get("fulmen") or {}
         counters = self.content.get("loops", {})
         loader_states = counters.get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
         progress = chapter.get("progress") or from_loops(counters)
@@ -183,7 +212,8 @@ class Snapshot:
             # What the validation logged is not in files of others, and the end of the epoch asks for it: once more.
             progress["position"] = "BATCH_DONE"
         loop.resume(progress, chapter, loader_states)
-        limit, done = loop.max_epochs, loop.progress.epochs
+        limit = loop.max_epochs
+        done = loop.progress.epochs
         if limit is not None and limit != -1 and done > limit:
             what = f"The checkpoint at {self.path} has current_epoch={done}: nothing is left for Trainer(max_epochs={limit})."
             raise MisconfigurationException(f"{what} Raise it above {done}.")
@@ -197,45 +227,65 @@ _TRAINING = ("optimizer_states", "lr_schedulers")  # without these, a file has w
 _COUNTERS = ("epochs", "batch", "batches", "steps", "log_step")
 
 
-def check_content(content: Any, path: Any, module: Any, training: bool) -> None:
+def check_content(content: Any, path: Any, module: LightningModule, training: bool) -> None:
     """Raises if restoring the content of an intact file would surely fail; of its tensors, only shapes are looked at."""
     refuse_foreign(content, path)
     in_shards = is_sharded(path)
     needed = [*([] if in_shards else ["state_dict"]), *(_TRAINING if training else ())]
-    problems = [f"`{key}` is missing" for key in needed if key not in content]
-    for key, kind in _KINDS.items():
-        value = content.get(key)
-        if key in content and not isinstance(value, kind) and (value is not None or key in (*needed, "loops")):
-            problems.append(f"`{key}` is a `{type(value).__name__}`, not a `{kind.__name__}`")
+    problems = _problems_of_layout(content, needed)
     if training and not problems:
-        problems += _problems_of_training(content)
-    own_loading = is_overridden("on_load_checkpoint", module) or is_overridden("load_state_dict", module, nn.Module)
-    if not problems and not in_shards and not own_loading and module.strict_loading:
-        saved, own = content["state_dict"], module.state_dict()
-        unlike = [key for key in own if key not in saved or _shape(saved[key]) != _shape(own[key])]
-        if unlike:
-            problems.append(f"of the weights of {type(module).__name__}, {unlike[:5]} are missing or of another shape")
+        problems = _problems_of_training(content)
+    if not problems and not in_shards:
+        problems = _problems_of_weights(content["state_dict"], module)
     if problems:
         what = f"The checkpoint {path!r} was read, but cannot be restored: {'; '.join(problems)}."
         raise DamagedCheckpointError(f"{what} Use one that this run has written.")
 
 
+def _problems_of_layout(content: dict[str, Any], needed: list[str]) -> list[str]:
+    problems = [f"`{key}` is missing" for key in needed if key not in content]
+    for key, kind in _KINDS.items():
+        value = content.get(key)
+        may_be_none = key not in (*needed, "loops")
+        if key in content and not isinstance(value, kind) and not (value is None and may_be_none):
+            problems.append(f"`{key}` is a `{type(value).__name__}`, not a `{kind.__name__}`")
+    return problems
+
+
+def _problems_of_weights(saved: dict[str, Any], module: LightningModule) -> list[str]:
+    own_loading = is_overridden("on_load_checkpoint", module) or is_overridden("load_state_dict", module, nn.Module)
+    if own_loading or not module.strict_loading:
+        return []
+    own = module.state_dict()
+    unlike = [key for key in own if key not in saved or _shape_of(saved[key]) != _shape_of(own[key])]
+    what = f"of the weights of {type(module).__name__}, {unlike[:5]} are missing or of another shape"
+    return [what] if unlike else []
+
+
 def _problems_of_training(content: dict[str, Any]) -> list[str]:
-    chapter, problems = content.get("fulmen") or {}, []
+    problems = []
     if not all(isinstance(s, dict) and {"state", "param_groups"} <= set(s) for s in content["optimizer_states"]):
         problems.append("`optimizer_states` are not those of optimizers")
     if not all(isinstance(state, dict) for state in content["lr_schedulers"]):
         problems.append("`lr_schedulers` are not those of schedulers")
-    if (release(content[VERSION_KEY]) or release(API_VERSION)) >= (2, 0):  # older ones are brought up to date first
-        progress = chapter.get("progress") or from_loops(content.get("loops") or {})
-        if not (chapter.get("progress") or content.get("loops")) or not all(
-            isinstance(progress.get(name), int) for name in _COUNTERS
-        ):
-            problems.append("the counters of epochs, batches and steps are not all there")
+    current = (parse_version(content[VERSION_KEY]) or parse_version(API_VERSION)) >= (2, 0)
+    if current and not _has_counters(content):  # older files are brought up to date first
+        problems.append("the counters of epochs, batches and steps are not all there")
     return problems
 
 
-def load_weights(path: Any, module: Any, checkpoint: dict[str, Any], strict: bool, load: Callable[[], Any]) -> Any:
+def _has_counters(content: dict[str, Any]) -> bool:
+    progress = (content.get("fulmen") or {}).get("progress")
+    loops = content.get("loops")
+    if not progress and not loops:
+        return False
+    progress = progress or from_loops(loops or {})
+    return all(isinstance(progress.get(name), int) for name in _COUNTERS)
+
+
+def load_weights(
+    path: Any, module: LightningModule, checkpoint: dict[str, Any], strict: bool, load: Callable[[], Any]
+) -> Any:
     """What `load`, which loads the weights of a checkpoint, returns; without `strict`, what has another shape is left out.
 
     Raises:
@@ -247,29 +297,35 @@ def load_weights(path: Any, module: Any, checkpoint: dict[str, Any], strict: boo
     try:
         return load()
     except RuntimeError as error:
-        own, saved = module.state_dict(), checkpoint["state_dict"]
-        unexpected = [key for key in saved if key not in own]
-        missing = [key for key in own if key not in saved]
-        near = {key: nearest(key, unexpected) for key in missing[:10]}
-        both = [(key, _shape(saved[key]), _shape(own[key])) for key in own if key in saved]
+        saved = checkpoint["state_dict"]
+        own = module.state_dict()
+        both = [(key, _shape_of(saved[key]), _shape_of(own[key])) for key in own if key in saved]
         unlike = {key: f"{key} {a} in the file, {b} in the module" for key, a, b in both if a != b}
         if unlike and not strict:
             for key in unlike:
                 del saved[key]
-            shown = ", ".join([*unlike.values()][:10]) + " ..." * (len(unlike) > 10)
+            shown = _abbreviate(list(unlike.values()))
             rank_zero_warn(f"Weights of another shape stay as they are in {type(module).__name__}: {shown}.")
             return load()
-        differing = {
-            "missing": [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing],
-            "unexpected": unexpected,
-            "of another shape": [*unlike.values()],
-        }
-        listed = {kind: ", ".join(keys[:10]) + " ..." * (len(keys) > 10) for kind, keys in differing.items() if keys}
-        found = [f"{kind}: {keys}" for kind, keys in listed.items()]
-        what = f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {'; '.join(found) or 'differ'}."
+        found = _describe_key_differences(own, saved) | {"of another shape": list(unlike.values())}
+        listed = "; ".join(f"{kind}: {_abbreviate(keys)}" for kind, keys in found.items() if keys)
+        what = f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {listed or 'differ'}."
         fix = "Build the module as it was" + ", or set `self.strict_loading = False` to load what fits." * strict
         raise RuntimeError(f"{what} {fix}") from error
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return None if is_lazy(value) else tuple(getattr(value, "shape", ()))
+def _describe_key_differences(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, list[str]]:
+    """Keys that only one of two state dicts has, with the names that are most like those that are missing."""
+    unexpected = [key for key in saved if key not in own]
+    missing = [key for key in own if key not in saved]
+    near = {key: nearest(key, unexpected) for key in missing[:10]}
+    shown = [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing]
+    return {"missing": shown, "unexpected": unexpected}
+
+
+def _abbreviate(keys: list[str]) -> str:
+    return ", ".join(keys[:10]) + " ..." * (len(keys) > 10)
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    return None if is_lazy(value) else tuple(value.shape if hasattr(value, "shape") else ())

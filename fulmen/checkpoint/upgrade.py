@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from fulmen.checkpoint.lightning_format import API_VERSION, VERSION_KEY, migrate_checkpoint
 from fulmen.checkpoint.load import keep_available_device
-from fulmen.checkpoint.migrate import API_VERSION, VERSION_KEY, migrate_checkpoint
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 
 
@@ -21,7 +21,8 @@ def upgrade(path: str | os.PathLike, map_to_cpu: bool = False, weights_only: boo
     Arguments:
         weights_only: False also reads files with pickled classes, whose code runs: only for files you trust.
     """
-    io, location = TorchCheckpointIO(), "cpu" if map_to_cpu else keep_available_device
+    io = TorchCheckpointIO()
+    location = "cpu" if map_to_cpu else keep_available_device
     checkpoint = io.load_checkpoint(path, location, weights_only)
     version = checkpoint.get(VERSION_KEY) if isinstance(checkpoint, dict) else None
     if version == API_VERSION:

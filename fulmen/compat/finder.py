@@ -40,7 +40,7 @@ profilers.profiler: profilers.advanced profilers.base profilers.simple
 
 data.combined: utilities.combined_loader  data.loaders: utilities.data
 checkpoint.consolidate: utilities.consolidate_checkpoint
-checkpoint.upgrade: utilities.upgrade_checkpoint  checkpoint.migrate: utilities.migration utilities.migration.utils
+checkpoint.upgrade: utilities.upgrade_checkpoint  checkpoint.lightning_format: utilities.migration utilities.migration.utils
 utilities.collections: utilities.data utilities.parsing  utilities.arguments: utilities.parsing
 utilities.errors: utilities.exceptions utilities.warnings
 utilities.introspection: utilities.model_helpers utilities.signature_utils

@@ -19,8 +19,8 @@ from fulmen.engine.buffers import Buffers
 from fulmen.engine.ddp import call_through_wrapper
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision
-from fulmen.storage.async_io import written_at_once
-from fulmen.storage.integrity import read
+from fulmen.storage.async_io import unwrap_async_io
+from fulmen.storage.integrity import load_verified
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import available, require
 from fulmen.utilities.rank_zero import rank_zero_info
@@ -144,7 +144,7 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def setup(self, trainer: Any) -> None:
         self.complete_config(trainer)
-        self.checkpoint_io = written_at_once(self.checkpoint_io, "DeepSpeed writes its own files")
+        self.checkpoint_io = unwrap_async_io(self.checkpoint_io, "DeepSpeed writes its own files")
         super().setup(trainer)
         if trainer.state.fn == "fit":
             self.init_deepspeed()
@@ -256,7 +256,8 @@ class DeepSpeedStrategy(ParallelStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only)
         file = os.path.join(checkpoint_path, ENGINE_FOLDER, MODEL_STATES_FILE)
         with open(file, "rb") as states:
-            content = read(states, file, "cpu", weights_only)  # DeepSpeed itself reads the others, and trusts them
+            # DeepSpeed itself reads the others, and trusts them.
+            content = load_verified(states, file, "cpu", weights_only)
         rank_zero_info(f"The weights are loaded by DeepSpeed from {checkpoint_path}")
         return {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], **content, "path": checkpoint_path}
 

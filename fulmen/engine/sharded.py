@@ -19,8 +19,8 @@ from fulmen.engine.buffers import Buffers
 from fulmen.engine.dtensor import FSDPPrecision, gather_full, is_dtensor, shard_like
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
-from fulmen.storage.async_io import written_at_once
-from fulmen.storage.atomic import claimed_folder, clean_beside, put_in_place, temporary_name
+from fulmen.storage.async_io import unwrap_async_io
+from fulmen.storage.atomic import finish_interrupted_rename, locked_folder, replace_folder, temporary_name
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import atomic_write, is_remote, local_path
 from fulmen.storage.integrity import DamagedCheckpointError
@@ -28,9 +28,9 @@ from fulmen.storage.sharded import (
     CHECKSUMS,
     META,
     OPTIMIZER,
-    Stored,
+    ShardedStateDict,
     check_shards,
-    checksums,
+    hash_own_parts,
     is_sharded,
     read_outline,
     read_shards,
@@ -81,7 +81,7 @@ class ShardedStrategy(ParallelStrategy):
 
     def setup(self, trainer: Any) -> None:
         if self.sharded_checkpoints:
-            self.checkpoint_io = written_at_once(self.checkpoint_io, "all processes write their shards together")
+            self.checkpoint_io = unwrap_async_io(self.checkpoint_io, "all processes write their shards together")
         if self.sharded_checkpoints and type(self.checkpoint_io) is not TorchCheckpointIO:
             what = f"`{type(self.checkpoint_io).__name__}` stores files, and sharded checkpoints are folders."
             raise MisconfigurationException(f"{what} Leave it out, or write full checkpoints.")
@@ -234,7 +234,7 @@ class ShardedStrategy(ParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         saved, fitted = checkpoint["optimizer_states"], []
-        stored = checkpoint["state_dict"] if isinstance(checkpoint["state_dict"], Stored) else None
+        stored = checkpoint["state_dict"] if isinstance(checkpoint["state_dict"], ShardedStateDict) else None
         for index, (optimizer, state) in enumerate(zip(self.optimizers, saved)):
             parameters = self.precision_plugin.main_params(optimizer)
             names = parameter_names(self._lightning_module, parameters)
@@ -278,20 +278,20 @@ class ShardedStrategy(ParallelStrategy):
         path = os.path.abspath(local_path(filepath))
         beside = self.broadcast(temporary_name(path))
         with ExitStack() as stack:
-            self.on_rank_zero(lambda: stack.enter_context(claimed_folder(beside)), f"make the folder {beside!r}")
+            self.on_rank_zero(lambda: stack.enter_context(locked_folder(beside)), f"make the folder {beside!r}")
             write_shards(checkpoint, beside)  # an error of one process is raised in all of them
-            written = self.exchange_objects(checksums(beside, self.global_rank))
+            written = self.exchange_objects(hash_own_parts(beside, self.global_rank))
 
             def finish() -> None:
                 sums = {name: measured for own in written for name, measured in own.items()}
                 atomic_write(os.path.join(beside, CHECKSUMS), json.dumps(sums).encode())
                 self.checkpoint_io.save_checkpoint(checkpoint, os.path.join(beside, META))
-                put_in_place(beside, path)
+                replace_folder(beside, path)
 
             self.on_rank_zero(finish, f"write the checkpoint {path!r}")
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        clean_beside(local_path(checkpoint_path))
+        finish_interrupted_rename(local_path(checkpoint_path))
         if not is_sharded(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only)
         problem = None
@@ -398,7 +398,7 @@ def parameter_names(module: Module, parameters: Iterable[Tensor]) -> list[str]:
 def fill_with_saved(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What was saved, with this process's part of what is spread; what is in a folder is read into `own`."""
     loaded = dict(saved)
-    if isinstance(saved, Stored):
+    if isinstance(saved, ShardedStateDict):
         fitting = {key: own[key] for key, value in saved.items() if key in own and _can_read(own[key], value)}
         wanted = {f"{saved.prefix}{key}": value for key, value in fitting.items()}
         read_shards(wanted, saved)

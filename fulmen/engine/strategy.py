@@ -120,7 +120,7 @@ class Strategy(KeywordHints, ABC):
         if self.root_device.type != "cpu":
             self.move_to_cpu()
         if self.aborting and isinstance(self.checkpoint_io, AsyncCheckpointIO):
-            self.checkpoint_io.settle()  # does not hide why the run ends
+            self.checkpoint_io.drain_jobs()  # does not hide why the run ends
         for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
             part.teardown()
 
@@ -319,7 +319,7 @@ class Strategy(KeywordHints, ABC):
         """An exception ends this process's part in the run: nobody waits for others now. Returns the real reason."""
         self.aborting = True
         if isinstance(self.checkpoint_io, AsyncCheckpointIO):
-            self.checkpoint_io.settle()  # it was logged if that failed, and the exception is what counts now
+            self.checkpoint_io.drain_jobs()  # it was logged if that failed, and the exception is what counts now
         return error if self.watchdog is None else self.watchdog.failed(error)
 
     def start_watchdog(self, trainer: Any) -> None:

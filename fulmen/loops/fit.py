@@ -7,8 +7,8 @@ from contextlib import nullcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING, as_attributes, to_loops
-from fulmen.checkpoint.snapshot import saved_progress
+from fulmen.checkpoint.lightning_format import LOG_STEP_PENDING, as_attributes, to_loops
+from fulmen.checkpoint.snapshot import progress_state_dict
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed, JoinFeed
@@ -40,7 +40,7 @@ SKIP_EPOCH = -1
 def _counters(fit_loop: FitLoop) -> Any:
     """What the API's loops count, made from `progress` when it is asked for."""
     trainer = fit_loop.trainer
-    progress = saved_progress(trainer) if trainer.lightning_module is not None else fit_loop.progress.state_dict()
+    progress = progress_state_dict(trainer) if trainer.lightning_module is not None else fit_loop.progress.state_dict()
     counters = as_attributes(to_loops(progress)["fit_loop"])
     loop, batches = counters.epoch_loop, counters.epoch_loop.batch_progress
     loop.batch_idx, loop.total_batch_idx = batches.current.ready - 1, batches.total.ready - 1

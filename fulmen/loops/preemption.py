@@ -79,7 +79,7 @@ def check(trainer: Trainer, path: str, weights_only: bool | None = None) -> None
     if readable and (is_sharded(path) or not os.path.isdir(local_path(path))):
         load = partial(storage.load_checkpoint, map_location="cpu", weights_only=weights_only)
         training = trainer.state.fn == TrainerFn.FITTING
-        check_content(auto.outline(path, load), path, trainer.lightning_module, training)
+        check_content(auto.read_outline(path, load), path, trainer.lightning_module, training)
 
 
 def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
@@ -101,7 +101,7 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
             candidates += paths.files_in(root, paths.HPC)
         looks = type(storage).verify_checkpoint is not CheckpointIO.verify_checkpoint
         fits = partial(check_content, module=trainer.lightning_module, training=True)
-        found = auto.newest_good(candidates, load, strategy.verify_checkpoint if looks else None, fits)
+        found = auto.find_newest_good(candidates, load, strategy.verify_checkpoint if looks else None, fits)
 
     if not trainer.fast_dev_run:
         strategy.on_rank_zero(search, "find a checkpoint to continue from")

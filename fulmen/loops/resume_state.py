@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fulmen.checkpoint.elastic import merged_metric, placed, regrouped
-from fulmen.checkpoint.loop_counters import LOG_STEP_PENDING
+from fulmen.checkpoint.elastic import locate_in_epoch, merge_metric_states, reshard_rank_states
+from fulmen.checkpoint.lightning_format import LOG_STEP_PENDING
 from fulmen.loops.progress import Position
 from fulmen.metrics.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
 from fulmen.metrics.reduce import combine, report_epoch
@@ -178,7 +178,7 @@ class Memory:
             self.generators = ranks[rank]["generators"] if rank < len(ranks) else None
         if ranks:
             alike = len(ranks) == trainer.world_size
-            self.mine = ranks[rank] if alike else regrouped(ranks, rank, trainer.world_size)
+            self.mine = ranks[rank] if alike else reshard_rank_states(ranks, rank, trainer.world_size)
         for logger, position in zip(trainer.loggers, self.content.get("loggers", [])):
             if position is not None and hasattr(logger, "go_on"):
                 logger.go_on(position, self.loop.progress.log_step)
@@ -235,7 +235,7 @@ class Memory:
         """
         loop, trainer, progress = self.loop, self.loop.trainer, self.loop.progress
         before, world = len(self.content["ranks"]), trainer.world_size
-        place, misfit = placed(kept, loop.loaders, before, world, loop.num_batches)
+        place, misfit = locate_in_epoch(kept, loop.loaders, before, world, loop.num_batches)
         if misfit is None and place["done"] != kept["done"] and self.mine["window"] is not None:
             misfit = f"{before} processes have accumulated gradients that {world} would not step on at the same sample"
         if misfit is None:
@@ -285,7 +285,7 @@ class Memory:
         parts = dict(_all_metrics(loop))
         for name, state in mine["metrics"].items():
             if name in parts:
-                state = merged_metric(parts[name], state) if isinstance(state, list) else state
+                state = merge_metric_states(parts[name], state) if isinstance(state, list) else state
                 load_metric_state(parts[name], state)
         loop.schedulers.load_state(self.content["schedulers"], trainer.optimizers, loop.progress.steps)
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.nn import Parameter
 
 from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
@@ -50,7 +50,8 @@ class AsyncCheckpointIO(CheckpointIO):
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self.failed = False  # could something not be done since the newest save?
-        self._memory, self._copied = HostMemory(), False
+        self._stager = HostStager()
+        self._copied = False
         self._newest: Callable[[Any], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,40 +63,46 @@ class AsyncCheckpointIO(CheckpointIO):
 
     # ------------------------------------------------------------------ the four verbs
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Copies the checkpoint and returns; the file appears later, complete."""
         self.wait()
         options = {} if storage_options is None else {"storage_options": storage_options}
         if not self._wanted:
             self.checkpoint_io.save_checkpoint(checkpoint, path, **options)
             return
-        copy, self._copied = checkpoint, False
+        copy = checkpoint
+        self._copied = False
         ready: list[Any] = []
         try:
-            copy, ready = self._memory.snapshot(checkpoint)
+            copy, ready = self._stager.stage_checkpoint(checkpoint)
             self._copied = True
         except Exception as error:  # whoever writes it knows best what is wrong with it, if anything
             rank_zero_warn(f"Training waits for the checkpoint {os.fspath(path)!r}, which cannot be copied: {error}")
-        self.failed, self._newest = False, partial(self._write, copy, ready, options)
+        self.failed = False
+        self._newest = partial(self._write_copy, copy, ready, options)
         self.write_again(path)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Reads a file, after all was written."""
         self.wait()
         return self.checkpoint_io.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
-    def verify_checkpoint(self, path: Any) -> None:
+    def verify_checkpoint(self, path: str | os.PathLike) -> None:
         """Looks at a file, after all was written."""
         self.wait()
         self.checkpoint_io.verify_checkpoint(path)
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
         """Removes a file after what is being written: until then it may be the only good one."""
         self.after_writing(partial(self.checkpoint_io.remove_checkpoint, path), path, exists=False)
 
     def teardown(self) -> None:
         """Waits until all is written, lets the memory go, and raises what went wrong."""
-        failure, self._newest, self._memory = self.settle(), None, HostMemory()
+        failure = self.drain_jobs()
+        self._newest = None
+        self._stager = HostStager()
         self.checkpoint_io.teardown()
         if failure is not None:
             raise failure
@@ -105,25 +112,26 @@ class AsyncCheckpointIO(CheckpointIO):
     @contextmanager
     def in_background(self) -> Generator[None]:
         """Inside, saves return before they are written."""
-        before, self._wanted = self._wanted, True
+        before = self._wanted
+        self._wanted = True
         try:
             yield
         finally:
             self._wanted = before
 
     @property
-    def writing(self) -> bool:
+    def is_writing(self) -> bool:
         """Is something still to be written or done?"""
         return bool(self._jobs)
 
-    def write_again(self, path: Any) -> None:
+    def write_again(self, path: str | os.PathLike) -> None:
         """The newest copy under one more path; nothing where no copy was made, as on other ranks."""
         if self._newest is not None:
             self.after_writing(partial(self._newest, path), path, exists=True)
             if not self._copied:
                 self.wait()
 
-    def after_writing(self, act: Callable[[], Any], path: Any, exists: bool) -> None:
+    def after_writing(self, act: Callable[[], Any], path: str | os.PathLike, exists: bool) -> None:
         """Does something to the file of that path when all that was asked for before is done; at once if that is so."""
         job = Job(os.fspath(path), exists, act)
         with self._lock:
@@ -131,29 +139,30 @@ class AsyncCheckpointIO(CheckpointIO):
             if not idle:
                 self._jobs.append(job)
                 if self._thread is None:  # no daemon: the interpreter waits for it
-                    self._thread = threading.Thread(target=self._work, name="fulmen-checkpoints")
+                    self._thread = threading.Thread(target=self._run_jobs, name="fulmen-checkpoints")
                     self._thread.start()
         if idle:
             act()
 
-    def will_exist(self, path: Any) -> bool | None:
+    def will_exist(self, path: str | os.PathLike) -> bool | None:
         """Whether a file exists when all is done; None if nothing is being done to it."""
         with self._lock:
             return next((job.exists for job in reversed(self._jobs) if job.path == os.fspath(path)), None)
 
-    def settle(self) -> BaseException | None:
+    def drain_jobs(self) -> BaseException | None:
         """Waits until all is done; returns, and forgets, what went wrong."""
         while (thread := self._thread) is not None:
             thread.join()
-        failure, self._failure = self._failure, None
+        failure = self._failure
+        self._failure = None
         return failure
 
     def wait(self) -> None:
         """Waits until all is done, and raises what went wrong."""
-        if (failure := self.settle()) is not None:
+        if (failure := self.drain_jobs()) is not None:
             raise failure
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             with self._lock:
                 if not self._jobs:
@@ -165,17 +174,20 @@ class AsyncCheckpointIO(CheckpointIO):
                     job.act()
             except BaseException as error:
                 log.error(f"In the background, {job.path!r} failed: {type(error).__name__}: {error}")
-                self._failure, self.failed = error, True
+                self._failure = error
+                self.failed = True
             with self._lock:
                 self._jobs.popleft()
 
-    def _write(self, copy: dict[str, Any], ready: list[Any], options: dict[str, Any], path: Any) -> None:
+    def _write_copy(
+        self, copy: dict[str, Any], ready: list[Any], options: dict[str, Any], path: str | os.PathLike
+    ) -> None:
         for event in ready:
             event.synchronize()  # sync, of this thread alone: the copy of that device has arrived
         self.checkpoint_io.save_checkpoint(copy, path, **options)
 
 
-def written_at_once(io: Any, why: str) -> Any:
+def unwrap_async_io(io: CheckpointIO, why: str) -> CheckpointIO:
     """The `CheckpointIO` itself for those who cannot write in the background, which is said."""
     if not isinstance(io, AsyncCheckpointIO):
         return io
@@ -183,27 +195,28 @@ def written_at_once(io: Any, why: str) -> Any:
     return io.checkpoint_io
 
 
-class HostMemory:
-    """Copies of checkpoints, in memory that is kept from one to the next: fresh memory is twice as slow to fill."""
+class HostStager:
+    """Copies checkpoints into host memory, which is kept from one to the next: fresh memory is twice as slow to fill."""
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[int, bool], list[Tensor]] = {}
 
-    def snapshot(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    def stage_checkpoint(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """A copy that later changes do not reach, and events to wait for; the copy before is overwritten.
 
         Tensors that share memory do so in the copy. Other objects are copied as `copy.deepcopy` does it.
         """
-        free, self._blocks = self._blocks, {}
+        free = self._blocks
+        self._blocks = {}
         memo: dict[int, Any] = {}
         blocks: dict[int, Tensor] = {}
         devices = set()
-        for tensor in _tensors(checkpoint):
+        for tensor in _tensors_in(checkpoint):
             if id(tensor) in memo or not _is_plain(tensor):
                 continue
             storage = tensor.untyped_storage()
             if (block := blocks.get(storage._cdata)) is None:
-                block = blocks[storage._cdata] = self._filled(storage, free)
+                block = blocks[storage._cdata] = self._copy_storage(storage, free)
                 devices.add(storage.device)
             copy = torch.empty(0, dtype=tensor.dtype)
             copy.set_(block.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
@@ -216,8 +229,9 @@ class HostMemory:
                 events[-1].record(torch.cuda.current_stream(device))
         return deepcopy(checkpoint, memo), events
 
-    def _filled(self, storage: Any, free: dict[tuple[int, bool], list[Tensor]]) -> Tensor:
-        size, pinned = storage.nbytes(), storage.device.type == "cuda"
+    def _copy_storage(self, storage: UntypedStorage, free: dict[tuple[int, bool], list[Tensor]]) -> Tensor:
+        size = storage.nbytes()
+        pinned = storage.device.type == "cuda"
         kept = free.get((size, pinned))
         block = kept.pop() if kept else torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self._blocks.setdefault((size, pinned), []).append(block)
@@ -230,13 +244,13 @@ class HostMemory:
         return block
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     """Those in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
         for child in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(child)
+            yield from _tensors_in(child)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -25,12 +25,12 @@ QUIET_SECONDS = 3600  # a file of another machine that nobody wrote to for so lo
 def temporary_name(path: str) -> str:
     """A new hidden name beside `path`, where a rename to it is atomic."""
     folder, name = os.path.split(os.path.abspath(path))
-    writer = f"{_host()}-{os.getpid()}-{_start_of(os.getpid())}-{uuid.uuid4().hex[:8]}"
-    # Only folders, whose renaming may have to be finished later, need a name of any length: see `clean`.
+    writer = f"{_host_id()}-{os.getpid()}-{_start_ticks(os.getpid())}-{uuid.uuid4().hex[:8]}"
+    # Only folders, whose renaming may have to be finished later, need a name of any length: see `remove_leftovers`.
     return os.path.join(folder, f".{name if len(os.fsencode(name)) < 200 else name[:40]}.{writer}.tmp")
 
 
-def claim(descriptor: int) -> None:
+def lock_file(descriptor: int) -> None:
     """Until it is closed, or this process dies, others see that an open file or folder is being written."""
     if fcntl is not None:
         with suppress(OSError):  # a file system without locks: the name has to do
@@ -38,21 +38,21 @@ def claim(descriptor: int) -> None:
 
 
 @contextmanager
-def claimed_folder(folder: str) -> Generator[None]:
+def locked_folder(folder: str) -> Generator[None]:
     """A new folder, claimed while it is being written; gone afterwards, unless it was renamed."""
     os.makedirs(folder)
     descriptor = os.open(folder, os.O_RDONLY) if os.name == "posix" else None
     try:
         if descriptor is not None:
-            claim(descriptor)
+            lock_file(descriptor)
         yield
     finally:
-        _remove(folder)
+        _delete(folder)
         if descriptor is not None:
             os.close(descriptor)
 
 
-def put_in_place(folder: str, path: str) -> None:
+def replace_folder(folder: str, path: str) -> None:
     """Renames a finished folder; what was at its new place is removed afterwards."""
     old = f"{folder}.old"
     try:
@@ -64,19 +64,19 @@ def put_in_place(folder: str, path: str) -> None:
             os.rename(old, path)
         raise
     flush_folder(os.path.dirname(path))
-    _remove(old)
+    _delete(old)
 
 
-def remove(path: str) -> None:
+def remove_whole(path: str) -> None:
     """Deletes a local file or folder; a folder is gone as a whole, or is still there."""
     if os.path.isdir(path) and not os.path.islink(path):
         aside = temporary_name(path)
         os.rename(path, aside)
         path = aside
-    _remove(path)
+    _delete(path)
 
 
-def clean(folder: str) -> list[str]:
+def remove_leftovers(folder: str) -> list[str]:
     """Removes what dead writers left in a local folder; a renaming of folders they had begun is finished.
 
     Returns the names of what is gone. Where this process may not do so, everything stays as it is.
@@ -88,30 +88,31 @@ def clean(folder: str) -> list[str]:
     for name in names:
         if writer := _NAME.fullmatch(name):
             with suppress(OSError):
-                done += [name] if _settle(os.path.join(folder, name), writer) else []
+                done += [name] if _finish_rename(os.path.join(folder, name), writer) else []
     return done
 
 
-def clean_beside(path: str) -> None:
+def finish_interrupted_rename(path: str) -> None:
     """If nothing is at a local path, the renaming of a folder to it may have been interrupted: then it is finished."""
     if not os.path.lexists(path):
-        clean(os.path.dirname(os.path.abspath(path)))
+        remove_leftovers(os.path.dirname(os.path.abspath(path)))
 
 
-def _settle(path: str, writer: re.Match[str]) -> bool:
-    new, target = path.removesuffix(".old"), os.path.join(os.path.dirname(path), writer["target"])
-    if (path != new and os.path.lexists(new)) or _is_alive(path, writer):
+def _finish_rename(path: str, writer: re.Match[str]) -> bool:
+    new = path.removesuffix(".old")
+    target = os.path.join(os.path.dirname(path), writer["target"])
+    if (path != new and os.path.lexists(new)) or _writer_is_alive(path, writer):
         return False
-    # The old one was moved away already: the new one is complete, or `put_in_place` would not have been reached.
+    # The old one was moved away already: the new one is complete, or `replace_folder` would not have been reached.
     if os.path.lexists(f"{new}.old") and not os.path.lexists(target):
         os.rename(path, target)
         flush_folder(os.path.dirname(path))
     else:
-        _remove(path)
+        _delete(path)
     return not os.path.lexists(path)
 
 
-def _is_alive(path: str, writer: re.Match[str]) -> bool:
+def _writer_is_alive(path: str, writer: re.Match[str]) -> bool:
     with suppress(FileNotFoundError):  # a link that leads nowhere
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
         try:
@@ -123,8 +124,8 @@ def _is_alive(path: str, writer: re.Match[str]) -> bool:
             pass
         finally:
             os.close(descriptor)
-    if writer["host"] == _host():
-        return _start_of(int(writer["pid"])) == writer["start"]
+    if writer["host"] == _host_id():
+        return _start_ticks(int(writer["pid"])) == writer["start"]
     # The locks of some network file systems are not seen by other machines.
     inside = [entry.path for entry in os.scandir(path)] if os.path.isdir(path) and not os.path.islink(path) else []
     with suppress(FileNotFoundError):
@@ -132,7 +133,7 @@ def _is_alive(path: str, writer: re.Match[str]) -> bool:
     return True  # it is just disappearing
 
 
-def _remove(path: str) -> None:
+def _delete(path: str) -> None:
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -140,11 +141,11 @@ def _remove(path: str) -> None:
             os.remove(path)
 
 
-def _host() -> str:
+def _host_id() -> str:
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
-def _start_of(pid: int) -> str:
+def _start_ticks(pid: int) -> str:
     """When a process of this machine started, in ticks since the boot; "" if there is none, "0" where nobody knows."""
     if not os.path.exists("/proc/self/stat"):
         return "0"

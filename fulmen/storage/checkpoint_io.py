@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import torch
 
-from fulmen.storage.atomic import clean_beside, remove
-from fulmen.storage.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, local_path, modified
-from fulmen.storage.integrity import DamagedCheckpointError, damaged, read, save, verify
-from fulmen.storage.sharded import META, check_shards, is_plain_torch, is_sharded, read_all
+from fulmen.storage.atomic import finish_interrupted_rename, remove_whole
+from fulmen.storage.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, local_path, modified_ns
+from fulmen.storage.integrity import DamagedCheckpointError, damage_error, load_verified, save_with_digest, verify_file
+from fulmen.storage.sharded import META, check_shards, is_dcp_folder, is_sharded, read_all
 from fulmen.utilities.errors import suggestion
 
 
@@ -25,18 +25,20 @@ class CheckpointIO(ABC):
     """Saves, loads and removes checkpoints. Subclass it to store them elsewhere, and pass it in ``plugins``."""
 
     @abstractmethod
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Called on one process. ``storage_options`` is what the user gave to ``Trainer.save_checkpoint``."""
 
     @abstractmethod
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Called on all processes, with a path that ``save_checkpoint`` was given before."""
 
     @abstractmethod
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
         """Called on one process; a path that is already gone is no error."""
 
-    def verify_checkpoint(self, path: Any) -> None:
+    def verify_checkpoint(self, path: str | os.PathLike) -> None:
         """Raises `DamagedCheckpointError` if this cannot be loaded. By default nothing is looked at."""
 
     def teardown(self) -> None:
@@ -46,7 +48,7 @@ class CheckpointIO(ABC):
 class TorchCheckpointIO(CheckpointIO):
     """One file per checkpoint, written by `torch.save`, on any file system that fsspec knows."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Write the file so that a kill at any instant leaves the old content or the new, never a part."""
         if storage_options is not None:
             fix = "Leave them out, or pass a `CheckpointIO` of your own in `plugins`."
@@ -57,7 +59,7 @@ class TorchCheckpointIO(CheckpointIO):
 
         def write(file: IO[bytes]) -> None:
             nonlocal size
-            size = save(checkpoint, file)
+            size = save_with_digest(checkpoint, file)
 
         try:
             atomic_write(path, write)
@@ -72,56 +74,60 @@ class TorchCheckpointIO(CheckpointIO):
         if is_remote(path) and (found := get_filesystem(path).size(path)) != size:
             raise OSError(f"The checkpoint {path!r} has {found:,} of the {size:,} bytes that were written. Save again.")
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Read a file or an http(s) URL; without ``map_location`` onto the CPU, whatever device it was written on.
 
         Raises `DamagedCheckpointError` if the file is cut off, changed (hashes are verified) or no checkpoint at all.
         """
-        path, where = os.fspath(path), "cpu" if map_location is None else map_location
+        path = os.fspath(path)
+        where = "cpu" if map_location is None else map_location
         if url := path.startswith(("http://", "https://")):
-            path = _downloaded(path)
+            path = _download_to_cache(path)
         try:
-            if is_sharded(path := _existing(path)):
+            if is_sharded(path := _find_existing(path)):
                 check_shards(path)
                 return read_all(path, weights_only)
-            with _opened(path) as file:
-                return read(file, path, where, weights_only)
+            with _open_for_reading(path) as file:
+                return load_verified(file, path, where, weights_only)
         except DamagedCheckpointError as error:
             beside = None if url else self._good_neighbour(path)
             found = f" The newest good one beside it is {beside!r}." if beside else ""
             raise DamagedCheckpointError(f"{error}{found}") from error
 
-    def verify_checkpoint(self, path: Any) -> None:
+    def verify_checkpoint(self, path: str | os.PathLike) -> None:
         """Reads a file or folder, without loading it; `DamagedCheckpointError` if it is not whole and unchanged."""
         path = os.fspath(path)
         if os.path.islink(local_path(path)) and not os.path.exists(local_path(path)):
-            raise damaged(path, "it is a link to a file that is gone")
-        if is_sharded(path := _existing(path)):
+            raise damage_error(path, "it is a link to a file that is gone")
+        if is_sharded(path := _find_existing(path)):
             check_shards(path)
             return
-        with _opened(path) as file:
-            verify(file, path)
+        with _open_for_reading(path) as file:
+            verify_file(file, path)
 
     def _good_neighbour(self, path: str) -> str | None:
-        folder, kind = os.path.dirname(path), os.path.splitext(path)[1]
+        folder = os.path.dirname(path)
+        kind = os.path.splitext(path)[1]
         with contextlib.suppress(Exception):  # this only adds to an error
             names = [os.path.basename(str(file).rstrip("/")) for file in get_filesystem(path).ls(folder or os.curdir)]
             others = {os.path.join(folder, name) for name in names if os.path.splitext(name)[1] == kind} - {path}
-            for other in sorted(filter(get_filesystem(path).exists, others), key=modified, reverse=True):
+            for other in sorted(filter(get_filesystem(path).exists, others), key=modified_ns, reverse=True):
                 with contextlib.suppress(DamagedCheckpointError, OSError):
                     self.verify_checkpoint(other)
                     return other
         return None
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | os.PathLike) -> None:
         if not is_remote(path):
-            remove(local_path(path))
+            remove_whole(local_path(path))
             return
         with contextlib.suppress(FileNotFoundError):
             get_filesystem(path).rm(os.fspath(path), recursive=True)
 
 
-def _downloaded(url: str) -> str:
+def _download_to_cache(url: str) -> str:
     """The file of a URL, where `torch.hub` keeps what it has fetched."""
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlsplit(url).path))
     if not os.path.exists(path):
@@ -130,25 +136,26 @@ def _downloaded(url: str) -> str:
     return path
 
 
-def _existing(path: str) -> str:
+def _find_existing(path: str) -> str:
     """The path, if something that can be opened is there; a renaming that a kill has interrupted is finished first."""
     files = get_filesystem(path)
     if not is_remote(path):
-        clean_beside(local_path(path))
+        finish_interrupted_rename(local_path(path))
     if not files.exists(path):
         raise FileNotFoundError(_what_is_there_instead(files, path))
     if not is_remote(path) and not files.isfile(path) and not files.isdir(path):
-        raise damaged(path, "it is a pipe, a socket or a device, not a regular file")
+        raise damage_error(path, "it is a pipe, a socket or a device, not a regular file")
     if files.isdir(path) and not is_sharded(path):
-        what, fix = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards.", "or such a folder."
-        if is_plain_torch(path):
+        what = f"The checkpoint {path!r} is a folder without `{META}`, so not one of shards."
+        fix = "or such a folder."
+        if is_dcp_folder(path):
             fix = f"or turn what torch wrote there, without a trainer, into one: `python -m fulmen consolidate {path}`."
         raise IsADirectoryError(f"{what} Pass a file in it, {fix}")
     return path
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Generator[IO[bytes]]:
+def _open_for_reading(path: str) -> Generator[IO[bytes]]:
     """The file, for reading; what is stored elsewhere is fetched once, since it is read twice."""
     with get_filesystem(path).open(path, "rb") as file:
         if not is_remote(path):

@@ -11,7 +11,7 @@ from contextlib import suppress
 from operator import methodcaller
 from typing import IO, Any
 
-from fulmen.storage.atomic import claim, flush_folder, flush_to_disk, temporary_name
+from fulmen.storage.atomic import flush_folder, flush_to_disk, lock_file, temporary_name
 from fulmen.utilities.optional import require
 
 _LOCAL_SCHEMES = ("file://", "local://")
@@ -34,7 +34,7 @@ def _on_path(fn: Callable) -> Callable:
     return lambda self, path, *args, **kwargs: fn(local_path(path), *args, **kwargs)
 
 
-def _open(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> IO[Any]:
+def _open_regular(path: str, mode: str = "r", *args: Any, **kwargs: Any) -> IO[Any]:
     """`open`, which reads from regular files only: at a pipe or a device it could wait for ever."""
     if "r" in mode and not is_regular(path, missing_ok=True) and not os.path.isdir(path):
         raise OSError(errno.EINVAL, "A regular file is needed, not a pipe, socket or device", path)
@@ -57,7 +57,7 @@ class LocalFiles:
     isfile = _on_path(os.path.isfile)
     size = _on_path(os.path.getsize)
     makedirs = _on_path(os.makedirs)
-    open = _on_path(_open)
+    open = _on_path(_open_regular)
 
     def ls(self, path: str | os.PathLike, detail: bool = False) -> list[str]:
         """Full paths, sorted; the details fsspec could give are not known here."""
@@ -99,7 +99,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as file:
-            claim(file.fileno())
+            lock_file(file.fileno())
             write(file)
             file.flush()
             flush_to_disk(file.fileno())
@@ -110,7 +110,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     flush_folder(os.path.dirname(temporary))
 
 
-def modified(path: str | os.PathLike) -> int:
+def modified_ns(path: str | os.PathLike) -> int:
     """When a file or folder was written last, in nanoseconds since 1970."""
     if is_remote(path):
         return int(get_filesystem(path).modified(os.fspath(path)).timestamp() * 1e9)

@@ -17,34 +17,38 @@ from typing import IO, Any
 import torch
 
 _MARK = b"fulmen sha256 "
-_SEAL = struct.Struct(f"<H{len(_MARK)}s64s")  # length of the comment, which ends the archive, and the comment
+_DIGEST = struct.Struct(f"<H{len(_MARK)}s64s")  # length of the comment, which ends the archive, and the comment
 
 
 class DamagedCheckpointError(RuntimeError):
     """The file is no checkpoint, or not a whole one. Nothing of it was loaded."""
 
 
-class SealingFile:
+class HashingWriter:
     """What `torch.save` writes into: passes everything on and counts it, and hashes it on the way."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.size, self._hash, self._kept = file, 0, hashlib.sha256(), b""
-        self.flush, self.error = file.flush, None  # type: Any, OSError | None
+        self.file = file
+        self.flush = file.flush
+        self.size = 0
+        self.error: OSError | None = None
+        self._hash = hashlib.sha256()
+        self._kept = b""
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         # The last two bytes are held back: they are the length of a comment, still 0 when the archive is finished.
         whole = memoryview(data).cast("B") if len(data) > 1 else self._kept + bytes(data)
         if len(data) > 1:
-            self._pass_on(self._kept)
-        self._pass_on(whole[:-2])
+            self._write_through(self._kept)
+        self._write_through(whole[:-2])
         self._kept = bytes(whole[-2:])
         return len(data)
 
-    def seal(self) -> None:
+    def write_digest(self) -> None:
         """Writes the hash; nothing may follow."""
-        self._pass_on(_SEAL.pack(len(_MARK) + 64, _MARK, self._hash.hexdigest().encode()))
+        self._write_through(_DIGEST.pack(len(_MARK) + 64, _MARK, self._hash.hexdigest().encode()))
 
-    def _pass_on(self, data: Any) -> None:
+    def _write_through(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
         try:
             self.file.write(data)
@@ -54,18 +58,18 @@ class SealingFile:
         self.size += len(data)
 
 
-def save(content: Any, file: IO[bytes]) -> int:
+def save_with_digest(content: Any, file: IO[bytes]) -> int:
     """`torch.save`, and the hash behind it; returns how many bytes that were."""
-    sealing = SealingFile(file)
+    writer = HashingWriter(file)
     try:
-        torch.save(content, sealing)  # type: ignore[arg-type]
-        sealing.seal()
+        torch.save(content, writer)  # type: ignore[arg-type]
+        writer.write_digest()
     except RuntimeError as error:
-        raise (sealing.error or error) from None  # torch complains about the position it finds after a full disk
-    return sealing.size
+        raise (writer.error or error) from None  # torch complains about the position it finds after a full disk
+    return writer.size
 
 
-def verify(file: IO[bytes], path: str) -> None:
+def verify_file(file: IO[bytes], path: str) -> None:
     """Whether this is a whole file of `torch.save`; a `DamagedCheckpointError` says why not.
 
     `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a wrong weight.
@@ -74,9 +78,9 @@ def verify(file: IO[bytes], path: str) -> None:
     file.seek(0)
     head = file.read(64)
     if not size:
-        raise damaged(path, "it is empty")
+        raise damage_error(path, "it is empty")
     if head.startswith(b"PK"):
-        changed = _seal_is_broken(file, size)
+        changed = _digest_differs(file, size)
         if changed is False:
             return
         try:
@@ -84,32 +88,37 @@ def verify(file: IO[bytes], path: str) -> None:
             # Checksums can be switched off when saving.
             broken = archive.testzip() if any(entry.CRC for entry in archive.infolist()) else None
         except Exception as error:  # what a wrong byte in the archive's directory leads to is hard to foresee
-            raise damaged(path, f"it is cut off after {size:,} bytes, or changed ({error})") from error
+            raise damage_error(path, f"it is cut off after {size:,} bytes, or changed ({error})") from error
         if broken is not None:
-            raise damaged(path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written")
+            raise damage_error(
+                path, f"the checksum of its part {broken!r} is wrong: it was changed after it was written"
+            )
         if changed:
-            raise damaged(path, f"its SHA-256 is missing or wrong: it was cut off after {size:,} bytes, or changed")
+            raise damage_error(
+                path, f"its SHA-256 is missing or wrong: it was cut off after {size:,} bytes, or changed"
+            )
         if not any(name.endswith("data.pkl") for name in archive.namelist()):
-            raise damaged(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
+            raise damage_error(path, f"it is a zip archive of {size:,} bytes that `torch.save` did not write")
     elif not head.startswith(b"\x80"):  # every pickle, which older versions of torch wrote, begins like this
-        raise damaged(path, f"its {size:,} bytes begin with {head[:30]!r}, which `torch.save` does not write")
+        raise damage_error(path, f"its {size:,} bytes begin with {head[:30]!r}, which `torch.save` does not write")
 
 
-def _seal_is_broken(file: IO[bytes], size: int) -> bool | None:
+def _digest_differs(file: IO[bytes], size: int) -> bool | None:
     """Does the content differ from the hash at the end, or is that cut off? None without one: a file of others."""
-    content = max(size - _SEAL.size, 0)
+    content = max(size - _DIGEST.size, 0)
     file.seek(max(content - 20 - (1 << 16), 0))  # as far back as readers of archives look for their end
     tail = file.read()  # the end of the archive's directory, which has 20 bytes before the length of the comment
-    seal = tail[-_SEAL.size :]
-    if len(seal) == _SEAL.size and _SEAL.unpack(seal)[:2] == (len(_MARK) + 64, _MARK):
-        return sha256(file, content).encode() != _SEAL.unpack(seal)[2]
+    digest = tail[-_DIGEST.size :]
+    if len(digest) == _DIGEST.size and _DIGEST.unpack(digest)[:2] == (len(_MARK) + 64, _MARK):
+        return hash_prefix(file, content).encode() != _DIGEST.unpack(digest)[2]
     directory = tail[max(tail.rfind(b"PK\5\6"), 0) :]
-    return True if _MARK in tail or directory[20:22] == _SEAL.pack(len(_MARK) + 64, b"", b"")[:2] else None
+    return True if _MARK in tail or directory[20:22] == _DIGEST.pack(len(_MARK) + 64, b"", b"")[:2] else None
 
 
-def sha256(file: IO[bytes], size: int) -> str:
+def hash_prefix(file: IO[bytes], size: int) -> str:
     """The hash of the first so many bytes."""
-    found, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    found = hashlib.sha256()
+    block = memoryview(bytearray(1 << 20))
     file.seek(0)
     while size and (part := block[: file.readinto(block[: min(size, len(block))])]):  # type: ignore[attr-defined]
         found.update(part)
@@ -117,9 +126,9 @@ def sha256(file: IO[bytes], size: int) -> str:
     return found.hexdigest()
 
 
-def read(file: IO[bytes], path: str, map_location: Any = None, weights_only: bool | None = None) -> Any:
+def load_verified(file: IO[bytes], path: str, map_location: Any = None, weights_only: bool | None = None) -> Any:
     """What a verified file holds; without `weights_only=False`, no code of it runs."""
-    verify(file, path)
+    verify_file(file, path)
     file.seek(0)
     try:
         return torch.load(file, map_location=map_location, weights_only=weights_only)
@@ -136,13 +145,13 @@ def read(file: IO[bytes], path: str, map_location: Any = None, weights_only: boo
             if weights_only is False or isinstance(error, (RuntimeError, OSError)):
                 raise
             found = f"it is a whole archive, but what `torch.save` calls `data.pkl` is not ({type(error).__name__}: {error})"
-            raise damaged(path, found) from error
+            raise damage_error(path, found) from error
         if isinstance(error, AttributeError):
             raise
-        raise damaged(path, "it begins like a file of `torch.save`, but does not go on like one") from error
+        raise damage_error(path, "it begins like a file of `torch.save`, but does not continue like one") from error
 
 
-def damaged(path: str, found: str) -> DamagedCheckpointError:
+def damage_error(path: str, found: str) -> DamagedCheckpointError:
     fix = "Load another checkpoint, or copy or download this one again."
     return DamagedCheckpointError(f"The checkpoint {path!r} cannot be read: {found}. {fix}")
 

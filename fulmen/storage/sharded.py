@@ -21,34 +21,38 @@ import torch
 from torch import Tensor
 
 from fulmen.storage.filesystem import get_filesystem, is_regular, is_remote, local_path
-from fulmen.storage.integrity import DamagedCheckpointError, damaged, read, sha256, verify
+from fulmen.storage.integrity import DamagedCheckpointError, damage_error, hash_prefix, load_verified, verify_file
 
-META, CHECKSUMS = "meta.pt", "checksums.json"
-MODEL, OPTIMIZER = "model.", "optimizer_{}.state."
+META = "meta.pt"
+CHECKSUMS = "checksums.json"
+MODEL = "model."
+OPTIMIZER = "optimizer_{}.state."
 # The state dicts of a checkpoint, and how the names of their shards begin: the second is of a run with an average.
 WEIGHTS = {"state_dict": MODEL, "current_model_state": "current_model."}
 
 
-class Stored(dict):
+class ShardedStateDict(dict):
     """A state dict whose tensors are on the meta device as long as they are in the folder ``path``."""
 
-    path = ""
-    prefix = MODEL
-    weights_only: bool | None = None
+    def __init__(self, path: str = "", weights_only: bool | None = None, prefix: str = MODEL) -> None:
+        super().__init__()
+        self.path = path
+        self.weights_only = weights_only
+        self.prefix = prefix
 
 
-def is_sharded(path: Any) -> bool:
+def is_sharded(path: str | os.PathLike) -> bool:
     """Is it such a folder?"""
     return not is_remote(path) and os.path.isfile(os.path.join(local_path(path), META))
 
 
-def is_plain_torch(path: Any) -> bool:
+def is_dcp_folder(path: str | os.PathLike) -> bool:
     """Is it a folder that `torch.distributed.checkpoint` wrote, but no trainer?"""
     parts = not is_remote(path) and os.path.isfile(os.path.join(local_path(path), ".metadata"))
     return parts and not is_sharded(path)
 
 
-def flat_states(states: list[dict[str, Any]], take: bool = True) -> dict[str, Any]:
+def flatten_optimizer_states(states: list[dict[str, Any]], take: bool = True) -> dict[str, Any]:
     """The tensors of optimizer states under the names of their shards; with `take`, they are taken out of the states."""
     flat = {}
     for index, state in enumerate(states):
@@ -65,18 +69,18 @@ def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
     tensors = {
         f"{prefix}{key}": value for kind, prefix in WEIGHTS.items() for key, value in checkpoint.pop(kind, {}).items()
     }
-    tensors |= flat_states(checkpoint.get("optimizer_states", []))
+    tensors |= flatten_optimizer_states(checkpoint.get("optimizer_states", []))
     # What all have, such as buffers, is that of rank 0.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     with _plain_errors(f"write the checkpoint {folder!r}", dcp):
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
 
 
-def checksums(folder: str, rank: int) -> dict[str, tuple[int, str]]:
+def hash_own_parts(folder: str, rank: int) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of the files that this process wrote; rank 0 also has those that belong to nobody."""
     names = {name: re.match(r"__(\d+)_", name) for name in os.listdir(folder)}
     own = [name for name, writer in names.items() if int(writer[1] if writer else 0) == rank]
-    return {name: _measured(folder, name) for name in own}
+    return {name: _measure_part(folder, name) for name in own}
 
 
 def check_shards(path: str, rank: int = 0, num_ranks: int = 1) -> None:
@@ -85,48 +89,46 @@ def check_shards(path: str, rank: int = 0, num_ranks: int = 1) -> None:
     Sizes are compared always, contents of every ``num_ranks``-th file; a folder of others has nothing to compare.
     """
     folder = local_path(path)
-    with _opened(folder, META) as meta:
-        verify(meta, os.path.join(path, META))
+    with _open_part(folder, META) as meta:
+        verify_file(meta, os.path.join(path, META))
     if not os.path.lexists(os.path.join(folder, CHECKSUMS)):
         return
     try:
-        with _opened(folder, CHECKSUMS) as file:
+        with _open_part(folder, CHECKSUMS) as file:
             expected = sorted(json.load(file).items())
         for number, (name, (size, hashed)) in enumerate(expected):
-            found = _measured(folder, name, full=number % num_ranks == rank)
+            found = _measure_part(folder, name, full=number % num_ranks == rank)
             if found[0] != size or found[1] not in ("", hashed):
                 what = f"has {found[0]:,} bytes instead of {size:,}" if found[0] != size else "has another SHA-256"
-                raise damaged(path, f"its part {name!r} {what}: it was changed after it was written")
+                raise damage_error(path, f"its part {name!r} {what}: it was changed after it was written")
     except DamagedCheckpointError:
         raise
     except Exception as error:  # what a wrong byte in the list leads to is hard to foresee
-        raise damaged(path, f"its parts do not agree with {CHECKSUMS} ({error})") from error
+        raise damage_error(path, f"its parts do not agree with {CHECKSUMS} ({error})") from error
 
 
-def _opened(folder: str, name: str) -> Any:
+def _open_part(folder: str, name: str) -> Any:
     """A part of a checkpoint, for reading: a regular file in its folder, whatever a list of parts may name."""
     if os.path.basename(name) != name:
         raise ValueError(f"{name!r} names a place outside of the folder")
     return get_filesystem(folder).open(os.path.join(folder, name), "rb")
 
 
-def _measured(folder: str, name: str, full: bool = True) -> tuple[int, str]:
-    with _opened(folder, name) as file:
+def _measure_part(folder: str, name: str, full: bool = True) -> tuple[int, str]:
+    with _open_part(folder, name) as file:
         size = os.fstat(file.fileno()).st_size
-        return size, sha256(file, size) if full else ""
+        return size, hash_prefix(file, size) if full else ""
 
 
-def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+def read_outline(path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
     folder = local_path(path)
-    with _opened(folder, META) as file:
-        checkpoint = read(file, os.path.join(path, META), "cpu", weights_only)
-    found = {kind: Stored() for kind in WEIGHTS}
-    for kind, weights in found.items():
-        weights.path, weights.weights_only, weights.prefix = folder, weights_only, WEIGHTS[kind]
+    with _open_part(folder, META) as file:
+        checkpoint = load_verified(file, os.path.join(path, META), "cpu", weights_only)
+    found = {kind: ShardedStateDict(folder, weights_only, prefix) for kind, prefix in WEIGHTS.items()}
     states = checkpoint.get("optimizer_states", [])
-    for name, entry in _reader(found["state_dict"])[0].read_metadata().state_dict_metadata.items():
-        value = _empty(entry, "meta")
+    for name, entry in _reader_and_planner(found["state_dict"])[0].read_metadata().state_dict_metadata.items():
+        value = _allocate_tensor(entry, "meta")
         for weights in found.values():
             if name.startswith(weights.prefix):
                 weights[name[len(weights.prefix) :]] = value
@@ -137,7 +139,7 @@ def read_outline(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
     return checkpoint | {kind: weights for kind, weights in found.items() if weights or kind == "state_dict"}
 
 
-def _empty(entry: Any, device: str = "cpu") -> Any:
+def _allocate_tensor(entry: Any, device: str = "cpu") -> Any:
     """Where a stored tensor can be read to; None for other objects."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -145,7 +147,7 @@ def _empty(entry: Any, device: str = "cpu") -> Any:
     return torch.empty(entry.size, dtype=entry.properties.dtype, device=device) if is_tensor else None
 
 
-def read_shards(wanted: dict[str, Any], source: Stored, alone: bool = False) -> None:
+def read_shards(wanted: dict[str, Any], source: ShardedStateDict, alone: bool = False) -> None:
     """Fills tensors, each under the name of its shard; other values are replaced. All processes call it.
 
     Arguments:
@@ -153,14 +155,14 @@ def read_shards(wanted: dict[str, Any], source: Stored, alone: bool = False) -> 
     """
     import torch.distributed.checkpoint as dcp
 
-    reader, planner = _reader(source)
+    reader, planner = _reader_and_planner(source)
     options = {"no_dist": True} if alone and "no_dist" in inspect.signature(dcp.load).parameters else {}
     with warnings.catch_warnings(), _plain_errors(f"read the checkpoint {source.path!r}", dcp):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that no group exists is known
         dcp.load(wanted, storage_reader=reader, planner=planner, **options)
 
 
-def _reader(source: Stored) -> tuple[Any, Any]:
+def _reader_and_planner(source: ShardedStateDict) -> tuple[Any, Any]:
     """Reader and planner of `torch.distributed.checkpoint`, which by themselves would run any code in a folder."""
     import torch.distributed.checkpoint as dcp
 
@@ -169,18 +171,18 @@ def _reader(source: Stored) -> tuple[Any, Any]:
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             rank = kwargs.get("rank")
-            with _opened(source.path, ".metadata" if rank is None else f"__{rank}.metadata") as file:
+            with _open_part(source.path, ".metadata" if rank is None else f"__{rank}.metadata") as file:
                 if not trusted:
                     _OnlyMetadata(file).load()
             metadata = super().read_metadata(*args, **kwargs)
             for part in sorted({str(stored.relative_path) for stored in (metadata.storage_data or {}).values()}):
                 if not is_regular(os.path.join(source.path, part)):
-                    raise damaged(source.path, f"its part {part!r} is not there, or not a regular file")
+                    raise damage_error(source.path, f"its part {part!r} is not there, or not a regular file")
             return metadata
 
     class Planner(dcp.DefaultLoadPlanner):
         def load_bytes(self, read_item: Any, value: Any) -> None:
-            read(value, source.path, "cpu", weights_only=True)
+            load_verified(value, source.path, "cpu", weights_only=True)
             value.seek(0)
             super().load_bytes(read_item, value)
 
@@ -218,12 +220,13 @@ def _plain_errors(what: str, dcp: Any) -> Generator[None]:
         raise kind(f"Rank {rank} could not {what}: {type(first).__name__}: {first}") from error
 
 
-def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+def read_all(path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder as one dict, as it would be in a file; read by this process alone, onto the CPU."""
     checkpoint = read_outline(path, weights_only)
-    kinds, states = [kind for kind in WEIGHTS if kind in checkpoint], checkpoint.get("optimizer_states", [])
+    kinds = [kind for kind in WEIGHTS if kind in checkpoint]
+    states = checkpoint.get("optimizer_states", [])
     wanted = {f"{WEIGHTS[kind]}{key}": value for kind in kinds for key, value in checkpoint[kind].items()}
-    wanted |= flat_states(states, take=False)
+    wanted |= flatten_optimizer_states(states, take=False)
     wanted = {name: value if value is None else torch.empty_like(value, device="cpu") for name, value in wanted.items()}
     read_shards(wanted, checkpoint["state_dict"], alone=True)
     checkpoint |= {kind: {key: wanted[f"{WEIGHTS[kind]}{key}"] for key in checkpoint[kind]} for kind in kinds}
@@ -232,23 +235,22 @@ def read_all(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
             values.update(
                 {key: wanted.get(f"{OPTIMIZER.format(index)}{parameter}.{key}", values[key]) for key in values}
             )
-        numbered(state)
+        number_parameters(state)
     return checkpoint
 
 
-def read_plain(path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+def read_dcp_folder(path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
     """What `torch.distributed.checkpoint` wrote without a trainer, nested as it was; read by this process alone."""
     from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
-    source = Stored()
-    source.path, source.weights_only = local_path(path), weights_only
-    metadata = _reader(source)[0].read_metadata()
-    wanted = {name: _empty(entry) for name, entry in metadata.state_dict_metadata.items()}
+    source = ShardedStateDict(local_path(path), weights_only)
+    metadata = _reader_and_planner(source)[0].read_metadata()
+    wanted = {name: _allocate_tensor(entry) for name, entry in metadata.state_dict_metadata.items()}
     read_shards(wanted, source, alone=True)
     return wanted if metadata.planner_data is None else unflatten_state_dict(wanted, metadata.planner_data)
 
 
-def numbered(state: dict[str, Any]) -> None:
+def number_parameters(state: dict[str, Any]) -> None:
     """Parameters by their position, as in `Optimizer.state_dict`, instead of by their name."""
     names = [name for group in state["param_groups"] for name in group["params"]]
     positions = {name: position for position, name in enumerate(names)}

@@ -20,8 +20,8 @@ from support import Regression, make_loader, make_trainer
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.storage.checkpoint_io import DamagedCheckpointError
-from fulmen.storage.integrity import save
-from fulmen.storage.sharded import CHECKSUMS, META, checksums, write_shards
+from fulmen.storage.integrity import save_with_digest
+from fulmen.storage.sharded import CHECKSUMS, META, hash_own_parts, write_shards
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes, links and sockets")
 GOOD, BAD = "step=4.ckpt", "step=8.ckpt"
@@ -62,9 +62,9 @@ def as_folder(file, folder):
     content = torch.load(file, weights_only=True)
     os.makedirs(folder)
     write_shards(content, str(folder))
-    (folder / CHECKSUMS).write_text(json.dumps(checksums(str(folder), 0)))
+    (folder / CHECKSUMS).write_text(json.dumps(hash_own_parts(str(folder), 0)))
     with open(folder / META, "wb") as meta:
-        save(content, meta)
+        save_with_digest(content, meta)
 
 
 # ---------------------------------------------------------------------- damages: functions of a path
@@ -153,7 +153,7 @@ def content(change):
         found = torch.load(path, weights_only=True) if path.is_file() else {}
         found = change(found)
         with open(path, "wb") as file:
-            save(found, file)
+            save_with_digest(found, file)
 
     return act
 

@@ -12,8 +12,8 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
+from fulmen.checkpoint.lightning_format import API_VERSION
 from fulmen.checkpoint.load import keep_available_device, load_hparams
-from fulmen.checkpoint.migrate import API_VERSION
 
 
 class Net(pl.LightningModule):

@@ -23,8 +23,7 @@ import fulmen as pl
 from fulmen.__main__ import main
 from fulmen.callbacks import EarlyStopping, ModelCheckpoint
 from fulmen.checkpoint import upgrade
-from fulmen.checkpoint.loop_counters import to_loops
-from fulmen.checkpoint.migrate import API_VERSION, migrate_checkpoint
+from fulmen.checkpoint.lightning_format import API_VERSION, migrate_checkpoint, to_loops
 from fulmen.utilities.errors import PossibleUserWarning
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_1_6.json").read_text())

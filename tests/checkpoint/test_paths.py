@@ -17,7 +17,9 @@ from fulmen.storage.filesystem import atomic_write
 
 
 def find(ckpt_path, callbacks=(), verb="fit", root_dir=".", model_given=True, **kwargs):
-    return paths.find(ckpt_path, verb=verb, callbacks=callbacks, root_dir=root_dir, model_given=model_given, **kwargs)
+    return paths.resolve_path(
+        ckpt_path, verb=verb, callbacks=callbacks, root_dir=root_dir, model_given=model_given, **kwargs
+    )
 
 
 def write(folder, *names):
@@ -135,11 +137,11 @@ def damage(path):
 def test_the_newest_good_one_is_found_and_each_damaged_one_named(tmp_path):
     save(tmp_path, "a.ckpt", "b.ckpt", "c.ckpt", "d.ckpt")
     every = [str(path) for path in tmp_path.glob("*.ckpt")]
-    assert paths.newest_good(every) == str(tmp_path / "d.ckpt")
+    assert paths.find_newest_good(every) == str(tmp_path / "d.ckpt")
     damage(tmp_path / "d.ckpt")
     damage(tmp_path / "c.ckpt")
     with pytest.warns() as told:
-        assert paths.newest_good(every) == str(tmp_path / "b.ckpt")
+        assert paths.find_newest_good(every) == str(tmp_path / "b.ckpt")
     assert len(told) == 2
     for warning, damaged in zip(told, ("d.ckpt", "c.ckpt"), strict=True):
         assert damaged in str(warning.message) and "b.ckpt" in str(warning.message)
@@ -150,8 +152,8 @@ def test_none_is_good_or_none_is_there(tmp_path):
     damage(tmp_path / "a.ckpt")
     damage(tmp_path / "b.ckpt")
     with pytest.raises(DamagedCheckpointError, match=r"(?s)b\.ckpt.*a\.ckpt"):
-        paths.newest_good(str(path) for path in tmp_path.glob("*.ckpt"))
-    assert paths.newest_good([]) is None
+        paths.find_newest_good(str(path) for path in tmp_path.glob("*.ckpt"))
+    assert paths.find_newest_good([]) is None
 
 
 @pytest.mark.parametrize("name", ["last", "best"])

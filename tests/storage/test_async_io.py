@@ -124,7 +124,7 @@ def test_a_write_that_fails_is_raised_by_what_follows_and_what_it_would_replace_
     io.wait()
     io.save_checkpoint({"a": 2}, tmp_path / "new")
     io.remove_checkpoint(tmp_path / "old")
-    while io.writing:
+    while io.is_writing:
         time.sleep(0.01)
     io.remove_checkpoint(tmp_path / "old")  # nor when the failure is not news any more
     arguments = {"save_checkpoint": ({"a": 3}, tmp_path / "third"), "load_checkpoint": (tmp_path / "new",)}
@@ -144,11 +144,11 @@ def test_a_file_is_loaded_when_it_is_there_and_removed_in_its_turn(tmp_path):
     (tmp_path / "old").write_text("")
     io.save_checkpoint({"a": 1}, tmp_path / "new")
     io.remove_checkpoint(tmp_path / "old")
-    assert (tmp_path / "old").exists() and io.writing
+    assert (tmp_path / "old").exists() and io.is_writing
     assert [io.will_exist(tmp_path / name) for name in ("old", "new", "other")] == [False, True, None]
     threading.Timer(0.05, inner.gate.set).start()
     assert io.load_checkpoint(tmp_path / "new") == {"a": 1}
-    assert not (tmp_path / "old").exists() and not io.writing
+    assert not (tmp_path / "old").exists() and not io.is_writing
 
 
 def test_what_cannot_be_copied_is_said_by_who_writes_it(tmp_path):

@@ -151,7 +151,7 @@ def test_a_file_saved_without_checksums_still_loads(io, tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs"),
         (gzip.compress(b"abc", mtime=0), "`torch.save` does not write"),
         (b"hello world", "11 bytes begin with b'hello world', which `torch.save`"),
-        (pickle.dumps({"a": 1}), "does not go on like one"),
+        (pickle.dumps({"a": 1}), "does not continue like one"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_says_what_it_is(io, tmp_path, content, words):
@@ -173,7 +173,7 @@ def test_the_older_format_of_torch_loads_and_is_noticed_when_cut(io, tmp_path):
     torch.save({"a": torch.ones(100)}, path, _use_new_zipfile_serialization=False)
     assert io.load_checkpoint(path)["a"].sum() == 100
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(DamagedCheckpointError, match="does not go on"):
+    with pytest.raises(DamagedCheckpointError, match="does not continue"):
         io.load_checkpoint(path)
 
 

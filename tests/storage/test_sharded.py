@@ -15,7 +15,7 @@ from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint
 from fulmen.checkpoint.consolidate import consolidate
-from fulmen.checkpoint.paths import newest_good
+from fulmen.checkpoint.paths import find_newest_good
 from fulmen.storage.checkpoint_io import DamagedCheckpointError
 from fulmen.strategies import FSDPStrategy
 
@@ -120,7 +120,7 @@ def test_every_part_is_checked(written, tmp_path, part, how):
         with pytest.raises(IsADirectoryError, match=r"meta\.pt"):
             Net.load_from_checkpoint(bad)
         with pytest.warns(UserWarning, match=r"epoch=1\.ckpt.*instead: .*epoch=0\.ckpt"):
-            assert newest_good([str(bad), str(good)]) == str(good)
+            assert find_newest_good([str(bad), str(good)]) == str(good)
         return
     if (part, how) == ("checksums.json", "gone"):  # as written by others
         assert Net.load_from_checkpoint(bad).wide.weight.shape == (1000, 4)
@@ -129,4 +129,4 @@ def test_every_part_is_checked(written, tmp_path, part, how):
         with pytest.raises(DamagedCheckpointError, match=r"epoch=1\.ckpt.*good one beside it is .*epoch=0\.ckpt"):
             load(bad)
     with pytest.warns(UserWarning, match=r"epoch=1\.ckpt.*instead: .*epoch=0\.ckpt"):
-        assert newest_good([str(bad), str(good)]) == str(good)
+        assert find_newest_good([str(bad), str(good)]) == str(good)
