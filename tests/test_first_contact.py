@@ -61,11 +61,11 @@ from fulmen.loggers.logger import ExperimentLogger, rank_zero_experiment
 
 class Client(ExperimentLogger):
     name, version = "client", 0
-    def _open(self):
+    def _open_experiment(self):
         return random.random(), numpy.random.rand(), torch.rand(2)
-    def log_hyperparams(self, params): self._open()
+    def log_hyperparams(self, params): self._open_experiment()
     def log_metrics(self, metrics, step=None): assert self.experiment
-    def finalize(self, status): self._open()
+    def finalize(self, status): self._open_experiment()
 
 class Shows(pl.callbacks.ProgressBar):
     def setup(self, *args): super().setup(*args); random.random(); numpy.random.rand(); torch.rand(2)

@@ -156,10 +156,10 @@ class ModelCheckpoint(Checkpoint):
         self._last_checkpoint_saved = ""
         self._last_time_checked = 0.0
         self._validated = self._deferred = False  # a save by step or time waits for the validation that follows
-        self._outdated: list[str] = []  # what a run left here when it ended, until there is a newer file
+        self._superseded: list[str] = []  # what a run left here when it ended, until there is a newer file
         self._warnings = WarningCache()
-        self._untold = 0  # of how many files that are being written loggers do not know
-        self._unsure: tuple[str, dict[str, Any]] | None = None  # the first of them, and what was noted before it
+        self._unannounced = 0  # of how many files that are being written loggers do not know
+        self._unconfirmed: tuple[str, dict[str, Any]] | None = None  # the first of them, and what was noted before it
 
     @property
     def state_key(self) -> str:
@@ -170,7 +170,7 @@ class ModelCheckpoint(Checkpoint):
         self.dirpath = trainer.strategy.broadcast(self.dirpath or folder_of_run(trainer))
         if given is None:
             self._found_folder = self.dirpath
-        if self.async_save and _background(trainer) is None:
+        if self.async_save and _background_io(trainer) is None:
             trainer.strategy.checkpoint_io = AsyncCheckpointIO(trainer.strategy.checkpoint_io, always=False)
         if self.save_last == "link" and is_remote(self.dirpath):
             what = f"`ModelCheckpoint(save_last='link')`: there are no links in `dirpath={self.dirpath}`."
@@ -182,7 +182,7 @@ class ModelCheckpoint(Checkpoint):
                 rank_zero_info(f"Removed what an interrupted save had left in {self.dirpath}: {', '.join(left)}")
         files = get_filesystem(self.dirpath)
         ends = (os.path.join(self.dirpath, name) for name in (PREEMPTED, FINISHED) if stage == "fit")
-        self._outdated = list(filter(files.exists, ends))
+        self._superseded = list(filter(files.exists, ends))
         writes = stage == "fit" and trainer.is_global_zero and self.save_top_k != 0
         resumes = Path(self.dirpath) in Path(os.path.abspath(trainer.ckpt_path or "")).parents  # files of its own
         if writes and not resumes and files.isdir(self.dirpath) and len(files.ls(self.dirpath)):
@@ -193,7 +193,7 @@ class ModelCheckpoint(Checkpoint):
         self._deferred = self._validated = False
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        if self._untold:
+        if self._unannounced:
             _tell_loggers(self, trainer)
         due = False
         interval = self._train_time_interval
@@ -205,60 +205,60 @@ class ModelCheckpoint(Checkpoint):
             passed = time.monotonic() - self._last_time_checked
             if due := trainer.strategy.broadcast(passed >= interval.total_seconds()):  # clocks differ
                 self._last_time_checked += passed
-        if due and not self._idle(trainer):
+        if due and not self._nothing_to_save(trainer):
             known = self.monitor in trainer.callback_metrics
             too_early = self.monitor not in (None, "epoch", "step") if not known else trainer.fit_loop.validation_due()
             self._deferred = self.monitor is not None and too_early
             if not self._deferred:
-                self._save(trainer)
+                self._save_due_checkpoint(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated = not trainer.sanity_checking
         deferred = self._deferred and self.monitor in trainer.callback_metrics
-        if (deferred or _epoch_due(self, trainer, after_training=False)) and not self._idle(trainer):
+        if (deferred or _epoch_due(self, trainer, after_training=False)) and not self._nothing_to_save(trainer):
             self._deferred = False
-            self._save(trainer)
+            self._save_due_checkpoint(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What still waits after validation is settled here, if only by the complaint that `monitor` does not exist.
         deferred = self._deferred and (self._validated or not trainer.enable_validation)
         self._deferred = self._deferred and not deferred
-        if (deferred or _epoch_due(self, trainer, after_training=True)) and not self._idle(trainer):
-            self._save(trainer)
+        if (deferred or _epoch_due(self, trainer, after_training=True)) and not self._nothing_to_save(trainer):
+            self._save_due_checkpoint(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         nothing_kept = not self._last_checkpoint_saved or self.save_top_k == 0
-        if self.save_last and nothing_kept and not self._idle(trainer):
+        if self.save_last and nothing_kept and not self._nothing_to_save(trainer):
             self._write_last(trainer, _metrics_of(trainer))
-        _settle(self, trainer)
+        _await_background_save(self, trainer)
         _tell_loggers(self, trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         _tell_loggers(self, trainer)
-        if self.save_on_exception and not self._idle(trainer):
+        if self.save_on_exception and not self._nothing_to_save(trainer):
             metrics = _metrics_of(trainer)
             filepath = self._free_path(trainer, metrics)
-            if not self._written(trainer, filepath, _noted(self)):
+            if not self._write_file(trainer, filepath, _file_record(self)):
                 return
             if self.save_last:
                 self._write_last(trainer, metrics)
             rank_zero_info(f"{type(exception).__name__} was raised: {exception}. Saved a checkpoint to {filepath}")
 
-    def _idle(self, trainer: Trainer) -> bool:
+    def _nothing_to_save(self, trainer: Trainer) -> bool:
         """Is this no moment to write files: not training for real, or already saved at this step?"""
-        return not _trains(trainer) or self._last_global_step_saved == trainer.global_step
+        return not _is_training(trainer) or self._last_global_step_saved == trainer.global_step
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save_due_checkpoint(self, trainer: Trainer) -> None:
         """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
         if self.save_top_k == 0:
             return
-        _settle(self, trainer)
+        _await_background_save(self, trainer)
         metrics = _metrics_of(trainer)
         if self.monitor is None:
             previous = self.best_model_path
-            before = _noted(self)
+            before = _file_record(self)
             self.best_model_path = self._free_path(trainer, metrics, replaces=previous)
-            if not self._written(trainer, self.best_model_path, before):
+            if not self._write_file(trainer, self.best_model_path, before):
                 return
             if self.save_top_k == 1:
                 self._make_room(trainer, previous, self.best_model_path)
@@ -283,7 +283,7 @@ class ModelCheckpoint(Checkpoint):
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return False
         scores = self.best_k_models
-        before = _noted(self)
+        before = _file_record(self)
         k = self.save_top_k if self.save_top_k > 0 else len(scores) + 1
         best, worst = (min, max) if self.mode == "min" else (max, min)
         # Removed from the list before the write, so that the file does not name what it replaces …
@@ -301,7 +301,7 @@ class ModelCheckpoint(Checkpoint):
         if self.verbose:
             reached = f"{where} reached {current:.5f} (best {self.best_model_score:.5f})"
             rank_zero_info(f"{reached}, saving model to {filepath!r} as top {k}")
-        if not self._written(trainer, filepath, before):
+        if not self._write_file(trainer, filepath, before):
             return False
         for path in displaced:
             self._make_room(trainer, path, filepath)  # … and from the disk after it
@@ -319,25 +319,25 @@ class ModelCheckpoint(Checkpoint):
 
     def _write_last(self, trainer: Trainer, metrics: dict) -> None:
         filepath = self._free_path(trainer, metrics, replaces=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
-        before = _noted(self)
+        before = _file_record(self)
         previous = self.last_model_path
         self.last_model_path = filepath
         newest = self._last_checkpoint_saved
-        io = _background(trainer)
+        io = _background_io(trainer)
         write = None
         if self.save_last == "link" and newest not in ("", filepath):
-            link: Callable[[], Any] = partial(_link, newest, filepath)
+            link: Callable[[], Any] = partial(_write_link, newest, filepath)
             if io is not None:
                 link = partial(io.after_writing, link, filepath, exists=True)
             write = partial(trainer.strategy.on_rank_zero, link, f"make the link {filepath!r}")
         elif self._last_global_step_saved == trainer.global_step and newest != filepath and _in_background(self, io):
             # What is being written anyway, instead of a copy that would have to wait for it.
             write = partial(io.write_again, filepath)  # type: ignore[union-attr]
-            self._untold += 1
-        if self._written(trainer, filepath, before, write):
+            self._unannounced += 1
+        if self._write_file(trainer, filepath, before, write):
             self._make_room(trainer, previous, filepath)
 
-    def _written(
+    def _write_file(
         self, trainer: Trainer, filepath: str, before: dict[str, Any], write: Callable[[], Any] | None = None
     ) -> bool:
         """Writes one file. If that fails, all is noted as `before`, and `on_save_error` decides whether False comes."""
@@ -347,23 +347,23 @@ class ModelCheckpoint(Checkpoint):
         except Exception as error:
             if self._last_global_step_saved != -1:  # the file is there: a logger failed
                 raise
-            _take_back(self, trainer, filepath, before, error)
+            _restore_record(self, trainer, filepath, before, error)
             return False
         self._last_global_step_saved = trainer.global_step
-        if _background(trainer) is not None and self._unsure is None:
-            self._unsure = filepath, before
+        if _background_io(trainer) is not None and self._unconfirmed is None:
+            self._unconfirmed = filepath, before
         return True
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Writes one file and tells the loggers; every file comes through here."""
-        io = _background(trainer)
+        io = _background_io(trainer)
         with io.in_background() if io is not None and self.async_save else nullcontext():
             trainer.save_checkpoint(filepath, self.save_weights_only)
-        while self._outdated and not self.save_weights_only:
-            _discard(self, self._outdated.pop(), trainer.strategy.remove_checkpoint)
+        while self._superseded and not self.save_weights_only:
+            _remove_or_warn(self, self._superseded.pop(), trainer.strategy.remove_checkpoint)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
-        self._untold += 1
+        self._unannounced += 1
         _tell_loggers(self, trainer)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
@@ -376,13 +376,13 @@ class ModelCheckpoint(Checkpoint):
         old, resumed, folder = (os.path.abspath(local_path(path or "")) for path in paths)
         if previous and previous != current and old != resumed and old.startswith(os.path.join(folder, "")):
             if self.save_last == "link" and trainer.is_global_zero and os.path.islink(self.last_model_path):
-                link = partial(_link, current, self.last_model_path)
-                io = _background(trainer)
+                link = partial(_write_link, current, self.last_model_path)
+                io = _background_io(trainer)
                 if io is not None and io.is_writing:  # at no moment to a file that is gone
                     io.after_writing(link, self.last_model_path, exists=True)
                 elif os.path.exists(current):
                     link()
-            _discard(self, previous, partial(self._remove_checkpoint, trainer))
+            _remove_or_warn(self, previous, partial(self._remove_checkpoint, trainer))
 
     def _free_path(self, trainer: Trainer, metrics: dict, replaces: str = "", template: str | None = None) -> str:
         """The next file, named after the metrics of the first rank; ``replaces`` is free: it is about to be removed."""
@@ -396,7 +396,7 @@ class ModelCheckpoint(Checkpoint):
 
     def file_exists(self, filepath: str | os.PathLike, trainer: Trainer) -> bool:
         """Does the first rank see this file? All ranks must ask."""
-        io = _background(trainer)
+        io = _background_io(trainer)
         soon = None if io is None else io.will_exist(filepath)
         exists = get_filesystem(filepath).exists(os.fspath(filepath)) if soon is None else soon
         return trainer.strategy.broadcast(exists)
@@ -409,7 +409,7 @@ class ModelCheckpoint(Checkpoint):
         'epoch=1-val_loss=0.13.ckpt'
         """
 
-        def fill(field: re.Match[str]) -> str:
+        def format_field(field: re.Match[str]) -> str:
             name = field[1]
             how = field[2] or ""
             value = metrics.get(name, 0)
@@ -417,7 +417,7 @@ class ModelCheckpoint(Checkpoint):
             return f"{name}{self.CHECKPOINT_EQUALS_CHAR}{text}" if self.auto_insert_metric_name else text
 
         template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
-        parts = [prefix, _FIELD.sub(fill, template), None if ver is None else f"v{ver}"]
+        parts = [prefix, _FIELD.sub(format_field, template), None if ver is None else f"v{ver}"]
         name = self.CHECKPOINT_JOIN_CHAR.join(part for part in parts if part) + self.FILE_EXTENSION
         return os.path.join(self.dirpath, name) if self.dirpath else name
 
@@ -464,7 +464,7 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         # Before the first step, or without training, there is nothing that a file of an earlier break should make way for.
-        if _trains(trainer) and trainer.global_step and trainer.signals.saved != self.ckpt_path:
+        if _is_training(trainer) and trainer.global_step and trainer.signals.saved != self.ckpt_path:
             trainer.save_checkpoint(self.ckpt_path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -482,12 +482,12 @@ def folder_of_run(trainer: Trainer) -> str:
     return os.path.join(root, str(logger.name), version, "checkpoints")
 
 
-def _trains(trainer: Trainer) -> bool:
+def _is_training(trainer: Trainer) -> bool:
     """Is it training, and for real?"""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
 
 
-def _background(trainer: Trainer) -> AsyncCheckpointIO | None:
+def _background_io(trainer: Trainer) -> AsyncCheckpointIO | None:
     """Who writes while training goes on, if anybody does."""
     io = trainer.strategy.checkpoint_io
     return io if isinstance(io, AsyncCheckpointIO) else None
@@ -497,12 +497,12 @@ def _in_background(callback: ModelCheckpoint, io: AsyncCheckpointIO | None) -> b
     return io is not None and (callback.async_save or io.always)
 
 
-def _noted(callback: ModelCheckpoint) -> dict[str, Any]:
+def _file_record(callback: ModelCheckpoint) -> dict[str, Any]:
     """What this callback says about its files."""
     return {**{name: getattr(callback, name) for name in _NOTED}, "best_k_models": dict(callback.best_k_models)}
 
 
-def _take_back(
+def _restore_record(
     callback: ModelCheckpoint, trainer: Trainer, filepath: str, before: dict[str, Any], error: Exception
 ) -> None:
     vars(callback).update(before)
@@ -513,7 +513,7 @@ def _take_back(
     rank_zero_warn(f"{what} Training continues (`on_save_error='warn'`). The newest checkpoint: {newest}.")
 
 
-def _discard(callback: ModelCheckpoint, path: str, remove: Callable[[str], Any]) -> None:
+def _remove_or_warn(callback: ModelCheckpoint, path: str, remove: Callable[[str], Any]) -> None:
     try:
         remove(path)
     except OSError as error:
@@ -522,24 +522,24 @@ def _discard(callback: ModelCheckpoint, path: str, remove: Callable[[str], Any])
         rank_zero_warn(f"The checkpoint {path!r} could not be removed: {error}. Remove it by hand.")
 
 
-def _settle(callback: ModelCheckpoint, trainer: Trainer) -> None:
+def _await_background_save(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Waits for what is written in the background; that it failed is found out here."""
-    if callback._unsure is None:
+    if callback._unconfirmed is None:
         return
-    (filepath, before), callback._unsure = callback._unsure, None
+    (filepath, before), callback._unconfirmed = callback._unconfirmed, None
     try:
         trainer.strategy.finish_saving()
     except Exception as error:
-        _take_back(callback, trainer, filepath, before, error)
+        _restore_record(callback, trainer, filepath, before, error)
 
 
 def _tell_loggers(callback: ModelCheckpoint, trainer: Trainer) -> None:
     """Of the files that are there by now."""
-    io = _background(trainer)
+    io = _background_io(trainer)
     if io is not None and io.is_writing:
         return
-    files = callback._untold if io is None or not io.failed else 0
-    callback._untold = 0
+    files = callback._unannounced if io is None or not io.failed else 0
+    callback._unannounced = 0
     for logger in [*trainer.loggers] * files if trainer.is_global_zero else ():
         logger.after_save_checkpoint(callback)
 
@@ -562,7 +562,7 @@ def _metrics_of(trainer: Trainer) -> dict[str, Any]:
     return {**metrics, "epoch": int(metrics["epoch"]), "step": int(metrics["step"])}
 
 
-def _link(target: str, link: str) -> None:
+def _write_link(target: str, link: str) -> None:
     """Makes ``link`` a relative symbolic link, or a copy where links are not possible; what was there is replaced."""
     if os.path.isdir(link) and not os.path.islink(link):
         shutil.rmtree(link)

@@ -94,8 +94,8 @@ class EarlyStopping(Callback):
         self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message: str | None = None
-        self._asks = False  # for an end, as of the last check
-        self._switched = False  # did it set `trainer.should_stop`, and nobody before it?
+        self._requests_stop = False  # for an end, as of the last check
+        self._set_should_stop = False  # did it set `trainer.should_stop`, and nobody before it?
 
     @property
     def state_key(self) -> str:
@@ -107,7 +107,7 @@ class EarlyStopping(Callback):
         return self.mode_dict[self.mode]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._asks = self._switched = False
+        self._requests_stop = self._set_should_stop = False
         if self._given_check is None:
             once_per_epoch = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
             once_per_epoch = once_per_epoch and trainer.val_check_time_s is None
@@ -115,13 +115,13 @@ class EarlyStopping(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._check_on_train_epoch_end:
-            self._check(trainer)
+            self._check_monitor(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._check_on_train_epoch_end:
-            self._check(trainer)
+            self._check_monitor(trainer)
 
-    def _check(self, trainer: Trainer) -> None:
+    def _check_monitor(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
@@ -134,7 +134,7 @@ class EarlyStopping(Callback):
                 rank_zero_warn(message, category=RuntimeWarning)
             return
         # sync: the rules need the number
-        reason, told = self._judge(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
+        reason, told = self._apply_rules(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
         stop = reason is not EarlyStoppingReason.NOT_STOPPED
         if stop:
             self.stopping_reason = reason
@@ -143,24 +143,26 @@ class EarlyStopping(Callback):
         if told and self.verbose and not (rank and self.log_rank_zero_only):
             log.info(rank_prefixed_message(told, None if self.log_rank_zero_only else rank))
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
-            self._asks = True
-            self._switched = self._switched or not trainer.should_stop
+            self._requests_stop = True
+            self._set_should_stop = self._set_should_stop or not trainer.should_stop
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
-        elif self._asks:
-            self._withdraw(trainer)
+        elif self._requests_stop:
+            self._withdraw_request(trainer)
 
-    def _withdraw(self, trainer: Trainer) -> None:
+    def _withdraw_request(self, trainer: Trainer) -> None:
         """Training went on below `min_epochs` or `min_steps`, and there is no reason to stop any more."""
-        self._asks = False
+        self._requests_stop = False
         self.stopped_epoch = 0
         self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
         self.stopping_reason_message = None
         alike = trainer.early_stopping_callbacks
-        if any(callback._switched for callback in alike) and not any(callback._asks for callback in alike):
+        if any(callback._set_should_stop for callback in alike) and not any(
+            callback._requests_stop for callback in alike
+        ):
             trainer.should_stop = False  # what nobody else asked for
             for callback in alike:
-                callback._switched = False
+                callback._set_should_stop = False
 
     def still_stops(self, metrics: Mapping[str, Any]) -> bool:
         """Would the run that is resumed have ended by the arguments of today, too? If not, its end is taken back.
@@ -175,15 +177,15 @@ class EarlyStopping(Callback):
         if before is EarlyStoppingReason.PATIENCE_EXHAUSTED:
             stops = self.wait_count >= self.patience
         elif stops and value is not None:  # sync: once, as a run is resumed
-            stops = self._judge_alone(torch.as_tensor(value).detach().cpu().squeeze())[0] is not none
-        self._asks = self._switched = stops
+            stops = self._apply_thresholds(torch.as_tensor(value).detach().cpu().squeeze())[0] is not none
+        self._requests_stop = self._set_should_stop = stops
         if not stops:
             self.stopping_reason = none
             self.stopping_reason_message = None
             self.stopped_epoch = 0
         return stops
 
-    def _judge_alone(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
+    def _apply_thresholds(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """Applies the rules that need no other value."""
         reason = EarlyStoppingReason
         is_better = self.monitor_op
@@ -202,12 +204,12 @@ class EarlyStopping(Callback):
             return reason.DIVERGENCE_THRESHOLD, told
         return reason.NOT_STOPPED, None
 
-    def _judge(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
+    def _apply_rules(self, current: torch.Tensor) -> tuple[EarlyStoppingReason, str | None]:
         """Applies all rules in their order; also counts, and remembers the best value."""
         reason = EarlyStoppingReason
         is_better = self.monitor_op
         name = f"`{self.monitor}`"
-        alone, told = self._judge_alone(current)
+        alone, told = self._apply_thresholds(current)
         if alone is not reason.NOT_STOPPED:
             return alone, told
         if is_better(current - self.min_delta, self.best_score):

@@ -157,7 +157,7 @@ class BaseFinetuning(Callback):
             for module in pl_module.modules():  # files of others do not say what was unfrozen
                 if added & {id(p) for p in module.parameters(recurse=False)}:
                     _set_trainable(module, True)
-            _schedule(trainer, optimizer)
+            _extend_schedulers(trainer, optimizer)
         self._resumed = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,7 +166,7 @@ class BaseFinetuning(Callback):
             stored = self._internal_optimizer_metadata.setdefault(idx, [])
             added = optimizer.param_groups[len(stored) :]
             if added:
-                _schedule(trainer, optimizer)
+                _extend_schedulers(trainer, optimizer)
                 names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
                 stored += [{**group, "params": [names[id(p)] for p in group["params"]]} for group in added]
 
@@ -249,7 +249,7 @@ class BackboneFinetuning(BaseFinetuning):
         super().load_state_dict(state_dict)
 
 
-def _schedule(trainer: Trainer, optimizer: Optimizer) -> None:
+def _extend_schedulers(trainer: Trainer, optimizer: Optimizer) -> None:
     """Schedulers of the optimizer learn of its new groups."""
     for config in trainer.lr_scheduler_configs:
         if getattr(config.scheduler, "optimizer", None) is optimizer:

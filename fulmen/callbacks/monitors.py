@@ -73,13 +73,13 @@ class LearningRateMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self.logging_interval != "epoch" and _log_due(trainer):
-            self._log(trainer, "step")
+            self._log_rates(trainer, "step")
 
     def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if self.logging_interval != "step":
-            self._log(trainer, "epoch")
+            self._log_rates(trainer, "epoch")
 
-    def _log(self, trainer: Trainer, interval: str) -> None:
+    def _log_rates(self, trainer: Trainer, interval: str) -> None:
         metrics: dict[str, float] = {}
         for base, optimizer, own_interval in self._watched:
             if self.logging_interval is None and own_interval not in (None, interval):
@@ -193,7 +193,7 @@ class DeviceStatsMonitor(Callback):
     on_test_batch_end = _logs_stats("on_test_batch_end")
 
 
-class _Pace:
+class _StageThroughput:
     """The batches of one stage: ``waiting`` until a row is due, then in ``throughput``."""
 
     def __init__(self, throughput: Throughput, start: Any, num_batches: int) -> None:
@@ -203,7 +203,7 @@ class _Pace:
         self.waiting: list[tuple[Any, Any, dict[str, int]]] = []  # start, end, counts
         self.totals: dict[str, Any] = {"time": 0.0}
 
-    def measure(self, flops: int | None) -> dict[str, float]:
+    def compute_metrics(self, flops: int | None) -> dict[str, float]:
         """The metrics up to the last batch."""
         if isinstance(self.batch_start, torch.cuda.Event):
             self.batch_start.synchronize()  # sync: only when a row is due
@@ -237,24 +237,24 @@ class ThroughputMonitor(Callback):
         self.length_fn = length_fn
         self.kwargs = kwargs
         self.available_flops: int | None = None
-        self._paces: dict[str, _Pace] = {}
+        self._throughputs: dict[str, _StageThroughput] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         dtype = getattr(trainer.precision_plugin, "dtype", torch.float32)
         self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
-        self._paces = {}
+        self._throughputs = {}
         if not hasattr(pl_module, "flops_per_batch"):
             rank_zero_warn("`ThroughputMonitor` logs no FLOPs, because the LightningModule has no `flops_per_batch`.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = trainer.stage.value
-        before = self._paces[stage].num_batches if stage in self._paces else 0
+        before = self._throughputs[stage].num_batches if stage in self._throughputs else 0
         throughput = Throughput(self.available_flops, trainer.world_size, **self.kwargs)
-        self._paces[stage] = _Pace(throughput, _mark(trainer), before)
+        self._throughputs[stage] = _StageThroughput(throughput, _take_timestamp(trainer), before)
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
-        if "train" in self._paces:
-            self._paces["train"].batch_start = _mark(trainer)
+        if "train" in self._throughputs:
+            self._throughputs["train"].batch_start = _take_timestamp(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int, *_: Any, **__: Any) -> None:  # fmt: skip
@@ -266,13 +266,13 @@ class ThroughputMonitor(Callback):
         counts = {"batches": 1, "samples": self.batch_size_fn(batch)}
         if self.length_fn is not None:
             counts["lengths"] = self.length_fn(batch)
-        pace = self._paces[stage]
-        end = _mark(trainer)
+        pace = self._throughputs[stage]
+        end = _take_timestamp(trainer)
         pace.waiting.append((pace.batch_start, end, counts))
         pace.batch_start = end
         pace.num_batches += 1
         if _log_due(trainer, batch_idx) and (not training or trainer.fit_loop.optimization.stepped):
-            metrics = pace.measure(getattr(pl_module, "flops_per_batch", None))
+            metrics = pace.compute_metrics(getattr(pl_module, "flops_per_batch", None))
             metrics = {f"{stage}{pace.throughput.separator}{name}": value for name, value in metrics.items()}
             step = trainer.fit_loop.progress.log_step if training else pace.num_batches
             trainer.log_to_loggers(metrics, step, with_epoch=training)
@@ -281,7 +281,7 @@ class ThroughputMonitor(Callback):
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
 
-def _mark(trainer: Trainer) -> Any:
+def _take_timestamp(trainer: Trainer) -> Any:
     """Now, as seconds on the host, or as an event that CUDA reaches when the work before it is done."""
     if trainer.strategy.root_device.type != "cuda":
         return time.perf_counter()

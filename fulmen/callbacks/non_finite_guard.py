@@ -65,7 +65,7 @@ class Fault:
 
 
 @dataclass
-class _Look:
+class _Check:
     """A check made on the device that nobody has read yet."""
 
     epoch: int
@@ -116,11 +116,11 @@ class NonFiniteGuard(Callback):
         self.dirpath = dirpath
         self.every_n_steps = 1 if policy == "skip" else every_n_steps
         self._forget_run()
-        self._looks: list[_Look] = []
+        self._checks: list[_Check] = []
         self._batches: dict[int, Any] = {}
-        self._good: dict[str, Any] = {}
+        self._good_state: dict[str, Any] = {}
         self._take_out: list[Callable[[], None]] = []  # of buffers, metrics and sums: what came since the last step
-        self._left_out = False  # was the step of this batch skipped?
+        self._step_dropped = False  # was the step of this batch skipped?
         self._in_a_row = 0
         self._at = (0, 0)
         self._read_at_step = 0
@@ -137,8 +137,8 @@ class NonFiniteGuard(Callback):
         self._read_at_step = trainer.global_step
         self._in_a_row = 0
         self._counted = (0, 0)
-        self._drop_looks()
-        self._remember(trainer)
+        self._drop_checks()
+        self._remember_good_state(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._at = trainer.current_epoch, batch_idx
@@ -150,7 +150,7 @@ class NonFiniteGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # waits for nothing, like all that is looked at here: the answer stays on the device
-        self._looks.append(_Look(*self._at, trainer.global_step, ~torch.isfinite(loss.detach()).all()))
+        self._checks.append(_Check(*self._at, trainer.global_step, ~torch.isfinite(loss.detach()).all()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -158,61 +158,65 @@ class NonFiniteGuard(Callback):
         parameters = [p for p in parameters if p.grad is not None and p.grad.numel() > 0]
         if parameters:
             # The largest element is finite only if all are; a sum of squares may overflow without a fault.
-            each = ~torch.stack(_largest([local_part(p.grad) for p in parameters])).isfinite()
+            each = ~torch.stack(_largest_elements([local_part(p.grad) for p in parameters])).isfinite()
             if any(hasattr(p, "to_local") for p in parameters):  # the fault may be in the part of another process
                 each = trainer.strategy.reduce(each.float(), reduce_op="max").bool()
             names = [self._names.get(id(p), "a parameter outside of the module") for p in parameters]
-            self._looks.append(_Look(*self._at, trainer.global_step, each.any(), names, each))
-        if self.policy == "skip" and (fault := self._read(trainer)) is not None:
+            self._checks.append(_Check(*self._at, trainer.global_step, each.any(), names, each))
+        if self.policy == "skip" and (fault := self._read_checks(trainer)) is not None:
             trainer.fit_loop.optimization.leave_out(optimizer)
-            self._undo()
-            self._left_out = True
+            self._undo_accumulated()
+            self._step_dropped = True
             self._put_aside(fault, "its step is skipped")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._left_out:
-            self._undo()  # once more: a step of manual optimization goes on after that of its optimizer
-            self._left_out = False
+        if self._step_dropped:
+            self._undo_accumulated()  # once more: a step of manual optimization goes on after that of its optimizer
+            self._step_dropped = False
         if trainer.global_step - self._read_at_step >= self.every_n_steps and trainer.fit_loop.optimization.stepped:
-            self._settle(trainer)
+            self._check_pending(trainer)
 
     # ------------------------------------------------------------------ reading
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pending(trainer) and trainer.fit_loop.optimization.stepped:
-            self._settle(trainer)
+        if self._may_have_faults(trainer) and trainer.fit_loop.optimization.stepped:
+            self._check_pending(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle(trainer)
+        self._check_pending(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._pending(trainer) and trainer.state.status == TrainerStatus.RUNNING and self._settle(trainer):
+        if (
+            self._may_have_faults(trainer)
+            and trainer.state.status == TrainerStatus.RUNNING
+            and self._check_pending(trainer)
+        ):
             # Weights were put back in place; what was collected as values before is collected again.
             strategy = trainer.strategy
             checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
             checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
 
-    def _pending(self, trainer: Trainer) -> bool:
+    def _may_have_faults(self, trainer: Trainer) -> bool:
         """May there be something to read, in this process or in others?"""
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        return bool(self._looks) or (training and trainer.world_size > 1)
+        return bool(self._checks) or (training and trainer.world_size > 1)
 
-    def _undo(self) -> None:
+    def _undo_accumulated(self) -> None:
         """Takes out of buffers, metrics and sums what the batches since the last step added."""
         for take_out in self._take_out:
             take_out()
 
-    def _settle(self, trainer: Trainer) -> bool:
+    def _check_pending(self, trainer: Trainer) -> bool:
         """Reads what was looked at and acts on it. True if the model was rolled back."""
         self._refuse_dead_scale(trainer)
         self._read_at_step = trainer.global_step
-        fault = self._read(trainer)
+        fault = self._read_checks(trainer)
         if fault is None:
-            self._drop_looks()
-            self._remember(trainer)
+            self._drop_checks()
+            self._remember_good_state(trainer)
             return False
         if self.policy == "skip":  # a loss without a step, in a window that is still open
-            self._undo()
+            self._undo_accumulated()
             self._take_out = []
             self._put_aside(fault, "its gradients are dropped")
             return False
@@ -220,14 +224,14 @@ class NonFiniteGuard(Callback):
         self._put_aside(fault, "the model is back where it was at the last check, and training continues")
         return True
 
-    def _read(self, trainer: Trainer) -> Fault | None:
+    def _read_checks(self, trainer: Trainer) -> Fault | None:
         """The first fault since the last reading.
 
         Raises:
             NonFiniteError: for the policy "stop", or if there were too many in a row.
         """
-        looks = self._looks
-        self._looks = []
+        looks = self._checks
+        self._checks = []
         # sync: the one transfer of a reading
         flags = torch.stack([look.bad.to(looks[0].bad.device) for look in looks]).tolist() if looks else []
         several = trainer.world_size > 1
@@ -253,7 +257,7 @@ class NonFiniteGuard(Callback):
         return fault
 
     @staticmethod
-    def _first_fault(looks: list[_Look], flags: list[bool]) -> Fault:
+    def _first_fault(looks: list[_Check], flags: list[bool]) -> Fault:
         first = looks[flags.index(True)]
         fault = Fault(first.epoch, first.batch_idx, first.step, loss=first.each is None)
         same_step = (look for look in looks[flags.index(True) :] if look.each is not None and look.step == first.step)
@@ -281,35 +285,35 @@ class NonFiniteGuard(Callback):
 
     # ------------------------------------------------------------------ the last good state
 
-    def _remember(self, trainer: Trainer) -> None:
+    def _remember_good_state(self, trainer: Trainer) -> None:
         """Keeps a copy of all that a step changes, where it is: device memory for device tensors."""
         self._take_out = []
         if self.policy == "rollback":
-            self._good = deepcopy(_live_state(trainer))
+            self._good_state = deepcopy(_live_state(trainer))
 
     def _roll_back(self, trainer: Trainer) -> None:
-        self._undo()
+        self._undo_accumulated()
         self._take_out = []  # taken anew with the next batch, which may be one of another epoch
-        if not self._good:
+        if not self._good_state:
             return
         precision = trainer.precision_plugin
         live = _live_state(trainer)
         with torch.no_grad():
             for name, tensor in live["weights"].items():
-                tensor.copy_(self._good["weights"][name])
-        for optimizer, state in zip(trainer.optimizers, self._good["optimizers"]):
+                tensor.copy_(self._good_state["weights"][name])
+        for optimizer, state in zip(trainer.optimizers, self._good_state["optimizers"]):
             with precision.state_context(optimizer):
                 optimizer.load_state_dict(deepcopy(state))
             trainer.fit_loop.optimization.leave_out(optimizer)
-        for config, state in zip(trainer.lr_scheduler_configs, self._good["schedulers"]):
+        for config, state in zip(trainer.lr_scheduler_configs, self._good_state["schedulers"]):
             config.scheduler.load_state_dict(deepcopy(state))
-        if self._good["precision"]:
-            precision.load_state_dict(deepcopy(self._good["precision"]))
-        for callback, state in zip(_followers(trainer), self._good["followers"]):
+        if self._good_state["precision"]:
+            precision.load_state_dict(deepcopy(self._good_state["precision"]))
+        for callback, state in zip(_weight_following_callbacks(trainer), self._good_state["followers"]):
             callback.load_weights_state(deepcopy(state))
 
-    def _drop_looks(self) -> None:
-        self._looks = []
+    def _drop_checks(self) -> None:
+        self._checks = []
         self._batches.clear()
 
     def _put_aside(self, fault: Fault, consequence: str) -> None:
@@ -339,16 +343,16 @@ def _live_state(trainer: Trainer) -> dict[str, Any]:
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "precision": trainer.precision_plugin.state_dict(),
-        "followers": [callback.weights_state() for callback in _followers(trainer)],
+        "followers": [callback.weights_state() for callback in _weight_following_callbacks(trainer)],
     }
 
 
-def _followers(trainer: Trainer) -> list[Any]:
+def _weight_following_callbacks(trainer: Trainer) -> list[Any]:
     """Callbacks whose state is made from the weights, such as their average."""
     return [callback for callback in trainer.callbacks if hasattr(callback, "weights_state")]
 
 
-def _largest(tensors: list[Any]) -> list[Tensor]:
+def _largest_elements(tensors: list[Any]) -> list[Tensor]:
     """The largest absolute element of each, NaN if there is one."""
     if any(tensor.is_sparse for tensor in tensors):
         tensors = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]

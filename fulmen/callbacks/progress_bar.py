@@ -101,9 +101,11 @@ class ProgressBar(Callback):
 
     # Batches of an epoch or of the current loader; inf when nobody knows.
     total_train_batches = property(lambda self: self._train_batches())
-    total_val_batches_current_dataloader = property(lambda self: self._current(self._val_batches))
-    total_test_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_test_batches))
-    total_predict_batches_current_dataloader = property(lambda self: self._current(self.trainer.num_predict_batches))
+    total_val_batches_current_dataloader = property(lambda self: self._current_size(self._val_batches))
+    total_test_batches_current_dataloader = property(lambda self: self._current_size(self.trainer.num_test_batches))
+    total_predict_batches_current_dataloader = property(
+        lambda self: self._current_size(self.trainer.num_predict_batches)
+    )
 
     @property
     def total_val_batches(self) -> int | float:
@@ -128,7 +130,7 @@ class ProgressBar(Callback):
     def _val_batches(self) -> list[float]:
         return self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches
 
-    def _current(self, sizes: list[float]) -> int | float:
+    def _current_size(self, sizes: list[float]) -> int | float:
         return sizes[self._current_eval_dataloader_idx or 0] if sizes else inf
 
 
@@ -160,12 +162,12 @@ class TerminalProgressBar(ProgressBar):
     monitors: ClassVar[bool] = True  # so that the last state of an epoch has what the module logs at its end
 
     _has_terminal: Callable[[], bool]  # can a line be drawn again and again?
-    _open: Callable[[str], None]  # makes a bar of a kind, without drawing it
-    _begin: Callable[[Track], None]  # an open bar starts on an epoch or a loader: name and total change
-    _count: Callable[[Track], None]  # brings the number on a bar up to date, without drawing it
-    _keep: Callable[[Track], Callable[[], None]]  # what writes a finished epoch, as it is now, above its bar
-    _show: Callable[[Track, dict[str, Any] | None], None]  # draws a bar; None leaves its metrics as they are
-    _close: Callable[[str], None]  # takes a bar away, or leaves it as it stands
+    _open_bar: Callable[[str], None]  # makes a bar of a kind, without drawing it
+    _begin_track: Callable[[Track], None]  # an open bar starts on an epoch or a loader: name and total change
+    _update_count: Callable[[Track], None]  # brings the number on a bar up to date, without drawing it
+    _keep_line: Callable[[Track], Callable[[], None]]  # what writes a finished epoch, as it is now, above its bar
+    _show_track: Callable[[Track, dict[str, Any] | None], None]  # draws a bar; None leaves its metrics as they are
+    _close_bar: Callable[[str], None]  # takes a bar away, or leaves it as it stands
 
     _seconds_between_redraws: float = SECONDS_BETWEEN_REDRAWS
     _batches_between_redraws: int = 1
@@ -200,37 +202,37 @@ class TerminalProgressBar(ProgressBar):
         tracks = self._evaluation, self._train
         self._train = self._evaluation = None
         for track in filter(None, tracks):
-            self._finish(track)
+            self._finish_track(track)
 
-    def _finish(self, track: Track) -> None:
-        self._count(track)
-        self._close(track.kind)
+    def _finish_track(self, track: Track) -> None:
+        self._update_count(track)
+        self._close_bar(track.kind)
 
     on_train_end = on_exception = teardown
 
-    def _draw(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
+    def _draw_track(self, track: Track, metrics: dict[str, Any] | None = None) -> None:
         track.drawn = track.done
-        self._show(track, metrics)
+        self._show_track(track, metrics)
         self._redraw_at = monotonic() + self._seconds_between_redraws
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         last = self._train
         keep = None
         if last and last.done and self._leave:
-            self._finish(last)
+            self._finish_track(last)
             self._train = None
         elif last and last.done and self._line_per_epoch and self._drawing:
-            keep = self._keep(last)
+            keep = self._keep_line(last)
         if self._train is None:
-            self._open("train")
+            self._open_bar("train")
         done = trainer.fit_loop.progress.batch  # not 0 when a run resumes inside an epoch
         name = f"Epoch {trainer.current_epoch}"
         self._train = Track("train", name, self.total_train_batches, done=done, drawn=done, first=done)
-        self._begin(self._train)
+        self._begin_track(self._train)
         if keep:
             keep()
         if self._drawing and not (last and last.seconds < SECONDS_BETWEEN_REDRAWS):
-            self._draw(self._train)
+            self._draw_track(self._train)
 
     on_train_start = on_train_epoch_start
 
@@ -246,19 +248,19 @@ class TerminalProgressBar(ProgressBar):
 
     def _draw_training(self, trainer: Trainer, pl_module: Any, exactly: bool) -> None:
         self._peeking = not exactly
-        metrics = {name: _plain(value) for name, value in self.get_metrics(trainer, pl_module).items()}
+        metrics = {name: _as_number(value) for name, value in self.get_metrics(trainer, pl_module).items()}
         self._peeking = False
-        show = self._draw if self._drawing else print_line
+        show = self._draw_track if self._drawing else print_line
         show(self._train, metrics)
 
     def _start_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
         stage = trainer.stage.value
         kind = "validation" if stage == "validate" else stage
-        self._open(kind)
+        self._open_bar(kind)
         self._evaluation = Track(kind, getattr(self, f"{kind}_description"))
         self._begin_loader(trainer, 0)
         if self._drawing and not self._train:
-            self._draw(self._evaluation)
+            self._draw_track(self._evaluation)
 
     def _begin_loader(self, trainer: Trainer, dataloader_idx: int) -> None:
         self.has_dataloader_changed(dataloader_idx)
@@ -267,19 +269,19 @@ class TerminalProgressBar(ProgressBar):
         sizes = getattr(trainer, f"num_{track.kind}_batches") if own else self._val_batches
         track.loader = dataloader_idx
         track.loaders = len(sizes)
-        track.total = self._current(sizes)
+        track.total = self._current_size(sizes)
         # The clock goes on: the speed is that of all loaders together.
         track.first -= track.done
         track.done = track.drawn = 0
-        self._begin(track)
+        self._begin_track(track)
 
     def _end_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
         track = self._evaluation
         self._evaluation = None
         self.reset_dataloader_idx_tracker()
         if self._drawing and (not self._train or track.seconds > SECONDS_BETWEEN_REDRAWS):
-            self._draw(track)
-        self._finish(track)
+            self._draw_track(track)
+        self._finish_track(track)
         if self.is_enabled and not self._drawing and not self._train and track.kind != "sanity_check":
             print_line(track, {})
 
@@ -311,7 +313,7 @@ class TerminalProgressBar(ProgressBar):
         track = self._evaluation
         track.done = batch_idx + 1
         if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
-            self._draw(track)
+            self._draw_track(track)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
@@ -343,7 +345,7 @@ def wrap_items(items: Sequence[str], delimiter: str, width: int, length: Callabl
     return lines
 
 
-def _plain(value: Any) -> Any:
+def _as_number(value: Any) -> Any:
     """A number instead of a tensor or array that holds one; an override of `get_metrics` may give them."""
     if not hasattr(value, "item") or math.prod(getattr(value, "shape", ())) != 1:
         return value

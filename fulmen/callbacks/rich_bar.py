@@ -75,10 +75,10 @@ class RichProgressBar(TerminalProgressBar):
     test_progress_bar_id = property(lambda self: self._ids.get("test"))
     predict_progress_bar_id = property(lambda self: self._ids.get("predict"))
 
-    val_sanity_check_bar = property(lambda self: self._task("sanity_check"))
-    train_progress_bar = property(lambda self: self._task("train"))
-    val_progress_bar = property(lambda self: self._task("validation"))
-    test_progress_bar = property(lambda self: self._task("test"))
+    val_sanity_check_bar = property(lambda self: self._find_task("sanity_check"))
+    train_progress_bar = property(lambda self: self._find_task("train"))
+    val_progress_bar = property(lambda self: self._find_task("validation"))
+    test_progress_bar = property(lambda self: self._find_task("test"))
 
     @leaves_lines
     def __init__(
@@ -121,13 +121,13 @@ class RichProgressBar(TerminalProgressBar):
         console = self._console = get_console()
         return console.is_interactive or console.is_jupyter
 
-    def _open(self, kind: str) -> None:
+    def _open_bar(self, kind: str) -> None:
         if not self.is_enabled or self._console is None:  # None: enabled after the run had begun
             return
         if self.progress is None or not self.progress.is_open:
             self._ids = {}
             columns = self.configure_columns(self.trainer)
-            self.progress = _display(columns, self.theme, self._console, shown=self._drawing)
+            self.progress = _make_display(columns, self.theme, self._console, shown=self._drawing)
             self.progress.start()
         if kind not in self._ids:
             texts = dict.fromkeys(("batches", "times", "speed", "metrics"), "")  # shown beside the bar
@@ -140,14 +140,14 @@ class RichProgressBar(TerminalProgressBar):
 
     on_train_end = on_exception = teardown
 
-    def _task(self, kind: str) -> Task | None:
+    def _find_task(self, kind: str) -> Task | None:
         for track in filter(None, (self._train, self._evaluation)):
             if track.kind == kind:
-                self._count(track)
+                self._update_count(track)
         tasks = [] if self.progress is None else self.progress.tasks
         return next((task for task in tasks if task.id == self._ids.get(kind)), None)
 
-    def _begin(self, track: Track) -> None:
+    def _begin_track(self, track: Track) -> None:
         if track.kind not in self._ids:
             return
         name = track.name
@@ -157,17 +157,17 @@ class RichProgressBar(TerminalProgressBar):
         elif track.kind == "train" and last is not None and last > 0:
             name += f"/{last - 1}"
         self.progress.update(self._ids[track.kind], description=name, total=None if track.total == inf else track.total)
-        self._count(track)
+        self._update_count(track)
 
-    def _count(self, track: Track) -> None:
+    def _update_count(self, track: Track) -> None:
         if track.kind in self._ids:
             self.progress.update(self._ids[track.kind], completed=track.done)
 
-    def _keep(self, track: Track) -> Callable[[], None]:
-        task = self._task(track.kind)
+    def _keep_line(self, track: Track) -> Callable[[], None]:
+        task = self._find_task(track.kind)
         return self.progress.keep(task) if task is not None else lambda: None
 
-    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
+    def _show_track(self, track: Track, metrics: dict[str, Any] | None) -> None:
         done = track.done
         total = track.total
         rate = track.rate
@@ -179,12 +179,12 @@ class RichProgressBar(TerminalProgressBar):
             "speed": f"{rate:.2f}it/s",
         }
         if metrics is not None:
-            texts["items"] = [encodable(f"{k}: {self._format(v)}", self._console) for k, v in metrics.items()]
+            texts["items"] = [encodable(f"{k}: {self._format_value(v)}", self._console) for k, v in metrics.items()]
             texts["metrics"] = self.theme.metrics_text_delimiter.join(texts["items"])
         self.progress.update(self._ids[track.kind], completed=done, visible=True, **texts)
         self.refresh(hard=True)
 
-    def _format(self, value: Any) -> str:
+    def _format_value(self, value: Any) -> str:
         """As the theme says, unless that would show nothing of a small number, or every digit of a large one."""
         form = self.theme.metrics_format
         if not isinstance(value, float):
@@ -192,7 +192,7 @@ class RichProgressBar(TerminalProgressBar):
         unreadable = form.endswith("f") and isfinite(value) and value and not 5e-4 <= abs(value) < 1e9
         return f"{value:.2e}" if unreadable else f"{value:{form}}"
 
-    def _close(self, kind: str) -> None:
+    def _close_bar(self, kind: str) -> None:
         if kind not in self._ids:
             return  # nothing was drawn
         if kind == "sanity_check" or (kind == "validation" and self._train):
@@ -202,7 +202,7 @@ class RichProgressBar(TerminalProgressBar):
             self.progress.stop()
 
 
-def _display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console: Any, shown: bool) -> Any:
+def _make_display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console: Any, shown: bool) -> Any:
     from rich.console import Group
     from rich.jupyter import JupyterMixin
     from rich.progress import Progress, TextColumn

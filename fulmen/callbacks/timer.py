@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 
-def _hooks(stage: RunningStage) -> tuple[Callable[..., None], Callable[..., None]]:
+def _stage_hooks(stage: RunningStage) -> tuple[Callable[..., None], Callable[..., None]]:
     """The methods of `Timer` for the hooks at the start and end of a stage; the sanity check is validation too."""
 
     def start(self: Timer, *_: Any) -> None:
@@ -93,9 +93,9 @@ class Timer(Callback):
         """Seconds left of ``duration``; None if there is none."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
-    on_train_start, on_train_end = _hooks(RunningStage.TRAINING)
-    on_validation_start, on_validation_end = _hooks(RunningStage.VALIDATING)
-    on_test_start, on_test_end = _hooks(RunningStage.TESTING)
+    on_train_start, on_train_end = _stage_hooks(RunningStage.TRAINING)
+    on_validation_start, on_validation_end = _stage_hooks(RunningStage.VALIDATING)
+    on_test_start, on_test_end = _stage_hooks(RunningStage.TESTING)
 
     def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._stop_if_over(trainer)  # a resumed run may have used up its time already

@@ -42,7 +42,7 @@ def _tqdm_class() -> Any:
         def display(self, msg: str | None = None, pos: int | None = None, **kwargs: Any) -> Any:
             if hasattr(self, "container"):  # a notebook's widget
                 return super().display(msg, pos, **kwargs)
-            lines = _lines(self) if msg is None else [msg]
+            lines = _layout_lines(self) if msg is None else [msg]
             pos = abs(self.pos) if pos is None else pos
             shown = super().display(lines[0], pos, **kwargs)
             self._show_below(lines[1 : max((self.nrows or 20) - pos - 1, 1)], pos)
@@ -72,7 +72,7 @@ def _tqdm_class() -> Any:
     return Tqdm
 
 
-def _lines(bar: Any) -> list[str]:
+def _layout_lines(bar: Any) -> list[str]:
     """What is drawn of a tqdm bar: the bar, and where it is too short the lines of metrics below it."""
     from tqdm.utils import disp_len
 
@@ -94,7 +94,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
 
 
-def _bar(kind: str) -> property:
+def _bar_property(kind: str) -> property:
     """A bar as users read it, up to date; they may configure it, or put another in its place."""
     attribute = f"_{kind}_progress_bar"
 
@@ -104,8 +104,8 @@ def _bar(kind: str) -> property:
             what = f"The `{type(self).__name__}.{attribute}` reference has not been set yet."
             raise TypeError(f"{what} The bar is made when its loop starts.")
         for track in filter(None, (self._train, self._evaluation)):
-            if _attribute(track.kind) == attribute:
-                self._count(track)
+            if _bar_attribute(track.kind) == attribute:
+                self._update_count(track)
         return bar
 
     return property(read, lambda self, bar: setattr(self, attribute, bar))
@@ -132,10 +132,10 @@ class TQDMProgressBar(TerminalProgressBar):
     _val_progress_bar: Any = None
     _test_progress_bar: Any = None
     _predict_progress_bar: Any = None
-    train_progress_bar = _bar("train")
-    val_progress_bar = _bar("val")
-    test_progress_bar = _bar("test")
-    predict_progress_bar = _bar("predict")
+    train_progress_bar = _bar_property("train")
+    val_progress_bar = _bar_property("val")
+    test_progress_bar = _bar_property("test")
+    predict_progress_bar = _bar_property("predict")
     process_position = property(lambda self: self._process_position)
 
     @leaves_lines
@@ -181,14 +181,14 @@ class TQDMProgressBar(TerminalProgressBar):
         in_notebook = ipython is not None and hasattr(ipython.get_ipython(), "kernel")
         return in_notebook or (sys.stdout is not None and sys.stdout.isatty())
 
-    def _open(self, kind: str) -> None:
-        self._redirect(False)
+    def _open_bar(self, kind: str) -> None:
+        self._redirect_streams(False)
         # One is made even when nothing is drawn, because users configure it in their hooks.
-        setattr(self, _attribute(kind), getattr(self, f"init_{kind.removesuffix('_check')}_tqdm")())
-        self._redirect(self._drawing)
+        setattr(self, _bar_attribute(kind), getattr(self, f"init_{kind.removesuffix('_check')}_tqdm")())
+        self._redirect_streams(self._drawing)
 
-    def _begin(self, track: Track) -> None:
-        bar = getattr(self, _attribute(track.kind))
+    def _begin_track(self, track: Track) -> None:
+        bar = getattr(self, _bar_attribute(track.kind))
         loader = "" if track.kind == "train" else f" DataLoader {track.loader}"
         bar.set_description(track.name + loader, refresh=False)
         bar.total = None if track.total == inf else track.total
@@ -196,35 +196,35 @@ class TQDMProgressBar(TerminalProgressBar):
             bar.reset(total=bar.total)  # a notebook's widget learns the total only here
         elif below := getattr(self._train_progress_bar, "lines_below", 0) if track.kind == "validation" else 0:
             bar.pos = -(2 * self._process_position + 1 + below)
-        self._count(track)
+        self._update_count(track)
 
-    def _count(self, track: Track) -> None:
-        bar = getattr(self, _attribute(track.kind))
+    def _update_count(self, track: Track) -> None:
+        bar = getattr(self, _bar_attribute(track.kind))
         if self.is_enabled:
             bar.n = track.done
             bar.initial = track.first
 
-    def _keep(self, track: Track) -> Callable[[], None]:
-        bar = getattr(self, _attribute(track.kind))
-        text = "\n".join(_lines(bar))
+    def _keep_line(self, track: Track) -> Callable[[], None]:
+        bar = getattr(self, _bar_attribute(track.kind))
+        text = "\n".join(_layout_lines(bar))
         return lambda: type(bar).write(text, file=bar.fp)
 
-    def _show(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        bar = getattr(self, _attribute(track.kind))
-        self._count(track)
+    def _show_track(self, track: Track, metrics: dict[str, Any] | None) -> None:
+        bar = getattr(self, _bar_attribute(track.kind))
+        self._update_count(track)
         bar.last_print_t = time()  # else `close` believes there is nothing to clear
         bar.start_t = bar.last_print_t - track.seconds
         if metrics is not None:
             bar.set_postfix(metrics, refresh=False)
         bar.refresh()
 
-    def _close(self, kind: str) -> None:
-        getattr(self, _attribute(kind)).close()
+    def _close_bar(self, kind: str) -> None:
+        getattr(self, _bar_attribute(kind)).close()
         kind_of_bar = _tqdm_class()
         if not any(isinstance(bar, kind_of_bar) for bar in kind_of_bar._instances):  # another trainer's may be open
-            self._redirect(False)
+            self._redirect_streams(False)
 
-    def _redirect(self, above: bool) -> None:
+    def _redirect_streams(self, above: bool) -> None:
         """While bars are open, what is printed, warned and logged on a terminal appears above them."""
         screen = sys.stdout
         for name in ("stdout", "stderr"):
@@ -236,7 +236,7 @@ class TQDMProgressBar(TerminalProgressBar):
                 setattr(sys, name, stream.stream)
 
 
-def _attribute(kind: str) -> str:
+def _bar_attribute(kind: str) -> str:
     return "_val_progress_bar" if kind in ("sanity_check", "validation") else f"_{kind}_progress_bar"
 
 

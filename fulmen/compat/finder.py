@@ -86,26 +86,26 @@ class ViewModule(ModuleType):
         super().__init__(name, f"The names of {', '.join(homes)}.")
         self._homes = homes
 
-    def _modules(self) -> Iterator[ModuleType]:
+    def _home_modules(self) -> Iterator[ModuleType]:
         return map(importlib.import_module, self._homes)
 
     def __getattr__(self, name: str) -> Any:
         if name == "__all__":
-            public = (getattr(module, "__all__", None) or vars(module) for module in self._modules())
+            public = (getattr(module, "__all__", None) or vars(module) for module in self._home_modules())
             return sorted({name for names in public for name in names if not name.startswith("_")})
         if not name.startswith("__"):  # the import system asks for several of those before anything should be imported
             # A path of the table goes before a module that one of the homes happens to import.
             below = f"{self.__name__}.{name}"
             if has_module(below):
                 return importlib.import_module(below)
-            for module in self._modules():
+            for module in self._home_modules():
                 if hasattr(module, name):
                     return getattr(module, name)
         known = [] if name.startswith("__") else [known for known in dir(self) if not known.startswith("_")]
         raise missing_name(self, name, known, sys._getframe(1), f"; fulmen looked in {', '.join(self._homes)}")
 
     def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *(name for module in self._modules() for name in dir(module))})
+        return sorted({*vars(self), *(name for module in self._home_modules() for name in dir(module))})
 
 
 class DeepPaths(MetaPathFinder, Loader):

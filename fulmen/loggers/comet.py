@@ -45,7 +45,7 @@ class CometLogger(ServiceLogger):
         account = {"api_key": api_key, "workspace": workspace, "project": self._project}
         self._start_options = {**account, "experiment_key": experiment_key, "mode": mode, "online": online}
 
-    def _open(self) -> Any:
+    def _open_experiment(self) -> Any:
         import comet_ml
 
         config = comet_ml.ExperimentConfig(**self._config_options)

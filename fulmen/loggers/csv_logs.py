@@ -35,7 +35,7 @@ class ExperimentWriter:
         self._foreign = self._files.isdir(log_dir) and bool(self._files.ls(log_dir, detail=False))
         ensure_dir(log_dir)
 
-    def _replace(self) -> None:
+    def _rewrite_file(self) -> None:
         """The first row of a run that is no other's."""
         self._foreign = False
         what = (
@@ -76,7 +76,7 @@ class ExperimentWriter:
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         """Adds a row; without a step it is numbered by its place in the file."""
         if self._foreign:
-            self._replace()
+            self._rewrite_file()
         self.metrics.append({**as_numbers(metrics_dict), "step": self.num_rows if step is None else step})
         self.num_rows += 1
 
@@ -125,7 +125,7 @@ class CSVLogger(FolderLogger):
         self._flush_logs_every_n_steps = flush_logs_every_n_steps
         self._rows_at_last_save = -1
 
-    def _open(self) -> ExperimentWriter:
+    def _open_experiment(self) -> ExperimentWriter:
         return ExperimentWriter(self.log_dir)
 
     @rank_zero_only

@@ -108,7 +108,7 @@ class DummyLogger(DummyExperiment, Logger):
 
 
 class ExperimentLogger(Logger):
-    """A logger that works through one object of its library, made when it is first used (`_open`)."""
+    """A logger that works through one object of its library, made when it is first used (`_open_experiment`)."""
 
     LOGGER_JOIN_CHAR = "-"
 
@@ -122,11 +122,11 @@ class ExperimentLogger(Logger):
         """The library's own object, for everything this logger has no method for."""
         if self._experiment is None:
             with isolate_rng():  # clients draw names and ids
-                self._experiment = self._open()
+                self._experiment = self._open_experiment()
         return self._experiment
 
     @abstractmethod
-    def _open(self) -> Any:
+    def _open_experiment(self) -> Any:
         """Starts or continues the run."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool =
         elif keep_arrays:
             numbers[start + name] = value
         else:
-            elements = list(_flat(value.tolist()))
+            elements = list(_flatten_items(value.tolist()))
             warn_once(
                 f"The metric `{name}` has {len(elements)} elements: each is logged as a metric, `{name}_0` and so on."
             )
@@ -245,21 +245,21 @@ def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool =
     return numbers
 
 
-def _flat(items: Any) -> Iterator[Any]:
+def _flatten_items(items: Any) -> Iterator[Any]:
     for item in items:
-        yield from _flat(item) if isinstance(item, list) else (item,)
+        yield from _flatten_items(item) if isinstance(item, list) else (item,)
 
 
 def as_dict(params: Any) -> dict[str, Any]:
     """Hyper-parameters as a dictionary, whatever they came as: a mapping, a `Namespace`, a dataclass, a configuration."""
-    return dict(_opened(params) or {})
+    return dict(_as_container(params) or {})
 
 
 def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
     """Nested dictionaries as one level: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in as_dict(params).items():
-        value = _opened(value)
+        value = _as_container(value)
         if isinstance(value, Mapping) and depth:
             flat.update({f"{name}/{key}": item for key, item in flatten_params(value, depth - 1).items()})
         else:
@@ -270,7 +270,7 @@ def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
 def plain_params(params: Any, leaf: Callable[[Any], Any] | None = None, depth: int = MAX_DEPTH) -> Any:
     """The same made of dictionaries with texts as keys, lists, tuples, and what `leaf` makes of the rest."""
     leaf = leaf or plain_value
-    value = _opened(params)
+    value = _as_container(params)
     if not isinstance(value, _NESTED) or not depth:
         return leaf(value)
     if isinstance(value, Mapping):
@@ -298,7 +298,7 @@ def plain_value(value: Any) -> bool | int | float | str | None:
         return f"<{type(value).__qualname__}>"
 
 
-def _opened(value: Any) -> Any:
+def _as_container(value: Any) -> Any:
     """A dict or list in place of what holds entries by name or number; anything else as it is."""
     if isinstance(value, argparse.Namespace):
         return vars(value)
@@ -329,7 +329,9 @@ def claim_versions(loggers: Iterable[Any]) -> list[Any]:
         opened = any(one._experiment is not None for one in alike)
         seen = any(one._version is not None for one in alike)
         first = number = next((one._version for one in alike if one._version is not None), alike[0].version)
-        while not opened and isinstance(number, int) and not _claim(os.path.join(root, f"version_{number}"), seen):
+        while (
+            not opened and isinstance(number, int) and not _claim_folder(os.path.join(root, f"version_{number}"), seen)
+        ):
             number += 1
         for one in alike:
             one._version = number
@@ -339,7 +341,7 @@ def claim_versions(loggers: Iterable[Any]) -> list[Any]:
     return [one._version for one in folders]
 
 
-def _claim(folder: str, seen: bool) -> bool:
+def _claim_folder(folder: str, seen: bool) -> bool:
     """Makes a folder that is not there. Whoever had `seen` its name may have made it before, and put something in it."""
     try:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
@@ -372,15 +374,15 @@ def write_yaml(path: str, values: Mapping[str, Any]) -> None:
 
 def _yaml_lines(value: Any, indent: str = "") -> Iterator[str]:
     for entry in sorted(value) if isinstance(value, dict) else value:
-        head, item = (f"{_scalar(entry)}:", value[entry]) if isinstance(value, dict) else ("-", entry)
+        head, item = (f"{_yaml_scalar(entry)}:", value[entry]) if isinstance(value, dict) else ("-", entry)
         if item and isinstance(item, (dict, list, tuple)):
             yield f"{indent}{head}\n"
             yield from _yaml_lines(item, indent + "  ")
         else:
-            yield f"{indent}{head} {_scalar(item)}\n"
+            yield f"{indent}{head} {_yaml_scalar(item)}\n"
 
 
-def _scalar(value: Any) -> str:
+def _yaml_scalar(value: Any) -> str:
     if isinstance(value, float):
         special = {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}
         text = special.get(str(float(value)), float.__repr__(value))

@@ -60,7 +60,7 @@ class MLFlowLogger(ServiceLogger):
         self._tracking_uri = chosen
         self._call_options = {} if synchronous is None else {"synchronous": synchronous}
 
-    def _open(self) -> Any:
+    def _open_experiment(self) -> Any:
         from mlflow.tracking import MlflowClient
         from mlflow.tracking.context.registry import resolve_tags
 
@@ -107,7 +107,7 @@ class MLFlowLogger(ServiceLogger):
             rank_zero_warn(
                 f"{what} To record the new values, log to a new run: leave `run_id` out, or make a new logger."
             )
-        for batch in _batches(new, PARAMS_PER_CALL):
+        for batch in _split_batches(new, PARAMS_PER_CALL):
             self.experiment.log_batch(run_id=self.run_id, params=batch, **self._call_options)
 
     def _is_folder(self, name: str, known: Iterable[str]) -> bool:
@@ -130,7 +130,7 @@ class MLFlowLogger(ServiceLogger):
                 )
                 continue
             entries.append(Metric(key=_allowed_name(name), value=value, timestamp=now, step=step or 0))
-        for batch in _batches(entries, METRICS_PER_CALL):
+        for batch in _split_batches(entries, METRICS_PER_CALL):
             self.experiment.log_batch(run_id=self.run_id, metrics=batch, **self._call_options)
 
     @rank_zero_only
@@ -164,5 +164,5 @@ def _allowed_name(name: str) -> str:
     return allowed
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _split_batches(items: list[Any], size: int) -> Iterator[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))

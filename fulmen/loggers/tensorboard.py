@@ -33,7 +33,7 @@ class TensorBoardLogger(FolderLogger):
         sub_dir: str | os.PathLike | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         # Whichever of the two packages that write event files is installed.
-        self._library = "torch.utils.tensorboard" if available("tensorboard") else "tensorboardX"
+        self._import_wandb = "torch.utils.tensorboard" if available("tensorboard") else "tensorboardX"
         if not available("tensorboardX"):
             require("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
@@ -45,9 +45,9 @@ class TensorBoardLogger(FolderLogger):
         self._found: dict[str, int] = {}  # event files of runs before this one, once they were looked for
         self.hparams: dict[str, Any] = {}
 
-    def _open(self) -> Any:
+    def _open_experiment(self) -> Any:
         self._found = self._event_files()
-        writer = importlib.import_module(self._library).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
+        writer = importlib.import_module(self._import_wandb).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
         path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
         if self.hparams or not get_filesystem(path).isfile(path):  # it is there even if there is nothing in it
             write_yaml(path, self.hparams)
@@ -83,7 +83,7 @@ class TensorBoardLogger(FolderLogger):
             metrics = metrics if isinstance(metrics, dict) else {"hp_metric": metrics}
             self.log_metrics(metrics, step)
         plain = {k: "None" if v is None else plain_value(v) for k, v in flatten_params(params).items()}
-        library = importlib.import_module(f"{self._library}.summary")
+        library = importlib.import_module(f"{self._import_wandb}.summary")
         for summary in library.hparams(plain, as_numbers(metrics, self._prefix)):
             writer._get_file_writer().add_summary(summary)
 

@@ -37,7 +37,7 @@ class WandbLogger(ServiceLogger):
         experiment: Any = None, prefix: str = "", checkpoint_name: str | None = None,
         add_file_policy: Literal["mutable", "immutable"] = "mutable", **kwargs: Any,
     ) -> None:  # fmt: skip
-        _library()
+        _import_wandb()
         if offline and log_model:
             what = f"`WandbLogger(log_model={log_model}, offline=True)` cannot send checkpoints without a connection."
             raise MisconfigurationException(f"{what} Leave one of the two out.")
@@ -54,8 +54,8 @@ class WandbLogger(ServiceLogger):
         # With `sync_tensorboard`, wandb itself logs an axis of this name.
         self._step_name = "global_step" if self._init_options.get("sync_tensorboard") else "trainer/global_step"
 
-    def _open(self) -> Any:
-        wandb = _library()
+    def _open_experiment(self) -> Any:
+        wandb = _import_wandb()
         run = wandb.run
         if run is not None:
             what = "A wandb run is already in progress and is used by this `WandbLogger`."
@@ -93,7 +93,7 @@ class WandbLogger(ServiceLogger):
         self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
     ) -> None:
         """Logs texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
-        self.log_metrics({key: _library().Table(columns=columns, data=data, dataframe=dataframe)}, step)
+        self.log_metrics({key: _import_wandb().Table(columns=columns, data=data, dataframe=dataframe)}, step)
 
     log_text = log_table
 
@@ -117,11 +117,11 @@ class WandbLogger(ServiceLogger):
             if len(values) != len(items):
                 raise ValueError(f"`{name}` has {len(values)} entries for the {len(items)} items of `{key}`.")
         each = ({name: values[i] for name, values in options.items()} for i in range(len(items)))
-        self.log_metrics({key: [getattr(_library(), kind)(item, **own) for item, own in zip(items, each)]}, step)
+        self.log_metrics({key: [getattr(_import_wandb(), kind)(item, **own) for item, own in zip(items, each)]}, step)
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
         name = self._checkpoint_name or f"model-{self.experiment.id}"
-        artifact = _library().Artifact(name=name, type="model", metadata=about)
+        artifact = _import_wandb().Artifact(name=name, type="model", metadata=about)
         artifact.add_file(path, name="model.ckpt", policy=self.add_file_policy)
         self.experiment.log_artifact(artifact, aliases=aliases)
 
@@ -134,7 +134,7 @@ class WandbLogger(ServiceLogger):
         use_artifact: bool = True,
     ) -> str:
         """Downloads an artifact, such as ``"team/project/model-abc:best"``, and returns its folder."""
-        wandb = _library()
+        wandb = _import_wandb()
         record = wandb.run is not None and use_artifact
         found = wandb.run.use_artifact(artifact) if record else wandb.Api().artifact(artifact, type=artifact_type)
         return found.download(root=None if save_dir is None else os.fspath(save_dir))
@@ -144,5 +144,5 @@ class WandbLogger(ServiceLogger):
         return self.experiment.use_artifact(artifact, type=artifact_type)
 
 
-def _library() -> Any:
+def _import_wandb() -> Any:
     return require("wandb", "by `WandbLogger`", minimum=">=0.12.10")

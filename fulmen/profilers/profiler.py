@@ -66,7 +66,7 @@ class Profiler(ABC):
         text = self.summary()
         if text and self.filename and self.dirpath:
             ensure_dir(self.dirpath)
-            with get_filesystem(self.dirpath).open(self._path(), "a") as file:
+            with get_filesystem(self.dirpath).open(self._report_path(), "a") as file:
                 file.write(text)
         elif text:
             rank_zero_info(text)
@@ -80,14 +80,14 @@ class Profiler(ABC):
     def teardown(self, stage: str | None) -> None:
         """The run is over: release what was held for it."""
 
-    def _path(self, action_name: str = "", extension: str = ".txt") -> str:
+    def _report_path(self, action_name: str = "", extension: str = ".txt") -> str:
         """The path of a file of this profiler, with everything in its name that tells it from others."""
         rank = None if self._local_rank is None else str(self._local_rank)
         name = "-".join(part for part in (self._stage, self.filename, rank, action_name) if part) + extension
         name = re.sub(r'[/\\:*?"<>|\x00-\x1f\x7f]+', "_", name)  # actions contain what file systems do not take
         return os.path.join(self.dirpath or "", name)
 
-    def _report(self, sections: Mapping[str, str]) -> str:
+    def _write_report(self, sections: Mapping[str, str]) -> str:
         """One text from parts with headings; a part without heading is set apart by an empty line."""
         lines = [f"{self._stage.upper()} Profiler Report" if self._stage else "Profiler Report"]
         rank = "" if self._local_rank is None else f" rank: {self._local_rank}"
@@ -169,7 +169,7 @@ class SimpleProfiler(Profiler):
         lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
         for place in (0, 2, 4) if self.extended else (0, 2):  # above and below each head
             lines.insert(place, rule)
-        return self._report({"": "\n".join([*lines, rule, ""])})
+        return self._write_report({"": "\n".join([*lines, rule, ""])})
 
 
 class AdvancedProfiler(Profiler):
@@ -221,12 +221,12 @@ class AdvancedProfiler(Profiler):
                 continue
             if self.dump_stats:
                 ensure_dir(self.dirpath or ".")
-                profile.dump_stats(self._path(action_name, ".prof"))
+                profile.dump_stats(self._report_path(action_name, ".prof"))
             text = io.StringIO()
             stats = pstats.Stats(profile, stream=text).strip_dirs()
             stats.sort_stats("cumulative").print_stats(self.line_count_restriction)
             sections[action_name] = text.getvalue()
-        return self._report(sections)
+        return self._write_report(sections)
 
     def teardown(self, stage: str | None) -> None:
         self.profiled_actions.clear()

@@ -90,7 +90,7 @@ class PyTorchProfiler(Profiler):
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         super().setup(stage, local_rank, log_dir)
-        self._finish()
+        self._finish_recording()
         self.function_events = self._step_action = None
         self._finished = False
 
@@ -98,7 +98,7 @@ class PyTorchProfiler(Profiler):
         # Nothing is recorded before the first step of a schedule; without a schedule everything is.
         everything = self._emit_nvtx or self._profiler_kwargs["schedule"] is None
         if self.profiler is None and not self._finished and (everything or self._is_step(action_name)):
-            self._begin()
+            self._begin_recording()
         if self.profiler is not None and action_name not in self._labels:
             self._labels[action_name] = record_function(f"[pl][profile]{action_name}").__enter__()
 
@@ -111,14 +111,14 @@ class PyTorchProfiler(Profiler):
 
     def summary(self) -> str:
         """The table of the last recorded window; ends the recording."""
-        self._finish()
+        self._finish_recording()
         if self.function_events is None:
             return ""
         averages = self.function_events.key_averages(group_by_input_shapes=self._group_by_input_shapes)
-        return self._report({"records": averages.table(sort_by=self._sort_by_key, **self._table_kwargs)})
+        return self._write_report({"records": averages.table(sort_by=self._sort_by_key, **self._table_kwargs)})
 
     def teardown(self, stage: str | None) -> None:
-        self._finish()
+        self._finish_recording()
 
     def _is_step(self, action_name: str) -> bool:
         if self._step_action is not None:
@@ -135,12 +135,12 @@ class PyTorchProfiler(Profiler):
             return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
         return sum(getattr(trainer, f"num_{'val' if self._stage == 'validate' else self._stage}_batches"))
 
-    def _begin(self) -> None:
+    def _begin_recording(self) -> None:
         if self._emit_nvtx:
             self._open.enter_context(torch.cuda.profiler.profile())
             self.profiler = self._open.enter_context(torch.autograd.profiler.emit_nvtx())
         else:
-            options = {"on_trace_ready": self._export, **self._profiler_kwargs}
+            options = {"on_trace_ready": self._export_trace, **self._profiler_kwargs}
             if self._default_schedule and self._num_steps() < WAIT + WARMUP + ACTIVE:
                 rank_zero_warn("The run has too few steps for the default schedule: every step is profiled.")
                 options["schedule"] = None
@@ -148,20 +148,20 @@ class PyTorchProfiler(Profiler):
         if self._record_module_names and self.module is not None:
             _label_modules(self.module, self._open)
 
-    def _export(self, profiler: torch.profiler.profile) -> None:
+    def _export_trace(self, profiler: torch.profiler.profile) -> None:
         """A window was recorded: keep its events, and write the files asked for."""
         self.function_events = profiler.events()
         if self.dirpath is None and (self._export_to_chrome or self._export_to_flame_graph):
             rank_zero_warn("The trace was not written, because there is no `dirpath`. Pass one to `PyTorchProfiler`.")
             return
-        path = self._path(self._step_action or "", extension="")
+        path = self._report_path(self._step_action or "", extension="")
         if self._export_to_chrome:
             torch.profiler.tensorboard_trace_handler(*os.path.split(path))(profiler)
         if self._export_to_flame_graph:
             ensure_dir(os.path.dirname(path))
             profiler.export_stacks(f"{path}.stack", metric=self._metric)
 
-    def _finish(self) -> None:
+    def _finish_recording(self) -> None:
         for label in reversed(self._labels.values()):
             label.__exit__(None, None, None)
         self._labels.clear()

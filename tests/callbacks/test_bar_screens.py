@@ -113,9 +113,9 @@ def test_lines_of_epochs_can_be_switched_off(kind, monkeypatch, given, epochs):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
 
-        def _open(self, name):
+        def _open_bar(self, name):
             made.append(name)
-            super()._open(name)
+            super()._open_bar(name)
 
     lines = fit(monkeypatch, Bar(**given), 200, Regression(), max_epochs=3, limit_val_batches=0)
     assert [int(line[6]) for line in lines if line.startswith("Epoch")] == epochs
