@@ -180,7 +180,7 @@ class Trainer(TrainerProperties):
         self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
         self.should_stop = False
         if ckpt_path == paths.AUTO:
-            preemption.keep_version(self)
+            preemption.reuse_logger_version(self)
         run = self._run if self.strategy.launcher is None else self._launch
         run(self.fit_loop, self._chosen_path(ckpt_path, True, weights_only), weights_only)
 
@@ -294,7 +294,7 @@ class Trainer(TrainerProperties):
             model_given=model_given,
             fast_dev_run=bool(self.fast_dev_run),
             folder_of=lambda _: folder_of_run(self),
-            verify=lambda path: preemption.check(self, path, weights_only),
+            verify=lambda path: preemption.check_checkpoint(self, path, weights_only),
             requeued=isinstance(self.strategy.cluster_environment, SLURMEnvironment),
         )
         return self._ckpt_path
@@ -386,7 +386,7 @@ class Trainer(TrainerProperties):
             self.strategy.setup_environment()
             self.strategy.start_watchdog(self)
             self.signals.install(self.strategy.cluster_environment if fit else None)
-            ckpt_path = preemption.choose(self, ckpt_path, weights_only)
+            ckpt_path = preemption.choose_checkpoint(self, ckpt_path, weights_only)
             self._claim_log_dirs()
             self._share_log_dir()
             self._prepare_data()

@@ -44,6 +44,10 @@ class Checkpoint(Callback):
 
     monitors = True
 
+    def folders(self, trainer: Trainer) -> list[str]:
+        """Where it puts checkpoints, and `Trainer.fit(ckpt_path="auto")` looks for one."""
+        return [os.fspath(getattr(self, "dirpath", None) or folder_of_run(trainer))]
+
 
 class ModelCheckpoint(Checkpoint):
     """Writes checkpoints during fit and keeps the best or the newest of them.

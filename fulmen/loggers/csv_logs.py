@@ -45,13 +45,13 @@ class ExperimentWriter:
         if self._files.isfile(self.metrics_file_path):
             self._files.rm(self.metrics_file_path)
 
-    def position(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"rows": self.num_rows - len(self.metrics), "last": self.last}
 
-    def go_on(self, position: dict[str, Any]) -> None:
+    def resume_from(self, state: dict[str, Any]) -> None:
         """Keeps so many rows of the file, if the last of them is the one that was written then."""
-        count = position["rows"]
-        last = position["last"]
+        count = state["rows"]
+        last = state["last"]
         if not (self._foreign and count and self._files.isfile(self.metrics_file_path)):
             return
         with self._files.open(self.metrics_file_path, "r", newline="") as file:
@@ -155,16 +155,16 @@ class CSVLogger(FolderLogger):
         self._rows_at_last_save = self.experiment.num_rows
         self.save()
 
-    def position(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any] | None:
         if self._experiment is None:
             return None
         self._save_now()
-        return self._experiment.position()
+        return self._experiment.state_dict()
 
     @rank_zero_only
-    def go_on(self, position: Any, step: int) -> None:
+    def resume_from(self, state: Any, step: int) -> None:
         """Rows behind those of the checkpoint are removed from the file of that run, and the next ones follow them."""
-        self.experiment.go_on(position)
+        self.experiment.resume_from(state)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -72,11 +72,11 @@ class Logger(KeywordHints, ABC):
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """A checkpoint was written; the callback, a `ModelCheckpoint`, knows which."""
 
-    def position(self) -> Any:
+    def state_dict(self) -> Any:
         """How much is written, in plain types, for a checkpoint; what waits in memory is written first."""
 
-    def go_on(self, position: Any, step: int) -> None:
-        """A run resumes at this step: what was written behind `position`, by that run only, is no more."""
+    def resume_from(self, state: Any, step: int) -> None:
+        """A run resumes at this step: what was written after `state`, by that run only, is removed."""
 
 
 class DummyExperiment:
@@ -149,6 +149,11 @@ class FolderLogger(ExperimentLogger):
         self._version = version
         self._sub_dir: str | None = None
         self.claimed = version is not None  # is the folder this run's own, or meant to be shared?
+
+    def use_version(self, version: int | str, claimed: bool) -> None:
+        """Writes into the folder of this version; `claimed` if it is made already, or other loggers share it."""
+        self._version = version
+        self.claimed = claimed
 
     # Not attributes: subclasses define them as properties.
     name = property(lambda self: self._name, doc="The level of folders below `save_dir`.")
@@ -334,8 +339,7 @@ def claim_versions(loggers: Iterable[Any]) -> list[Any]:
         ):
             number += 1
         for one in alike:
-            one._version = number
-            one.claimed = True
+            one.use_version(number, claimed=True)
         if number != first:
             rank_zero_info(f"Another run has taken version_{first} in {root}: this one logs to version_{number}.")
     return [one._version for one in folders]

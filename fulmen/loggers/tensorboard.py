@@ -115,22 +115,22 @@ class TensorBoardLogger(FolderLogger):
         names = [name for name in os.listdir(folder) if ".tfevents." in name] if folder else []
         return {name: os.path.getsize(os.path.join(folder, name)) for name in names}
 
-    def position(self) -> dict[str, int] | None:
+    def state_dict(self) -> dict[str, int] | None:
         if self._experiment is None:
             return None
         self._experiment.flush()
         return self._event_files()
 
     @rank_zero_only
-    def go_on(self, position: Any, step: int) -> None:
+    def resume_from(self, state: Any, step: int) -> None:
         """Files are cut where they ended then. Steps in younger ones, this run's and those before it, are hidden."""
         writer = self.experiment
-        if not position or not any(name in self._found for name in position):
+        if not state or not any(name in self._found for name in state):
             return  # another folder
-        for name, size in position.items():
+        for name, size in state.items():
             if self._found.get(name, 0) > size:
                 os.truncate(os.path.join(self.log_dir, name), size)
-        if any(name not in position for name in self._found):
+        if any(name not in state for name in self._found):
             writer.close()
             self._writer_kwargs = {**self._writer_kwargs, "purge_step": step}
             self._experiment = None

@@ -127,7 +127,7 @@ class FitLoop(Loop):
             self.run_epoch()
         self.shortfall.after_training(self)
         self.hooks.on_train_end()
-        preemption.conclude(self.trainer)
+        preemption.mark_finished(self.trainer)
 
     def run_epoch(self) -> None:
         """One pass over the training batches."""

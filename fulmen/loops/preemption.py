@@ -7,7 +7,7 @@ import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, folder_of_run
+from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint
 from fulmen.checkpoint import auto, paths
 from fulmen.checkpoint.snapshot import check_content
 from fulmen.engine.cluster import SLURMEnvironment
@@ -71,7 +71,7 @@ def end(trainer: Trainer) -> NoReturn:
     raise signals.exception()
 
 
-def check(trainer: Trainer, path: str, weights_only: bool | None = None) -> None:
+def check_checkpoint(trainer: Trainer, path: str, weights_only: bool | None = None) -> None:
     """Raises if a checkpoint cannot be read, or holds what this run cannot take over."""
     trainer.strategy.verify_checkpoint(path)
     storage: Any = trainer.strategy.checkpoint_io
@@ -82,13 +82,13 @@ def check(trainer: Trainer, path: str, weights_only: bool | None = None) -> None
         check_content(auto.read_outline(path, load), path, trainer.lightning_module, training)
 
 
-def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
-    """The checkpoint to go on from: for "auto" the newest good one of the run, as rank 0 sees it, or None."""
+def choose_checkpoint(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
+    """The checkpoint to resume from: for "auto" the newest good one of the run, as rank 0 sees it, or None."""
     trainer.fit_loop.automatic = ckpt_path == paths.AUTO
     if ckpt_path != paths.AUTO:
         return ckpt_path
     strategy, root, found = trainer.strategy, trainer.default_root_dir, None
-    folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in _folders(trainer, c)}
+    folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in c.folders(trainer)}
     storage: Any = strategy.checkpoint_io
 
     load = partial(storage.load_checkpoint, map_location="cpu", weights_only=weights_only)
@@ -112,23 +112,25 @@ def choose(trainer: Trainer, ckpt_path: Any, weights_only: bool | None) -> Any:
     return found
 
 
-def keep_version(trainer: Trainer) -> None:
-    """Before "auto": if checkpoints go where the first logger does, it goes on in its newest version that has some.
+def reuse_logger_version(trainer: Trainer) -> None:
+    """Before "auto": if checkpoints go where the first logger does, it reuses its newest version that has some.
 
-    Others that count their versions in the same folder go along, now and when the run starts anew.
+    Others that count their versions in the same folder use the same, now and when the run starts anew.
     """
     loggers = [one for one in trainer.loggers if isinstance(one, FolderLogger) and one._version is None]
-    placed = all(getattr(c, "dirpath", True) is not None for c in trainer.callbacks if isinstance(c, Checkpoint))
-    if placed or not loggers or trainer.loggers[0] is not loggers[0]:
+    has_own_folders = all(
+        getattr(c, "dirpath", True) is not None for c in trainer.callbacks if isinstance(c, Checkpoint)
+    )
+    if has_own_folders or not loggers or trainer.loggers[0] is not loggers[0]:
         return
     found = auto.newest_version(loggers[0].root_dir, "checkpoints")
     version = loggers[0].version if found is None else found
     for logger in loggers:
         if logger.root_dir == loggers[0].root_dir:
-            logger._version, logger.claimed = version, found is not None
+            logger.use_version(version, claimed=found is not None)
 
 
-def conclude(trainer: Trainer) -> None:
+def mark_finished(trainer: Trainer) -> None:
     """Training is over: with "auto" there is a file that says so, so that the same command ends at once."""
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]
     if not savers or not trainer.fit_loop.automatic or trainer.fast_dev_run:
@@ -144,9 +146,3 @@ def conclude(trainer: Trainer) -> None:
             raise
         what = f"Training is over, and no file in {folder} says so: {type(error).__name__}: {error}."
         rank_zero_warn(f"{what} The same command would train again from the newest checkpoint there.")
-
-
-def _folders(trainer: Trainer, callback: Any) -> list[str]:
-    """Where a callback puts checkpoints."""
-    folder = getattr(callback, "dirpath", None)
-    return [os.fspath(folder or folder_of_run(trainer))]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fulmen.checkpoint.elastic import locate_in_epoch, merge_metric_states, reshard_rank_states
 from fulmen.checkpoint.lightning_format import LOG_STEP_PENDING
+from fulmen.loggers.logger import Logger
 from fulmen.loops.progress import Position
 from fulmen.metrics.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
 from fulmen.metrics.reduce import combine, report_epoch
@@ -111,7 +112,7 @@ class Memory:
             "val": None if val is None else val.pass_state(0, inside=False),
             "updates": {name: metric._update_count for name, metric in _all_metrics(loop)},
             "seen": dict(loop.val_loop.batches_seen),
-            "loggers": [log.position() if hasattr(log, "position") else None for log in loop.trainer.loggers],
+            "loggers": [log.state_dict() if isinstance(log, Logger) else None for log in loop.trainer.loggers],
         }
 
     def _logging_due(self) -> bool:
@@ -179,9 +180,9 @@ class Memory:
         if ranks:
             alike = len(ranks) == trainer.world_size
             self.mine = ranks[rank] if alike else reshard_rank_states(ranks, rank, trainer.world_size)
-        for logger, position in zip(trainer.loggers, self.content.get("loggers", [])):
-            if position is not None and hasattr(logger, "go_on"):
-                logger.go_on(position, self.loop.progress.log_step)
+        for logger, state in zip(trainer.loggers, self.content.get("loggers", [])):
+            if state is not None and isinstance(logger, Logger):
+                logger.resume_from(state, self.loop.progress.log_step)
 
     def rewind(self) -> None:
         """Every generator of the run as it was."""

@@ -176,7 +176,6 @@ def test_loggers_go_on_in_the_version_that_has_checkpoints(tmp_path):
     assert sorted(os.listdir(tmp_path / "lightning_logs")) == ["version_0", "version_1"]
 
 
-@pytest.mark.skipif(not hasattr(CSVLogger, "go_on"), reason="needs loggers that can be resumed")
 def test_the_rows_of_all_attempts_are_in_one_file(tmp_path):
     for breaks_at in (5, 15, 1000, 1000):
         saver = [ModelCheckpoint(every_n_train_steps=2)]
