@@ -5,7 +5,7 @@
 Makes an environment in a temporary folder (or uses the one in DIR), which borrows torch from this interpreter and gets
 each version of pytorch-lightning in a folder of its own. Needs a package index; not part of the suite.
 
-- *place*: files, saved inside of different hooks, after which training goes on at the epoch, batch and step at which
+- *place*: files, saved inside of different hooks, after which training continues at the epoch, batch and step at which
   the run that wrote them went on.
 - *states*: files of which weights and optimizer state are there bit for bit when that next batch is trained.
 - *callbacks*: files after which `ModelCheckpoint` knows as many files in the end as in the unstopped run.

@@ -254,7 +254,7 @@ def start_again(folder: Path, mix: str, io: type[TorchCheckpointIO], newest: str
     trainer = trainer_of(ModelCheckpoint(folder, every_n_train_steps=1, **MIXES[mix]), io(), step + 1)
     trainer.fit(Model(random.Random(0)), DataLoader(torch.zeros(STEPS, 1), batch_size=None), ckpt_path=resumed)
     if trainer.global_step != step + 1:
-        raise RuntimeError(f"The run did not go on from step {step}, but is at {trainer.global_step}.")
+        raise RuntimeError(f"The run did not continue from step {step}, but is at {trainer.global_step}.")
 
 
 @contextlib.contextmanager

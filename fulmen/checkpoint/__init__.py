@@ -1,1 +1,1 @@
-"""Snapshots out and in: the chapters of a `.ckpt` file, where it lies, and objects made from it."""
+"""What a `.ckpt` file holds, which file to load, and objects made from it."""

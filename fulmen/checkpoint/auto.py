@@ -128,7 +128,7 @@ def _read_candidate(path: str, load: Load, verify: Check | None) -> Any:
 
 @contextmanager
 def _passing_over(path: str, aside: dict[str, Exception]) -> Generator[None]:
-    """Nothing that can be wrong with one file may keep a run from another one."""
+    """Whatever is wrong with one file, the search continues with the next."""
     try:
         yield
     except Exception as error:
@@ -136,7 +136,7 @@ def _passing_over(path: str, aside: dict[str, Exception]) -> Generator[None]:
 
 
 def read_outline(path: str, load: Load) -> Any:
-    """What a checkpoint holds, without reading its tensors where that can be helped."""
+    """What a checkpoint holds, without reading its tensors where that is possible."""
     where = os.path.join(local_path(path), META) if is_sharded(path) else local_path(path)
     if not is_remote(path) and os.path.isfile(where):
         with suppress(Exception):  # damaged, of an old format, or with classes: reading all of it tells which

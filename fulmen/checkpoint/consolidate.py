@@ -22,12 +22,12 @@ def consolidate(
         weights_only: False also reads objects whose code runs then; only for folders you trust.
 
     Raises:
-        FileNotFoundError: the folder is no such checkpoint.
+        FileNotFoundError: the folder is not such a checkpoint.
         FileExistsError: the file is there already.
     """
     source = os.fspath(folder).rstrip("/\\")
     if not is_sharded(source) and not is_dcp_folder(source):
-        what = f"{source!r} is no sharded checkpoint: it has no `{META}`."
+        what = f"{source!r} is not a sharded checkpoint: it has no `{META}`."
         raise FileNotFoundError(f"{what} Pass the folder that a run with `state_dict_type='sharded'` wrote.")
     target = f"{source}.consolidated" if output_file is None else os.fspath(output_file)
     if os.path.exists(target):

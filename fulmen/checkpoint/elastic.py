@@ -1,4 +1,4 @@
-"""A checkpoint's place in an epoch, checked against the data and the processes of the run that goes on from it."""
+"""Resuming on another number of processes: the position in an epoch, and the states of ranks, resharded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _batches_done(done: int, state: dict[str, Any], loader: Any, before: int, wo
     per_batch = world * (batch_size_now or 1)
     if consumed % per_batch:
         unit = "samples" if batch_size else "batches"
-        what = f"{before} processes are through with {consumed} {unit} of its epoch, which is no multiple of"
+        what = f"{before} processes have consumed {consumed} {unit} of its epoch, which is not a multiple of"
         raise Misfit(f"{what} the {per_batch} that {world} read at a time")
     return consumed // per_batch
 
@@ -71,7 +71,7 @@ def _reshard_pass(state: dict[str, Any], before: int, world: int) -> dict[str, A
 
 
 def reshard_rank_states(ranks: list[dict[str, Any]], rank: int, world: int) -> dict[str, Any]:
-    """What a process takes over where there were more or fewer: its own part, or the parts of those that are gone."""
+    """The state of one rank of `world`, from those of more or fewer: its own, and those of ranks that are gone."""
     parts = ranks[rank::world]
     if not parts:
         book = {"entries": [], "views": ranks[0]["book"]["views"]}

@@ -217,7 +217,7 @@ def _imported_subclass(cls: type, class_path: str) -> type:
         found = functools.reduce(lambda holder, part: getattr(holder, part, None), parts[depth:], module)
         if inspect.isclass(found) and issubclass(found, cls):
             return found
-    what = f"The checkpoint is of a `{class_path}`, which is no imported subclass of `{cls.__name__}`."
+    what = f"The checkpoint is of a `{class_path}`, which is not an imported subclass of `{cls.__name__}`."
     raise ValueError(f"{what} If you trust the file, import that class first.")
 
 

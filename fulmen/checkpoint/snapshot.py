@@ -304,11 +304,11 @@ def load_weights(
         if unlike and not strict:
             for key in unlike:
                 del saved[key]
-            shown = _abbreviate(list(unlike.values()))
+            shown = _list_briefly(list(unlike.values()))
             rank_zero_warn(f"Weights of another shape stay as they are in {type(module).__name__}: {shown}.")
             return load()
         found = _describe_key_differences(own, saved) | {"of another shape": list(unlike.values())}
-        listed = "; ".join(f"{kind}: {_abbreviate(keys)}" for kind, keys in found.items() if keys)
+        listed = "; ".join(f"{kind}: {_list_briefly(keys)}" for kind, keys in found.items() if keys)
         what = f"The checkpoint at {path} does not fit {type(module).__name__}. Keys {listed or 'differ'}."
         fix = "Build the module as it was" + ", or set `self.strict_loading = False` to load what fits." * strict
         raise RuntimeError(f"{what} {fix}") from error
@@ -323,7 +323,7 @@ def _describe_key_differences(own: dict[str, Any], saved: dict[str, Any]) -> dic
     return {"missing": shown, "unexpected": unexpected}
 
 
-def _abbreviate(keys: list[str]) -> str:
+def _list_briefly(keys: list[str]) -> str:
     return ", ".join(keys[:10]) + " ..." * (len(keys) > 10)
 
 

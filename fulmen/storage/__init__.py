@@ -1,1 +1,1 @@
-"""Files and bytes: checkpoints on a disk that are old or complete, whole or sharded, at once or in the background."""
+"""Files and bytes: checkpoints written atomically, whole or sharded, synchronously or in the background."""

@@ -1,4 +1,4 @@
-"""`AsyncCheckpointIO`: a checkpoint is copied at once and written while training goes on."""
+"""`AsyncCheckpointIO`: a checkpoint is copied at once and written while training continues."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class AsyncCheckpointIO(CheckpointIO):
 
     Arguments:
         checkpoint_io: who writes; by default a `TorchCheckpointIO`.
-        always: off, only what is saved inside of `in_background()` is written while training goes on.
+        always: off, only what is saved inside of `in_background()` is written while training continues.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None, *, always: bool = True) -> None:
@@ -55,7 +55,7 @@ class AsyncCheckpointIO(CheckpointIO):
         self._newest: Callable[[Any], None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travels to other processes without what is going on in this one."""
+        """Without threads and copies, which belong to this process."""
         return {"checkpoint_io": self.checkpoint_io, "always": self.always}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class AsyncCheckpointIO(CheckpointIO):
         try:
             copy, ready = self._stager.stage_checkpoint(checkpoint)
             self._copied = True
-        except Exception as error:  # whoever writes it knows best what is wrong with it, if anything
+        except Exception as error:  # `checkpoint_io` knows best what is wrong with it, if anything
             rank_zero_warn(f"Training waits for the checkpoint {os.fspath(path)!r}, which cannot be copied: {error}")
         self.failed = False
         self._newest = partial(self._write_copy, copy, ready, options)
@@ -224,7 +224,7 @@ class HostStager:
             memo[id(tensor)] = Parameter(copy, tensor.requires_grad) if isinstance(tensor, Parameter) else copy
         events = []
         for device in devices:
-            if device.type == "cuda":  # the training goes on at once, behind the copy on the same stream
+            if device.type == "cuda":  # training continues at once: its kernels follow the copy on the same stream
                 events.append(torch.cuda.Event())
                 events[-1].record(torch.cuda.current_stream(device))
         return deepcopy(checkpoint, memo), events

@@ -1,4 +1,4 @@
-"""Temporary files and folders in whose names their writer stands, and what dead writers left behind."""
+"""Temporary files and folders named after the process that writes them, and removing those of processes that died."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def locked_folder(folder: str) -> Generator[None]:
             lock_file(descriptor)
         yield
     finally:
-        _delete(folder)
+        _delete_path(folder)
         if descriptor is not None:
             os.close(descriptor)
 
@@ -64,7 +64,7 @@ def replace_folder(folder: str, path: str) -> None:
             os.rename(old, path)
         raise
     flush_folder(os.path.dirname(path))
-    _delete(old)
+    _delete_path(old)
 
 
 def remove_whole(path: str) -> None:
@@ -73,7 +73,7 @@ def remove_whole(path: str) -> None:
         aside = temporary_name(path)
         os.rename(path, aside)
         path = aside
-    _delete(path)
+    _delete_path(path)
 
 
 def remove_leftovers(folder: str) -> list[str]:
@@ -108,7 +108,7 @@ def _finish_rename(path: str, writer: re.Match[str]) -> bool:
         os.rename(path, target)
         flush_folder(os.path.dirname(path))
     else:
-        _delete(path)
+        _delete_path(path)
     return not os.path.lexists(path)
 
 
@@ -133,7 +133,7 @@ def _writer_is_alive(path: str, writer: re.Match[str]) -> bool:
     return True  # it is just disappearing
 
 
-def _delete(path: str) -> None:
+def _delete_path(path: str) -> None:
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""Where checkpoints are stored: files that are either old or complete, and clear words when one cannot be read."""
+"""`CheckpointIO`, where checkpoints are stored: files are replaced atomically, and an error says why one cannot be read."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Generator
+from functools import partial
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -55,21 +56,15 @@ class TorchCheckpointIO(CheckpointIO):
             raise TypeError(f"`{storage_options=}`: `TorchCheckpointIO` has no options. {fix}")
         path = os.fspath(path)
         ensure_dir(os.path.dirname(path) or os.curdir)
-        size = 0
-
-        def write(file: IO[bytes]) -> None:
-            nonlocal size
-            size = save_with_digest(checkpoint, file)
-
         try:
-            atomic_write(path, write)
+            size = atomic_write(path, partial(save_with_digest, checkpoint))
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             what = f"`{_first_unpicklable(checkpoint)}` cannot be pickled into the checkpoint {path!r}: {error}."
             raise type(error)(f"{what} Keep it out of hyper-parameters and states.") from error
         except Exception as error:
             if isinstance(error, OSError) or not is_remote(path):
                 raise
-            # Stores have errors of their own; whoever saves handles one kind.
+            # Each store has errors of its own; callers handle one kind.
             raise OSError(f"The checkpoint {path!r} was not stored: {type(error).__name__}: {error}") from error
         if is_remote(path) and (found := get_filesystem(path).size(path)) != size:
             raise OSError(f"The checkpoint {path!r} has {found:,} of the {size:,} bytes that were written. Save again.")

@@ -83,24 +83,24 @@ def ensure_dir(path: str | os.PathLike) -> None:
     get_filesystem(path).makedirs(os.fspath(path), exist_ok=True)
 
 
-def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> None:
+def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> Any:
     """Write a file so that, whenever the process dies, ``path`` holds the old content or the new one, never a part.
 
-    ``content`` may be a function that writes into an open file; nothing is left behind if it fails. The folder exists.
+    ``content`` may be a function that writes into an open file, and what it returns is returned; nothing is left behind
+    if it fails. The folder exists.
     """
     write = content if callable(content) else methodcaller("write", content)
     if is_remote(path):
         files = get_filesystem(path)
         # What is written inside a transaction appears at its end, and not at all after an error.
         with files.transaction, files.open(os.fspath(path), "wb") as file:
-            write(file)
-        return
+            return write(file)
     target = local_path(path)
     temporary = temporary_name(target)
     try:
         with open(temporary, "xb") as file:
             lock_file(file.fileno())
-            write(file)
+            written = write(file)
             file.flush()
             flush_to_disk(file.fileno())
         os.replace(temporary, target)
@@ -108,6 +108,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
         with suppress(OSError):  # it is gone if all went well
             os.remove(temporary)
     flush_folder(os.path.dirname(temporary))
+    return written
 
 
 def modified_ns(path: str | os.PathLike) -> int:

@@ -1,4 +1,4 @@
-"""Files of `torch.save` that know their own SHA-256, and reading them: whole and unchanged, or an error by name.
+"""Files of `torch.save` that contain their own SHA-256, and reading them: whole and unchanged, or an error that names them.
 
 The hash is the comment of the zip archive that such a file is. It is written, renamed, copied and replaced together
 with the content, so the two cannot come apart, as they could in a second file; every reader of such files skips it.
@@ -21,7 +21,7 @@ _DIGEST = struct.Struct(f"<H{len(_MARK)}s64s")  # length of the comment, which e
 
 
 class DamagedCheckpointError(RuntimeError):
-    """The file is no checkpoint, or not a whole one. Nothing of it was loaded."""
+    """The file is not a checkpoint, or not a whole one. Nothing of it was loaded."""
 
 
 class HashingWriter:

@@ -77,7 +77,7 @@ def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
 
 
 def hash_own_parts(folder: str, rank: int) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of the files that this process wrote; rank 0 also has those that belong to nobody."""
+    """Size and SHA-256 of the files that this process wrote; rank 0 also has those that name no rank."""
     names = {name: re.match(r"__(\d+)_", name) for name in os.listdir(folder)}
     own = [name for name, writer in names.items() if int(writer[1] if writer else 0) == rank]
     return {name: _measure_part(folder, name) for name in own}
@@ -151,7 +151,7 @@ def read_shards(wanted: dict[str, Any], source: ShardedStateDict, alone: bool = 
     """Fills tensors, each under the name of its shard; other values are replaced. All processes call it.
 
     Arguments:
-        alone: nobody else takes part.
+        alone: no other process takes part.
     """
     import torch.distributed.checkpoint as dcp
 

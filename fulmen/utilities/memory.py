@@ -26,17 +26,17 @@ def is_oom_error(exception: BaseException) -> bool:
 
 def is_cuda_out_of_memory(exception: BaseException) -> bool:
     """Did CUDA's allocator find no memory?"""
-    return _says(exception, "CUDA", "out of memory")
+    return _has_message(exception, "CUDA", "out of memory")
 
 
 def is_cudnn_snafu(exception: BaseException) -> bool:
     """Did cuDNN refuse a shape, which it also does when memory for its workspace is missing?"""
-    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
+    return _has_message(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
 
 
 def is_out_of_cpu_memory(exception: BaseException) -> bool:
     """Did the allocator of the host find no memory?"""
-    return _says(exception, "DefaultCPUAllocator: can't allocate memory")
+    return _has_message(exception, "DefaultCPUAllocator: can't allocate memory")
 
 
 def garbage_collection_cuda() -> None:
@@ -49,6 +49,6 @@ def garbage_collection_cuda() -> None:
             raise
 
 
-def _says(exception: BaseException, *parts: str) -> bool:
+def _has_message(exception: BaseException, *parts: str) -> bool:
     text = str(exception.args[0]) if len(exception.args) == 1 else ""
     return isinstance(exception, RuntimeError) and all(part in text for part in parts)

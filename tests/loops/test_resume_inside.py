@@ -241,7 +241,7 @@ def go(path, batch_size, resumes, save_after=None, **more):
 
 
 def in_the_middle(path):
-    with pytest.raises(MisconfigurationException, match="1 processes are through with 8 samples of its epoch, which"):
+    with pytest.raises(MisconfigurationException, match="1 processes have consumed 8 samples of its epoch, which"):
         go(path, 3, True)
     return go(path, 4, True, save_after=2)
 
