@@ -33,10 +33,11 @@ from fulmen.loops.fit import FitLoop
 from fulmen.loops.hook_plan import HookPlan
 from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.signals import Signals
+from fulmen.loops.supervised_run import TrainerRun
 from fulmen.metrics.logbook import LogBook, to_host
 from fulmen.module import LightningModule, missing_super_init
 from fulmen.optimizers import LightningOptimizer, read_optimizers
-from fulmen.supervision import watchdog
+from fulmen.supervision.watchdog import exit_if_asleep, limit_seconds
 from fulmen.trainer_properties import TrainerProperties
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
@@ -318,8 +319,7 @@ class Trainer(TrainerProperties):
         told = KeyboardInterrupt() if isinstance(error, SystemExit) and error.code == INTERRUPTED else error
         self._elsewhere = True
         try:
-            limit = watchdog.limit_seconds(getattr(self.strategy, "watchdog_timeout_s", None))
-            with watchdog.ended_if_asleep(limit):
+            with exit_if_asleep(limit_seconds(self.strategy.watchdog_timeout_s)):
                 for callback in self.callbacks:
                     if not isinstance(callback, Checkpoint):
                         callback.on_exception(self, self.lightning_module, told)
@@ -384,7 +384,7 @@ class Trainer(TrainerProperties):
             self._connect_callbacks()
             checks.configuration(self)
             self.strategy.setup_environment()
-            self.strategy.start_watchdog(self)
+            self.strategy.start_watchdog(TrainerRun(self, self._tell))
             self.signals.install(self.strategy.cluster_environment if fit else None)
             ckpt_path = preemption.choose_checkpoint(self, ckpt_path, weights_only)
             self._claim_log_dirs()
@@ -420,7 +420,7 @@ class Trainer(TrainerProperties):
         try:
             yield
             self._finish(loop)
-            if getattr(self.strategy, "report_to_parent", None) is None:  # else once its results are on their way
+            if self.strategy.report_to_parent is None:  # else once its results are on their way
                 self.strategy.stop_watchdog()
         except BaseException as error:
             told = self.signals.behind(error)

@@ -193,7 +193,7 @@ class WorkerRngTracker:
 
     def start(self, worker_id: int) -> None:
         """What runs as `worker_init_fn`."""
-        loader_workers.answer()
+        loader_workers.install_stack_handler()
         if self.init is not None:
             self.init(worker_id)
         if (given := self.given[worker_id]) is not None:

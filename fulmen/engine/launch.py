@@ -30,7 +30,10 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from fulmen.engine import collectives
 from fulmen.engine.cluster import LightningEnvironment
-from fulmen.supervision import watchdog
+from fulmen.supervision.processes import process_state
+from fulmen.supervision.reports import install_excepthook, is_consequence, mark_reported, report_mark, write_stderr
+from fulmen.supervision.stack_sampler import strip_library_frames
+from fulmen.supervision.watchdog import limit_seconds, on_parent_exit, wait_for_others
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from fulmen.utilities.seed import seed_everything
@@ -76,7 +79,7 @@ class ScriptLauncher:
             self.over = True
             # What is raised here may come from the connection to one that died a moment ago.
             wait_for([lambda: any(child.poll() for child in self.children) or None], 0.5)
-            if not watchdog.reported(error):
+            if report_mark(error) is None:
                 self.name_failed()
                 self.end()
             told = isinstance(error, (SystemExit, KeyboardInterrupt))
@@ -133,7 +136,7 @@ class ScriptLauncher:
             if (child.poll() or early) and not self.signalled:
                 print(f"Rank {rank} {how_it_ended(child.returncode)}: all others end too.", file=sys.stderr, flush=True)
 
-    def ending(self, rank: int) -> str:
+    def describe_exit(self, rank: int) -> str:
         """How the process of another rank ended, if it did."""
         local_rank = rank - self.strategy.global_rank
         if not 0 < local_rank <= len(self.children):
@@ -312,7 +315,8 @@ def _failure(children: list[Any], folder: Path) -> BaseException:
         error = also(error, ProcessRaisedException, told["traceback"], int(origin), children[int(origin)].pid)
         error.__cause__ = RemoteTraceback(f"\n\nof rank {origin}:\n{told['traceback']}")
     if any(told["reported"] for told in reports.values()):
-        watchdog.quiet(error)
+        mark_reported(error, by_this_process=False)
+        install_excepthook()
     return error
 
 
@@ -383,13 +387,13 @@ def _child(
         if rank == 0:
             torch.save({"packed": owner.pack_results(), "result": result}, folder / "result")
         strategy.stop_watchdog()
-        if (failed := watchdog.wait_for_others()) is not None:
+        if (failed := wait_for_others()) is not None:
             raise failed
         collectives.destroy_group()
         (folder / f"{FINISHED}{rank}").touch()
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        _tell(folder, rank, error, watchdog.readable(traceback.format_exc()), getattr(error, "_fulmen_echo", False))
+        _tell(folder, rank, error, strip_library_frames(traceback.format_exc()), is_consequence(error))
     # Of semaphores, such as those of progress bars: the interpreter would warn of what is left.
     with contextlib.suppress(Exception):
         util._run_finalizers(0)  # type: ignore[attr-defined]
@@ -400,7 +404,7 @@ def _child(
 def _tell(folder: Path, rank: int, error: BaseException, trace: str, echo: bool) -> None:
     """Why a process ends; an echo if that is what another did."""
     told = {"error": error, "text": f"{type(error).__name__}: {error}", "traceback": trace, "echo": echo}
-    told["reported"] = watchdog.reported(error)
+    told["reported"] = report_mark(error) is not None
     error.__traceback__ = error.__context__ = error.__cause__ = None
     try:
         pickle.loads(pickle.dumps(error))
@@ -590,7 +594,7 @@ def tell_launcher() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    watchdog.orphaned()  # says so, and closes what is open
+    on_parent_exit()  # says so, and closes what is open
     os._exit(1)
 
 
@@ -598,7 +602,7 @@ class Stopped:
     """Ends processes that are stopped for longer than a run may stand still: nobody else may be there to see it."""
 
     def __init__(self, strategy: Any) -> None:
-        self.limit = watchdog.limit_seconds(strategy.watchdog_timeout_s)
+        self.limit = limit_seconds(strategy.watchdog_timeout_s)
         self.since: dict[int, float] = {}
         self.looked = 0.0
 
@@ -609,10 +613,10 @@ class Stopped:
             self.since.clear()
         self.looked = now
         for rank, pid in processes.items():
-            if watchdog.process_state(pid) != "T":
+            if process_state(pid) != "T":
                 self.since.pop(rank, None)
             elif now - self.since.setdefault(rank, now) > self.limit > 0:
-                watchdog.say(
+                write_stderr(
                     f"Rank {rank} has done nothing for {self.limit:g} s: its process {pid} is stopped, and is ended now."
                 )
                 os.kill(pid, signal.SIGKILL)

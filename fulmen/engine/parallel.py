@@ -15,8 +15,9 @@ from fulmen.engine import collectives
 from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
 from fulmen.engine.strategy import Strategy
 from fulmen.storage.async_io import AsyncCheckpointIO
-from fulmen.supervision import watchdog
-from fulmen.supervision.stack_sampler import origin
+from fulmen.supervision.reports import mark_reported, report_mark, write_stderr
+from fulmen.supervision.stack_sampler import error_location
+from fulmen.supervision.watchdog import connect_watchdog, limit_seconds
 from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import alias
 from fulmen.utilities.rank_zero import rank_zero_only
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from fulmen.engine.buffers import Buffers
     from fulmen.engine.cluster import ClusterEnvironment
+    from fulmen.supervision.protocols import SupervisedRun
 
 
 class ParallelStrategy(Strategy, ABC):
@@ -42,7 +44,6 @@ class ParallelStrategy(Strategy, ABC):
     """
 
     strategy_name = "parallel"
-    watchdog_timeout_s: float | None = None  # seconds; None asks FULMEN_WATCHDOG_TIMEOUT_S, and 0 means no watchdog
 
     def __init__(
         self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
@@ -57,7 +58,6 @@ class ParallelStrategy(Strategy, ABC):
         self.layer_sync: Any = None  # a `LayerSync` that is applied while fitting
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
         self.store: Any = None  # the group's, once they have
-        self.report_to_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
         self._stop_consensus: collectives.StopConsensus | None = None
         self.buffers: Buffers | None = None  # of the module, while it is trained
 
@@ -152,18 +152,22 @@ class ParallelStrategy(Strategy, ABC):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
 
-    def start_watchdog(self, trainer: Any) -> None:
-        self.watchdog = watchdog.watch(self, trainer, watchdog.limit_seconds(self.watchdog_timeout_s))
+    def start_watchdog(self, run: SupervisedRun) -> None:
+        limit_s = limit_seconds(self.watchdog_timeout_s)
+        if self.world_size > 1 and self.store is not None and self.cluster_environment is not None and limit_s > 0:
+            children = self.launcher if isinstance(self.launcher, ScriptLauncher) else None
+            address = self.cluster_environment.main_address
+            self.watchdog = connect_watchdog(self, run, children, self.store, address, limit_s)
 
     def abort(self, error: BaseException) -> BaseException:
         """The same; a process that leaves the others by `sys.exit(0)` fails, as they do."""
         error = super().abort(error)
         if self.world_size > 1 and isinstance(error, SystemExit) and not isinstance(error, SIGTERMException):
-            if not watchdog.reported(error):  # the processes have not met
-                watchdog.say(f"Rank {self.global_rank} failed at {origin(error)}: SystemExit: {error.code}")
+            if report_mark(error) is None:  # the processes have not met
+                write_stderr(f"Rank {self.global_rank} failed at {error_location(error)}: SystemExit: {error.code}")
             if not error.code:
                 error, error.__cause__ = SystemExit(1), error
-            error._fulmen_told = "here"  # type: ignore[attr-defined]
+            mark_reported(error)
         return error
 
     def model_to_device(self) -> None:

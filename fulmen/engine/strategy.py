@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
+    from fulmen.supervision.protocols import SupervisedRun
+    from fulmen.supervision.watchdog import Watchdog
+
 # How the precision's context around a step is called, where it is not called like the step.
 STEP_CONTEXTS = {"training_step": "train_step", "validation_step": "val_step"}
 
@@ -48,7 +51,9 @@ class Strategy(KeywordHints, ABC):
     launcher: Any = None  # starts the processes of a run; None when this one is enough
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     forbids_inference_tensors = False  # do collectives refuse tensors made in inference mode?
-    watchdog: Any = None  # of a run on several processes
+    watchdog: Watchdog | None = None  # of a run on several processes
+    watchdog_timeout_s: float | None = None  # seconds; None asks FULMEN_WATCHDOG_TIMEOUT_S, and 0 means no watchdog
+    report_to_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
     defers_gradient_reduction = False  # are gradients of an accumulation window out of reach before they are reduced?
     save_is_collective = False  # do all processes have to write a checkpoint together?
     aborting = False  # does an exception end this process's part in the run?
@@ -317,12 +322,16 @@ class Strategy(KeywordHints, ABC):
 
     def abort(self, error: BaseException) -> BaseException:
         """An exception ends this process's part in the run: nobody waits for others now. Returns the real reason."""
-        self.aborting = True
+        self.abort_collectives()
         if isinstance(self.checkpoint_io, AsyncCheckpointIO):
             self.checkpoint_io.drain_jobs()  # it was logged if that failed, and the exception is what counts now
-        return error if self.watchdog is None else self.watchdog.failed(error)
+        return error if self.watchdog is None else self.watchdog.handle_failure(error)
 
-    def start_watchdog(self, trainer: Any) -> None:
+    def abort_collectives(self) -> None:
+        """From now on they do nothing: this process leaves the run."""
+        self.aborting = True
+
+    def start_watchdog(self, run: SupervisedRun) -> None:
         """The processes have met: from now on, one that fails is found out."""
 
     def stop_watchdog(self) -> None:

@@ -75,6 +75,13 @@ class Signals:
         if self.cluster is not None and self.requeueing:
             self.cluster.requeue()
 
+    def request_stop(self, number: int) -> bool:
+        """The run ends at the next boundary because of this signal; False if it does because of another."""
+        if self.pending is not None:
+            return False
+        self.pending = number
+        return True
+
     def exception(self) -> BaseException:
         """What ends the run."""
         return KeyboardInterrupt() if self.pending == signal.SIGINT else SIGTERMException(TERMINATED)
@@ -108,8 +115,7 @@ class Signals:
             os.kill(os.getpid(), number)
             return
         self.received_sigterm = self.received_sigterm or number == signal.SIGTERM
-        if self.pending is None:
-            self.pending = number
+        if self.request_stop(number):
             self._say(f"Received {signal.Signals(number).name}: the run ends after the current step.")
         if callable(before):
             before(number, frame)
@@ -122,7 +128,7 @@ class Signals:
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
-        self.pending = number if self.pending is None else self.pending
+        self.request_stop(number)
         self._say("Ctrl-C: the run ends after the current step. Press it again to stop at once.")
 
     def _say(self, text: str) -> None:

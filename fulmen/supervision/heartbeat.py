@@ -1,7 +1,7 @@
-"""`Board`: a few values that all processes of a run can read, over connections that show when a process is gone.
+"""`StatusChannel`: heartbeats, verdicts and a few more values, between all processes of a run.
 
-Not a store of `torch.distributed`: those print the stack of their C++ code when they lose a connection, keep every user
-waiting while one waits, and do not tell who left.
+Its connections show when a process is gone. A store of `torch.distributed` does not tell who left, prints the stack of
+its C++ code when it loses a connection, and keeps every user waiting while one waits.
 """
 
 from __future__ import annotations
@@ -14,18 +14,33 @@ import selectors
 import socket
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from fulmen.supervision.messages import VALUE_TYPES, Heartbeat, Verdict, parse_value
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 CONNECT_SECONDS = 10.0
-MOST_STRANGERS, LONGEST_HELLO, LONGEST_MESSAGE = 64, 256, 1 << 20  # connections; bytes of a line
+MAX_STRANGERS = 64
+MAX_HELLO_BYTES = 256
+MAX_MESSAGE_BYTES = 1 << 20
 # Not `select`, which takes no descriptor above 1,023.
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+_Selector = selectors.PollSelector if hasattr(selectors, "PollSelector") else selectors.SelectSelector
 
 
-class Board:
-    """Rank 0 keeps the values, the others send theirs there as lines of JSON. Only some travel on to all.
+class Message(NamedTuple):
+    """One line that came over a connection, with a value of any shape."""
 
-    Whoever connects must say the secret of the run first, which is in the store. What else comes is dropped.
+    key: str
+    value: object
+
+
+class StatusChannel:
+    """Rank 0 keeps the values, the others send theirs there as lines of JSON. Only some are forwarded to all.
+
+    Whoever connects must say the secret of the run first, which is in the store. What else comes is dropped, and so are
+    values of unknown keys or of other types than `VALUE_TYPES` has.
 
     Arguments:
         store: where rank 0 writes its port, once.
@@ -35,89 +50,115 @@ class Board:
         OSError: rank 0 cannot be reached.
     """
 
-    def __init__(self, rank: int, store: Any, address: str) -> None:
-        self.rank, self.values, self.lock = rank, dict[str, Any](), threading.RLock()
+    def __init__(self, rank: int, store: Store, address: str) -> None:
+        self.rank = rank
+        self.values: dict[str, object] = {}
+        self.lock = threading.RLock()
         self.peers: dict[socket.socket, bytearray] = {}  # what came from them and is no whole line yet
         self.ranks: dict[socket.socket, int] = {}
         self.strangers: dict[socket.socket, float] = {}  # who has not said the secret yet, and until when it may
         self.gone: set[int] = set()  # ranks whose connection ended
         self.listener: socket.socket | None = None
+        self.reader = 0  # the thread that polls
         if rank == 0:
             try:
-                self.listener = listen(address)
+                self.listener = open_listener(address)
             except OSError:
-                store.set("board", "-")  # nobody waits for it
+                store.set("channel", "-")  # nobody waits for it
                 raise
             self.token = secrets.token_hex(16)
-            store.set("board", f"{self.listener.getsockname()[1]} {self.token}")
+            store.set("channel", f"{self.listener.getsockname()[1]} {self.token}")
             return
-        told = store.get("board").decode().split()
-        if len(told) != 2:
+        port, _, self.token = store.get("channel").decode().partition(" ")
+        if not self.token:
             raise OSError("it could not listen")
-        self.token = told[1]
-        connection = socket.create_connection((address, int(told[0])), timeout=CONNECT_SECONDS)
-        self.ranks[connection], self.peers[connection] = 0, bytearray()
-        self.send(connection, "hello", [rank, self.token])
+        connection = socket.create_connection((address, int(port)), timeout=CONNECT_SECONDS)
+        self.ranks[connection] = 0
+        self.peers[connection] = bytearray()
+        self.send_message(connection, "hello", [rank, self.token])
 
-    def set(self, key: str, value: Any) -> None:
+    @property
+    def verdict(self) -> Verdict | None:
+        """The first that was published by any rank."""
+        return cast("Verdict | None", self.values.get("verdict"))
+
+    def last_heartbeat(self, rank: int) -> Heartbeat | None:
+        return cast("Heartbeat | None", self.values.get(f"heartbeat/{rank}"))
+
+    def publish_value(self, key: str, value: object) -> None:
         """Tells rank 0; a "verdict" counts only if it is the first."""
         if self.rank == 0:
-            self.take(key, value)
+            self.store_value(key, value)
         else:
             for connection in list(self.peers):
-                self.send(connection, key, value)
+                self.send_message(connection, key, value)
 
-    def take(self, key: str, value: Any) -> None:
-        """A value has come."""
+    def store_value(self, key: str, value: object) -> None:
+        """Keeps a value, and on rank 0 forwards it to whom it concerns."""
         with self.lock:
             if key == "verdict" and key in self.values:
                 return
             self.values[key] = value
             if self.rank != 0:
                 return
-            if key in ("verdict", "reported", "signal", "beat/0") or key.startswith("closed/"):
-                receivers = set(self.ranks.values())
-            elif key.startswith("at/"):  # for who reports
-                receivers = {self.values.get("verdict", {}).get("by")}
-            else:
-                return
+            receivers: set[int] = set()
+            if key in ("verdict", "reported", "signal", "heartbeat/0") or key.startswith("closed/"):
+                receivers.update(self.ranks.values())
+            elif key.startswith("location/") and self.verdict is not None:
+                receivers.add(self.verdict.reporter)
             for connection in [peer for peer, rank in self.ranks.items() if rank in receivers]:
-                self.send(connection, key, value)
+                self.send_message(connection, key, value)
 
-    def send(self, connection: socket.socket, key: str, value: Any) -> None:
+    def send_message(self, connection: socket.socket, key: str, value: object) -> None:
         with self.lock, contextlib.suppress(OSError):
             connection.settimeout(1.0)
-            connection.sendall(json.dumps([key, value]).encode() + b"\n")
+            connection.sendall(json.dumps([key, value], default=vars).encode() + b"\n")
 
-    def pump(self, seconds: float, also: socket.socket | None = None) -> bool:
-        """Takes what comes, for at most so long; whether something can be read from `also`. For one thread only."""
+    def poll_connections(self, seconds: float, also: socket.socket | None = None) -> bool:
+        """Reads what arrives, for at most so long; whether something can be read from `also`. For one thread only."""
+        self.reader = threading.get_ident()
         try:
-            ready = readable([*self.peers, *filter(None, (self.listener, also))], seconds)
+            ready = ready_sockets([*self.peers, *filter(None, (self.listener, also))], seconds)
         except (OSError, ValueError, KeyError):  # closed meanwhile
             time.sleep(min(seconds, 0.05))
             return False
         for source in ready:
             if source is self.listener:
-                self.accept()
+                self.accept_stranger(source)
             elif source is not also and source in self.peers:
-                self.read(source)
+                self.read_connection(source)
         for stranger in [one for one, until in self.strangers.items() if until < time.monotonic()]:
-            self.drop(stranger)
+            self.drop_connection(stranger)
         return also in ready
 
-    def accept(self) -> None:
+    def wait_for(self, key: str, deadline: float) -> object:
+        """The value that is published under this key; None if it does not come."""
+        while (found := self.values.get(key)) is None and time.monotonic() < deadline:
+            if self.rank != 0 and not self.peers:
+                break
+            self.pause(0.02)
+        return found
+
+    def pause(self, seconds: float) -> None:
+        """Lets time pass, in which values arrive: the thread that polls must do so meanwhile."""
+        if threading.get_ident() == self.reader:
+            self.poll_connections(seconds)
+        else:
+            time.sleep(seconds)
+
+    def accept_stranger(self, listener: socket.socket) -> None:
         """Somebody connects. Of those that say nothing only so many are kept, so that descriptors do not run out."""
-        assert self.listener is not None
-        if len(self.strangers) >= MOST_STRANGERS:
-            self.drop(next(iter(self.strangers)))
+        if len(self.strangers) >= MAX_STRANGERS:
+            self.drop_connection(next(iter(self.strangers)))
         try:
-            connection = self.listener.accept()[0]
+            connection = listener.accept()[0]
         except OSError:
             time.sleep(0.05)  # no descriptor is free: it would be reported as ready again at once
             return
-        self.peers[connection], self.strangers[connection] = bytearray(), time.monotonic() + CONNECT_SECONDS
+        self.peers[connection] = bytearray()
+        self.strangers[connection] = time.monotonic() + CONNECT_SECONDS
 
-    def drop(self, connection: socket.socket) -> None:
+    def drop_connection(self, connection: socket.socket) -> None:
         """Ends a connection; if it was that of a rank, the rank is gone."""
         with self.lock:  # the main thread may be sending to all
             self.peers.pop(connection, None)
@@ -127,13 +168,13 @@ class Board:
         with contextlib.suppress(OSError):
             connection.close()
 
-    def drain(self, rank: int) -> None:
-        """Takes all that a process which has ended had sent."""
+    def read_remaining(self, rank: int) -> None:
+        """Reads all that a process which has ended had sent."""
         for connection in [peer for peer, whose in self.ranks.items() if whose == rank]:
-            while connection in self.peers and readable([connection], 0):
-                self.read(connection)
+            while connection in self.peers and ready_sockets([connection], 0):
+                self.read_connection(connection)
 
-    def read(self, connection: socket.socket) -> None:
+    def read_connection(self, connection: socket.socket) -> None:
         data = b""
         with contextlib.suppress(OSError):
             data = connection.recv(1 << 16)
@@ -141,38 +182,38 @@ class Board:
         self.peers[connection] = bytearray(rest)
         for line in lines:
             if connection in self.peers:
-                self.hear(connection, bytes(line))
-        limit = LONGEST_HELLO if connection in self.strangers else LONGEST_MESSAGE
+                self.handle_line(connection, bytes(line))
+        limit = MAX_HELLO_BYTES if connection in self.strangers else MAX_MESSAGE_BYTES
         if connection in self.peers and (not data or len(rest) > limit):
-            self.drop(connection)
+            self.drop_connection(connection)
 
-    def hear(self, connection: socket.socket, line: bytes) -> None:
+    def handle_line(self, connection: socket.socket, line: bytes) -> None:
         """One line. A stranger is asked for the secret before anything of it is taken apart any further."""
-        known = connection in self.ranks
-        message = parsed(line, LONGEST_MESSAGE if known else LONGEST_HELLO)
-        if known and message is not None:
-            self.take(*message)
-        elif not known and not self.welcome(connection, message):
-            self.drop(connection)
+        if connection not in self.ranks:
+            if not self.admit_rank(connection, parse_line(line, MAX_HELLO_BYTES)):
+                self.drop_connection(connection)
+        elif message := parse_line(line, MAX_MESSAGE_BYTES):
+            kind = VALUE_TYPES.get(message.key.partition("/")[0])
+            value = None if kind is None else parse_value(kind, message.value)
+            if value is not None:
+                self.store_value(message.key, value)
 
-    def welcome(self, connection: socket.socket, message: tuple[str, Any] | None) -> bool:
+    def admit_rank(self, connection: socket.socket, message: Message | None) -> bool:
         """Is it a process of this run, which says so for the first time?"""
-        key, value = message or ("", None)
-        if key != "hello" or not isinstance(value, list) or [type(part) for part in value] != [int, str]:
+        if message is None or message.key != "hello" or not isinstance(message.value, list):
             return False
-        rank, token = value
-        if (
-            not hmac.compare_digest(token.encode(errors="replace"), self.token.encode())
-            or rank < 1
-            or rank in self.ranks.values()
-        ):
+        if [type(part) for part in message.value] != [int, str]:
+            return False
+        rank, token = message.value
+        knows_secret = hmac.compare_digest(token.encode(errors="replace"), self.token.encode())
+        if not knows_secret or rank < 1 or rank in self.ranks.values():
             return False
         with self.lock:
             self.ranks[connection] = rank
             self.strangers.pop(connection, None)
             for key in ("verdict", "reported", "signal"):
                 if key in self.values:
-                    self.send(connection, key, self.values[key])
+                    self.send_message(connection, key, self.values[key])
         return True
 
     def close(self) -> None:
@@ -193,18 +234,18 @@ class Board:
         self.peers.clear()
 
 
-def listen(address: str) -> socket.socket:
+def open_listener(address: str) -> socket.socket:
     """At a free port of that address."""
-    family, *_, place = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    family, *_, found = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
     try:
-        return socket.create_server((str(place[0]), 0), family=family)
+        return socket.create_server((str(found[0]), 0), family=family)
     except OSError:  # the address belongs to what forwards to this machine
         both = socket.has_dualstack_ipv6()
         any_family = socket.AF_INET6 if both else socket.AF_INET
         return socket.create_server(("", 0), family=any_family, dualstack_ipv6=both)
 
 
-def readable(sources: list[socket.socket], seconds: float) -> list[socket.socket]:
+def ready_sockets(sources: list[socket.socket], seconds: float) -> list[socket.socket]:
     """Those from which something can be read, once there are any."""
     with _Selector() as selector:
         for source in sources:
@@ -212,9 +253,9 @@ def readable(sources: list[socket.socket], seconds: float) -> list[socket.socket
         return [key.data for key, _ in selector.select(seconds)]
 
 
-def parsed(line: bytes, longest: int) -> tuple[str, Any] | None:
+def parse_line(line: bytes, max_bytes: int) -> Message | None:
     """The key and value of a line, if it is one."""
-    if len(line) > longest:
+    if len(line) > max_bytes:
         return None
     try:
         message = json.loads(line)
@@ -222,4 +263,4 @@ def parsed(line: bytes, longest: int) -> tuple[str, Any] | None:
         return None
     if not isinstance(message, list) or len(message) != 2 or not isinstance(message[0], str):
         return None
-    return message[0], message[1]
+    return Message(*message)

@@ -1,8 +1,7 @@
-"""What a thread is doing, where an error came from, and tracebacks without the frames of libraries."""
+"""What a thread does, sampled from its stack; where an error came from; tracebacks without the frames of libraries."""
 
 from __future__ import annotations
 
-import contextlib
 import linecache
 import os
 import re
@@ -10,15 +9,20 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any
+from dataclasses import replace
+from types import FrameType
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from fulmen.supervision import loader_workers
+from fulmen.supervision.messages import Activity, ThreadState
+from fulmen.supervision.processes import cpu_seconds, waits_in_kernel
 from fulmen.utilities.introspection import in_library
 
-_TORCH, _FULMEN = os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__))
+_TORCH = os.path.dirname(torch.__file__)
+_FULMEN = os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
 _COLLECTIVES = tuple(
     os.path.join(_TORCH, *path) for path in (("distributed", ""), ("nn", "parallel", "distributed.py"))
@@ -43,75 +47,118 @@ _DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py", "debugger.py")
 IN_BACKWARD = "the backward pass, where gradients are exchanged"
 
 
-class Sample:
-    """What the main thread does, and since when it does just that."""
+class StackPosition(NamedTuple):
+    """Where a stack is."""
 
-    def __init__(self) -> None:
-        self.key: Any = None
-        self.seq, self.frozen_at = -1, time.monotonic()
-        self.moved_at = self.idle_at = self.frozen_at
-        self.used = 0.0  # processor time at `idle_at`
-        self.frozen = 0.0
-        self.last: dict[str, Any] = {"kind": "busy", "what": "", "where": "", "seq": 0, "frozen": 0.0, "since": 0.0}
-
-    def take(self, thread: threading.Thread, patience: float) -> dict[str, Any]:
-        """Looks at it now.
-
-        Returns:
-            kind: "waiting" in a collective, "asleep" in the user's code, here or in the loader's worker that it waits
-                for, idle "outside" of it, or "busy".
-            what, where: the collective; the place in the source.
-            seq: how many collectives this process has begun.
-            frozen, since: seconds in this very place, and idle if asleep or outside; seconds since the last collective.
-        """
-        frames, frame = [], sys._current_frames().get(thread.ident or 0)
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
-        now, seq = time.monotonic(), collectives_begun()
-        loader = loader_workers.waiting_for(frames)
-        outer = frames[frames.index(loader) :] if loader is not None else frames  # it looks around now and then
-        key = [(id(frame.f_code), frame.f_lasti) for frame in outer]
-        if seq != self.seq:
-            self.moved_at = now
-        if key != self.key or seq != self.seq:
-            self.key, self.seq, self.frozen_at = key, seq, now
-            self.idle_at, self.used = now, cpu_seconds()
-        self.frozen = now - self.frozen_at
-        idle = (used := cpu_seconds()) - self.used < 0.02 * (now - self.idle_at) + 0.05
-        if not idle:
-            self.idle_at, self.used = now, used
-        what, where = doing(frames)
-        own = bool(frames) and (not in_library(frames[0].f_code.co_filename) or only_waits(frames, thread))
-        own = own and not (self.frozen > patience / 2 and loader_workers.waits_outside(thread.native_id))
-        if loader is not None and idle and self.frozen > patience / 2:
-            own, worker = loader_workers.looked_at(loader)
-            where = f"{where}, waiting for {worker}"
-        files = [frame.f_code.co_filename for frame in frames]
-        runs = any(file.startswith(_RUN if own else _LOOPS) for file in files)
-        debugged = any(file.endswith(_DEBUGGERS) for file in files)
-        kind = "busy" if not idle or not runs or debugged else "asleep" if own else "outside"
-        if what and (idle or what != IN_BACKWARD):  # a backward pass may also compute
-            kind = "waiting"
-        elif kind != "busy":  # the time before, when it or what it started computed, does not count
-            self.frozen = now - self.idle_at
-        stack = ""
-        if now - self.moved_at > patience / 2:
-            found = traceback.StackSummary.extract(((f, f.f_lineno or 0) for f in reversed(frames)), lookup_lines=True)
-            stack = readable("Stack (most recent call last):\n" + "".join(found.format()))
-        self.last = {
-            "kind": kind, "what": what, "where": where, "seq": seq, "frozen": self.frozen,
-            "since": now - self.moved_at, "stack": bounded(stack),
-        }  # fmt: skip
-        return dict(self.last)
-
-    def overslept(self, thread: threading.Thread, patience: float) -> bool:
-        """Does it sleep in the user's code for longer than that?"""
-        told = self.take(thread, patience)
-        return bool(told["kind"] == "asleep" and told["frozen"] > patience)
+    collective: str  # that its innermost frames belong to, or ""
+    location: str  # in the source
 
 
-def only_waits(frames: list[Any], thread: threading.Thread) -> bool:
+class ThreadProbe:
+    """Samples what a thread does, and compares with the samples before: for how long has it done just that?
+
+    Arguments:
+        thread: of this process.
+        patience_s: how long it may stand still. From half of that on, samples hold the stack and look at loaders' workers.
+    """
+
+    def __init__(self, thread: threading.Thread, patience_s: float) -> None:
+        self.thread = thread
+        self.patience_s = patience_s
+        self.place: list[tuple[int, int]] = []  # code and instruction of each frame
+        self.sequence = -1
+        self.place_since = self.sequence_since = self.idle_since = time.monotonic()
+        self.cpu_at_idle = 0.0  # processor time at `idle_since`
+        self.last = Activity()
+
+    def sample(self) -> Activity:
+        """What it does now."""
+        frames = outer_frames(sys._current_frames().get(self.thread.ident or 0))
+        loader = loader_workers.find_loader_frame(frames)
+        # A loader that waits for its workers looks around now and then.
+        idle = self._update_clocks(frames if loader is None else frames[frames.index(loader) :])
+        now = time.monotonic()
+        unchanged = now - self.place_since
+        collective, location = describe_frames(frames)
+        asleep = self._is_in_user_code(frames, unchanged)
+        if loader is not None and idle and unchanged > self.patience_s / 2:
+            worker = loader_workers.inspect_worker(loader)
+            asleep = worker.is_stuck
+            location = f"{location}, waiting for {worker.description}"
+        state = classify_thread(frames, collective, idle, asleep)
+        if state in (ThreadState.ASLEEP, ThreadState.OUTSIDE):
+            unchanged = now - self.idle_since  # the time before, when it or what it started computed, does not count
+        since_collective = now - self.sequence_since
+        stack = format_stack(frames) if since_collective > self.patience_s / 2 else ""
+        self.last = Activity(state, collective, location, self.sequence, unchanged, since_collective, stack)
+        return self.last
+
+    def freeze_position(self, frames: list[FrameType]) -> None:
+        """What failed here is what the last sample tells from now on."""
+        collective, location = describe_frames(frames)
+        self.last = replace(self.last, collective=collective, location=location)
+
+    def is_overdue(self) -> bool:
+        """Has it slept in the user's code for longer than it may?"""
+        activity = self.sample()
+        return activity.state is ThreadState.ASLEEP and activity.unchanged_s > self.patience_s
+
+    def _update_clocks(self, frames: list[FrameType]) -> bool:
+        """Notes what has changed since the last sample. Returns whether the process has been idle since `idle_since`."""
+        now = time.monotonic()
+        used = cpu_seconds()
+        sequence = collectives_begun()
+        place = [(id(frame.f_code), frame.f_lasti) for frame in frames]
+        if sequence != self.sequence:
+            self.sequence_since = now
+        moved = place != self.place or sequence != self.sequence
+        if moved:
+            self.place_since = now
+        idle = moved or used - self.cpu_at_idle < 0.02 * (now - self.idle_since) + 0.05
+        if moved or not idle:
+            self.idle_since = now
+            self.cpu_at_idle = used
+        self.place = place
+        self.sequence = sequence
+        return idle
+
+    def _is_in_user_code(self, frames: list[FrameType], unchanged: float) -> bool:
+        if not frames or (in_library(frames[0].f_code.co_filename) and not only_waits(frames, self.thread)):
+            return False
+        return unchanged <= self.patience_s / 2 or not waits_in_kernel(self.thread.native_id)
+
+
+def outer_frames(frame: FrameType | None) -> list[FrameType]:
+    """That frame and those around it, innermost first."""
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def classify_thread(frames: list[FrameType], collective: str, idle: bool, asleep: bool) -> ThreadState:
+    if collective and (idle or collective != IN_BACKWARD):  # a backward pass may also compute
+        return ThreadState.WAITING
+    if not idle or not is_in_run(frames, asleep):
+        return ThreadState.BUSY
+    return ThreadState.ASLEEP if asleep else ThreadState.OUTSIDE
+
+
+def is_in_run(frames: list[FrameType], asleep: bool) -> bool:
+    """Is a run on the stack, and no debugger? Who sleeps outside of the loops, in a hook of the trainer, counts too."""
+    files = [frame.f_code.co_filename for frame in frames]
+    runs = any(file.startswith(_RUN if asleep else _LOOPS) for file in files)
+    return runs and not any(file.endswith(_DEBUGGERS) for file in files)
+
+
+def format_stack(frames: list[FrameType]) -> str:
+    """The stack as it is printed."""
+    found = traceback.StackSummary.extract(((f, f.f_lineno or 0) for f in reversed(frames)), lookup_lines=True)
+    return truncate_middle(strip_library_frames("Stack (most recent call last):\n" + "".join(found.format())))
+
+
+def only_waits(frames: list[FrameType], thread: threading.Thread) -> bool:
     """Does this thread wait for another one of which none could wait for a disk or a network?"""
     if not frames[0].f_code.co_filename.startswith(_WAITS):
         return False
@@ -120,52 +167,53 @@ def only_waits(frames: list[Any], thread: threading.Thread) -> bool:
     return all(file.startswith((*_WAITS, _FULMEN)) or not in_library(file) for file in tops)
 
 
-def doing(frames: list[Any]) -> tuple[str, str]:
-    """Which collective the innermost frames belong to, if any; and the place."""
-    what = ""
+def describe_frames(frames: list[FrameType]) -> StackPosition:
+    """Where the thread with these frames is."""
     outside = next((i for i, frame in enumerate(frames) if not frame.f_code.co_filename.startswith(_TORCH)), 0)
+    own = next((frame for frame in frames if not in_library(frame.f_code.co_filename)), None)
+    if collective := find_collective(frames, outside):
+        return StackPosition(collective, f"{collective}, called at {frame_location(own or frames[outside])}")
+    if not frames:
+        return StackPosition("", "no Python code")
+    nearest = own or frames[0]
+    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno or 0).strip()[:200]
+    inside = f", inside of {frame_location(frames[0])}" if nearest is not frames[0] else ""
+    return StackPosition("", f"{frame_location(nearest)}{f': `{line}`' if line else ''}{inside}")
+
+
+def find_collective(frames: list[FrameType], outside: int) -> str:
+    """The collective that the frames within torch, which are those before `outside`, belong to, if any."""
+    found = ""
     for frame in frames[:outside]:
         file = frame.f_code.co_filename
         if file.startswith(_COLLECTIVES) and not file.endswith("c10d_logger.py"):
-            what = frame.f_code.co_name  # the outermost of them, which was called
+            found = frame.f_code.co_name  # the outermost of them, which was called
         elif file == _BACKWARD:
-            what = IN_BACKWARD
-    if not what and frames and frames[0].f_code.co_filename in _EXCHANGES:  # in the store of the group
-        what = frames[0].f_code.co_name
-    own = next((frame for frame in frames if not in_library(frame.f_code.co_filename)), None)
-    if what:
-        return what, f"{what}, called at {place(own or frames[outside])}"
-    nearest = own if own is not None else frames[0] if frames else None
-    if nearest is None:
-        return "", "no Python code"
-    line = linecache.getline(nearest.f_code.co_filename, nearest.f_lineno or 0).strip()[:200]
-    inside = f", inside of {place(frames[0])}" if nearest is not frames[0] else ""
-    return "", f"{place(nearest)}{f': `{line}`' if line else ''}{inside}"
+            found = IN_BACKWARD
+    if not found and frames and frames[0].f_code.co_filename in _EXCHANGES:  # in the store of the group
+        found = frames[0].f_code.co_name
+    return found
 
 
-def place(frame: Any, line: int | None = None) -> str:
+def frame_location(frame: FrameType, line: int | None = None) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{line or frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def frames_of(error: BaseException) -> list[Any]:
+def frames_of(error: BaseException) -> list[FrameType]:
     """The frames that an error went through, and those around where it is handled; innermost first."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
-    frame = frames[-1].f_back if frames else sys._getframe(1)
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
+    return frames + outer_frames(frames[-1].f_back if frames else sys._getframe(1))
 
 
-def origin(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """The last place in the user's code that an error came through."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         if not in_library(frame.f_code.co_filename):
-            return place(frame, line)
+            return frame_location(frame, line)
     for file, line, name in reversed(_FRAME.findall(str(error))):  # of a loader's worker
         if not in_library(file):
             return f"{os.path.basename(file)}:{line} in {name}"
-    return doing(frames_of(error))[1]
+    return describe_frames(frames_of(error)).location
 
 
 def collectives_begun() -> int:
@@ -176,29 +224,7 @@ def collectives_begun() -> int:
         return 0
 
 
-def cpu_seconds() -> float:
-    """Of this process without the thread that asks and, where that is told, of those that it started."""
-    total, todo = time.process_time() - time.thread_time(), _children(os.getpid())
-    while todo:
-        pid = todo.pop()
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            with open(f"/proc/{pid}/stat") as file:
-                numbers = file.read().rpartition(")")[2].split()
-            total += (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
-            todo += _children(pid)
-    return total
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as file:
-                found += map(int, file.read().split())
-    return found
-
-
-def because_of_others(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Did a collective fail, because another process is not there?"""
     if not isinstance(error, RuntimeError):
         return False
@@ -207,17 +233,18 @@ def because_of_others(error: BaseException) -> bool:
     return bool((isinstance(error, dist.DistError) or in_torch) and _BROKEN.search(str(error)))
 
 
-def bounded(text: str, most: int = 100_000) -> str:
+def truncate_middle(text: str, max_length: int = 100_000) -> str:
     """Without its middle, if it is too long to be sent."""
-    return text if len(text) <= most else f"{text[: most // 2]}\n...\n{text[-most // 2 :]}"
+    return text if len(text) <= max_length else f"{text[: max_length // 2]}\n...\n{text[-max_length // 2 :]}"
 
 
-def readable(text: str) -> str:
+def strip_library_frames(text: str) -> str:
     """A traceback without the frames of torch and fulmen."""
     if os.environ.get("FULMEN_FULL_TRACEBACK") == "1":
         return text
     kept: list[str] = []
-    cut, skipping = 0, False
+    cut = 0
+    skipping = False
     for line in text.splitlines():
         if match := _FRAME.match(line):
             file = match[1]

@@ -162,21 +162,21 @@ class Disturbs(pl.Callback):
 
     def on_train_start(self, trainer, *_):
         if trainer.global_rank == 0:
-            board = trainer.strategy.watchdog.board
-            with socket.create_connection(board.listener.getsockname()) as stranger:
+            channel = trainer.strategy.watchdog.channel
+            with socket.create_connection(channel.listener.getsockname()) as stranger:
                 stranger.sendall(b"[" * 200 + b"\n")
                 stranger.sendall(b"[" * 100_000)
             until = time.monotonic() + 2
             while time.monotonic() < until:
-                board.values["beat/1"] = "not what a rank says"
+                channel.values["heartbeat/1"] = "not what a rank says"
                 time.sleep(0.001)
 
 
-def test_a_watchdog_that_fails_says_so_and_watches_on(capfd):
+def test_a_watchdog_that_fails_says_so_and_continues(capfd):
     with pytest.raises(RuntimeError, match="Rank 1 stands still"):
         run(Disturbs(), Fails("on_train_epoch_end", "asleep", 1))
     said = capfd.readouterr().err
-    assert "The watchdog of rank 0 failed, and watches on:" in said and "TypeError" in said
+    assert "The watchdog of rank 0 failed, and continues:" in said and "AttributeError" in said
 
 
 def test_a_program_that_a_hook_waits_for_is_not_sleep():
@@ -192,13 +192,13 @@ def test_a_program_that_a_hook_waits_for_is_not_sleep():
 
 def test_a_rank_that_is_done_is_not_taken_for_one_that_is_gone(monkeypatch):
     """However slowly its main thread says that it is done."""
-    beat = Watchdog.beat
+    send_heartbeat = Watchdog.send_heartbeat
 
-    def slow(watchdog):
+    def slow(watchdog, done=False):
         if threading.current_thread() is threading.main_thread():
             time.sleep(0.5)
-        beat(watchdog)
+        send_heartbeat(watchdog, done)
 
-    monkeypatch.setattr(Watchdog, "beat", slow)
+    monkeypatch.setattr(Watchdog, "send_heartbeat", slow)
     for _ in range(3):
         run()

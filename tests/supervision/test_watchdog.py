@@ -19,8 +19,9 @@ from ranks import run_ranks
 from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
-from fulmen.supervision.heartbeat import Board
-from fulmen.supervision.stack_sampler import Sample, readable
+from fulmen.supervision.heartbeat import StatusChannel
+from fulmen.supervision.messages import FailureKind, ThreadState, Verdict
+from fulmen.supervision.stack_sampler import ThreadProbe, strip_library_frames
 from fulmen.supervision.watchdog import limit_seconds
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -267,23 +268,23 @@ def test_a_signal_ends_processes_that_hang(run) -> None:
 def two_trainers() -> list[int]:
     ports = []
     for _ in range(2):
-        trainer = make_trainer(devices=2, strategy="ddp", max_steps=1, callbacks=BoardSeen(ports))
+        trainer = make_trainer(devices=2, strategy="ddp", max_steps=1, callbacks=PortSeen(ports))
         if trainer.global_rank == 0:
             time.sleep(0.5)  # the other is first at the second run
         trainer.fit(Regression(), make_loader())
     return ports
 
 
-class BoardSeen(pl.Callback):
+class PortSeen(pl.Callback):
     """Notes where this process looks for the watchdog of rank 0."""
 
     def __init__(self, ports: list[int]) -> None:
         self.ports = ports
 
     def on_train_start(self, trainer, pl_module) -> None:
-        board = trainer.strategy.watchdog.board
-        socket = board.listener or next(iter(board.peers))
-        self.ports.append((socket.getsockname() if board.listener else socket.getpeername())[1])
+        channel = trainer.strategy.watchdog.channel
+        socket = channel.listener or next(iter(channel.peers))
+        self.ports.append((socket.getsockname() if channel.listener else socket.getpeername())[1])
 
 
 def test_a_second_trainer_of_a_script_has_a_watchdog_of_its_own() -> None:
@@ -301,41 +302,43 @@ def test_the_limit_must_be_a_number(monkeypatch) -> None:
         limit_seconds()
 
 
-def test_the_first_verdict_on_a_board_counts_for_all() -> None:
+def test_the_first_verdict_that_is_published_counts_for_all() -> None:
     store = torch.distributed.HashStore()
-    boards = [Board(rank, store, "127.0.0.1") for rank in range(3)]
+    channels = [StatusChannel(rank, store, "127.0.0.1") for rank in range(3)]
+    verdicts = [Verdict(rank, FailureKind.GONE, "is gone") for rank in range(3)]
 
-    def settle() -> None:
+    def exchange_all() -> None:
         for _ in range(20):
-            for board in boards:
-                board.pump(0.001)
+            for channel in channels:
+                channel.poll_connections(0.001)
 
-    settle()
-    boards[2].set("verdict", {"rank": 2})
-    settle()
-    boards[1].set("verdict", {"rank": 1})
-    boards[0].set("verdict", {"rank": 0})
-    settle()
-    assert [board.values["verdict"] for board in boards] == [{"rank": 2}] * 3
-    boards[1].close()
-    settle()
-    assert boards[0].gone == {1}
-    for board in boards:
-        board.close()
+    exchange_all()
+    channels[2].publish_value("verdict", verdicts[2])
+    exchange_all()
+    channels[1].publish_value("verdict", verdicts[1])
+    channels[0].publish_value("verdict", verdicts[0])
+    exchange_all()
+    assert [channel.verdict for channel in channels] == [verdicts[2]] * 3
+    channels[1].close()
+    exchange_all()
+    assert channels[0].gone == {1}
+    for channel in channels:
+        channel.close()
 
 
 def test_what_a_thread_does_is_told_from_its_stack() -> None:
-    release, sample = threading.Event(), Sample()
+    release = threading.Event()
     thread = threading.Thread(target=release.wait)
     thread.start()
-    sample.take(thread, 10)
+    probe = ThreadProbe(thread, patience_s=10)
+    probe.sample()
     time.sleep(0.3)
-    told = sample.take(thread, 10)
+    activity = probe.sample()
     release.set()
     thread.join()
-    assert told["frozen"] > 0.2
-    assert "in wait" in told["where"]
-    assert told["kind"] != "waiting"
+    assert activity.unchanged_s > 0.2
+    assert "in wait" in activity.location
+    assert activity.state is not ThreadState.WAITING
 
 
 def test_tracebacks_keep_the_frames_of_the_user(monkeypatch) -> None:
@@ -345,10 +348,10 @@ def test_tracebacks_keep_the_frames_of_the_user(monkeypatch) -> None:
 
     text = "".join(traceback.format_exception(caught.type, caught.value, caught.tb))
     assert "torch/nn" in text.replace(os.sep, "/")
-    assert "torch/nn" not in readable(text).replace(os.sep, "/")
-    assert "x / 0" in readable(text)
+    assert "torch/nn" not in strip_library_frames(text).replace(os.sep, "/")
+    assert "x / 0" in strip_library_frames(text)
     monkeypatch.setenv("FULMEN_FULL_TRACEBACK", "1")
-    assert readable(text) == text
+    assert strip_library_frames(text) == text
 
 
 class Dividing(torch.nn.Module):
