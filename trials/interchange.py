@@ -5,8 +5,8 @@
 Makes an environment in a temporary folder (or uses the one in DIR), which borrows torch from this interpreter and gets
 each version of pytorch-lightning in a folder of its own. Needs a package index; not part of the suite.
 
-- *place*: files, saved inside of different hooks, after which training continues at the epoch, batch and step at which
-  the run that wrote them went on.
+- *position*: files, saved inside of different hooks, after which training continues at the epoch, batch and step at which
+  the run that wrote them continued.
 - *states*: files of which weights and optimizer state are there bit for bit when that next batch is trained.
 - *callbacks*: files after which `ModelCheckpoint` knows as many files in the end as in the unstopped run.
 - *end*: files of a whole number of epochs, from which the run ends in the weights of the unstopped one.
@@ -128,10 +128,14 @@ class Package:
     """A version of a package, ready to run."""
 
     def __init__(self, name: str, version: str, folder: Path) -> None:
-        self.name, self.version, self.folder = name, version, folder
-        self.python, self.paths = sys.executable, [str(Path(fulmen.__file__).parents[1])]
+        self.name = name
+        self.version = version
+        self.folder = folder
+        self.python = sys.executable
+        self.paths = [str(Path(fulmen.__file__).parents[1])]
         if name != "fulmen":
-            self.python, self.paths = str(folder / "env" / "bin" / "python"), [str(folder / version)]
+            self.python = str(folder / "env" / "bin" / "python")
+            self.paths = [str(folder / version)]
             if version < "2":
                 self.paths.append(str(folder / "old-torchmetrics"))
 
@@ -148,7 +152,7 @@ class Package:
         return dict(zip(files, json.loads(line.removeprefix("RESULTS "))))
 
 
-def install(folder: Path, versions: list[str]) -> None:
+def install_versions(folder: Path, versions: list[str]) -> None:
     """The environment, and each version in a folder."""
     env = folder / "env"
     pip = [str(env / "bin" / "python"), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
@@ -166,12 +170,13 @@ def install(folder: Path, versions: list[str]) -> None:
             subprocess.run([*pip, "--no-deps", "--target", str(folder / name), *packages], check=True)
 
 
-def exchanged(writer: Package, reader: Package, folder: Path) -> list[str]:
-    """How many of the files go on as they should; prints what does not."""
+def exchange_files(writer: Package, reader: Package, folder: Path) -> list[str]:
+    """How many of the files continue as they should; prints what does not."""
     own = folder / f"{writer.name}-{writer.version}-{reader.version}"
     own.mkdir()
     files = {case: own / f"{case}.ckpt" for case in CASES}
-    written, read = writer.run(own, False, files), reader.run(own, True, files)
+    written = writer.run(own, False, files)
+    read = reader.run(own, True, files)
     for case, result in read.items():
         if "error" in result:
             print(f"{writer.version} -> {reader.version}, {case}: {result['error']}")
@@ -181,7 +186,7 @@ def exchanged(writer: Package, reader: Package, folder: Path) -> list[str]:
     return [f"{sum(right)}/{len(right)}" for right in (same["next"], states, same["kept"], end)]
 
 
-def golden(folder: Path, version: str, target: Path) -> None:
+def write_golden_file(folder: Path, version: str, target: Path) -> None:
     """Files of a version as text, for the suite: one in full, of the others what tells where they are."""
     import torch
 
@@ -216,18 +221,19 @@ def main() -> None:
     with harness.scratch_folder() as scratch:
         folder = options.folder or scratch
         folder.mkdir(parents=True, exist_ok=True)
-        install(folder, list(options.versions))
+        install_versions(folder, list(options.versions))
         if options.golden:
-            golden(folder, options.versions[0], options.golden)
+            write_golden_file(folder, options.versions[0], options.golden)
             return
-        ours, rows = Package("fulmen", fulmen.__version__, folder), []
+        ours = Package("fulmen", fulmen.__version__, folder)
+        rows = []
         for version in options.versions:
             theirs = Package("pytorch_lightning", version, folder)
-            rows.append((f"{version} -> fulmen", *exchanged(theirs, ours, scratch)))
+            rows.append((f"{version} -> fulmen", *exchange_files(theirs, ours, scratch)))
             if version >= "2":  # older ones do not know the names of today
-                rows.append((f"fulmen -> {version}", *exchanged(ours, theirs, scratch)))
-                rows.append((f"{version} -> {version}", *exchanged(theirs, theirs, scratch)))
-    header = ("written by -> resumed by", "place", "states", "callbacks", "end")
+                rows.append((f"fulmen -> {version}", *exchange_files(ours, theirs, scratch)))
+                rows.append((f"{version} -> {version}", *exchange_files(theirs, theirs, scratch)))
+    header = ("written by -> resumed by", "position", "states", "callbacks", "end")
     harness.print_table("Files", SimpleNamespace(name="fulmen", version=fulmen.__version__), header, rows)
 
 

@@ -33,7 +33,7 @@ from fulmen.checkpoint.paths import find_newest_good
 from fulmen.plugins import TorchCheckpointIO
 
 WEIGHTS = 150_000  # numbers: a file of 0.6 MB, in whose writing there is time for a kill
-STEPS = 300  # more than a process lives to see
+STEPS = 300  # more than a process reaches
 MIXES: dict[str, dict[str, Any]] = {
     "one file, overwritten": {},
     "save_top_k=2": {"monitor": "score", "save_top_k": 2},
@@ -47,11 +47,11 @@ MIXES: dict[str, dict[str, Any]] = {
         "save_last": True,
     },
 }
-PLACES = {"temporary folder": tempfile.gettempdir(), "memory": "/dev/shm"}
+FILE_SYSTEMS = {"temporary folder": tempfile.gettempdir(), "memory": "/dev/shm"}
 
 
 class NaiveIO(TorchCheckpointIO):
-    """What one would write without thinking of kills."""
+    """A writer that does nothing against kills."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -81,7 +81,7 @@ class Event(NamedTuple):
 
 
 @dataclass
-class Found:
+class Findings:
     """What trials have found."""
 
     trials: int = 0
@@ -92,7 +92,7 @@ class Found:
     orphans: int = 0
     complaints: list[str] = field(default_factory=list)
 
-    def add(self, other: Found) -> None:
+    def add(self, other: Findings) -> None:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -101,33 +101,33 @@ class Found:
         return self.unreadable + self.lost + self.orphans
 
 
-def chosen(seed: int, number: int) -> tuple[str, str, random.Random]:
-    """The mix and place of a trial, and its source of chance."""
+def draw_trial(seed: int, number: int) -> tuple[str, str, random.Random]:
+    """The mix and file system of a trial, and its random numbers."""
     chance = random.Random(f"{seed}-{number}")
-    places = [place for place, folder in PLACES.items() if os.path.isdir(folder)]
-    return list(MIXES)[number % len(MIXES)], places[number // len(MIXES) % len(places)], chance
+    file_systems = [file_system for file_system, folder in FILE_SYSTEMS.items() if os.path.isdir(folder)]
+    return list(MIXES)[number % len(MIXES)], file_systems[number // len(MIXES) % len(file_systems)], chance
 
 
-def trial(seed: int, number: int, io: type[TorchCheckpointIO] = TorchCheckpointIO) -> Found:
+def run_trial(seed: int, number: int, io: type[TorchCheckpointIO] = TorchCheckpointIO) -> Findings:
     """One process that saves and is killed; then what its folder holds, and what the next start makes of it."""
-    mix, place, chance = chosen(seed, number)
-    with tempfile.TemporaryDirectory(dir=PLACES[place]) as name:
+    mix, file_system, chance = draw_trial(seed, number)
+    with tempfile.TemporaryDirectory(dir=FILE_SYSTEMS[file_system]) as name:
         folder = Path(name) / "checkpoints"
-        events = killed(folder, mix, io, chance)
-        found = Found(trials=1, inside=int(events[-1].what == "begin"))
+        events = run_until_killed(folder, mix, io, chance)
+        found = Findings(trials=1, inside=int(events[-1].what == "begin"))
         found.half = sum(path.name.startswith(".") for path in folder.iterdir())
         try:
-            start_again(folder, mix, io, *judge(folder, events, found))
+            resume_once(folder, mix, io, *check_files(folder, events, found))
         except Exception:
             found.lost += 1
             found.complaints.append(traceback.format_exc())
         left = [path.name for path in folder.iterdir() if path.name.startswith(".") or path.suffix != ".ckpt"]
         found.orphans = len(left)
-        found.complaints = [f"trial {number} ({mix}, {place}): {text}" for text in [*found.complaints, *left]]
+        found.complaints = [f"trial {number} ({mix}, {file_system}): {text}" for text in [*found.complaints, *left]]
     return found
 
 
-def save_for_ever(folder: Path, mix: str, io: TorchCheckpointIO, seed: int) -> None:
+def save_until_killed(folder: Path, mix: str, io: TorchCheckpointIO, seed: int) -> None:
     """What the killed process does."""
     if not MIXES[mix]:
         folder.mkdir()
@@ -136,40 +136,43 @@ def save_for_ever(folder: Path, mix: str, io: TorchCheckpointIO, seed: int) -> N
             io.save_checkpoint({"global_step": step, "weight": torch.full((WEIGHTS,), -step)}, f"{folder}/model.ckpt")
         return
     callback = ModelCheckpoint(folder, every_n_train_steps=1, **MIXES[mix])
-    trainer_of(callback, io, STEPS).fit(Model(random.Random(seed)), DataLoader(torch.zeros(STEPS, 1), batch_size=None))
+    make_trainer(callback, io, STEPS).fit(
+        Model(random.Random(seed)), DataLoader(torch.zeros(STEPS, 1), batch_size=None)
+    )
 
 
-def trainer_of(callback: ModelCheckpoint, io: TorchCheckpointIO, steps: int) -> pl.Trainer:
+def make_trainer(callback: ModelCheckpoint, io: TorchCheckpointIO, steps: int) -> pl.Trainer:
     options = {**NOTHING_ON, "enable_checkpointing": True, "log_every_n_steps": 1000}
     return pl.Trainer(accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=[callback], plugins=[io], **options)
 
 
-def killed(folder: Path, mix: str, io: type[TorchCheckpointIO], chance: random.Random) -> list[Event]:
-    """What a process that was killed around one of its saves had told.
+def run_until_killed(folder: Path, mix: str, io: type[TorchCheckpointIO], chance: random.Random) -> list[Event]:
+    """What a process had reported when it was killed around one of its saves.
 
     Half of them are killed from outside, at a share of the time that a save takes; the other half kill themselves, at
-    the same share of the calls of a save: the clock seldom meets the short moments.
+    the same share of the calls of a save: the clock seldom hits the short ones.
     """
-    last, share, by_clock, scores = (
-        chance.randrange(2, 6),
-        1.2 * chance.random(),
-        chance.random() < 0.5,
-        chance.random(),
-    )
+    last = chance.randrange(2, 6)
+    share = 1.2 * chance.random()
+    by_clock = chance.random() < 0.5
+    scores = chance.random()
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        with quiet():
+        with without_logs():
             os.close(reading)
-            tell = lambda *said: os.write(writing, f"{json.dumps([*said, time.monotonic()])}\n".encode())  # noqa: E731
+            report = lambda *said: os.write(writing, f"{json.dumps([*said, time.monotonic()])}\n".encode())  # noqa: E731
             try:
-                save_for_ever(folder, mix, telling(io, tell, None if by_clock else last, share)(), int(scores * 1e9))
+                save_until_killed(
+                    folder, mix, reporting_io(io, report, None if by_clock else last, share)(), int(scores * 1e9)
+                )
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(1)
     os.close(writing)
-    events, durations = [], [0.0]
+    events: list[Event] = []
+    durations = [0.0]
     with open(reading) as lines:
         for line in lines:
             events.append(Event(*json.loads(line)))
@@ -177,30 +180,30 @@ def killed(folder: Path, mix: str, io: type[TorchCheckpointIO], chance: random.R
                 durations.append(events[-1].time - events[-2].time)
             elif by_clock and len(durations) > last:
                 # Not slept: that takes longer than what is aimed at.
-                moment = events[-1].time + share * sorted(durations)[len(durations) // 2]
-                while time.monotonic() < moment:
+                kill_at = events[-1].time + share * sorted(durations)[len(durations) // 2]
+                while time.monotonic() < kill_at:
                     pass
                 os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if status != signal.SIGKILL:
-        raise RuntimeError(f"The process that saves ended by itself: {status}. Last it told of {events[-1:]}.")
+        raise RuntimeError(f"The process that saves ended by itself: {status}. Its last report was {events[-1:]}.")
     return events
 
 
-def telling(
-    io: type[TorchCheckpointIO], tell: Callable[..., Any], last: int | None, share: float
+def reporting_io(
+    io: type[TorchCheckpointIO], report: Callable[..., Any], last: int | None, share: float
 ) -> type[TorchCheckpointIO]:
     """A storage that says which file it begins to write, and which one is written.
 
     Given `last`, it kills its process in or behind the save after so many, at a share of the calls of the one before.
     """
 
-    class Telling(io):  # type: ignore[misc, valid-type]
+    class ReportingIO(io):  # type: ignore[misc, valid-type]
         saves = calls = 0
         limit: int | None = None
 
         def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-            tell("begin", str(path), checkpoint["global_step"])
+            report("begin", str(path), checkpoint["global_step"])
             self.saves += 1
             if last is not None and self.limit is None:
                 self.limit = int(share * self.calls) if self.saves > last else None
@@ -210,17 +213,17 @@ def telling(
             super().save_checkpoint(checkpoint, path, storage_options)
             if last is not None and self.limit is None:
                 sys.setprofile(None)
-            tell("done", str(path), checkpoint["global_step"])
+            report("done", str(path), checkpoint["global_step"])
 
         def count(self, *_: Any) -> None:
             self.calls += 1
             if self.limit is not None and self.calls > self.limit:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    return Telling
+    return ReportingIO
 
 
-def judge(folder: Path, events: list[Event], found: Found) -> tuple[str, int]:
+def check_files(folder: Path, events: list[Event], found: Findings) -> tuple[str, int]:
     """Is every file that has a name whole, and the last one that was finished there? Gives the newest and its step."""
     steps = {}
     for path in sorted(folder.glob("*.ckpt")):
@@ -247,41 +250,43 @@ def judge(folder: Path, events: list[Event], found: Found) -> tuple[str, int]:
     return newest, steps[newest]
 
 
-def start_again(folder: Path, mix: str, io: type[TorchCheckpointIO], newest: str, step: int) -> None:
+def resume_once(folder: Path, mix: str, io: type[TorchCheckpointIO], newest: str, step: int) -> None:
     """The next start of the run, from the newest good checkpoint, until it has saved again."""
     resumed = newest if MIXES[mix] else None  # the other holds no run
     step = step if MIXES[mix] else 0
-    trainer = trainer_of(ModelCheckpoint(folder, every_n_train_steps=1, **MIXES[mix]), io(), step + 1)
+    trainer = make_trainer(ModelCheckpoint(folder, every_n_train_steps=1, **MIXES[mix]), io(), step + 1)
     trainer.fit(Model(random.Random(0)), DataLoader(torch.zeros(STEPS, 1), batch_size=None), ckpt_path=resumed)
     if trainer.global_step != step + 1:
         raise RuntimeError(f"The run did not continue from step {step}, but is at {trainer.global_step}.")
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No chatter of a thousand runs."""
+def without_logs() -> Iterator[None]:
+    """The runs inside log and warn of nothing."""
     logging.getLogger("fulmen").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def run(trials: list[int], seed: int = 0, io: type[TorchCheckpointIO] = TorchCheckpointIO) -> dict[str, Found]:
-    """What these trials have found, by mix and place, and in all."""
-    found: dict[str, Found] = {}
-    with quiet():
+def run_trials(
+    trials: list[int], seed: int = 0, io: type[TorchCheckpointIO] = TorchCheckpointIO
+) -> dict[str, Findings]:
+    """What these trials have found, by mix and file system, and in all."""
+    found: dict[str, Findings] = {}
+    with without_logs():
         torch.set_num_threads(1)  # a fork takes no threads along
         for number in trials:
             try:
-                one = trial(seed, number, io)
+                one = run_trial(seed, number, io)
             except RuntimeError as error:
                 raise RuntimeError(f"Trial {number}: {error}") from error
-            for key in (", ".join(chosen(seed, number)[:2]), "all"):
-                found.setdefault(key, Found()).add(one)
+            for key in (", ".join(draw_trial(seed, number)[:2]), "all"):
+                found.setdefault(key, Findings()).add(one)
     return found
 
 
-def show(title: str, found: dict[str, Found], seed: int) -> Found:
+def print_findings(title: str, found: dict[str, Findings], seed: int) -> Findings:
     """Prints a table, and gives the sum."""
     columns = ("trials", "inside", "half", "unreadable", "lost", "orphans")
     header = ("mix, file system", "trials", "killed in a save", "half a temporary", "unreadable", "lost", "orphans")
@@ -305,13 +310,13 @@ def main() -> int:
     )
     given = parser.parse_args()
     numbers = list(range(given.trials)) if given.trial is None else [given.trial]
-    every = show("killed while saving", run(numbers, given.seed), given.seed)
+    every = print_findings("killed while saving", run_trials(numbers, given.seed), given.seed)
     for complaint in every.complaints:
         print(complaint)
     if every.bad or given.trial is not None or not given.naive:
         return int(every.bad > 0)
-    naive = show(
-        "the same with torch.save(content, path)", run(list(range(given.naive)), given.seed, NaiveIO), given.seed
+    naive = print_findings(
+        "the same with torch.save(content, path)", run_trials(list(range(given.naive)), given.seed, NaiveIO), given.seed
     )
     return int(not naive.bad)
 

@@ -145,7 +145,7 @@ def read_outline(path: str, load: Load) -> Any:
     return load(path)
 
 
-def _steps_seen(content: Any, path: str) -> int | None:
+def _steps_seen(content: object, path: str) -> int | None:
     """The steps that a checkpoint has seen; None if it is without optimizer."""
     if not isinstance(content, dict):
         raise damage_error(path, f"it holds a `{type(content).__name__}`, not the dict that a checkpoint is")

@@ -54,7 +54,7 @@ class Missing(NamedTuple):
     why: str
 
 
-def is_plain(value: Any, around: tuple[int, ...] = ()) -> bool:
+def is_plain(value: object, around: tuple[int, ...] = ()) -> bool:
     """Is it made of what `torch.load(weights_only=True)` reads in every process, whatever classes this one allows?"""
     kind = type(value)
     if kind in PLAIN:
@@ -86,7 +86,7 @@ def write_hparams(checkpoint: dict[str, Any], owner: Any) -> None:
         checkpoint.setdefault("fulmen", {}).setdefault(CHAPTER, {})[key] = {**entries, **objects}
 
 
-def _pickle_entry(value: Any) -> dict[str, Any]:
+def _pickle_entry(value: object) -> dict[str, Any]:
     entry = {"type": type(value).__qualname__}
     file = io.BytesIO()
     try:

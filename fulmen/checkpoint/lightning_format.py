@@ -170,7 +170,7 @@ def _read_phases(tracker: Mapping[str, Any] | None, which: str = "current") -> d
     return {phase: int(found.get(phase, 0)) for phase in _PHASES}
 
 
-def refuse_foreign(checkpoint: Any, path: Any = "") -> None:
+def refuse_foreign(checkpoint: object, path: object = "") -> None:
     """Raises if this was not written by a trainer."""
     if not isinstance(checkpoint, dict):
         what = f"The file {path} holds a `{type(checkpoint).__name__}`, not the dict that a checkpoint is."
@@ -180,7 +180,7 @@ def refuse_foreign(checkpoint: Any, path: Any = "") -> None:
         raise KeyError(f"{what} For plain weights, use `model.load_state_dict(torch.load(path))`.")
 
 
-def migrate_checkpoint(checkpoint: dict[str, Any], path: Any = "") -> dict[str, Any]:
+def migrate_checkpoint(checkpoint: dict[str, Any], path: object = "") -> dict[str, Any]:
     """The same dict in today's layout; the version it was written by is kept under another key."""
     refuse_foreign(checkpoint, path)
     found = checkpoint[VERSION_KEY]
@@ -210,7 +210,7 @@ def _rename_states(checkpoint: dict[str, Any]) -> None:
         }
 
 
-def _migrate_counters(checkpoint: dict[str, Any], version: tuple[int, ...], path: Any) -> None:
+def _migrate_counters(checkpoint: dict[str, Any], version: tuple[int, ...], path: object) -> None:
     found = checkpoint[f"legacy_{VERSION_KEY}"]
     if version < (1, 6):
         what = f"The checkpoint is of version {found}: besides weights, only the numbers of epochs and steps are"
@@ -237,5 +237,5 @@ def _rename_counters(loop: dict[str, Any], fit: bool) -> dict[str, Any]:
     return renamed
 
 
-def parse_version(version: Any) -> tuple[int, ...]:
+def parse_version(version: object) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", str(version))[:3])

@@ -227,7 +227,7 @@ _TRAINING = ("optimizer_states", "lr_schedulers")  # without these, a file has w
 _COUNTERS = ("epochs", "batch", "batches", "steps", "log_step")
 
 
-def check_content(content: Any, path: Any, module: LightningModule, training: bool) -> None:
+def check_content(content: Any, path: str, module: LightningModule, training: bool) -> None:
     """Raises if restoring the content of an intact file would surely fail; of its tensors, only shapes are looked at."""
     refuse_foreign(content, path)
     in_shards = is_sharded(path)
@@ -284,7 +284,7 @@ def _has_counters(content: dict[str, Any]) -> bool:
 
 
 def load_weights(
-    path: Any, module: LightningModule, checkpoint: dict[str, Any], strict: bool, load: Callable[[], Any]
+    path: object, module: LightningModule, checkpoint: dict[str, Any], strict: bool, load: Callable[[], Any]
 ) -> Any:
     """What `load`, which loads the weights of a checkpoint, returns; without `strict`, what has another shape is left out.
 
@@ -327,5 +327,5 @@ def _list_briefly(keys: list[str]) -> str:
     return ", ".join(keys[:10]) + " ..." * (len(keys) > 10)
 
 
-def _shape_of(value: Any) -> tuple[int, ...] | None:
+def _shape_of(value: object) -> tuple[int, ...] | None:
     return None if is_lazy(value) else tuple(value.shape if hasattr(value, "shape") else ())

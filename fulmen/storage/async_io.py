@@ -244,7 +244,7 @@ class HostStager:
         return block
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def _tensors_in(value: object) -> Iterator[Tensor]:
     """Those in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value

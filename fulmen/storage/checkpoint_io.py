@@ -171,7 +171,7 @@ def _what_is_there_instead(files: Any, path: str) -> str:
     return f"The checkpoint {path!r} does not exist.{suggestion(name, names) or found}"
 
 
-def _first_unpicklable(value: Any, name: str = "checkpoint") -> str:
+def _first_unpicklable(value: object, name: str = "checkpoint") -> str:
     """Where in nested dictionaries and lists the first value sits that cannot be pickled."""
     children: Any = value.items() if isinstance(value, dict) else ()
     for key, child in enumerate(value) if isinstance(value, (list, tuple)) else children:

@@ -58,7 +58,7 @@ class HashingWriter:
         self.size += len(data)
 
 
-def save_with_digest(content: Any, file: IO[bytes]) -> int:
+def save_with_digest(content: object, file: IO[bytes]) -> int:
     """`torch.save`, and the hash behind it; returns how many bytes that were."""
     writer = HashingWriter(file)
     try:
