@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulmen.data.combined import CombinedLoader
 from fulmen.data.loader_state import dataset_and_batch_size
 from fulmen.metrics.logbook import KINDS
 from fulmen.metrics.reduce import merged_state
@@ -18,7 +17,7 @@ class Misfit(Exception):
 
 
 def locate_in_epoch(
-    kept: dict[str, Any], loaders: CombinedLoader, before: int, world: int, num_batches: float
+    kept: dict[str, Any], loaders: Any, before: int, world: int, num_batches: float
 ) -> tuple[dict[str, Any], str | None]:
     """Where the training loaders of a run on `world` processes continue, saved on `before`; or why they cannot.
 

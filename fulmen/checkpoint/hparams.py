@@ -54,7 +54,7 @@ class Missing(NamedTuple):
     why: str
 
 
-def is_plain(value: object, around: tuple[int, ...] = ()) -> bool:
+def is_plain(value: Any, around: tuple[int, ...] = ()) -> bool:
     """Is it made of what `torch.load(weights_only=True)` reads in every process, whatever classes this one allows?"""
     kind = type(value)
     if kind in PLAIN:

@@ -181,7 +181,23 @@ def refuse_foreign(checkpoint: object, path: object = "") -> None:
 
 
 def migrate_checkpoint(checkpoint: dict[str, Any], path: object = "") -> dict[str, Any]:
-    """The same dict in today's layout; the version it was written by is kept under another key."""
+    """Brings the content of a file up to date, in place.
+
+    Args:
+        checkpoint: what the file holds.
+        path: of the file, for messages.
+
+    Returns:
+        The same dict; the version that wrote it is kept under ``legacy_pytorch-lightning_version``.
+
+    Raises:
+        KeyError: it does not say which version wrote it, so no trainer did.
+
+    Examples:
+        >>> old = {"pytorch-lightning_version": "2.0.0", "MixedPrecisionPlugin": {"scale": 2.0}}
+        >>> sorted(migrate_checkpoint(old))
+        ['MixedPrecision', 'legacy_pytorch-lightning_version', 'pytorch-lightning_version']
+    """
     refuse_foreign(checkpoint, path)
     found = checkpoint[VERSION_KEY]
     ours = parse_version(API_VERSION)

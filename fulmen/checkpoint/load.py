@@ -240,7 +240,12 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
 def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
     """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them.
 
-    A CSV file has the columns "key" and "value"; values are read as Python literals where they are some.
+    A CSV file has the columns "key" and "value"; values are read as Python literals where possible.
+
+    Examples:
+        >>> _ = open("hparams.csv", "w").write("key,value\\nlr,0.1\\nname,net\\n")
+        >>> load_hparams("hparams.csv")
+        {'lr': 0.1, 'name': 'net'}
     """
     extension = os.path.splitext(os.fspath(path))[1].lower()
     if extension in (".yaml", ".yml"):
@@ -252,7 +257,15 @@ def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:
-    """The mapping in a YAML file. `use_omegaconf` is accepted for compatibility; the result is always a dict."""
+    """The mapping in a YAML file; names of functions and classes in it are refused.
+
+    Args:
+        config_yaml: path or URL of the file.
+        use_omegaconf: accepted for compatibility; the result is always a dict.
+
+    Raises:
+        ValueError: the file names an object of Python, which could run any code.
+    """
     with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
         yaml = require("yaml", "to read hyper-parameters")
         try:

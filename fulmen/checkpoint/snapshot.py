@@ -327,5 +327,5 @@ def _list_briefly(keys: list[str]) -> str:
     return ", ".join(keys[:10]) + " ..." * (len(keys) > 10)
 
 
-def _shape_of(value: object) -> tuple[int, ...] | None:
+def _shape_of(value: Any) -> tuple[int, ...] | None:
     return None if is_lazy(value) else tuple(value.shape if hasattr(value, "shape") else ())

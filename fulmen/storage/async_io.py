@@ -36,8 +36,21 @@ class AsyncCheckpointIO(CheckpointIO):
     logged when it occurs, and raised by the next save, load or `wait`. The process does not end before all is written.
 
     Arguments:
-        checkpoint_io: who writes; by default a `TorchCheckpointIO`.
-        always: off, only what is saved inside of `in_background()` is written while training continues.
+        checkpoint_io: what writes; by default a `TorchCheckpointIO`.
+        always: if False, only what is saved inside of `in_background()` is written while training continues.
+
+    Raises:
+        TypeError: `checkpoint_io` writes in the background itself.
+
+    Examples:
+        >>> import torch
+        >>> io = AsyncCheckpointIO()
+        >>> weight = torch.ones(2)
+        >>> io.save_checkpoint({"weight": weight}, "model.ckpt")  # the file appears later
+        >>> weight += 1  # does not reach the copy
+        >>> io.wait()
+        >>> io.load_checkpoint("model.ckpt")
+        {'weight': tensor([1., 1.])}
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None, *, always: bool = True) -> None:
@@ -64,7 +77,13 @@ class AsyncCheckpointIO(CheckpointIO):
     # ------------------------------------------------------------------ the four verbs
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        """Copies the checkpoint and returns; the file appears later, complete."""
+        """Copies the checkpoint and returns; the file appears later, complete.
+
+        Args:
+            checkpoint: tensors may be changed as soon as this returns.
+            path: of the file.
+            storage_options: handed to `checkpoint_io`.
+        """
         self.wait()
         options = {} if storage_options is None else {"storage_options": storage_options}
         if not self._wanted:

@@ -23,17 +23,48 @@ from fulmen.utilities.errors import suggestion
 
 
 class CheckpointIO(ABC):
-    """Saves, loads and removes checkpoints. Subclass it to store them elsewhere, and pass it in ``plugins``."""
+    """Saves, loads and removes checkpoints. Subclass it to store them elsewhere, and pass it in ``plugins``.
+
+    Examples:
+        >>> class InMemory(CheckpointIO):
+        ...     def __init__(self):
+        ...         self.stored = {}
+        ...     def save_checkpoint(self, checkpoint, path, storage_options=None):
+        ...         self.stored[str(path)] = checkpoint
+        ...     def load_checkpoint(self, path, map_location=None, weights_only=None):
+        ...         return self.stored[str(path)]
+        ...     def remove_checkpoint(self, path):
+        ...         self.stored.pop(str(path), None)
+        >>> import fulmen as pl
+        >>> trainer = pl.Trainer(plugins=[InMemory()], logger=False, accelerator="cpu")
+        >>> type(trainer.strategy.checkpoint_io).__name__
+        'InMemory'
+    """
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
-        """Called on one process. ``storage_options`` is what the user gave to ``Trainer.save_checkpoint``."""
+        """Called on one process.
+
+        Args:
+            checkpoint: nested dicts and lists of plain values and tensors.
+            path: where `load_checkpoint` is to find it.
+            storage_options: what the user gave to ``Trainer.save_checkpoint``.
+        """
 
     @abstractmethod
     def load_checkpoint(
         self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Called on all processes, with a path that ``save_checkpoint`` was given before."""
+        """Called on all processes, with a path that ``save_checkpoint`` was given before.
+
+        Args:
+            path: of the checkpoint.
+            map_location: where tensors go, as for `torch.load`.
+            weights_only: False also builds objects of any class, whose code runs then; only for files you trust.
+
+        Returns:
+            What was saved.
+        """
 
     @abstractmethod
     def remove_checkpoint(self, path: str | os.PathLike) -> None:
@@ -47,7 +78,17 @@ class CheckpointIO(ABC):
 
 
 class TorchCheckpointIO(CheckpointIO):
-    """One file per checkpoint, written by `torch.save`, on any file system that fsspec knows."""
+    """One file per checkpoint, written by `torch.save`, on any file system that fsspec knows.
+
+    Examples:
+        >>> import torch
+        >>> io = TorchCheckpointIO()
+        >>> io.save_checkpoint({"weight": torch.ones(2)}, "some/model.ckpt")
+        >>> io.load_checkpoint("some/model.ckpt")
+        {'weight': tensor([1., 1.])}
+        >>> io.verify_checkpoint("some/model.ckpt")  # raises if a byte of it has changed
+        >>> io.remove_checkpoint("some/model.ckpt")
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Write the file so that a kill at any instant leaves the old content or the new, never a part."""

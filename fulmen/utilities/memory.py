@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
-    """The same nested dictionaries with all tensors detached, and moved to the CPU if ``to_cpu``."""
+    """The same nested dictionaries with all tensors detached, and moved to the CPU if ``to_cpu``.
+
+    Examples:
+        >>> loss = torch.ones(1, requires_grad=True)
+        >>> recursive_detach({"losses": {"a": loss}})
+        {'losses': {'a': tensor([1.])}}
+    """
     if isinstance(in_dict, Mapping):
         return {key: recursive_detach(value, to_cpu) for key, value in in_dict.items()}
     if isinstance(in_dict, Tensor):
@@ -20,7 +26,12 @@ def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
 
 
 def is_oom_error(exception: BaseException) -> bool:
-    """Was there not enough memory, on a GPU or on the host?"""
+    """Was there not enough memory, on a GPU or on the host?
+
+    Examples:
+        >>> is_oom_error(RuntimeError("CUDA error: out of memory"))
+        True
+    """
     return is_cuda_out_of_memory(exception) or is_cudnn_snafu(exception) or is_out_of_cpu_memory(exception)
 
 
