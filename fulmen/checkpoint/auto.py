@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fulmen.checkpoint.lightning_format import refuse_foreign
-from fulmen.checkpoint.paths import describe_failure, files_in
+from fulmen.checkpoint.paths import describe_failure, list_files
 from fulmen.storage.atomic import remove_leftovers
 from fulmen.storage.filesystem import is_remote, local_path, modified_ns
 from fulmen.storage.integrity import DamagedCheckpointError, damage_error
@@ -34,13 +34,13 @@ class Candidate(NamedTuple):
     path: str
 
 
-def checkpoints_in(folders: Iterable[str], extensions: Iterable[str] = (EXTENSION,)) -> list[str]:
+def list_checkpoints(folders: Iterable[str], extensions: Iterable[str] = (EXTENSION,)) -> list[str]:
     """Everything in the folders that has the name of a checkpoint; on this machine also further down."""
     found: dict[str, None] = {}
     ends = tuple(extensions)
     for folder in folders:
         if is_remote(folder):
-            found.update(dict.fromkeys(files_in(folder, rf"[^.].*({'|'.join(map(re.escape, ends))})")))
+            found.update(dict.fromkeys(list_files(folder, rf"[^.].*({'|'.join(map(re.escape, ends))})")))
             continue
         for parent, below, _ in os.walk(local_path(folder)):
             remove_leftovers(parent)  # also finishes the renaming of a folder that was interrupted
@@ -76,14 +76,14 @@ def find_newest_good(
     if found is None and unfit:
         return next(iter(unfit))
     if found is None and aside:
-        raise _none_is_good(aside)
+        raise _no_good_checkpoint(aside)
     for path, why in unfit.items():
-        _pass_over(path, why, aside)
+        _set_aside(path, why, aside)
     # One whose damage hides how many steps it has seen is to be named too.
     since = modified_ns(found.path) if found is not None else 0
     for candidate in (*unknown, *known):
         if candidate.written_ns > since and candidate.path not in aside and candidate != found:
-            with _passing_over(candidate.path, aside):
+            with _skipping_unreadable(candidate.path, aside):
                 content = read(candidate.path)
                 if candidate in unknown:
                     refuse_foreign(content, candidate.path)
@@ -95,7 +95,7 @@ def _first_that_fits(
 ) -> Candidate | None:
     """What is passed over before it is added to `aside`, if it cannot be read, or to `unfit`."""
     for candidate in known:
-        with _passing_over(candidate.path, aside):
+        with _skipping_unreadable(candidate.path, aside):
             content = read(candidate.path)
             try:
                 if fits is not None:
@@ -113,7 +113,7 @@ def _list_candidates(
     known: list[Candidate] = []
     unknown: list[Candidate] = []
     for path in paths:
-        with _passing_over(path, aside):
+        with _skipping_unreadable(path, aside):
             steps = _steps_seen(read_outline(path, load), path)
             candidate = Candidate(steps or 0, modified_ns(path), path)
             (unknown if steps is None else known).append(candidate)
@@ -127,12 +127,12 @@ def _read_candidate(path: str, load: Load, verify: Check | None) -> Any:
 
 
 @contextmanager
-def _passing_over(path: str, aside: dict[str, Exception]) -> Generator[None]:
+def _skipping_unreadable(path: str, aside: dict[str, Exception]) -> Generator[None]:
     """Whatever is wrong with one file, the search continues with the next."""
     try:
         yield
     except Exception as error:
-        _pass_over(path, error, aside)
+        _set_aside(path, error, aside)
 
 
 def read_outline(path: str, load: Load) -> Any:
@@ -152,12 +152,12 @@ def _steps_seen(content: object, path: str) -> int | None:
     return int(content.get("global_step", 0)) if "optimizer_states" in content or is_sharded(path) else None
 
 
-def _pass_over(path: str, error: Exception, aside: dict[str, Exception]) -> None:
+def _set_aside(path: str, error: Exception, aside: dict[str, Exception]) -> None:
     aside[path] = error
     rank_zero_warn(f"Passed over: {describe_failure(path, error)}")
 
 
-def _none_is_good(aside: dict[str, Exception]) -> Exception:
+def _no_good_checkpoint(aside: dict[str, Exception]) -> Exception:
     for error in aside.values():
         if isinstance(error, pickle.UnpicklingError):  # it says what to pass to load the file
             return error
@@ -165,7 +165,7 @@ def _none_is_good(aside: dict[str, Exception]) -> Exception:
     return DamagedCheckpointError(f"{what} Move them away to start anew, or bring back a copy of one.")
 
 
-def newest_version(root: str, folder: str) -> int | None:
+def find_newest_version(root: str, folder: str) -> int | None:
     """The highest N for which `root/version_N/folder` holds a checkpoint."""
-    numbers = sorted((int(re.findall(r"\d+$", path)[0]) for path in files_in(root, r"version_\d+")), reverse=True)
-    return next((n for n in numbers if checkpoints_in([os.path.join(root, f"version_{n}", folder)])), None)
+    numbers = sorted((int(re.findall(r"\d+$", path)[0]) for path in list_files(root, r"version_\d+")), reverse=True)
+    return next((n for n in numbers if list_checkpoints([os.path.join(root, f"version_{n}", folder)])), None)

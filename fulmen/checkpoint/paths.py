@@ -42,16 +42,16 @@ def resolve_path(
     one that was interrupted and started again.
     """
     if ckpt_path is None:
-        ckpt_path = _default_name(verb, callbacks, model_given, requeued and bool(files_in(os.fspath(root_dir), HPC)))
+        ckpt_path = _default_name(verb, callbacks, model_given, requeued and bool(list_files(os.fspath(root_dir), HPC)))
     if ckpt_path is None:
         return None
     found: str | None
     if ckpt_path == "best":
-        found = best_checkpoint(callbacks, verb, fast_dev_run)
+        found = find_best_checkpoint(callbacks, verb, fast_dev_run)
     elif ckpt_path == _OF_BROKEN_RUN:
-        found = last_checkpoint(callbacks, folder_of)
+        found = find_last_checkpoint(callbacks, folder_of)
     elif ckpt_path == "last":
-        found = last_checkpoint(callbacks, folder_of)
+        found = find_last_checkpoint(callbacks, folder_of)
         if found is None:
             what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no last checkpoint available.'
             rank_zero_warn(f"{what} `ModelCheckpoint(save_last=True)` writes one.")
@@ -59,7 +59,7 @@ def resolve_path(
         found = _newest_of_requeued_jobs(verb, os.fspath(root_dir))
     else:
         return _check_path(ckpt_path, verb)
-    return found and _or_newest_good(found, callbacks, folder_of, verify)
+    return found and _fall_back_to_newest_good(found, callbacks, folder_of, verify)
 
 
 def _default_name(verb: str, callbacks: Sequence[Any], model_given: bool, requeued: bool) -> Any:
@@ -77,7 +77,7 @@ def _default_name(verb: str, callbacks: Sequence[Any], model_given: bool, requeu
 
 def _newest_of_requeued_jobs(verb: str, root_dir: str) -> str:
     """The one with the highest number of those that interrupted jobs wrote."""
-    saved = files_in(root_dir, HPC)
+    saved = list_files(root_dir, HPC)
     if not saved:
         raise _nothing_to_load(verb, "hpc", f"no `hpc_ckpt_N.ckpt` is in {root_dir}")
     return max(saved, key=_last_number)
@@ -95,7 +95,7 @@ def _check_path(ckpt_path: str | os.PathLike, verb: str) -> str | os.PathLike:
     return AUTO if path == AUTO else ckpt_path
 
 
-def best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = False) -> str:
+def find_best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool = False) -> str:
     """The best file of the first `ModelCheckpoint`."""
     judges = [callback for callback in callbacks if hasattr(callback, "best_model_path")]
     if len(judges) > 1:
@@ -134,7 +134,7 @@ def find_newest_good(candidates: Iterable[str], verify: Verify | None = None) ->
     return None
 
 
-def _or_newest_good(
+def _fall_back_to_newest_good(
     path: str, callbacks: Iterable[Any], folder_of: Callable[[Any], str] | None, verify: Verify | None
 ) -> str:
     """The path, if it is whole; else the newest good checkpoint beside it or in the folders of the callbacks."""
@@ -146,7 +146,7 @@ def _or_newest_good(
     except Exception as error:
         folders = {os.path.dirname(path), *(_folder_of(c, folder_of) for c in callbacks if hasattr(c, "dirpath"))}
         extension = re.escape(os.path.splitext(path)[1])
-        others = {file for folder in folders for file in files_in(folder, rf"[^.].*{extension}")} - {path}
+        others = {file for folder in folders for file in list_files(folder, rf"[^.].*{extension}")} - {path}
         if (found := find_newest_good(others, verify)) is None:
             raise
         rank_zero_warn(f"{describe_failure(path, error)} The newest good one is used instead: {found!r}.")
@@ -164,13 +164,13 @@ def _folder_of(callback: Any, folder_of: Callable[[Any], str] | None) -> str:
     return os.fspath(callback.dirpath or (folder_of(callback) if folder_of is not None else ""))
 
 
-def stop_file(callbacks: Iterable[Any], requeue_folder: str | None) -> str | None:
+def preemption_path(callbacks: Iterable[Any], requeue_folder: str | None) -> str | None:
     """Where the checkpoint goes with which a run ends that was told to end; None if the run writes none.
 
     `requeue_folder` is given if the job will start again, and find the next `hpc_ckpt_N.ckpt` there.
     """
     if requeue_folder is not None:
-        numbers = map(_last_number, files_in(requeue_folder, HPC))
+        numbers = map(_last_number, list_files(requeue_folder, HPC))
         return os.path.join(requeue_folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
     savers = [callback for callback in callbacks if hasattr(callback, "FILE_EXTENSION")]
     first = next((os.fspath(saver.ckpt_path) for saver in savers if _saves_on_exception(saver)), None)
@@ -187,7 +187,7 @@ def _saves_on_exception(callback: Any) -> bool:
     return hasattr(callback, "ckpt_path") and hasattr(callback, "FILE_EXTENSION")
 
 
-def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | None = None) -> str | None:
+def find_last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | None = None) -> str | None:
     """The newest of the files that `ModelCheckpoint(save_last=True)` or `OnExceptionCheckpoint` have written."""
     found = []
     for callback in callbacks:
@@ -195,14 +195,14 @@ def last_checkpoint(callbacks: Iterable[Any], folder_of: Callable[[Any], str] | 
             folder = _folder_of(callback, folder_of)
             # Logged values in the name may be anything, also nothing that Python's format would give back.
             name = re.sub(r"\\\{.*?\\\}", ".*", re.escape(callback.CHECKPOINT_NAME_LAST))
-            found += files_in(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
+            found += list_files(folder, f"{name}.*{re.escape(callback.FILE_EXTENSION)}")
         elif _saves_on_exception(callback):
             path = os.fspath(callback.ckpt_path)
             found += [path] if get_filesystem(path).exists(path) else []
     return max(found, key=_sort_key, default=None)
 
 
-def files_in(folder: str, pattern: str) -> list[str]:
+def list_files(folder: str, pattern: str) -> list[str]:
     """The files in a folder whose whole name matches the regular expression; what dead writers left goes first."""
     files = get_filesystem(folder)
     if not folder or not files.isdir(folder):

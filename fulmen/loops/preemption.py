@@ -55,7 +55,7 @@ def end(trainer: Trainer) -> NoReturn:
     signals.received_sigterm = signals.received_sigterm or signals.pending == signal.SIGTERM
     training = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
     folder = trainer.default_root_dir if signals.requeueing else None
-    path = trainer.strategy.broadcast(paths.stop_file(trainer.callbacks, folder)) if training else None
+    path = trainer.strategy.broadcast(paths.preemption_path(trainer.callbacks, folder)) if training else None
     if path is not None:
         signals.saving = True
         try:
@@ -96,9 +96,9 @@ def choose_checkpoint(trainer: Trainer, ckpt_path: Any, weights_only: bool | Non
     def search() -> None:
         nonlocal found
         kinds = {c.FILE_EXTENSION for c in trainer.callbacks if hasattr(c, "FILE_EXTENSION")}
-        candidates = auto.checkpoints_in(folders, kinds | {auto.EXTENSION})
+        candidates = auto.list_checkpoints(folders, kinds | {auto.EXTENSION})
         if isinstance(strategy.cluster_environment, SLURMEnvironment):
-            candidates += paths.files_in(root, paths.HPC)
+            candidates += paths.list_files(root, paths.HPC)
         looks = type(storage).verify_checkpoint is not CheckpointIO.verify_checkpoint
         fits = partial(check_content, module=trainer.lightning_module, training=True)
         found = auto.find_newest_good(candidates, load, strategy.verify_checkpoint if looks else None, fits)
@@ -123,7 +123,7 @@ def reuse_logger_version(trainer: Trainer) -> None:
     )
     if has_own_folders or not loggers or trainer.loggers[0] is not loggers[0]:
         return
-    found = auto.newest_version(loggers[0].root_dir, "checkpoints")
+    found = auto.find_newest_version(loggers[0].root_dir, "checkpoints")
     version = loggers[0].version if found is None else found
     for logger in loggers:
         if logger.root_dir == loggers[0].root_dir:

@@ -53,7 +53,7 @@ def test_a_folder_between_its_two_renames_is_found(tmp_path):
         finally:
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert auto.checkpoints_in([tmp_path]) == [str(tmp_path / "deep" / "x.ckpt")]
+    assert auto.list_checkpoints([tmp_path]) == [str(tmp_path / "deep" / "x.ckpt")]
     assert os.listdir(tmp_path / "deep") == ["x.ckpt"]
 
 
@@ -80,7 +80,7 @@ def write(folder, name, steps, age=0, **content):
 
 
 def newest(*folders):
-    return auto.find_newest_good(auto.checkpoints_in(map(str, folders)), TorchCheckpointIO().load_checkpoint)
+    return auto.find_newest_good(auto.list_checkpoints(map(str, folders)), TorchCheckpointIO().load_checkpoint)
 
 
 def test_a_run_starts_goes_on_and_is_over(tmp_path, caplog):
