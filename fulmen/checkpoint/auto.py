@@ -50,7 +50,7 @@ def list_checkpoints(folders: Iterable[str], extensions: Iterable[str] = (EXTENS
     return list(found)
 
 
-def find_newest_good(
+def find_latest_checkpoint(
     candidates: Iterable[str], load: Load, verify: Check | None = None, fits: Fits | None = None
 ) -> str | None:
     """The checkpoint of the most steps, among equals the youngest; None if there is none.
@@ -93,7 +93,7 @@ def find_newest_good(
 def _first_that_fits(
     known: list[Candidate], read: Load, fits: Fits | None, aside: dict[str, Exception], unfit: dict[str, Exception]
 ) -> Candidate | None:
-    """What is passed over before it is added to `aside`, if it cannot be read, or to `unfit`."""
+    """The first that can be read and fits; those before it go to `aside` if they cannot be read, else to `unfit`."""
     for candidate in known:
         with _skipping_unreadable(candidate.path, aside):
             content = read(candidate.path)
@@ -109,7 +109,7 @@ def _first_that_fits(
 def _list_candidates(
     paths: Iterable[str], load: Load, aside: dict[str, Exception]
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Those that have seen so many steps, and those without optimizer, which do not say it."""
+    """Those that say how many steps they have seen, and those of weights only, which do not."""
     known: list[Candidate] = []
     unknown: list[Candidate] = []
     for path in paths:

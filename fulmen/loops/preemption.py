@@ -101,7 +101,7 @@ def choose_checkpoint(trainer: Trainer, ckpt_path: Any, weights_only: bool | Non
             candidates += paths.list_files(root, paths.HPC)
         looks = type(storage).verify_checkpoint is not CheckpointIO.verify_checkpoint
         fits = partial(check_content, module=trainer.lightning_module, training=True)
-        found = auto.find_newest_good(candidates, load, strategy.verify_checkpoint if looks else None, fits)
+        found = auto.find_latest_checkpoint(candidates, load, strategy.verify_checkpoint if looks else None, fits)
 
     if not trainer.fast_dev_run:
         strategy.on_rank_zero(search, "find a checkpoint to continue from")

@@ -80,7 +80,7 @@ def write(folder, name, steps, age=0, **content):
 
 
 def newest(*folders):
-    return auto.find_newest_good(auto.list_checkpoints(map(str, folders)), TorchCheckpointIO().load_checkpoint)
+    return auto.find_latest_checkpoint(auto.list_checkpoints(map(str, folders)), TorchCheckpointIO().load_checkpoint)
 
 
 def test_a_run_starts_goes_on_and_is_over(tmp_path, caplog):
