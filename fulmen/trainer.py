@@ -78,13 +78,105 @@ __path__: list[str] = []
 
 
 class Trainer(TrainerProperties):
-    """Runs a module: give it parameters, call `fit`, `validate`, `test` and `predict`.
+    """Runs a `LightningModule`: give it arguments, then call `fit`, `validate`, `test` and `predict`.
 
-    Every argument can be preset by an environment variable `PL_TRAINER_<NAME>`. What each one means is written in
-    docs/trainer.md; `fulmen.settings` checks them.
+    All arguments are optional and given by name. Each can be preset by an environment variable `PL_TRAINER_<NAME>`; what
+    is passed in code wins. A wrong value is refused by name when the Trainer is made.
+
+    Arguments: where it runs
+        accelerator: Kind of device: "cpu", "gpu" (CUDA or MPS, whichever is there), "cuda", "mps", or an `Accelerator`.
+            "auto" (default) takes a GPU if torch finds one, else the CPU. Refused: a kind that torch does not find.
+        strategy: How the model is spread over devices: the name of a strategy, such as "ddp", "fsdp" or "deepspeed", or
+            a `Strategy`. "auto" (default) is one device without processes, or "ddp" on several. Refused: unknown names,
+            and strategies for one device with several.
+        devices: Which devices of this machine: a number of them (processes, on the CPU), -1 for all, or a list of
+            indices such as `[0, 2]` or "0,2". "auto" (default) is all GPUs, or one process on the CPU. Refused: 0, and
+            devices that are not there.
+        num_nodes: How many machines take part, 1 by default. Refused: what contradicts the cluster that started it.
+        precision: In which numbers it computes: "32-true" (default), "16-mixed" (float16 where it is safe, with a loss
+            scaler), "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine". Refused: what the device
+            cannot compute in.
+
+    Arguments: callbacks and loggers
+        logger: A `Logger`, several, or True (default): TensorBoard if it is installed, else CSV files. False logs
+            nowhere. Refused: classes instead of instances.
+        callbacks: A `Callback` or a list. The default ones (see `enable_checkpointing` and the like) are added unless
+            one of their kind is among them. Refused: two progress bars, and two callbacks that keep state under one key.
+
+    Arguments: how long
+        fast_dev_run: True, or a number n: one batch (n) of every loop to find errors, without loggers and checkpoints.
+            False by default. Refused: negative numbers.
+        max_epochs: Training ends after this many epochs; -1 is no limit. Without it, `max_steps` and `max_time` the
+            limit is 1000. Refused: less than -1.
+        min_epochs: Training does not stop early before this many epochs; none by default.
+        max_steps: Training ends after this many optimizer steps; -1 (default) is no limit. Refused: less than -1.
+        min_steps: Training does not stop early before this many optimizer steps; none by default.
+        max_time: Training ends after this time: "DD:HH:MM:SS", a `timedelta`, or a dict of its arguments such as
+            `{"hours": 8}`. No limit by default. The epoch is not finished.
+
+    Arguments: how much data
+        limit_train_batches: Batches of each training epoch: an int is a number, a float up to 1.0 a fraction. 1.0, which
+            is all, by default. Refused: negative numbers, fractions above 1.
+        limit_val_batches: The same for each validation loader; 0 switches validation off.
+        limit_test_batches: The same for each test loader.
+        limit_predict_batches: The same for each predict loader.
+        overfit_batches: Train and validate on so few batches, the same ones in each epoch: an int is a number, a float a
+            fraction. 0.0 (default) is off.
+
+    Arguments: how often
+        val_check_interval: Validate after this many training batches (int), this fraction of an epoch (float), or this
+            time (as in `max_time`). 1.0 (default) is once per epoch. Refused: 0, and more batches than an epoch has
+            unless `check_val_every_n_epoch=None`.
+        check_val_every_n_epoch: Validate in every so many epochs, 1 by default. None counts batches across epochs.
+            Refused: less than 1, floats.
+        num_sanity_val_steps: Batches of each validation loader that are tried before training, to find errors early; 2
+            by default, 0 for none, -1 for all.
+        log_every_n_steps: Optimizer steps between two rows of the loggers, 50 by default; 0 is never.
+
+    Arguments: what is on
+        enable_checkpointing: Add a `ModelCheckpoint` that keeps the newest epoch; True by default. Refused: False beside
+            a checkpoint callback.
+        enable_progress_bar: Add a progress bar; True by default. Refused: False beside a bar.
+        enable_model_summary: Print the layers and their sizes at the start; True by default.
+
+    Arguments: optimization
+        accumulate_grad_batches: Batches per optimizer step, 1 by default; the step is that of one large batch. Refused:
+            less than 1, and dicts (`GradientAccumulationScheduler` changes the number by epoch).
+        gradient_clip_val: Gradients are clipped to this size before each step; not by default.
+        gradient_clip_algorithm: "norm" (default) scales all gradients of an optimizer together, "value" clips each
+            element.
+
+    Arguments: everything else
+        deterministic: True lets torch use deterministic algorithms only, which raises where there are none; "warn" only
+            warns. Not touched by default.
+        benchmark: cuDNN tries algorithms out and keeps the fastest: good for inputs of one size. Not touched by default,
+            False if `deterministic`.
+        inference_mode: Evaluate under `torch.inference_mode` (default), else under `torch.no_grad`.
+        use_distributed_sampler: Deal the samples of each loader out to the processes; True by default. With False the
+            loaders must do it.
+        profiler: Measure what a run spends its time on: "simple", "advanced", "pytorch", "xla", or a `Profiler`. None by
+            default.
+        detect_anomaly: Let autograd find the operation that gave a NaN, at a high price; False by default.
+        barebones: Everything off that costs time, to measure it; False by default. Refused: any of those things
+            switched on beside it.
+        plugins: A `Precision`, `CheckpointIO`, `ClusterEnvironment` or `LayerSync`, or a list with one of each. None by
+            default. Refused: two of one kind, and one that the strategy or `precision` brings, too.
+        sync_batchnorm: Batch norm sees the batches of all processes as one; False by default.
+        reload_dataloaders_every_n_epochs: Ask for new loaders after every so many epochs; 0 (default) is never.
+        default_root_dir: Folder or URL for what has no place of its own; the working directory by default.
+        enable_autolog_hparams: Send hyper-parameters to the loggers at the start; True by default.
+        model_registry: Refused: it needs a service of a vendor.
+        strict_resume: Refuse to continue inside an epoch whose data or batch size has changed (default); False begins
+            the next epoch instead.
+
+    Raises:
+        MisconfigurationException: for values and combinations that cannot run, with what to write instead.
+        TypeError: for values of a wrong type, and for unknown arguments, with the nearest name.
 
     Examples:
-        >>> trainer = Trainer(max_epochs=3, accelerator="cpu")
+        >>> trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False)
+        >>> trainer.max_epochs
+        3
         >>> trainer.fit(model, train_loader, val_loader)  # doctest: +SKIP
     """
 
@@ -166,13 +258,41 @@ class Trainer(TrainerProperties):
         ckpt_path: str | os.PathLike[str] | None = None,
         weights_only: bool | None = None, **unknown: NoReturn,
     ) -> None:  # fmt: skip
-        """Trains.
+        """Trains the module until a limit is reached, validating as often as the arguments of the Trainer say.
 
         Arguments:
-            train_dataloaders, val_dataloaders: iterables of batches; or a datamodule in the first place.
-            ckpt_path: continue from this file, or from "best" or "last"; "auto": from the newest one of this run if there
-                is one, so that a scheduler can start the same command again.
-            weights_only: handed to `torch.load`.
+            model: The module to train; it keeps what it learns.
+            train_dataloaders: An iterable of batches, usually a `DataLoader`, or a list or dict of them; or a datamodule.
+                None asks the module's `train_dataloader`.
+            val_dataloaders: The same for validation; several are read one after the other.
+            datamodule: A `LightningDataModule`, instead of loaders.
+            ckpt_path: Continue from this file or URL, or from "best" or "last"; "auto": from the newest checkpoint of this
+                run if there is one, so that a scheduler can start the same command again.
+            weights_only: Handed to `torch.load`: False unpickles anything, for files you trust.
+
+        Raises:
+            MisconfigurationException: for a module, loaders or arguments that cannot be trained with.
+            SystemExit: after Ctrl-C, with status 130, when checkpoints and logs are written.
+
+        Examples:
+            >>> import torch
+            >>> from fulmen import LightningModule
+            >>> class Regression(LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.layer = torch.nn.Linear(4, 1)
+            ...     def training_step(self, batch, batch_idx):
+            ...         x, y = batch
+            ...         return torch.nn.functional.mse_loss(self.layer(x), y)
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+            >>> dataset = torch.utils.data.TensorDataset(torch.ones(24, 4), torch.ones(24, 1))
+            >>> loader = torch.utils.data.DataLoader(dataset, batch_size=8)
+            >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+            >>> trainer = Trainer(max_epochs=2, accelerator="cpu", enable_checkpointing=False, **quiet)
+            >>> trainer.fit(Regression(), loader)
+            >>> trainer.global_step
+            6
         """
         refuse_misuse(self, Trainer, Trainer.fit, unknown)
         if isinstance(train_dataloaders, LightningDataModule):
@@ -191,7 +311,21 @@ class Trainer(TrainerProperties):
         ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
         datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
-        """One pass over the validation loaders. Returns the logged epoch metrics, one dict per loader."""
+        """One pass over the validation loaders.
+
+        Arguments:
+            model: The module; None takes the one of the last run.
+            dataloaders: An iterable of batches, several in a list or dict, or a datamodule. None asks the module's
+                `val_dataloader`.
+            ckpt_path: Load weights from this file or URL first, or from "best" or "last". None keeps the module's
+                weights; without `model` it means "best".
+            verbose: Print a table of the results.
+            datamodule: A `LightningDataModule`, instead of loaders.
+            weights_only: Handed to `torch.load`: False unpickles anything, for files you trust.
+
+        Returns:
+            For each loader a dict of the values that were logged over the epoch.
+        """
         refuse_misuse(self, Trainer, Trainer.validate, unknown)
         self.validate_loop.verbose = verbose
         return self._evaluate(
@@ -204,7 +338,21 @@ class Trainer(TrainerProperties):
         ckpt_path: str | os.PathLike[str] | None = None, verbose: bool = True,
         datamodule: LightningDataModule | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[dict[str, float]]:  # fmt: skip
-        """One pass over the test loaders. Returns the logged epoch metrics, one dict per loader."""
+        """One pass over the test loaders; exact on several devices, too.
+
+        Arguments:
+            model: The module; None takes the one of the last run.
+            dataloaders: An iterable of batches, several in a list or dict, or a datamodule. None asks the module's
+                `test_dataloader`.
+            ckpt_path: Load weights from this file or URL first, or from "best" or "last". None keeps the module's
+                weights; without `model` it means "best".
+            verbose: Print a table of the results.
+            datamodule: A `LightningDataModule`, instead of loaders.
+            weights_only: Handed to `torch.load`: False unpickles anything, for files you trust.
+
+        Returns:
+            For each loader a dict of the values that were logged over the epoch.
+        """
         refuse_misuse(self, Trainer, Trainer.test, unknown)
         self.test_loop.verbose = verbose
         return self._evaluate(
@@ -217,7 +365,34 @@ class Trainer(TrainerProperties):
         datamodule: LightningDataModule | None = None, return_predictions: bool | None = None,
         ckpt_path: str | os.PathLike[str] | None = None, weights_only: bool | None = None, **unknown: NoReturn,
     ) -> list[Any] | None:  # fmt: skip
-        """Predicts every batch. Returns the outputs on the CPU, a list per loader if there are several."""
+        """Runs `predict_step` on every batch.
+
+        Arguments:
+            model: The module; None takes the one of the last run.
+            dataloaders: An iterable of batches, several in a list or dict, or a datamodule. None asks the module's
+                `predict_dataloader`.
+            datamodule: A `LightningDataModule`, instead of loaders.
+            return_predictions: Keep the predictions and return them (default). False saves the memory, for runs whose
+                callbacks write them.
+            ckpt_path: Load weights from this file or URL first, or from "best" or "last". None keeps the module's
+                weights; without `model` it means "best".
+            weights_only: Handed to `torch.load`: False unpickles anything, for files you trust.
+
+        Returns:
+            What `predict_step` returned for each batch, on the CPU; a list of such lists for several loaders; None with
+            `return_predictions=False`.
+
+        Examples:
+            >>> import torch
+            >>> from fulmen import LightningModule
+            >>> class Double(LightningModule):
+            ...     def forward(self, batch):
+            ...         return 2 * batch
+            >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+            >>> loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=3)
+            >>> trainer.predict(Double(), loader)
+            [tensor([0., 2., 4.]), tensor([ 6.,  8., 10.])]
+        """
         refuse_misuse(self, Trainer, Trainer.predict, unknown)
         self.predict_loop.return_predictions = return_predictions is not False
         return self._evaluate(
@@ -611,8 +786,12 @@ class Trainer(TrainerProperties):
         """Writes a checkpoint; every process must call this.
 
         Arguments:
-            weights_only: leave out callbacks, optimizers, schedulers and precision.
-            storage_options: handed to the `CheckpointIO`.
+            filepath: Where to; local folders are made.
+            weights_only: Leave out callbacks, optimizers, schedulers and precision.
+            storage_options: Handed to the `CheckpointIO`.
+
+        Raises:
+            AttributeError: before a module was given to this Trainer.
         """
         if self.lightning_module is None:
             raise AttributeError(
@@ -637,7 +816,7 @@ class Trainer(TrainerProperties):
             self.strategy.barrier("Trainer.save_checkpoint")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints on one process per node."""
+        """Prints on one process per node; the arguments are those of Python's `print`."""
         if self.local_rank == 0:
             print(*args, **kwargs)
 
@@ -645,7 +824,15 @@ class Trainer(TrainerProperties):
         """Modules created inside are made on the device and in the dtype of the run.
 
         Arguments:
-            empty_init: leave their memory uninitialised, because a checkpoint will fill it.
+            empty_init: Leave their memory uninitialised, because a checkpoint will fill it.
+
+        Examples:
+            >>> import torch
+            >>> trainer = Trainer(accelerator="cpu", precision="64-true", logger=False)
+            >>> with trainer.init_module():
+            ...     layer = torch.nn.Linear(4, 1)
+            >>> layer.weight.dtype
+            torch.float64
         """
         return self.strategy.tensor_init_context(empty_init=empty_init)
 
