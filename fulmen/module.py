@@ -428,14 +428,14 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         book = self._book
         if book is None:
             return self._log_nowhere(name)
-        options = (
+        arguments = (  # in the order of `LogOptions`; a plain tuple, which costs no call
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
             add_dataloader_idx, metric_attribute, rank_zero_only,
         )  # fmt: skip
         if is_dynamo_compiling():  # the compiler reads True here
-            book.jot(name, value, options, batch_size)
+            book.defer(name, value, arguments, batch_size, enable_graph)
         else:
-            book.write(name, value, options, batch_size)
+            book.write(name, value, arguments, batch_size)
 
     def log_dict(
         self, dictionary: Mapping[str, LoggedValue], prog_bar: bool = False, logger: bool | None = None,

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.engine.precision import step_with_closure
-from fulmen.metrics.logbook import missing_metric
+from fulmen.metrics.logbook import explain_missing_metric
 from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import alias, is_overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -415,7 +415,7 @@ class Schedulers:
                 self._advance(config, value)
                 continue
             asked_by = f"`ReduceLROnPlateau` with `monitor={config.monitor!r}`"
-            message = missing_metric(book, asked_by, str(config.monitor), metrics)
+            message = explain_missing_metric(book, asked_by, str(config.monitor), metrics)
             if config.strict:
                 raise MisconfigurationException(message)
             rank_zero_warn(message, category=RuntimeWarning)

@@ -34,7 +34,8 @@ from fulmen.loops.hook_plan import HookPlan
 from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.signals import Signals
 from fulmen.loops.supervised_run import TrainerRun
-from fulmen.metrics.logbook import LogBook, to_host
+from fulmen.metrics.logbook import LogBook
+from fulmen.metrics.values import fetch_numbers
 from fulmen.module import LightningModule, missing_super_init
 from fulmen.optimizers import LightningOptimizer, read_optimizers
 from fulmen.supervision.watchdog import exit_if_asleep, limit_seconds
@@ -521,7 +522,7 @@ class Trainer(TrainerProperties):
             "limits": (self.max_epochs, self.min_epochs),
             "state": self.state,
             "should_stop": self.should_stop,
-            "metrics": self.book.views(),
+            "metrics": self.book.metric_dicts.state_dict(),
         }
 
     def unpack_results(self, packed: dict[str, Any]) -> None:
@@ -540,7 +541,7 @@ class Trainer(TrainerProperties):
         self.fit_loop.progress, self.state = packed["progress"], packed["state"]
         self.max_epochs, self.min_epochs = packed["limits"]
         self.should_stop = packed["should_stop"]
-        self.book.views(packed["metrics"])
+        self.book.metric_dicts.load_state_dict(packed["metrics"])
 
     def _keyed_callbacks(self) -> list[tuple[Any, Callback]]:
         """The callbacks under keys that are the same in other processes, where the module may have added some."""
@@ -628,7 +629,7 @@ class Trainer(TrainerProperties):
         self.profiler.describe()
         self.profiler.teardown(stage)
         self.state.status, self.state.stage = TrainerStatus.FINISHED, None
-        self.book.turn_to(None)
+        self.book.close_scope()
 
     def _abort(self, loop: Any, error: BaseException) -> BaseException:
         """The end of a run that failed: everybody is told, logs are closed, workers end."""
@@ -641,7 +642,7 @@ class Trainer(TrainerProperties):
             self.profiler.teardown(self.state.fn)
             self.strategy.stop_watchdog()
             self.state.stage = None
-            self.book.turn_to(None)
+            self.book.close_scope()
             if self.is_global_zero:
                 self.signals.requeue()
         return error
@@ -663,7 +664,7 @@ class Trainer(TrainerProperties):
         loop.teardown()
         if self.lightning_module is not None:
             self.lightning_module.untoggle_optimizer()  # one that is toggled when the run breaks
-        self.book.move_to_cpu()
+        self.book.metric_dicts.move_to_cpu()
         for optimizer in self.__dict__.pop("_lightning_optimizers", None) or ():
             optimizer._run_step = None
 
@@ -677,8 +678,7 @@ class Trainer(TrainerProperties):
                 callback._enter_fit(self._identity)
         for callback in self.callbacks:
             callback._attach_log(module)
-        self.book.module, self.book.has_loggers = module, bool(self.loggers)
-        self.book.shared = self.world_size > 1
+        self.book.connect(module, has_loggers=bool(self.loggers), distributed=self.world_size > 1)
         self.compile_hooks()
 
     def _prepare_data(self) -> None:
@@ -725,9 +725,8 @@ class Trainer(TrainerProperties):
 
     def read_optimizers(self, module: LightningModule) -> tuple[list[Any], list[Any]]:
         """What `configure_optimizers` returned, as two lists; asked by the strategy."""
-        previous, self.book.hook = self.book.hook, "configure_optimizers"
-        answer = module.configure_optimizers()
-        self.book.hook = previous
+        with self.book.inside("configure_optimizers"):
+            answer = module.configure_optimizers()
         self.__dict__.pop("_lightning_optimizers", None)
         return read_optimizers(module, answer)
 
@@ -744,7 +743,7 @@ class Trainer(TrainerProperties):
         """Fetches logged values in one transfer (sync) and sends them to the loggers."""
         if not values or (not self.loggers and not self.state.stage.evaluating):  # type: ignore[union-attr]
             return {}
-        numbers = to_host(values)
+        numbers = fetch_numbers(values)
         if self.loggers:
             self.log_to_loggers(dict(numbers), step, with_epoch)
         return numbers

@@ -19,7 +19,7 @@ import torch
 
 from fulmen.callbacks.callback import Callback
 from fulmen.checkpoint.paths import FINISHED, PREEMPTED
-from fulmen.metrics.logbook import missing_metric
+from fulmen.metrics.logbook import explain_missing_metric
 from fulmen.storage.async_io import AsyncCheckpointIO
 from fulmen.storage.atomic import flush_folder, remove_leftovers, temporary_name
 from fulmen.storage.filesystem import ensure_dir, get_filesystem, is_remote, local_path
@@ -274,7 +274,7 @@ class ModelCheckpoint(Checkpoint):
     def _keep_if_best(self, trainer: Trainer, metrics: dict[str, Any]) -> bool:
         if self.monitor not in metrics:
             asked_by = f"`{type(self).__name__}(monitor={self.monitor!r})`"
-            message = missing_metric(trainer.book, asked_by, str(self.monitor), metrics)
+            message = explain_missing_metric(trainer.book, asked_by, str(self.monitor), metrics)
             if self._validated:
                 raise MisconfigurationException(message)
             self._warnings.warn(message)  # validation may yet log it

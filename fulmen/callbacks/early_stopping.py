@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fulmen.callbacks.callback import Callback
-from fulmen.metrics.logbook import missing_metric
+from fulmen.metrics.logbook import explain_missing_metric
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
@@ -127,7 +127,7 @@ class EarlyStopping(Callback):
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             asked_by = f"`{type(self).__name__}(monitor={self.monitor!r})`"
-            message = missing_metric(trainer.book, asked_by, self.monitor, metrics)
+            message = explain_missing_metric(trainer.book, asked_by, self.monitor, metrics)
             if self.strict:
                 raise RuntimeError(message)
             if self.verbose:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fulmen.callbacks.callback import Callback
 from fulmen.engine.precision import MixedPrecision
-from fulmen.metrics.logbook import capture_metrics, capture_sums
+from fulmen.metrics.logbook import capture_sums
+from fulmen.metrics.torchmetrics_state import capture_metrics
 from fulmen.storage.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, suggestion

@@ -73,7 +73,7 @@ class ProgressBar(Callback):
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict]:
         """What is shown beside the bar; called only when it is redrawn. Override it to add, change or drop values."""
-        logged = trainer.book.peek() if self._peeking else trainer.progress_bar_metrics
+        logged = trainer.book.arrived_bar_metrics() if self._peeking else trainer.progress_bar_metrics
         versions = list(dict.fromkeys(logger.version for logger in trainer.loggers if logger.version not in (None, "")))
         if not versions:
             return dict(logged)

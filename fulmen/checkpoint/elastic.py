@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fulmen.data.loader_state import dataset_and_batch_size
-from fulmen.metrics.logbook import KINDS
-from fulmen.metrics.reduce import merged_state
+from fulmen.metrics.entries import ENTRY_TYPES, Entry
 
 
 class Misfit(Exception):
@@ -99,19 +98,8 @@ def _merge_entries(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     if total is None or other is None:
         total = other if total is None else total
     else:
-        kind: Any = KINDS.get(a["options"][4])
-        total = kind.merge(total, other) if hasattr(kind, "merge") else total + other
+        total = ENTRY_TYPES.get(a["options"][4], Entry).merge_totals(total, other)
     return {**a, "total": (total, on_device), "weight": a["weight"] + b["weight"]}
-
-
-def merge_metric_states(metric: Any, states: list[dict[str, Any]]) -> dict[str, Any]:
-    """One state of a metric from those of several processes."""
-    weights = [state["updates"] for state in states]
-    values = {
-        name: merged_state([state["values"][name] for state in states], weights, reduction)
-        for name, reduction in metric._reductions.items()
-    }
-    return {"values": values, "updates": sum(weights)}
 
 
 def _average_windows(ranks: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from fulmen.loops.loop import Loop
 from fulmen.loops.progress import Position
 from fulmen.loops.shortfall import ShortLoaderMonitor
 from fulmen.loops.uneven import UnevenBatches
-from fulmen.metrics.reduce import end_epoch
+from fulmen.metrics.reduce import close_epoch
 from fulmen.metrics.tables import print_results
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
@@ -129,12 +129,12 @@ class EvaluationLoop(Loop):
             place = (self.feed.batch, self.feed.batch_idx, *place[2:])
         if uneven is not None:
             uneven.note("step")
-            uneven.sync_steps("step", batch_idx, dataloader_idx)
+            uneven.reduce_step_metrics("step", batch_idx, dataloader_idx)
             uneven.mark()
         self.on_batch_end(outputs, *place)
         if uneven is not None:
             uneven.note("hooks")
-            uneven.sync_steps("end", batch_idx, dataloader_idx)
+            uneven.reduce_step_metrics("end", batch_idx, dataloader_idx)
         book.close_batch()
         self.keep(outputs, dataloader_idx)
 
@@ -213,8 +213,8 @@ class EvaluationLoop(Loop):
         self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)
         self.restore_modes = capture_modes(module)
         self.frozen = modules_in_eval(module)
-        self.page = trainer.book.turn_to(trainer.stage.value)
-        trainer.book.page.reset()  # type: ignore[union-attr]
+        self.scope_before = trainer.book.enter_scope(trainer.stage.value)
+        trainer.book.scope.reset()
         self.dataloader_idx = 0
         trainer.book.dataloader_idx = None
         trainer.mode_hook(f"on_{self.infix}_model_eval", module.eval)
@@ -239,7 +239,7 @@ class EvaluationLoop(Loop):
         """The metrics of the loader that is done are complete; the next one begins."""
         book = self.trainer.book
         while self.dataloader_idx < dataloader_idx:
-            book.freeze(self.dataloader_idx)
+            book.finalize_loader(self.dataloader_idx)
             if self.uneven is not None:
                 self.uneven.finish_loader(self.dataloader_idx)
             self.dataloader_idx += 1
@@ -264,22 +264,21 @@ class EvaluationLoop(Loop):
             return
         seen = self.batches_seen.get(dataloader_idx, 0)
         self.batches_seen[dataloader_idx] = seen + 1
-        page = trainer.book.page
-        if page is not None and page.has_steps and trainer.loggers:
-            trainer.report(trainer.book.take(dataloader_idx if self.several else None), step=seen)
+        if trainer.book.scope.has_steps and trainer.loggers:
+            trainer.report(trainer.book.step_metrics(dataloader_idx if self.several else None), step=seen)
 
     def finish(self) -> Any:
         """Epoch hooks, metrics to the loggers, train mode again."""
         trainer, hooks = self.trainer, self.hooks
         book = trainer.book
-        assert self.loaders is not None and book.page is not None
+        assert self.loaders is not None
         self.finish_loaders()
         if self.inside_fit:
             trainer.strategy.restore_own_buffers()
         book.dataloader_idx = None
-        if book.page.has_steps:
-            book.remember()
-        end_epoch(trainer, getattr(hooks, f"on_{self.infix}_epoch_end"))
+        if book.scope.has_steps:
+            book.update_metric_dicts()
+        close_epoch(trainer, getattr(hooks, f"on_{self.infix}_epoch_end"))
         values = book.finish_epoch()
         numbers = {} if trainer.sanity_checking else trainer.report(values, with_epoch=True)
         if self.inside_fit:
@@ -288,7 +287,7 @@ class EvaluationLoop(Loop):
         trainer.mode_hook(f"on_{self.infix}_model_train", self.restore_modes)
         self.frozen = None
         results = self.per_loader(numbers)
-        book.turn_back(self.page)
+        book.restore_scope(self.scope_before)
         if self.verbose and not self.inside_fit and trainer.is_global_zero:
             print_results(results, trainer.stage.value)
         return results
@@ -298,8 +297,7 @@ class EvaluationLoop(Loop):
         assert self.loaders is not None
         if not self.several:
             return [numbers]
-        page = self.trainer.book.page
-        owner = {e.epoch_name: e.dataloader_idx for e in page.entries.values()} if page is not None else {}
+        owner = {entry.epoch_name: entry.dataloader_idx for entry in self.trainer.book.scope.entries.values()}
         count = len(self.loaders.flattened)
         return [{k: v for k, v in numbers.items() if owner.get(k) in (None, i)} for i in range(count)]
 

@@ -21,7 +21,7 @@ from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
 from fulmen.loops.resume_state import Memory
 from fulmen.loops.shortfall import ShortLoaderMonitor
-from fulmen.metrics.reduce import end_epoch, report_epoch, sync_steps, votes
+from fulmen.metrics.reduce import close_epoch, count_true, reduce_step_metrics, report_train_epoch
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
@@ -99,7 +99,7 @@ class FitLoop(Loop):
         with isolate_rng():
             self.sanity_check()
         self.hooks = self.trainer.hooks
-        self.trainer.book.turn_to("train")
+        self.trainer.book.enter_scope("train")
         if self.loaders is None:  # else `estimated_stepping_batches` was asked for in `configure_optimizers`
             self.load_data()
         elif self.resumed and self.trainer.limit_train_batches != 0:
@@ -168,8 +168,8 @@ class FitLoop(Loop):
         if hooks.on_train_batch_start(batch, batch_idx) == SKIP_EPOCH:
             return self.skip_epoch()
         outputs = self.optimization.run(given, batch_idx)
-        if book.shared:
-            self.sync_steps("step")
+        if book.distributed:
+            self.reduce_step_metrics("step")
         if self.iterator_feed:
             feed: Any = self.feed
             batch, batch_idx, progress.is_last_batch = feed.batch, feed.batch_idx, feed.is_last
@@ -180,13 +180,13 @@ class FitLoop(Loop):
             self.schedulers.after_batch(progress.epochs + 1, stepped, progress.is_last_batch, idle)
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
-        if book.shared:
-            self.sync_steps("end")
+        if book.distributed:
+            self.reduce_step_metrics("end")
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
             # sync: the step metrics go to the loggers, in one transfer from the device
-            self.trainer.report(book.take(), step=progress.log_step, with_epoch=True)
+            self.trainer.report(book.step_metrics(), step=progress.log_step, with_epoch=True)
         return True
 
     # ------------------------------------------------------------------ before
@@ -251,7 +251,7 @@ class FitLoop(Loop):
             self.check_counts(counts)
             self.num_batches = max(counts)
             given = [promised if certain else inf for promised, certain in told]
-            self.feed = JoinFeed(self.loaders, transfer, profile, given, lambda yes: votes(trainer, yes))
+            self.feed = JoinFeed(self.loaders, transfer, profile, given, lambda value: count_true(trainer, value))
         elif self.iterator_feed:
             self.feed = IteratorFeed(self.loaders, transfer, profile)
         else:
@@ -388,7 +388,7 @@ class FitLoop(Loop):
             progress.position = Position.BATCH_DONE
             self.optimization.stepped = memory.stepped
             if memory.stepped and memory.content.get("logging_due"):
-                self.trainer.report(self.trainer.book.take(), step=progress.log_step, with_epoch=True)
+                self.trainer.report(self.trainer.book.step_metrics(), step=progress.log_step, with_epoch=True)
             if position == Position.VALIDATED:
                 self.validated_at = progress.batches
             elif position == Position.VALIDATING or self.validation_due():
@@ -404,10 +404,10 @@ class FitLoop(Loop):
         book.muted = False
         book.close_batch()
         if self.validated_at != progress.batches:  # else what validation logged is newer
-            book.remember()
+            book.update_metric_dicts()
         progress.position = Position.EPOCH_END
-        end_epoch(trainer, self.hooks.on_train_epoch_end)
-        report_epoch(self, progress.is_last_batch)
+        close_epoch(trainer, self.hooks.on_train_epoch_end)
+        report_train_epoch(self, progress.is_last_batch)
         progress.epochs += 1
         progress.position = Position.EPOCH_START
 
@@ -462,14 +462,14 @@ class FitLoop(Loop):
         self.trainer.book.muted = feed.idle
         self.optimization.meet(feed.idle, feed.present)
 
-    def sync_steps(self, place: str) -> None:
+    def reduce_step_metrics(self, batch_position: str) -> None:
         """Values of a step with `sync_dist`."""
         if not self.uneven:
-            sync_steps(self.trainer, place)
+            reduce_step_metrics(self.trainer, batch_position)
             return
         feed: Any = self.feed
-        sync_steps(self.trainer, place, feed.present, feed.idle)
-        if place == "end":
+        reduce_step_metrics(self.trainer, batch_position, feed.present, feed.idle)
+        if batch_position == "end":
             self.trainer.book.muted = False
 
     # ------------------------------------------------------------------ validation
@@ -509,13 +509,13 @@ class FitLoop(Loop):
         self.memory.note_validation()
         progress.position = Position.VALIDATING
         trainer.stage = RunningStage.VALIDATING
-        trainer.book.remember()
-        page = trainer.book.page
+        trainer.book.update_metric_dicts()
+        scope = trainer.book.scope
         if self.optimization.stepped:
             # an open accumulation window keeps its gradients
             trainer.mode_hook("on_validation_model_zero_grad", trainer.lightning_module.zero_grad)
         self.val_loop.run()
-        trainer.book.turn_back(page)
+        trainer.book.restore_scope(scope)
         trainer.stage = RunningStage.TRAINING
         progress.position = Position.VALIDATED  # set by `on_validation_end` already, unless there was nothing to do
         self.validated_at = progress.batches

@@ -120,7 +120,7 @@ class PredictionLoop(EvaluationLoop):
         self.hooks.on_predict_epoch_end()
         self.hooks.on_predict_end()
         self.trainer.mode_hook("on_predict_model_train", self.restore_modes)
-        self.trainer.book.turn_back(self.page)
+        self.trainer.book.restore_scope(self.scope_before)
         if not self.return_predictions:
             return None
         whole = self.collected is not None and self.trainer.is_global_zero

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fulmen.checkpoint.elastic import locate_in_epoch, merge_metric_states, reshard_rank_states
+from fulmen.checkpoint.elastic import locate_in_epoch, reshard_rank_states
 from fulmen.checkpoint.lightning_format import LOG_STEP_PENDING
 from fulmen.loggers.logger import Logger
 from fulmen.loops.progress import Position
-from fulmen.metrics.logbook import book_state, is_metric, load_book, load_metric_state, metric_state
-from fulmen.metrics.reduce import combine, report_epoch
+from fulmen.metrics.reduce import reduce_epoch_metrics, report_train_epoch
+from fulmen.metrics.torchmetrics_state import is_metric, load_metric_state, merge_metric_states, metric_state
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import group_names, module_flags, set_module_flags
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -63,7 +63,7 @@ class Memory:
             "generators": early["generators"],
             "val": early["val"],
             "metrics": _metrics(loop, early["updates"]),
-            "book": book_state(trainer.book),
+            "book": trainer.book.state_dict(),
             "window": None if back or train is None else _window(loop),
         }
         if trainer.strategy.buffers is not None and (own := trainer.strategy.buffers.own_state()) is not None:
@@ -282,7 +282,7 @@ class Memory:
             return
         if mine.get("buffers") is not None and trainer.strategy.buffers is not None:
             trainer.strategy.buffers.load_own_state(mine["buffers"])
-        load_book(trainer.book, mine["book"], trainer.strategy.root_device)
+        trainer.book.load_state_dict(mine["book"], trainer.strategy.root_device)
         parts = dict(_all_metrics(loop))
         for name, state in mine["metrics"].items():
             if name in parts:
@@ -313,11 +313,11 @@ class Memory:
             return
         self.restore()
         self.restored = True
-        loop.trainer.book.page.epoch_over = True  # type: ignore[union-attr]
-        if loop.trainer.book.shared:
-            combine(loop.trainer)
+        loop.trainer.book.scope.close_epoch()
+        if loop.trainer.book.distributed:
+            reduce_epoch_metrics(loop.trainer)
         loop.progress.epochs -= 1
-        report_epoch(loop, whole)
+        report_train_epoch(loop, whole)
         loop.progress.epochs += 1
         self.stop_if_told()
 

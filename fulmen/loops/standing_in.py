@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
-from fulmen.metrics.logbook import is_metric, metrics_in
+from fulmen.metrics.torchmetrics_state import is_metric, metrics_in
 from fulmen.utilities.introspection import in_library
 from fulmen.utilities.seed import isolate_rng
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fulmen.engine import collectives
 from fulmen.loops.standing_in import standing_in
-from fulmen.metrics.reduce import sync_steps
+from fulmen.metrics.reduce import reduce_step_metrics
 from fulmen.utilities.collections import apply_to_collection, move_data_to_device
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import warn_once
@@ -101,13 +101,13 @@ class UnevenBatches:
         if not having[self.rank] and lent is not None:
             self.batch = move_data_to_device(lent[0], self.trainer.strategy.root_device)
 
-    def sync_steps(self, place: str, batch_idx: int, dataloader_idx: int) -> None:
+    def reduce_step_metrics(self, batch_position: str, batch_idx: int, dataloader_idx: int) -> None:
         """Values of a step with `sync_dist`, over those processes that have the batch."""
         book = self.trainer.book
         if self.full[dataloader_idx] > 0:
-            sync_steps(self.trainer, place, self.present(batch_idx, dataloader_idx))
-        elif book.due:
-            book.due.clear()
+            reduce_step_metrics(self.trainer, batch_position, self.present(batch_idx, dataloader_idx))
+        elif book.to_reduce:
+            book.to_reduce.clear()
             what = (
                 f"A step value is logged with `sync_dist`, but not all processes have a batch of the {self.loop.kind}"
             )
@@ -159,16 +159,16 @@ class UnevenBatches:
             with nullcontext() if loop.context is None else loop.context():
                 outputs = loop.step(*place)
             self.note("step")
-        book.copy_jottings()
+        book.flush_deferred()
         if shared:
-            sync_steps(self.trainer, "step", self.present(batch_idx, dataloader_idx), idle=True)
+            reduce_step_metrics(self.trainer, "step", self.present(batch_idx, dataloader_idx), idle=True)
         self.mark()
         if hooks:
             loop.on_batch_end(outputs, *place)
             self.note("hooks")
-        book.copy_jottings()
+        book.flush_deferred()
         if shared:
-            sync_steps(self.trainer, "end", self.present(batch_idx, dataloader_idx), idle=True)
+            reduce_step_metrics(self.trainer, "end", self.present(batch_idx, dataloader_idx), idle=True)
         book.muted, book.hook = False, None
 
 

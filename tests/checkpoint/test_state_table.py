@@ -157,7 +157,7 @@ def generators(trainer):
 
 
 def sums(trainer):
-    entries = trainer.book._pages["train"].entries.values()
+    entries = trainer.book.scopes["train"].entries.values()
     return [(entry.callback_name, host(entry.total), entry.weight) for entry in entries]
 
 
