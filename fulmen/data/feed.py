@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from itertools import count, islice
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.loaders import shutdown_workers
@@ -14,13 +14,21 @@ from fulmen.utilities.seed import isolate_rng
 _END = object()
 
 
+class Shortfall(NamedTuple):
+    """The batches that a loader gave, and how many it had promised."""
+
+    given: int
+    promised: float
+
+
 class Feed:
     """The batches of one epoch.
 
-    `open_iterators()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx, dataloader_idx)`.
-    While a batch is out, `is_last` tells whether another will follow: by counting where the length is known for
-    certain, else by reading one batch ahead. The limits of ``loaders`` are set, ``transfer(batch, dataloader_idx)`` gives
-    the batch on the device (see `data.batches`), and ``profile`` wraps the function that fetches one batch.
+    `open_iterators()` makes the iterators (and so starts the workers), iterating yields `(batch, batch_idx,
+    dataloader_idx)`. While a batch is out, `is_last` tells whether another will follow: by counting where the length is
+    known for certain, else by prefetching one batch. The limits of ``loaders`` are set, ``transfer(batch,
+    dataloader_idx)`` gives the batch on the device (see `data.transfer`), and ``profile`` wraps the function that fetches
+    one batch.
 
     Arguments:
         counted: is `len()` of the loaders the number of batches they give?
@@ -35,19 +43,18 @@ class Feed:
         self.num_batches = loaders.num_batches()
         self.counted = counted and self.num_batches < inf
         self.is_last = False
-        self.shortfalls: dict[
-            int, tuple[int, float]
-        ] = {}  # by loader: the batches it gave in the last pass, and promised
+        self.shortfalls: dict[int, Shortfall] = {}  # of the last pass, by index of the loader
         self._over = False  # does no batch follow in this epoch?
         self.opened_epoch: int | None = None  # the epoch whose iterators were made last
-        self.first_batch_idx = 0  # a resumed epoch goes on counting from here
+        self.first_batch_idx = 0  # a resumed epoch continues counting from here
         self._iterator: Any = None  # opened for the next pass
         # one plain loader: no need to ask the combination who is next
         self._single = loaders.flattened[0] if loaders.iterables is loaders.flattened[0] else None
 
     def open_iterators(self, epoch: int | None = None) -> None:
         """Makes fresh iterators; called once before each pass, of this epoch."""
-        self.opened_epoch, self._over = epoch, False
+        self.opened_epoch = epoch
+        self._over = False
         self._iterator = iter(self.loaders) if self._single is None else self.loaders.open_pass(0)
 
     def mark_exhausted(self) -> None:
@@ -55,35 +62,38 @@ class Feed:
         self._over = True
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
-        self.is_last, self.shortfalls = False, {}
+        self.is_last = False
+        self.shortfalls = {}
         if self._over:
             return
         if self._iterator is None:
             self.open_iterators()
-        iterator, self._iterator = self._iterator, None
+        iterator = self._iterator
+        self._iterator = None
         fetch: Callable[[], Any] = lambda: next(iterator, _END)  # noqa: E731
         if self.profile is not None:
             fetch = self.profile(fetch)
-        if keeps := self.loaders.is_stateful():
-            fetch = self._noting(fetch)
+        if stateful := self.loaders.is_stateful():
+            fetch = self._record_states(fetch)
         if self._single is None:
-            yield from self._combined(fetch)
+            yield from self._iterate_combined(fetch)
         else:
-            one_by_one = self._sized if self.counted else self._looking_ahead
-            yield from one_by_one(iterator if self.profile is None and not keeps else iter(fetch, _END))
+            iterate = self._iterate_counted if self.counted else self._iterate_prefetching
+            yield from iterate(iterator if self.profile is None and not stateful else iter(fetch, _END))
 
-    def _noting(self, fetch: Callable[[], Any]) -> Callable[[], Any]:
-        """Before each batch, states of loaders are kept: when a checkpoint is written, one more may have been read."""
-        given = count(self.first_batch_idx)
+    def _record_states(self, fetch: Callable[[], Any]) -> Callable[[], Any]:
+        """Records the states of loaders before each batch: when a checkpoint is written, one more may have been read."""
+        consumed = count(self.first_batch_idx)
 
-        def noted() -> Any:
-            self.loaders.record_state(next(given))
+        def record_and_fetch() -> Any:
+            self.loaders.record_state(next(consumed))
             return fetch()
 
-        return noted
+        return record_and_fetch
 
-    def _sized(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
-        transfer, idx = self.transfer, self.first_batch_idx
+    def _iterate_counted(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
+        transfer = self.transfer
+        idx = self.first_batch_idx
         last = min(self.num_batches, self.loaders.num_batches()) - 1  # the dataset may have become smaller
         if idx > last:
             return
@@ -93,10 +103,12 @@ class Feed:
             idx += 1
             if idx > last:
                 break
-        self._compare({0: idx})
+        self._note_shortfalls({0: idx})
 
-    def _looking_ahead(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
-        transfer, idx, end = self.transfer, self.first_batch_idx, self.num_batches
+    def _iterate_prefetching(self, iterator: Iterator[Any]) -> Generator[tuple[Any, int, int]]:
+        transfer = self.transfer
+        idx = self.first_batch_idx
+        end = self.num_batches
         waiting: Any = _END
         for batch in iterator if end == inf else islice(iterator, max(int(end) - idx, 0)):
             if waiting is not _END:
@@ -107,33 +119,34 @@ class Feed:
             self.is_last = True
             yield transfer(waiting, 0), idx, 0
             idx += 1
-        self._compare({0: idx})
+        self._note_shortfalls({0: idx})
 
-    def _combined(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
-        given, end, in_turn = self.first_batch_idx, self.num_batches, self.loaders.mode == "sequential"
+    def _iterate_combined(self, fetch: Callable[[], Any]) -> Generator[tuple[Any, int, int]]:
+        given = self.first_batch_idx
+        end = self.num_batches
+        in_turn = self.loaders.mode == "sequential"
         counts = dict.fromkeys(range(len(self.loaders.flattened)), 0) if in_turn else {0: given}
-        ahead: Any = _END if self.counted or given >= end else fetch()
+        prefetched: Any = _END if self.counted or given >= end else fetch()
         while given < end:
-            item = fetch() if self.counted else ahead
+            item = fetch() if self.counted else prefetched
             if item is _END:
                 break
             given += 1
             if not self.counted:
-                ahead = fetch() if given < end else _END
+                prefetched = fetch() if given < end else _END
             batch, batch_idx, dataloader_idx = item
             counts[dataloader_idx] += 1
-            self.is_last = given >= end or (not self.counted and ahead is _END)
+            self.is_last = given >= end or (not self.counted and prefetched is _END)
             if not in_turn:
                 batch_idx = given - 1
             yield self.transfer(batch, dataloader_idx), batch_idx, dataloader_idx
-        self._compare(counts)
+        self._note_shortfalls(counts)
 
-    def _compare(self, counts: dict[int, int]) -> None:
-        """Notes the loaders that gave fewer batches than they promised, or none."""
+    def _note_shortfalls(self, counts: dict[int, int]) -> None:
         promised = self.loaders.loader_lengths() if len(counts) > 1 else [self.num_batches]
         for (at, given), expected in zip(counts.items(), promised):
             if given < expected and (expected < inf or not given):
-                self.shortfalls[at] = (given, expected)
+                self.shortfalls[at] = Shortfall(given, expected)
 
     @property
     def batches_prefetched(self) -> int:
@@ -141,7 +154,11 @@ class Feed:
         return int(not self.counted)
 
     def batches_consumed(self, done: int, in_batch: bool) -> int:
-        """How many batches were given to so many finished steps; the one that runs does not count."""
+        """How many batches ``done`` finished steps have used; the one that runs does not count.
+
+        Arguments:
+            in_batch: does a step run?
+        """
         return done
 
     def close_loaders(self) -> None:
@@ -209,30 +226,36 @@ class IteratorFeed(Feed):
     def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
         super().__init__(loaders, lambda batch, _: batch, profile)
         self.batch: Any = None  # that was pulled last
-        self.batch_idx = self.pulled = self.pulled_before = 0
+        self.batch_idx = 0
+        self.pulled = 0  # batches of the epoch, with those of steps before
+        self.pulled_before_step = 0
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         source = super().__iter__()
         # Always one batch ahead: whether there is a next step is known only to whoever has its batch.
-        ahead: Any = next(source, _END)
-        self.batch, self.batch_idx, self.pulled = None, self.first_batch_idx, self.first_batch_idx
+        prefetched: Any = next(source, _END)
+        self.batch = None
+        self.batch_idx = self.pulled = self.first_batch_idx
 
-        def pull() -> Generator[tuple[Any, int, int]]:
-            nonlocal ahead
-            while ahead is not _END:
-                item, ahead = ahead, next(source, _END)
+        def pull_batches() -> Generator[tuple[Any, int, int]]:
+            nonlocal prefetched
+            while prefetched is not _END:
+                item = prefetched
+                prefetched = next(source, _END)
                 self.batch, self.batch_idx, _ = item
-                self.is_last, self.pulled = ahead is _END, item[1] + 1
+                self.is_last = prefetched is _END
+                self.pulled = item[1] + 1
                 yield item
 
-        iterator = pull()
-        while ahead is not _END:
-            self.is_last, self.pulled_before = False, self.pulled
-            yield iterator, self.batch_idx, ahead[2]
+        iterator = pull_batches()
+        while prefetched is not _END:
+            self.is_last = False
+            self.pulled_before_step = self.pulled
+            yield iterator, self.batch_idx, prefetched[2]
 
     @property
     def batches_prefetched(self) -> int:
         return super().batches_prefetched + 1
 
     def batches_consumed(self, done: int, in_batch: bool) -> int:
-        return max(self.pulled_before if in_batch else self.pulled, self.first_batch_idx)
+        return max(self.pulled_before_step if in_batch else self.pulled, self.first_batch_idx)

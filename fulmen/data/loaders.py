@@ -25,6 +25,8 @@ from torch.utils.data import (
 )
 
 from fulmen.data.combined import CombinedLoader, loader_length
+from fulmen.data.loader_state import dataset_of, is_map_style
+from fulmen.data.sample_order import ShardedSampler, samplers_of
 from fulmen.data.tensor_batches import in_memory_dataset
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
 from fulmen.utilities.introspection import is_generator
@@ -33,17 +35,18 @@ from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 from fulmen.utilities.seed import pl_worker_init_function
 
 # Where an object keeps the arguments it was made with.
-_RECORD = "_fulmen_arguments"
-_maybe = functools.partial(rank_zero_warn, category=PossibleUserWarning)
+_RECORD_KEY = "_fulmen_arguments"
+_warn_possible = functools.partial(rank_zero_warn, category=PossibleUserWarning)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def check_length(loader: Any) -> int | float:
+def check_length(loader: Iterable[Any]) -> int | float:
     """The number of batches, infinite if the loader does not know; warns about lengths that are often a mistake."""
     length = loader_length(loader)
     if length == 0:
         rank_zero_warn(f"Total length of `{type(loader).__name__}` is zero. Nothing will run on it; is that intended?")
-    if not math.isinf(length) and isinstance(getattr(loader, "dataset", None), IterableDataset):
+    data = dataset_of(loader)
+    if not math.isinf(length) and isinstance(data, IterableDataset) and data is not loader:
         rank_zero_warn(
             "The `IterableDataset` has `__len__` defined, which is wrong if several workers do not share out the data."
         )
@@ -51,10 +54,10 @@ def check_length(loader: Any) -> int | float:
 
 
 # What gives exactly as many indices as it says.
-_COUNTED = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_EXACT_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
-def length_is_certain(part: Any) -> bool:
+def length_is_certain(part: object) -> bool:
     """Do a loader's parts, or those of a sampler, leave no doubt that it gives as many batches as `len()` says?
 
     `len()` of an `IterableDataset`, of a sampler or of a loader of one's own is a promise that nobody checks. A subclass of
@@ -64,11 +67,13 @@ def length_is_certain(part: Any) -> bool:
         own = type(part).__len__ is not DataLoader.__len__ or is_generator(type(part).__iter__)
         order = part.sampler if part.batch_sampler is None else part.batch_sampler
         return not own and is_map_style(part) and length_is_certain(order)
-    if type(part) in (BatchSampler, IndexRecorder):
-        return length_is_certain(part.sampler if type(part) is BatchSampler else part.batch_sampler)
-    if isinstance(part, DistributedSampler) and "order" in vars(part):  # a process's part of another sampler
-        return length_is_certain(vars(part)["order"])
-    return type(part) in (*_COUNTED, list, tuple, range)
+    if type(part) is BatchSampler:
+        return length_is_certain(part.sampler)
+    if isinstance(part, IndexRecorder):
+        return length_is_certain(part.batch_sampler)
+    if isinstance(part, ShardedSampler):
+        return length_is_certain(part.order)
+    return type(part) in (*_EXACT_SAMPLERS, list, tuple, range)
 
 
 def limit_batches(length: int | float, limit: int | float, *, name: str) -> int | float:
@@ -93,11 +98,11 @@ def limit_batches(length: int | float, limit: int | float, *, name: str) -> int 
     return int(length * limit)
 
 
-def _leaves(loader: Any) -> list[Any]:
+def _flatten_loaders(loader: object) -> list[Any]:
     return loader.flattened if isinstance(loader, CombinedLoader) else [loader]
 
 
-def check_iterable(loader: Any, label: str) -> None:
+def check_iterable(loader: object, label: str) -> None:
     """Raise a TypeError unless batches can be read from ``loader``; ``label`` says where it comes from."""
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         what = (
@@ -109,32 +114,38 @@ def check_iterable(loader: Any, label: str) -> None:
         raise TypeError(f"An invalid dataloader was given by {label}: {describe_received(loader)}. {fix}")
 
 
-def warn_about_settings(loader: Any, *, stage: str, reloaded: bool = False) -> None:
+def warn_about_settings(loader: object, *, stage: str, reloaded: bool = False) -> None:
     """Warn about slow or mistaken settings of the loader for "train" or another stage; will fit ask for it again?"""
     if not isinstance(loader, DataLoader):
         return
     name = f"{stage}_dataloader"
-    if name != "train_dataloader" and isinstance(inner_sampler(loader), RandomSampler):
-        _maybe(f"The sampler of the `{name}` has shuffling enabled. Evaluation is best read in order: `shuffle=False`.")
+    if stage != "train" and isinstance(inner_sampler(loader), RandomSampler):
+        what = f"The sampler of the `{name}` has shuffling enabled."
+        _warn_possible(f"{what} Evaluation is best read in order: `shuffle=False`.")
     possible = suggested_max_num_workers(local_world_size=1)
     # Workers would only slow down data that is indexed in memory.
     if loader.num_workers < 2 <= possible and in_memory_dataset(loader) is None:
-        _maybe(f"The `{name}` has {loader.num_workers} workers, which may be too few. Try `num_workers={possible}`.")
-    context = loader.multiprocessing_context or multiprocessing
-    if loader.num_workers and not loader.persistent_workers and context.get_start_method() == "spawn":
+        what = f"The `{name}` has {loader.num_workers} workers, which may be too few."
+        _warn_possible(f"{what} Try `num_workers={possible}`.")
+    if loader.num_workers and not loader.persistent_workers and _spawns_workers(loader):
         rank_zero_warn(f"The workers of the `{name}` are spawned in every epoch. Use `persistent_workers=True`.")
     if reloaded and loader.pin_memory and loader.persistent_workers:
         what = f"The `{name}` has `pin_memory=True` and `persistent_workers=True`: torch may hang when"
-        _maybe(f"{what} `reload_dataloaders_every_n_epochs` replaces it. Use `pin_memory=False`.")
+        _warn_possible(f"{what} `reload_dataloaders_every_n_epochs` replaces it. Use `pin_memory=False`.")
+
+
+def _spawns_workers(loader: DataLoader) -> bool:
+    context = loader.multiprocessing_context or multiprocessing
+    return context.get_start_method() == "spawn"
 
 
 @contextmanager
 def record_arguments() -> Iterator[None]:
     """Remember how every object of a `DataLoader` or `BatchSampler` subclass made in here was called; see `rebuild_loader`."""
-    family = _subclasses(DataLoader) | _subclasses(BatchSampler)
+    family = _all_subclasses(DataLoader) | _all_subclasses(BatchSampler)
     originals = {cls: cls.__init__ for cls in family if "__init__" in vars(cls)}
     for cls, init in originals.items():
-        cls.__init__ = _recording(init)
+        cls.__init__ = _record_calls(init)
     try:
         yield
     finally:
@@ -142,30 +153,30 @@ def record_arguments() -> Iterator[None]:
             cls.__init__ = init
 
 
-def _subclasses(cls: type) -> set[Any]:
-    return set(cls.__subclasses__()).union(*map(_subclasses, cls.__subclasses__()))
+def _all_subclasses(cls: type) -> set[Any]:
+    return set(cls.__subclasses__()).union(*map(_all_subclasses, cls.__subclasses__()))
 
 
-def _recording(init: Callable) -> Callable:
+def _record_calls(init: Callable) -> Callable:
     @functools.wraps(init)
-    def recording(self: Any, *args: Any, **kwargs: Any) -> None:
+    def recording_init(self: Any, *args: Any, **kwargs: Any) -> None:
         # Only the constructor the user called counts, not those it calls in turn.
-        if type(self).__init__ is recording:
-            vars(self)[_RECORD] = _by_name(init, _base(self), (self, *args), kwargs)
+        if type(self).__init__ is recording_init:
+            vars(self)[_RECORD_KEY] = _bind_by_name(init, _torch_base(self), (self, *args), kwargs)
         init(self, *args, **kwargs)
 
-    return recording
+    return recording_init
 
 
-def _base(obj: Any) -> type:
+def _torch_base(obj: object) -> type:
     return DataLoader if isinstance(obj, DataLoader) else BatchSampler
 
 
-def _parameters(cls: Any) -> list[inspect.Parameter]:
+def _init_parameters(cls: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(cls.__init__).parameters.values())[1:]
 
 
-def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _bind_by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The arguments of a call as keywords; what is passed on as ``*args`` is taken to go to the base class."""
     try:
         found = inspect.signature(init).bind(*args, **kwargs)
@@ -175,7 +186,7 @@ def _by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) ->
     for name, value in list(found.arguments.items())[1:]:
         kind = found.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            value = dict(zip((inherited.name for inherited in _parameters(base)), value))
+            value = dict(zip((inherited.name for inherited in _init_parameters(base)), value))
         named |= value if kind in _VARIADIC else {name: value}
     return named
 
@@ -187,58 +198,58 @@ def rebuild_loader(loader: DataLoader, **order: Any) -> DataLoader:
     way a custom batch sampler is made again around a new sampler, with a TypeError if that is impossible.
     """
     if "sampler" in order and loader.batch_size is None and loader.batch_sampler is not None:
-        order = {"batch_sampler": _made_again(loader.batch_sampler, **order)}
+        order = {"batch_sampler": _rebuild_object(loader.batch_sampler, **order)}
     # What torch refuses to take together with them is put back to its default.
     clashing: dict[str, Any] = {"shuffle": False}
     if "batch_sampler" in order:
         clashing |= {"sampler": None, "batch_size": 1, "drop_last": False}
-    given = _arguments(loader)
+    given = _init_arguments(loader)
     for name, default in clashing.items():
         if name in given or (name != "sampler" and getattr(loader, name, default) != default):
             order[name] = default
-    return _made_again(loader, **order)
+    return _rebuild_object(loader, **order)
 
 
-def _refusal(obj: Any, problem: str, fix: str) -> Exception:
+def _rebuild_error(obj: Any, problem: str, fix: str) -> Exception:
     error = MisconfigurationException if isinstance(obj, DataLoader) else TypeError
     return error(f"`{type(obj).__name__}` has to be made again, but {problem}. {fix}")
 
 
-def _made_again(obj: Any, **changes: Any) -> Any:
-    arguments = {**_arguments(obj), **changes}
+def _rebuild_object(obj: Any, **changes: Any) -> Any:
+    arguments = {**_init_arguments(obj), **changes}
     try:
         again = type(obj)(**arguments)
     except (TypeError, ValueError) as problem:
         fix = "Let its `__init__` take `**kwargs` and pass them to `super().__init__`, with nothing twice."
-        raise _refusal(obj, f"with another {sorted(changes)} that fails: {problem}", fix) from problem
+        raise _rebuild_error(obj, f"with another {sorted(changes)} that fails: {problem}", fix) from problem
     # What the user attached to the old one stays readable.
     vars(again).update({name: value for name, value in vars(obj).items() if name not in vars(again)})
-    vars(again)[_RECORD] = arguments
+    vars(again)[_RECORD_KEY] = arguments
     return again
 
 
-def _arguments(obj: Any) -> dict[str, Any]:
+def _init_arguments(obj: Any) -> dict[str, Any]:
     """The constructor arguments of a loader or batch sampler, from the record or from attributes."""
-    cls, base = type(obj), _base(obj)
-    if cls is not base and vars(obj).get(_RECORD) is not None:
-        return vars(obj)[_RECORD]
-    own = [p for p in _parameters(cls) if p.kind not in _VARIADIC]
-    passed_on = _parameters(base) if len(own) < len(_parameters(cls)) else []
+    cls = type(obj)
+    base = _torch_base(obj)
+    if cls is not base and vars(obj).get(_RECORD_KEY) is not None:
+        return vars(obj)[_RECORD_KEY]
+    own = [p for p in _init_parameters(cls) if p.kind not in _VARIADIC]
     if missing := [p.name for p in own if p.default is p.empty and not hasattr(obj, p.name)]:
         fix = f"Make it inside a `*_dataloader` hook, or keep them: `self.{missing[0]} = {missing[0]}` in `__init__`."
-        raise _refusal(obj, f"its arguments {missing} are not known", fix)
+        raise _rebuild_error(obj, f"its arguments {missing} are not known", fix)
+    passed_on = _init_parameters(base) if len(own) < len(_init_parameters(cls)) else []
     names = {p.name for p in own + passed_on if hasattr(obj, p.name)}
-    if base is DataLoader:
-        # The loader has attributes for what it made itself, which it would not take back together.
-        custom = obj.batch_size is None and obj.batch_sampler is not None
-        names -= {"batch_size", "sampler", "drop_last"} if custom else {"batch_sampler"}
-        names -= {"sampler"} if isinstance(obj.dataset, IterableDataset) else set()
+    if isinstance(obj, DataLoader):
+        names -= _derived_arguments(obj)
     return {name: getattr(obj, name) for name in names}
 
 
-def is_map_style(loader: Any) -> bool:
-    """Is it a loader whose samplers choose what is read?"""
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+def _derived_arguments(loader: DataLoader) -> set[str]:
+    """Attributes for what a loader made itself, which it would not take back together."""
+    custom = loader.batch_size is None and loader.batch_sampler is not None
+    derived = {"batch_size", "sampler", "drop_last"} if custom else {"batch_sampler"}
+    return derived | ({"sampler"} if isinstance(loader.dataset, IterableDataset) else set())
 
 
 def inner_sampler(loader: DataLoader) -> Any:
@@ -246,14 +257,14 @@ def inner_sampler(loader: DataLoader) -> Any:
     return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
 
 
-def disable_shuffling(loader: Any) -> Any:
+def disable_shuffling(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader reading its samples in order, as ``overfit_batches`` needs it; warns when it did not."""
     if not is_map_style(loader) or isinstance(inner_sampler(loader), (SequentialSampler, list, tuple, range)):
         return loader
     if type(loader.batch_sampler) not in (BatchSampler, type(None)):  # a batch sampler of the user knows best
         return loader
     rank_zero_warn("`overfit_batches` needs the same batches in every epoch: shuffling is off.")
-    return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))
+    return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
 
 
 class IndexRecorder:
@@ -262,17 +273,19 @@ class IndexRecorder:
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
         self.seen_indices: list[list[int]] = []
-        self._taken = 0
+        self._popped = 0
 
-    def take(self, batch_idx: int) -> list[int]:
+    def pop_indices(self, batch_idx: int) -> list[int]:
         """The samples of a batch; they, and those of batches before it, are forgotten."""
-        new = batch_idx + 1 - self._taken
-        indices, self._taken = self.seen_indices[new - 1], batch_idx + 1
+        new = batch_idx + 1 - self._popped
+        indices = self.seen_indices[new - 1]
+        self._popped = batch_idx + 1
         del self.seen_indices[:new]
         return indices
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.seen_indices, self._taken = [], 0
+        self.seen_indices = []
+        self._popped = 0
         for indices in self.batch_sampler:
             self.seen_indices.append(indices)
             yield indices
@@ -286,52 +299,53 @@ class IndexRecorder:
         return getattr(self.batch_sampler, name)
 
 
-def keep_last_batch(loader: Any) -> Any:
+def keep_last_batch(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader without ``drop_last``, if its batch sampler can be made again that way."""
     if not is_map_style(loader) or loader.batch_sampler is None:
         return loader
-    batch_sampler, name = loader.batch_sampler, type(loader.batch_sampler).__name__
+    batch_sampler = loader.batch_sampler
+    name = type(batch_sampler).__name__
     if not hasattr(batch_sampler, "drop_last"):
-        _maybe(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
+        _warn_possible(f"Predictions may miss samples: `{name}` has no `drop_last`, so make sure it gives all indices.")
     elif batch_sampler.drop_last:
         try:
-            return rebuild_loader(loader, batch_sampler=_made_again(batch_sampler, drop_last=False))
+            return rebuild_loader(loader, batch_sampler=_rebuild_object(batch_sampler, drop_last=False))
         except TypeError as problem:
             rank_zero_warn(f"Predictions will miss the last, incomplete batch, which `{name}` drops. {problem}")
     return loader
 
 
-def record_indices(loader: Any) -> Any:
+def record_indices(loader: Iterable[Any]) -> Iterable[Any]:
     """The loader with an `IndexRecorder` as its ``batch_sampler``; unchanged where there is none."""
     if not is_map_style(loader) or loader.batch_sampler is None:
         return loader
     return rebuild_loader(loader, batch_sampler=IndexRecorder(loader.batch_sampler))
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
+def set_epoch(loader: object, epoch: int) -> None:
     """Tell every sampler of the loader that cares which epoch begins."""
-    for leaf in _leaves(loader):
-        batch_sampler = getattr(leaf, "batch_sampler", None)
-        samplers = (getattr(leaf, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-        for sampler in {id(sampler): sampler for sampler in samplers}.values():
-            if callable(announce := getattr(sampler, "set_epoch", None)):
-                announce(epoch)
+    for leaf in _flatten_loaders(loader):
+        for sampler in samplers_of(leaf):
+            if hasattr(sampler, "set_epoch") and callable(sampler.set_epoch):
+                sampler.set_epoch(epoch)
 
 
-def seed_workers(loader: Any, rank: int) -> None:
+def seed_workers(loader: object, rank: int) -> None:
     """Give each worker of each rank its own random stream, if `seed_everything` was asked to and the user did not."""
     wanted = os.environ.get("PL_SEED_WORKERS", "0") not in ("", "0")
     if wanted and isinstance(loader, DataLoader) and loader.worker_init_fn is None:
         loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=rank)
 
 
-def shutdown_workers(source: Any) -> None:
+def shutdown_workers(source: object) -> None:
     """End the worker processes behind a loader or a running iterator."""
     if isinstance(source, CombinedLoader):
         source.reset()
-    for iterator in _leaves(source):
-        if isinstance(loader := iterator, DataLoader):
-            iterator, loader._iterator = loader._iterator, None
+    for leaf in _flatten_loaders(source):
+        iterator = leaf
+        if isinstance(leaf, DataLoader):
+            iterator = leaf._iterator
+            leaf._iterator = None
         if callable(shutdown := getattr(iterator, "_shutdown_workers", None)):
             shutdown()
 

@@ -18,9 +18,9 @@ class Source:
     """Who gives the loaders of one kind: an argument of the call, or a hook of the datamodule or the module."""
 
     hook_name: str
-    owner: Any
+    owner: object
     base: type
-    argument: Any
+    argument: object
     verb: str
     beside_module: bool
 
@@ -58,7 +58,7 @@ class Sources:
         self.datamodule_base = datamodule_base
         self._sources: dict[str, Source] = {}
 
-    def attach_data(self, module: Any, *, datamodule: Any = None, verb: str = "fit", **given: Any) -> None:
+    def attach_data(self, module: object, *, datamodule: object = None, verb: str = "fit", **given: Any) -> None:
         """Note what ``Trainer.<verb>`` was given, loaders by kind; beside a datamodule, those of the module are not used."""
         beside = datamodule is not None
         owner, base = (datamodule, self.datamodule_base) if beside else (module, self.module_base)
@@ -69,7 +69,7 @@ class Sources:
         """Who gives the loaders of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
         return self._sources[kind]
 
-    def transfer_owner(self, hook_name: str, module: Any, datamodule: Any = None) -> Any:
+    def transfer_owner(self, hook_name: str, module: object, datamodule: object = None) -> Any:
         """The object whose batch-transfer hook runs: the datamodule if it overrides the hook, else the module."""
         in_module = overridden(module, hook_name, self.module_base)
         if overridden(datamodule, hook_name, self.datamodule_base):

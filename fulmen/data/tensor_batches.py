@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default
 from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 
-def iterate_batches(loader: Any) -> Iterator:
+def iterate_batches(loader: Iterable[Any]) -> Iterator[Any]:
     """The batches of ``iter(loader)``, bit for bit, found faster where the data already lies in memory.
 
     A plain `DataLoader` over a `TensorDataset`, or a `Subset` of one, picks samples one by one and stacks them again.
@@ -21,29 +21,31 @@ def iterate_batches(loader: Any) -> Iterator:
     source = in_memory_dataset(loader)
     if source is None:
         return iter(loader)
-    dataset, subsets = loader.dataset, []
+    assert isinstance(loader, DataLoader)
+    dataset: Any = loader.dataset
+    subsets = []
     while dataset is not source:
-        subsets.append(_compact(dataset.indices))
+        subsets.append(_compact_indices(dataset.indices))
         dataset = dataset.dataset
-    batches = iter(loader.batch_sampler)
+    batches = iter(loader.batch_sampler)  # type: ignore[arg-type]
     # The DataLoader draws a seed for its workers even when it has none.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    return _cut(batches, loader.dataset, subsets, source.tensors)
+    return _cut_batches(batches, loader.dataset, subsets, source.tensors)
 
 
-def in_memory_dataset(loader: Any) -> TensorDataset | None:
+def in_memory_dataset(loader: object) -> TensorDataset | None:
     """The tensors behind a loader whose batches are found by indexing them, or None."""
-    dataset = loader.dataset if _is_plain(loader) else None
+    dataset: Any = loader.dataset if _is_plain(loader) else None
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return dataset if type(dataset) is TensorDataset and all(map(_is_sliceable, dataset.tensors)) else None
 
 
-def _cut(
+def _cut_batches(
     batches: Iterator[list[int]], dataset: Dataset, subsets: list[Sequence[int]], tensors: tuple[Tensor, ...]
 ) -> Iterator[list[Tensor]]:
     for indices in batches:
-        rows = _rows(indices, subsets, len(tensors[0]))
+        rows = _select_rows(indices, subsets, len(tensors[0]))
         if rows is None:  # anything unusual, wrong indices included, is left to the dataset
             several = getattr(dataset, "__getitems__", None)
             yield default_collate(several(indices) if several else [dataset[index] for index in indices])
@@ -55,7 +57,7 @@ def _cut(
             yield [tensor.index_select(0, where.to(tensor.device)) for tensor in tensors]
 
 
-def _rows(indices: Any, subsets: list[Sequence[int]], size: int) -> list[int] | slice | None:
+def _select_rows(indices: object, subsets: list[Sequence[int]], size: int) -> list[int] | slice | None:
     """The rows of the tensors behind a batch of indices; a slice if they follow each other, None if in doubt."""
     if type(indices) is not list or not indices:
         return None
@@ -63,13 +65,14 @@ def _rows(indices: Any, subsets: list[Sequence[int]], size: int) -> list[int] | 
         indices = list(map(subset.__getitem__, indices))
     if set(map(type, indices)) != {int} or min(indices) < 0 or max(indices) >= size:
         return None
-    first, last = indices[0], indices[-1]
+    first = indices[0]
+    last = indices[-1]
     if last - first == len(indices) - 1 and indices == list(range(first, last + 1)):
         return slice(first, last + 1)
     return indices
 
 
-def _is_plain(loader: Any) -> bool:
+def _is_plain(loader: object) -> TypeGuard[DataLoader]:
     """Does this loader fetch, collate and yield in the one way that is reproduced here?"""
     return (
         type(loader) is DataLoader
@@ -89,7 +92,7 @@ def _is_sliceable(tensor: Tensor) -> bool:
     return plain and not special
 
 
-def _compact(indices: Any) -> Sequence[int]:
+def _compact_indices(indices: Any) -> Sequence[int]:
     """The indices of a subset side by side in memory, where random access is several times faster than in a list."""
     if getattr(indices, "ndim", 0) == 1 and str(indices.dtype).rpartition(".")[-1] in ("int32", "int64"):
         indices = indices.tolist()

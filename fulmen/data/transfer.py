@@ -17,27 +17,31 @@ if TYPE_CHECKING:
     from fulmen.data.sources import Sources
 
 
-def compile_transfer(strategy: Strategy, module: Any, datamodule: Any, sources: Sources, base: type) -> Callable:
-    """One function `(batch, dataloader_idx) -> batch on the device`, compiled for what is overridden.
+def compile_transfer(
+    strategy: Strategy, module: object, datamodule: object, sources: Sources, base: type
+) -> Callable[[Any, int], Any]:
+    """One function `(batch, dataloader_idx) -> batch on the device`, composed of what is overridden.
 
-    Order of the full story: the precision converts the batch, `on_before_batch_transfer`, the strategy (which calls
+    The order where everything is: the precision converts the batch, `on_before_batch_transfer`, the strategy (which calls
     `transfer_batch_to_device`), `on_after_batch_transfer`. ``base`` is the class whose hooks do nothing (`DataHooks`).
     """
-    device, precision = strategy.root_device, strategy.precision_plugin
+    device = strategy.root_device
+    precision = strategy.precision_plugin
 
-    def hook(name: str) -> Callable[..., Any] | None:
+    def overridden_hook(name: str) -> Callable[..., Any] | None:
         owner = sources.transfer_owner(name, module, datamodule)
         return getattr(owner, name) if overridden(owner, name, base) else None
 
-    before, after = hook("on_before_batch_transfer"), hook("on_after_batch_transfer")
-    transfer = hook("transfer_batch_to_device")
+    before = overridden_hook("on_before_batch_transfer")
+    after = overridden_hook("on_after_batch_transfer")
+    transfer = overridden_hook("transfer_batch_to_device")
     convert = precision.convert_input if overridden(precision, "convert_input", Precision) else None
     strategy_moves = overridden(strategy, "batch_to_device", Strategy)
     strategy.transfer = transfer or (lambda batch, device, _: move_data_to_device(batch, device))
     if not (before or transfer or after or convert or strategy_moves):
         return _host_batch if device.type == "cpu" else lambda batch, _: move_data_to_device(batch, device)
 
-    def move(batch: Any, dataloader_idx: int) -> Any:
+    def move_batch(batch: Any, dataloader_idx: int) -> Any:
         if convert is not None:
             batch = convert(batch)
         if before is not None:
@@ -45,7 +49,7 @@ def compile_transfer(strategy: Strategy, module: Any, datamodule: Any, sources: 
         batch = strategy.batch_to_device(batch, device, dataloader_idx)
         return after(batch, dataloader_idx) if after is not None else batch
 
-    return move
+    return move_batch
 
 
 _CPU = torch.device("cpu")

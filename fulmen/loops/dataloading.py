@@ -8,61 +8,81 @@ from typing import TYPE_CHECKING, Any
 from fulmen.data import loaders as loader_tools
 from fulmen.data import samplers
 from fulmen.data.combined import CombinedLoader, loader_length
+from fulmen.data.loader_state import is_map_style
 from fulmen.data.transfer import compile_transfer
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.introspection import by_signature, takes_argument
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from fulmen.loops.evaluate import EvaluationLoop
+    from fulmen.loops.fit import FitLoop
     from fulmen.trainer import Trainer
 
 
 def prepare_loaders(
     trainer: Trainer, combined: CombinedLoader, label: str, kind: str, limit: int | float
 ) -> CombinedLoader:
-    """The combination with every loader checked, made sequential, or without `drop_last`, where the stage wants it, and limited.
+    """The combination with every loader checked, adapted to the stage, cut to this process's part, and limited.
 
     Arguments:
         label: names the hook or argument in messages.
         kind: "train", "val", "test" or "predict".
         limit: `limit_{kind}_batches`.
     """
-    adapted, limits = [], []
-    strategy, world = trainer.strategy, trainer.world_size
-    place = trainer.distributed_sampler_kwargs if trainer.use_distributed_sampler and world > 1 else None
-    seeds = strategy.broadcast([samplers.order_seed(loader) for loader in combined.flattened]) if place else []
-    for index, loader in enumerate(combined.flattened):
+    given = combined.flattened
+    options = trainer.distributed_sampler_kwargs if trainer.use_distributed_sampler and trainer.world_size > 1 else None
+    seeds = trainer.strategy.broadcast([samplers.order_seed(loader) for loader in given]) if options else []
+    adapted: list[Iterable[Any]] = []
+    limits: list[int | float] = []
+    for index, loader in enumerate(given):
         loader_tools.check_iterable(loader, label)
-        if trainer.overfit_batches and kind in ("train", "val"):
-            loader = loader_tools.disable_shuffling(loader)
-        loader_tools.warn_about_settings(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
-        loader_tools.seed_workers(loader, trainer.global_rank)
-        whole = loader = loader_tools.keep_last_batch(loader) if kind == "predict" else loader
-        if place:
-            if not loader_tools.is_map_style(loader):  # what comes first is read here, to compare
-                loader_tools.set_epoch(loader, trainer.current_epoch)
-            loader = samplers.shard_samples(loader, **place, padded=kind == "train", seed=seeds[index])
-            loader = samplers.read_round_robin(loader, **place, exchange=strategy.exchange_objects)
-        total = loader_length(whole) if loader is not whole and kind != "train" else inf
+        whole = _adapt_to_stage(trainer, loader, kind)
+        part = _cut_to_rank(trainer, whole, kind, options, seeds[index]) if options else whole
+        # A fraction is one of all batches, however they were dealt out.
+        total = loader_length(whole) if part is not whole and kind != "train" else inf
         if kind == "predict" and trainer.prediction_writers:
-            loader = loader_tools.record_indices(loader)
-        adapted.append(strategy.process_dataloader(loader))
-        name = f"limit_{kind}_batches"
-        length = loader_tools.check_length(adapted[-1])
-        if isinstance(limit, float) and 0 < limit < 1 and total < inf:
-            # A fraction is one of all batches, however they were dealt out.
-            wanted = int(loader_tools.limit_batches(total, limit, name=name))
-            limits.append(min(length, len(range(trainer.global_rank, wanted, world))))
-        else:
-            limits.append(loader_tools.limit_batches(length, limit, name=name))
-    combined.flattened, combined.limits = adapted, limits
+            part = loader_tools.record_indices(part)
+        adapted.append(trainer.strategy.process_dataloader(part))
+        limits.append(_limit_of(trainer, adapted[-1], total, limit, f"limit_{kind}_batches"))
+    combined.flattened = adapted
+    combined.limits = limits
     return combined
 
 
+def _adapt_to_stage(trainer: Trainer, loader: Iterable[Any], kind: str) -> Iterable[Any]:
+    """The loader without shuffling or `drop_last` where the stage needs that, with seeded workers."""
+    if trainer.overfit_batches and kind in ("train", "val"):
+        loader = loader_tools.disable_shuffling(loader)
+    loader_tools.warn_about_settings(loader, stage=kind, reloaded=bool(trainer.reload_dataloaders_every_n_epochs))
+    loader_tools.seed_workers(loader, trainer.global_rank)
+    return loader_tools.keep_last_batch(loader) if kind == "predict" else loader
+
+
+def _cut_to_rank(
+    trainer: Trainer, loader: Iterable[Any], kind: str, options: dict[str, int], seed: int
+) -> Iterable[Any]:
+    if is_map_style(loader):
+        return samplers.shard_samples(loader, **options, padded=kind == "train", seed=seed)
+    loader_tools.set_epoch(loader, trainer.current_epoch)  # what comes first is read here, to compare
+    return samplers.RoundRobinLoader(loader, **options, exchange=trainer.strategy.exchange_objects)
+
+
+def _limit_of(
+    trainer: Trainer, loader: Iterable[Any], total: int | float, limit: int | float, name: str
+) -> int | float:
+    """How many batches are read of a loader, of which all processes together have ``total`` (infinite if they do not share)."""
+    length = loader_tools.check_length(loader)
+    if isinstance(limit, float) and 0 < limit < 1 and total < inf:
+        wanted = int(loader_tools.limit_batches(total, limit, name=name))
+        return min(length, len(range(trainer.global_rank, wanted, trainer.world_size)))
+    return loader_tools.limit_batches(length, limit, name=name)
+
+
 def build_transfer(trainer: Trainer) -> Callable[[Any, int], Any]:
-    """The compiled way of a batch to the device."""
+    """The function that moves a batch to the device."""
     return compile_transfer(trainer.strategy, trainer.lightning_module, trainer.datamodule, trainer.sources, DataHooks)
 
 
@@ -73,8 +93,9 @@ def build_fetch_profiler(trainer: Trainer, action: str) -> Callable[[Callable[[]
 
 
 def bind_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable[..., Any]:
-    """The callable for a step of the module, timed if somebody profiles; it takes all of these arguments by position."""
-    strategy, method = trainer.strategy, getattr(trainer.lightning_module, name)
+    """The callable for a step of the module, timed by a profiler; it takes all of these arguments by position."""
+    strategy = trainer.strategy
+    method = getattr(trainer.lightning_module, name)
     if takes_argument(method, "dataloader_iter", explicit=True):
         arguments = ("dataloader_iter", *arguments[1:])
     step = strategy.bind_step(name)
@@ -84,7 +105,7 @@ def bind_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 
 
-def loaders_as_given(loop: Any) -> Any:
+def loaders_as_given(loop: FitLoop | EvaluationLoop) -> Any:
     """What the user gave a loop, in the same nesting, with loaders that were made again in their places."""
     if loop.loaders is None or isinstance(loop.given_loaders, CombinedLoader):
         return loop.given_loaders

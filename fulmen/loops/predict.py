@@ -108,7 +108,7 @@ class PredictionLoop(EvaluationLoop):
         assert self.loaders is not None
         recorder = getattr(self.loaders.flattened[dataloader_idx], "batch_sampler", None)
         if isinstance(recorder, IndexRecorder):
-            self.current_batch_indices = recorder.take(batch_idx)
+            self.current_batch_indices = recorder.pop_indices(batch_idx)
             if self.epoch_wanted:
                 self.epoch_batch_indices[dataloader_idx].append(self.current_batch_indices)
         else:

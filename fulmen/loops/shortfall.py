@@ -1,21 +1,25 @@
-"""Loaders that gave fewer batches than they promised, or none: said once, and an error where nothing can be trained."""
+"""Loaders that gave fewer batches than they promised, or none: a warning, and an error where nothing can be trained."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fulmen.data.loader_state import describe_loader
+from fulmen.data.samplers import RoundRobinLoader
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
 from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 
 if TYPE_CHECKING:
+    from fulmen.data.combined import CombinedLoader
+    from fulmen.data.feed import Shortfall
     from fulmen.loops.fit import FitLoop
 
 
 class ShortLoaderMonitor:
-    """What was said in one run about loaders that gave too few batches, and how many epochs had none."""
+    """Watches for loaders that give too few batches in one run, and for epochs without any."""
 
     def __init__(self) -> None:
-        self.said: set[tuple[int, bool]] = set()  # index of the loader, and whether it gave any batch
+        self.warned: set[tuple[int, bool]] = set()  # index of the loader, and whether it gave any batch
         self.empty_epochs = 0  # in a row
 
     def handle_stop_iteration(self, loop: FitLoop) -> None:
@@ -48,16 +52,22 @@ class ShortLoaderMonitor:
         Raises:
             MisconfigurationException: if epochs without a batch would follow each other for ever.
         """
-        trainer, short = loop.trainer, loop.feed.shortfalls  # type: ignore[union-attr]
-        told = trainer.strategy.exchange_objects(short) if loop.uneven and loop.doubtful else [short]
-        for rank, of_rank in enumerate(told) if trainer.is_global_zero else ():
-            self.warn_short_loaders(
-                trainer.sources.source_of("train").display_name, loop.loaders, of_rank, rank if len(told) > 1 else None
-            )
-        empty = any(not given for of_rank in told for given, _ in of_rank.values()) and not loop.progress.batch
+        ranks = self._exchange_shortfalls(loop)
+        if loop.trainer.is_global_zero:
+            label = loop.trainer.sources.source_of("train").display_name
+            for rank, shortfalls in enumerate(ranks):
+                self.warn_short_loaders(label, loop.loaders, shortfalls, rank if len(ranks) > 1 else None)
+        empty = (
+            any(not short.given for shortfalls in ranks for short in shortfalls.values()) and not loop.progress.batch
+        )
         self.empty_epochs = self.empty_epochs + 1 if empty else 0
         if self.empty_epochs > 1 and loop.max_epochs == -1:
             self.refuse_empty_run(loop, f"in {self.empty_epochs} epochs in a row")
+
+    def _exchange_shortfalls(self, loop: FitLoop) -> list[dict[int, Shortfall]]:
+        """Those of this process, or of all where they may differ."""
+        own = loop.feed.shortfalls  # type: ignore[union-attr]
+        return loop.trainer.strategy.exchange_objects(own) if loop.uneven and loop.doubtful else [own]
 
     def after_training(self, loop: FitLoop) -> None:
         """Refuses a run in which nothing was trained, and warns of one without an optimizer step.
@@ -67,7 +77,8 @@ class ShortLoaderMonitor:
         """
         if self.empty_epochs and not loop.progress.batches:
             self.refuse_empty_run(loop, "in any epoch: nothing was trained")
-        module, progress = loop.trainer.lightning_module, loop.progress
+        module = loop.trainer.lightning_module
+        progress = loop.progress
         if progress.batches and not progress.steps and not module.automatic_optimization and loop.trainer.optimizers:
             what = f"`{type(module).__name__}.training_step` made no optimizer step, in manual optimization."
             fix = "Call `self.manual_backward(loss)` and `self.optimizers().step()` in it"
@@ -81,24 +92,24 @@ class ShortLoaderMonitor:
         raise MisconfigurationException(f"{what} {why} {fix}")
 
     def warn_short_loaders(
-        self, label: str, loaders: Any, short: dict[int, tuple[int, float]], rank: int | None = None
+        self, label: str, loaders: CombinedLoader | None, shortfalls: dict[int, Shortfall], rank: int | None = None
     ) -> None:
-        """Names the loaders that are `short`, once each.
+        """Names the loaders that gave too few batches, once each.
 
         Arguments:
             label: names the hook or argument that the loaders come from.
-            short: by index of the loader, the batches it gave and those it promised.
+            shortfalls: by index of the loader.
             rank: of the process they are in, where there are several.
         """
+        if loaders is None:
+            return
         several = len(loaders.flattened) > 1
-        for index, (given, promised) in short.items():
-            if (index, given > 0) in self.said:
+        for index, (given, promised) in shortfalls.items():
+            if (index, given > 0) in self.warned:
                 continue
-            self.said.add((index, given > 0))
+            self.warned.add((index, given > 0))
             loader = loaders if several and loaders.mode != "sequential" else loaders.flattened[index]
-            loader = vars(loader).get("loader", loader) if hasattr(loader, "__dict__") else loader  # dealt out by batch
-            data = getattr(loader, "dataset", loader)
-            name = f"`{type(loader).__name__}`" + (f" over `{type(data).__name__}`" if data is not loader else "")
+            name = describe_loader(loader.loader if isinstance(loader, RoundRobinLoader) else loader)
             name += f" (number {index})" if several and loader is not loaders else ""
             name += f" on rank {rank}" if rank is not None else ""
             if not given:
