@@ -171,42 +171,49 @@ class Feed:
 class JoinFeed(Feed):
     """The batches of one of several processes that have not as many each, and end the epoch together.
 
-    One that has none left is `idle`, and gives its last one again until all are done; `present` says how many have the
-    batch that is out. Where all lengths are known, nothing is exchanged to know it.
+    One that has none left is `exhausted`, and gives its last one again until all are done; `num_active` says how many
+    have the batch that is out. Where all lengths are known, nothing is exchanged to know it.
 
     Arguments:
         counts: batches of each process; infinite where that is not certain.
-        ask: how many processes say yes, asked by all of them at every batch if a length is not certain.
+        count_true: on how many processes a bool is true; called by all at every batch if a length is not certain.
     """
 
     def __init__(
         self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None, counts: list[int | float],
-        ask: Callable[[bool], int],
+        count_true: Callable[[bool], int],
     ) -> None:  # fmt: skip
         super().__init__(loaders, transfer, profile, counted=inf not in counts)
-        self.counts, self.ask = counts, ask
-        self.idle, self.present = False, len(counts)
+        self.counts = counts
+        self.count_true = count_true
+        self.exhausted = False
+        self.num_active = len(counts)
 
     def __iter__(self) -> Generator[tuple[Any, int, int]]:
         if self._over:
             return
-        source, idx = super().__iter__(), self.first_batch_idx
-        item, kept = next(source, None), None
-        self.present = self._having(idx, item is not None)
-        while self.present:
+        source = super().__iter__()
+        idx = self.first_batch_idx
+        item = next(source, None)
+        kept = None
+        self.num_active = self._count_active(idx, item is not None)
+        while self.num_active:
             more = item is not None and not self.is_last
-            following = self._having(idx + 1, more)
-            self.idle, self.is_last = item is None, following == 0
+            following = self._count_active(idx + 1, more)
+            self.exhausted = item is None
+            self.is_last = following == 0
             if item is not None:
                 kept = item[0]
             elif kept is None:
                 kept = self._any_batch()
             yield kept, idx, 0
-            item, idx, self.present = next(source, None), idx + 1, following
+            item = next(source, None)
+            idx += 1
+            self.num_active = following
 
-    def _having(self, idx: int, here: bool) -> int:
+    def _count_active(self, idx: int, here: bool) -> int:
         """How many processes have a batch of this index."""
-        return self.ask(here) if inf in self.counts else sum(idx < count for count in self.counts)
+        return self.count_true(here) if inf in self.counts else sum(idx < count for count in self.counts)
 
     def _any_batch(self) -> Any:
         with isolate_rng():  # in a run that was not stopped, it is one that was given before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class SyncBatchNorm(_BatchNorm):
 
     _original: type[_BatchNorm] | None = None  # the class before `convert`
 
-    in_shadow_step = False  # has this process no batch of its own, and runs along so that others need not wait?
+    _in_shadow_step = False
 
     def __init__(
         self,
@@ -84,6 +86,16 @@ class SyncBatchNorm(_BatchNorm):
             layer.__class__ = _synchronized_class(kind)
         return module
 
+    @classmethod
+    @contextmanager
+    def shadow_step(cls) -> Generator[None]:
+        """Inside, layers take part in the collectives of other ranks, with a batch that does not count."""
+        SyncBatchNorm._in_shadow_step = True
+        try:
+            yield
+        finally:
+            SyncBatchNorm._in_shadow_step = False
+
     @staticmethod
     def revert(module: Module) -> Module:
         """The same module, in which each layer that `convert` changed has its old class again."""
@@ -110,7 +122,7 @@ class SyncBatchNorm(_BatchNorm):
         if num_ranks < 2:
             return super().forward(input)
         self._check_input_dim(input)
-        own = input[:0] if SyncBatchNorm.in_shadow_step else input
+        own = input[:0] if SyncBatchNorm._in_shadow_step else input
         with torch.no_grad():
             mean, m2, total = merge_statistics(own, self.process_group, num_ranks)
             # sync: a rank with several values knows without asking that there is more than one

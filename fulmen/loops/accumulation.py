@@ -31,6 +31,9 @@ class AccumulationWindow:
         self.divisor: Any = 1
         self.total: Any = 0  # weight; the divisor and it are tensors if weights are, so that nothing waits for them
 
+    def count_active(self, opens: bool, exhausted: bool, num_active: int) -> None:
+        """Not all ranks may have the next batch: has this one none, and how many have?"""
+
     def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
         """The loss divided; the first of a window decides by what, from the losses that are `expected` to come."""
         if isinstance(weight, Tensor):
@@ -68,26 +71,27 @@ class DistributedWindow(AccumulationWindow):
         parameters: gives those whose gradients are in the window.
     """
 
-    __slots__ = ("batches", "idle", "parameters", "partial", "strategy", "weighted")
+    __slots__ = ("batches", "exhausted", "parameters", "partial", "strategy", "weighted")
 
     def __init__(self, strategy: Any, parameters: Callable[[], Iterable[Any]]) -> None:
         super().__init__()
         self.strategy, self.parameters, self.weighted = strategy, parameters, False
         self.batches = 0  # of all processes, while they are counted
-        self.idle = self.partial = False
+        self.exhausted = False  # has this rank no batch of its own for the current step?
+        self.partial = False  # was a batch of the window not on all ranks?
 
-    def meet(self, opens: bool, idle: bool, present: int) -> None:
-        """Not all processes may have the next batch: is this one idle, and how many are not?"""
+    def count_active(self, opens: bool, exhausted: bool, num_active: int) -> None:
         if opens:
-            self.batches, self.partial = 0, False
-        self.idle = idle
-        self.batches += present
-        self.partial = self.partial or present < self.strategy.world_size
+            self.batches = 0
+            self.partial = False
+        self.exhausted = exhausted
+        self.batches += num_active
+        self.partial = self.partial or num_active < self.strategy.world_size
 
     def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
-        if not self.idle:  # else the windows before tell
+        if not self.exhausted:  # else the windows before tell
             self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
-        share = super().share(loss, 0 if self.idle else weight, expected)
+        share = super().share(loss, 0 if self.exhausted else weight, expected)
         if expected > 1 or not (self.weighted or self.partial):
             return share
         mean: Any = self.batches / self.strategy.world_size
@@ -124,9 +128,9 @@ class PostReduceWindow(DistributedWindow):
     def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
         if expected == 1 and (self.held == 0 or not self.accumulates):
             return super().share(loss, weight, expected)
-        if not self.idle:
+        if not self.exhausted:
             self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
-        share = AccumulationWindow.share(self, loss, 0 if self.idle else weight, expected)
+        share = AccumulationWindow.share(self, loss, 0 if self.exhausted else weight, expected)
         if self.weighted and expected == 1:
             self.total = self.mean_of(self.total, loss)
         elif self.partial and expected == 1:

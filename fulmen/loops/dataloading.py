@@ -81,6 +81,22 @@ def _limit_of(
     return loader_tools.limit_batches(length, limit, name=name)
 
 
+def prepare_train_loaders(trainer: Trainer, given: Any, label: str) -> CombinedLoader:
+    """The loaders of training as a combination that gives one batch of each at once.
+
+    Raises:
+        ValueError: if they are combined to give their batches one after the other.
+    """
+    combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
+    if combined.mode == "sequential":
+        raise ValueError(
+            'Training does not support the `CombinedLoader(mode="sequential")` mode. '
+            "A training step takes one batch of every loader at once. Use the mode 'max_size_cycle', 'max_size' or "
+            "'min_size', or concatenate the datasets."
+        )
+    return prepare_loaders(trainer, combined, label, "train", trainer.limit_train_batches)
+
+
 def build_transfer(trainer: Trainer) -> Callable[[Any, int], Any]:
     """The function that moves a batch to the device."""
     return compile_transfer(trainer.strategy, trainer.lightning_module, trainer.datamodule, trainer.sources, DataHooks)

@@ -12,10 +12,10 @@ from fulmen.data.feed import Feed, IteratorFeed
 from fulmen.data.loaders import length_is_certain, set_epoch
 from fulmen.loops import preemption
 from fulmen.loops.dataloading import bind_step, build_fetch_profiler, build_transfer, prepare_loaders
+from fulmen.loops.join import EvaluationJoin, Join
 from fulmen.loops.loop import Loop
 from fulmen.loops.progress import Position
 from fulmen.loops.shortfall import ShortLoaderMonitor
-from fulmen.loops.uneven import UnevenBatches
 from fulmen.metrics.reduce import close_epoch
 from fulmen.metrics.tables import print_results
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
@@ -52,14 +52,14 @@ class EvaluationLoop(Loop):
         self.feed: Any = None
         self.iterator_feed = False  # does the step pull batches itself?
         self.max_batches: list[float] = []
-        self.everywhere: list[list[float]] = []  # `max_batches` of all processes, by rank
-        self.uneven: UnevenBatches | None = None  # of several processes
+        self.max_batches_of_ranks: list[list[float]] = []
+        self.join = Join(trainer)  # what ranks with fewer batches do
         self.loaded_at_epoch: int | None = None
         self.frozen: list[str] | None = None  # while all modules are in eval mode: those that stay so afterwards
         self.shortfall = ShortLoaderMonitor()
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
 
-    hooks_may_repeat = True  # may hooks of a batch be called for one of another process?
+    runs_shadow_hooks = True  # may hooks of a batch be called for one of another rank?
 
     @property
     def loaded(self) -> bool:
@@ -80,8 +80,7 @@ class EvaluationLoop(Loop):
                 for batch, batch_idx, dataloader_idx in self.feed:
                     if dataloader_idx != self.dataloader_idx:
                         self.next_loader(dataloader_idx)
-                    if self.uneven is not None:
-                        self.uneven.begin(batch, batch_idx, dataloader_idx)
+                    self.join.before_batch(batch, batch_idx, dataloader_idx)
                     self.run_batch(batch, batch_idx, dataloader_idx)
                     if trainer.signals.pending is not None:
                         preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
@@ -110,15 +109,15 @@ class EvaluationLoop(Loop):
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """One batch."""
-        book, uneven = self.trainer.book, self.uneven
+        book = self.trainer.book
         book.open_batch(batch)
         place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
         if self.iterator_feed:  # hooks get the batch that was pulled last
             self.on_batch_start(self.feed.batch, *place[1:])
         else:
             self.on_batch_start(*place)
-        if uneven is not None:
-            uneven.note("hooks")
+        if book.distributed:
+            self.join.after_batch_start()
         book.hook = self.step_name
         if self.context is None:
             outputs = self.step(*place)
@@ -127,14 +126,11 @@ class EvaluationLoop(Loop):
                 outputs = self.step(*place)
         if self.iterator_feed:
             place = (self.feed.batch, self.feed.batch_idx, *place[2:])
-        if uneven is not None:
-            uneven.note("step")
-            uneven.reduce_step_metrics("step", batch_idx, dataloader_idx)
-            uneven.mark()
+        if book.distributed:
+            self.join.reduce("step")
         self.on_batch_end(outputs, *place)
-        if uneven is not None:
-            uneven.note("hooks")
-            uneven.reduce_step_metrics("end", batch_idx, dataloader_idx)
+        if book.distributed:
+            self.join.reduce("end")
         book.close_batch()
         self.keep(outputs, dataloader_idx)
 
@@ -165,7 +161,7 @@ class EvaluationLoop(Loop):
             certain = [length_is_certain(loader) for loader in self.loaders.flattened]
             certain = certain if in_turn else [all(certain)]
             counts = [count if sure else inf for count, sure in zip(counts, certain)]
-        self.everywhere = trainer.strategy.exchange_objects(counts)
+        self.max_batches_of_ranks = trainer.strategy.exchange_objects(counts)
         self.apply_limits()
 
     def check_mode(self, mode: str) -> None:
@@ -187,7 +183,7 @@ class EvaluationLoop(Loop):
         return [min(most, n) for n in self.max_batches]
 
     def nothing_to_do(self) -> bool:
-        return self.loaders is None or sum(self.num_batches) == 0 == sum(map(sum, self.everywhere))
+        return self.loaders is None or sum(self.num_batches) == 0 == sum(map(sum, self.max_batches_of_ranks))
 
     def start(self) -> None:
         """Iterators, signatures, eval mode and the first hooks."""
@@ -201,9 +197,10 @@ class EvaluationLoop(Loop):
         for loader in self.loaders.flattened:
             set_epoch(loader, trainer.current_epoch)
         self.feed.open_iterators()
-        if len(self.everywhere) > 1:
+        if len(self.max_batches_of_ranks) > 1:
             most = trainer.num_sanity_val_steps if trainer.sanity_checking else inf
-            self.uneven = UnevenBatches(self, [[min(most, count) for count in counts] for counts in self.everywhere])
+            counts = [[min(most, count) for count in of_rank] for of_rank in self.max_batches_of_ranks]
+            self.join = EvaluationJoin(self, counts)
         module, hooks = trainer.lightning_module, trainer.compile_hooks()
         check_loader_argument(module, self.several, self.batch_hooks if self.iterator_feed else self.with_loaders)
         arguments = ("batch", "batch_idx", "dataloader_idx") if self.several else ("batch", "batch_idx")
@@ -240,22 +237,15 @@ class EvaluationLoop(Loop):
         book = self.trainer.book
         while self.dataloader_idx < dataloader_idx:
             book.finalize_loader(self.dataloader_idx)
-            if self.uneven is not None:
-                self.uneven.finish_loader(self.dataloader_idx)
+            self.join.close_loader(self.dataloader_idx)
             self.dataloader_idx += 1
         book.dataloader_idx = dataloader_idx
 
-    def finish_loaders(self) -> None:
-        """Those that are left have no more batches here; other processes may have some."""
-        if self.uneven is not None:
-            for dataloader_idx in range(self.dataloader_idx, len(self.uneven.counts[0])):
-                self.uneven.finish_loader(dataloader_idx)
+    def skip_output(self) -> None:
+        """After a batch that only other ranks have."""
 
-    def keep_nothing(self) -> None:
-        """After a batch of others."""
-
-    def drain(self) -> None:
-        """After a loader: all processes have done what they do together for its batches."""
+    def collect_remaining(self) -> None:
+        """After a loader: all ranks have done what they do together for its batches."""
 
     def keep(self, outputs: Any, dataloader_idx: int) -> None:
         """Step metrics go out at every batch, against their own counter."""
@@ -272,7 +262,7 @@ class EvaluationLoop(Loop):
         trainer, hooks = self.trainer, self.hooks
         book = trainer.book
         assert self.loaders is not None
-        self.finish_loaders()
+        self.join.close_loaders(self.dataloader_idx)
         if self.inside_fit:
             trainer.strategy.restore_own_buffers()
         book.dataloader_idx = None

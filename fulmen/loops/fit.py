@@ -11,17 +11,18 @@ from fulmen.checkpoint.lightning_format import LOG_STEP_PENDING, as_attributes, 
 from fulmen.checkpoint.snapshot import progress_state_dict
 from fulmen.data import loaders as loader_tools
 from fulmen.data.combined import CombinedLoader
-from fulmen.data.feed import Feed, IteratorFeed, JoinFeed
+from fulmen.data.feed import Feed
 from fulmen.engine.precision import MixedPrecision
 from fulmen.loops import cadence, checks, preemption
-from fulmen.loops.dataloading import build_fetch_profiler, build_transfer, prepare_loaders
+from fulmen.loops.dataloading import build_fetch_profiler, build_transfer, prepare_train_loaders
 from fulmen.loops.evaluate import EvaluationLoop
+from fulmen.loops.join import Join, join_training
 from fulmen.loops.loop import Loop
 from fulmen.loops.optimize import Optimization, optimization_for
 from fulmen.loops.progress import Position, Progress
 from fulmen.loops.resume_state import Memory
 from fulmen.loops.shortfall import ShortLoaderMonitor
-from fulmen.metrics.reduce import close_epoch, count_true, reduce_step_metrics, report_train_epoch
+from fulmen.metrics.reduce import close_epoch, report_train_epoch
 from fulmen.optimizers import Schedulers
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning
@@ -70,8 +71,8 @@ class FitLoop(Loop):
         self.loaders: CombinedLoader | None = None
         self.given_loaders: Any = None
         self.num_batches: float = inf
-        self.uneven = False  # may a process run out of batches before others do?
-        self.doubtful = False  # may an epoch have fewer batches than the loaders promise, in any process?
+        self.join = Join(trainer)  # what ranks with fewer batches do
+        self.iterator_feed = False  # does the step pull batches itself?
         self.shortfall = ShortLoaderMonitor()
         self.hooks: HookPlan
         self.optimization: Optimization
@@ -160,8 +161,8 @@ class FitLoop(Loop):
         book.open_batch(batch)
         interval = self.trainer.log_every_n_steps
         book.logging_due = interval > 0 and (progress.log_step + 1) % interval == 0
-        if self.uneven:
-            self.meet()
+        if self.join.uneven:
+            self.join.before_batch()
         given = batch
         if self.iterator_feed:  # hooks get the batch that was pulled last
             batch = self.feed.batch  # type: ignore[union-attr]
@@ -169,7 +170,7 @@ class FitLoop(Loop):
             return self.skip_epoch()
         outputs = self.optimization.run(given, batch_idx)
         if book.distributed:
-            self.reduce_step_metrics("step")
+            self.join.reduce("step")
         if self.iterator_feed:
             feed: Any = self.feed
             batch, batch_idx, progress.is_last_batch = feed.batch, feed.batch_idx, feed.is_last
@@ -181,7 +182,7 @@ class FitLoop(Loop):
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
         if book.distributed:
-            self.reduce_step_metrics("end")
+            self.join.reduce("end")
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
@@ -226,36 +227,15 @@ class FitLoop(Loop):
         if trainer.limit_train_batches == 0:
             return
         source = trainer.sources.source_of("train")
-        given = source.request_loaders()
+        self.given_loaders = source.request_loaders()
         trainer.strategy.barrier("train_dataloader()")
-        self.given_loaders = given
-        combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
-        if combined.mode == "sequential":
-            raise ValueError(
-                'Training does not support the `CombinedLoader(mode="sequential")` mode. '
-                "A training step takes one batch of every loader at once. Use the mode 'max_size_cycle', 'max_size' or 'min_size', or concatenate the datasets."
-            )
-        self.loaders = prepare_loaders(trainer, combined, source.display_name, "train", trainer.limit_train_batches)
-        self.num_batches = self.loaders.num_batches()
-        module = trainer.lightning_module
-        self.iterator_feed = takes_argument(module.training_step, "dataloader_iter", explicit=True)
+        self.loaders = prepare_train_loaders(trainer, self.given_loaders, source.display_name)
+        self.iterator_feed = takes_argument(trainer.lightning_module.training_step, "dataloader_iter", explicit=True)
         trainer.book.size_required = self.iterator_feed
-        transfer = build_transfer(trainer)
-        profile = build_fetch_profiler(trainer, "[_TrainingEpochLoop].train_dataloader_next")
         counted = self.iterator_feed or all(map(loader_tools.length_is_certain, self.loaders.flattened))
-        told = trainer.strategy.exchange_objects((self.num_batches, counted))
-        counts = [promised for promised, _ in told]
-        self.doubtful = not all(certain for _, certain in told)
-        self.uneven = len(counts) > 1 and (len(set(counts)) > 1 or inf in counts or self.doubtful)
-        if self.uneven:
-            self.check_counts(counts)
-            self.num_batches = max(counts)
-            given = [promised if certain else inf for promised, certain in told]
-            self.feed = JoinFeed(self.loaders, transfer, profile, given, lambda value: count_true(trainer, value))
-        elif self.iterator_feed:
-            self.feed = IteratorFeed(self.loaders, transfer, profile)
-        else:
-            self.feed = Feed(self.loaders, transfer, profile, counted)
+        self.join, self.num_batches = join_training(trainer, self.loaders.num_batches(), counted, self.iterator_feed)
+        profile = build_fetch_profiler(trainer, "[_TrainingEpochLoop].train_dataloader_next")
+        self.feed = self.join.build_feed(self.loaders, build_transfer(trainer), profile)
         loader_tools.set_epoch(self.loaders, self.progress.epochs)
         self.announced_epoch = self.progress.epochs
         if self.resumed:
@@ -358,7 +338,7 @@ class FitLoop(Loop):
             loader_tools.set_epoch(self.loaders, progress.epochs)
             self.announced_epoch = progress.epochs
         self.hooks = trainer.compile_hooks()
-        self.optimization.set_hooks(self.hooks)
+        self.optimization.open_epoch(self.hooks)
         self.schedulers.open_epoch()
         resumed = self.resumed
         if resumed:  # `on_train_start` is no part of a run that was not stopped
@@ -401,7 +381,7 @@ class FitLoop(Loop):
     def close_epoch(self) -> None:
         """`on_train_epoch_end`, schedulers that watch a metric, and the metrics of the epoch."""
         trainer, progress, book = self.trainer, self.progress, self.trainer.book
-        book.muted = False
+        self.join.close_epoch()
         book.close_batch()
         if self.validated_at != progress.batches:  # else what validation logged is newer
             book.update_metric_dicts()
@@ -443,34 +423,6 @@ class FitLoop(Loop):
         if self.max_steps != -1 and self.progress.steps >= self.max_steps:
             return True
         return self.trainer.should_stop and self.may_stop()
-
-    # ------------------------------------------------------------------ several processes
-
-    def check_counts(self, counts: list[float]) -> None:
-        """Numbers of batches that differ between processes, or are not known: can all of them train to the end?"""
-        shown = ", ".join(f"{count} on rank {rank}" for rank, count in enumerate(counts))
-        if 0 in counts:
-            what = f"Not all processes have training batches ({shown}), and each has to run its own `training_step`."
-            raise RuntimeError(f"{what} Give each process data: use a smaller batch size, or fewer devices.")
-        if self.iterator_feed:
-            what = f"`training_step(dataloader_iter)` needs as many batches in each process, and there are {shown}."
-            raise RuntimeError(f"{what} Limit them with `limit_train_batches`, or take `batch` instead.")
-
-    def meet(self) -> None:
-        """A batch that may not be there in all processes. Here it may be the last one again, which does not count."""
-        feed: Any = self.feed
-        self.trainer.book.muted = feed.idle
-        self.optimization.meet(feed.idle, feed.present)
-
-    def reduce_step_metrics(self, batch_position: str) -> None:
-        """Values of a step with `sync_dist`."""
-        if not self.uneven:
-            reduce_step_metrics(self.trainer, batch_position)
-            return
-        feed: Any = self.feed
-        reduce_step_metrics(self.trainer, batch_position, feed.present, feed.idle)
-        if batch_position == "end":
-            self.trainer.book.muted = False
 
     # ------------------------------------------------------------------ validation
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from fulmen.engine.strategy import Strategy
 from fulmen.hooks import nothing
 from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, PostReduceWindow, read_output
 from fulmen.loops.dataloading import bind_step
-from fulmen.loops.standing_in import standing_in
+from fulmen.loops.join import shadow_step
 from fulmen.module import LightningModule
 from fulmen.optimizers import NoOptimizer
 from fulmen.profilers.profiler import measured
@@ -38,6 +37,8 @@ class Optimization:
     def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
         self.trainer, self.hooks, self.progress = trainer, hooks, progress
         self.book, self.strategy = trainer.book, trainer.strategy
+        self.join = trainer.fit_loop.join
+        self.loss_factor = 1.0  # in manual optimization
         self.module: LightningModule = trainer.lightning_module
         self.name = f"`{type(self.module).__name__}.training_step`"
         self.precision = self.strategy.precision_plugin
@@ -59,23 +60,17 @@ class Optimization:
             optimizer._module = self.module
             optimizer._sync_context = lambda: self.strategy.no_backward_sync(self.strategy.model)
 
-    batchless = False  # does this process only take part in the batches of others?
-    present: int | None = None  # how many processes have a batch; None if all have
-    factor = 1.0  # of losses in manual optimization
-
-    def meet(self, idle: bool, present: int) -> None:
-        """The next batch is not in all processes. Without one of its own, a process adds nothing to the gradients."""
-        self.batchless, self.present = idle, present
-
-    def set_hooks(self, hooks: HookPlan) -> None:
-        """A fresh plan, because callbacks may have changed."""
+    def open_epoch(self, hooks: HookPlan) -> None:
+        """Callbacks may have changed, and loaders."""
         self.hooks = hooks
+        self.join = self.trainer.fit_loop.join
+        self.loss_factor = 1.0
 
     def backward_with_hooks(self, loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
         """What stands between the strategy's `pre_backward` and `post_backward`."""
         book = self.book
-        if self.factor != 1.0:
-            loss = loss * self.factor
+        if self.loss_factor != 1.0:
+            loss = loss * self.loss_factor
         self.hooks.on_before_backward(loss)
         previous, book.hook = book.hook, "backward"
         self.precision.backward(loss, self.module, optimizer, *args, **kwargs)
@@ -119,7 +114,9 @@ class AutomaticOptimization(Optimization):
         self.several = trainer.world_size > 1
         gradients_of = lambda: self.precision.main_params(self.optimizer)  # noqa: E731
         shared = PostReduceWindow if self.strategy.defers_gradient_reduction else DistributedWindow
-        self.window = shared(self.strategy, gradients_of) if self.several else AccumulationWindow()
+        self.window: AccumulationWindow = AccumulationWindow()
+        if self.several:
+            self.window = shared(self.strategy, gradients_of)
         self.window_open = False  # whether there are gradients that wait for a step which later batches belong to
         self.verb = "returned"
         module = self.module
@@ -147,8 +144,8 @@ class AutomaticOptimization(Optimization):
         opens = not self.window_open or batch_idx == 0
         self.stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.progress.is_last_batch
         self.window_open = not self.stepped
-        if self.present is not None:
-            self.window.meet(opens, self.batchless, self.present)  # type: ignore[attr-defined]
+        if self.join.uneven:
+            self.window.count_active(opens, self.join.exhausted, self.join.num_active)
         if not self.stepped and not self.strategy.handles_gradient_accumulation:
             with self.strategy.no_backward_sync(self.strategy.model):
                 return self.forward_backward(batch, batch_idx, opens)
@@ -170,8 +167,8 @@ class AutomaticOptimization(Optimization):
         return int(min(length - batch_idx % length, max(self.trainer.num_training_batches - batch_idx, 1)))
 
     def forward_backward(self, batch: Any, batch_idx: int, opens: bool) -> Any:
-        if self.batchless:
-            return self.stand_in(batch, batch_idx, opens)
+        if self.join.exhausted:
+            return self.run_shadow_step(batch, batch_idx, opens)
         hooks, book, length = self.hooks, self.book, self.trainer.accumulate_grad_batches
         book.hook = "training_step"
         # waits for nothing: the loss stays on the device, only its type is looked at
@@ -198,7 +195,7 @@ class AutomaticOptimization(Optimization):
             if not self.checked and self.stepped and self.expects_loss:
                 self.check_for_any_loss()
             return {} if extra is None else extra
-        if length > 1 or weight is not None or (self.present is not None and self.present < self.trainer.world_size):
+        if length > 1 or weight is not None or self.join.partial:
             loss = self.window.share(loss, weight, self.batches_left(batch_idx))
         if not self.plain_backward:
             self.strategy.backward(loss, self.optimizer, **self.only)
@@ -215,14 +212,14 @@ class AutomaticOptimization(Optimization):
         self.closure_result = loss.detach()
         return {"loss": self.closure_result} if extra is None else {**extra, "loss": self.closure_result}
 
-    def stand_in(self, batch: Any, batch_idx: int, opens: bool) -> Any:
-        """This process has no batch. Its gradients of 0 go where others send theirs, with those of its window so far."""
+    def run_shadow_step(self, batch: Any, batch_idx: int, opens: bool) -> Any:
+        """This rank has no batch. Its gradients of 0 are reduced with those of others, and those of its window so far."""
         if opens:
             self.clear_gradients(batch_idx)
         loss = None if self.only else self.strategy.zero_loss()
         if loss is None:
             # The step of others exchanges more than gradients, so this one runs as well, on a batch it had.
-            with standing_in(self.module), self.context() if self.context is not None else nullcontext():
+            with shadow_step(self.module, self.context):
                 output = self.training_step(batch, batch_idx)
             given, _, _ = read_output(output, self.name, False, self.verb)
             if given is None:
@@ -370,15 +367,10 @@ class AlternatingOptimization(Optimization):
         for turn in self.turns:
             turn.verb, turn.context = "yielded", None
 
-    def set_hooks(self, hooks: HookPlan) -> None:
-        super().set_hooks(hooks)
+    def open_epoch(self, hooks: HookPlan) -> None:
+        super().open_epoch(hooks)
         for turn in self.turns:
-            turn.set_hooks(hooks)
-
-    def meet(self, idle: bool, present: int) -> None:
-        super().meet(idle, present)
-        for turn in self.turns:
-            turn.meet(idle, present)
+            turn.open_epoch(hooks)
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch, one turn of each optimizer. Returns what `on_train_batch_end` gets as `outputs`."""
@@ -458,16 +450,14 @@ class ManualOptimization(Optimization):
             )
         self.made: list[Any] = []  # the optimizers that stepped in the last batch
 
-    def meet(self, idle: bool, present: int) -> None:
-        super().meet(idle, present)
-        self.factor = 0.0 if idle else self.trainer.world_size / present
-
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
         self.made = []
         self.book.hook = "training_step"
-        if self.batchless:
-            with standing_in(self.module), self.context() if self.context is not None else nullcontext():
+        if self.join.uneven:
+            self.loss_factor = 0.0 if self.join.exhausted else self.trainer.world_size / self.join.num_active
+        if self.join.exhausted:
+            with shadow_step(self.module, self.context):
                 self.training_step(batch, batch_idx)
             output = None
         elif self.context is None:

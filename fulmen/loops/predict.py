@@ -26,7 +26,7 @@ class PredictionLoop(EvaluationLoop):
     """
 
     lasting = (*EvaluationLoop.lasting, "return_predictions")
-    hooks_may_repeat = False  # they may write what was predicted
+    runs_shadow_hooks = False  # they may write what was predicted
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, RunningStage.PREDICTING)
@@ -88,11 +88,11 @@ class PredictionLoop(EvaluationLoop):
         self.collected += arrived
         return senders
 
-    def keep_nothing(self) -> None:
+    def skip_output(self) -> None:
         if self.collected is not None:
             self.collect(None)
 
-    def drain(self) -> None:
+    def collect_remaining(self) -> None:
         while self.collected is not None and self.collect(None):
             pass
 
@@ -116,7 +116,7 @@ class PredictionLoop(EvaluationLoop):
             self.warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
 
     def finish(self) -> list[Any] | None:
-        self.finish_loaders()
+        self.join.close_loaders(self.dataloader_idx)
         self.hooks.on_predict_epoch_end()
         self.hooks.on_predict_end()
         self.trainer.mode_hook("on_predict_model_train", self.restore_modes)

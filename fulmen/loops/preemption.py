@@ -38,7 +38,7 @@ def after_evaluation_batch(loop: EvaluationLoop, batch_idx: int, dataloader_idx:
     if not loop.inside_fit:
         raise trainer.signals.exception()
     place = (trainer.fit_loop.progress.batches, (dataloader_idx << 40) + batch_idx)
-    everywhere = loop.uneven is None or batch_idx < loop.uneven.full[dataloader_idx]
+    everywhere = loop.join.have_all(batch_idx, dataloader_idx)
     if everywhere and not in_window(trainer.fit_loop) and trainer.strategy.agree_to_stop(place):
         end(trainer)
 

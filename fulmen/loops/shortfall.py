@@ -52,7 +52,7 @@ class ShortLoaderMonitor:
         Raises:
             MisconfigurationException: if epochs without a batch would follow each other for ever.
         """
-        ranks = self._exchange_shortfalls(loop)
+        ranks = loop.join.gather_shortfalls(loop.feed.shortfalls)  # type: ignore[union-attr]
         if loop.trainer.is_global_zero:
             label = loop.trainer.sources.source_of("train").display_name
             for rank, shortfalls in enumerate(ranks):
@@ -63,11 +63,6 @@ class ShortLoaderMonitor:
         self.empty_epochs = self.empty_epochs + 1 if empty else 0
         if self.empty_epochs > 1 and loop.max_epochs == -1:
             self.refuse_empty_run(loop, f"in {self.empty_epochs} epochs in a row")
-
-    def _exchange_shortfalls(self, loop: FitLoop) -> list[dict[int, Shortfall]]:
-        """Those of this process, or of all where they may differ."""
-        own = loop.feed.shortfalls  # type: ignore[union-attr]
-        return loop.trainer.strategy.exchange_objects(own) if loop.uneven and loop.doubtful else [own]
 
     def after_training(self, loop: FitLoop) -> None:
         """Refuses a run in which nothing was trained, and warns of one without an optimizer step.

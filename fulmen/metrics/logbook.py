@@ -162,7 +162,7 @@ class LogBook:
         self.logging_due = False
         self.has_loggers = False
         self.distributed = False  # do several ranks log?
-        self.muted = False  # is what is logged not to count?
+        self.metrics_suppressed = False  # set while a step runs only because other ranks run theirs
         self.to_reduce: list[Entry] = []  # over the ranks, when the step is over
         self.size_required = False  # a step that pulls its own batches: their size cannot be looked up
         self.module: nn.Module | None = None
@@ -246,7 +246,7 @@ class LogBook:
         """
         if self.deferred is not EMPTY:
             self.flush_deferred()
-        if self.muted:
+        if self.metrics_suppressed:
             return
         entry = self.scope.entries.get((self.hook, name, self._dataloader_idx))
         if entry is None or entry.arguments != arguments or type(value) not in PLAIN_TYPES:
@@ -380,7 +380,7 @@ class LogBook:
             scope.reset()
         self.scopes.clear()
         self.deferred = EMPTY
-        self.muted = False
+        self.metrics_suppressed = False
         self.to_reduce.clear()
         self._dataloader_idx = None
         self.close_batch()

@@ -105,16 +105,18 @@ def _new_entry(trainer: Trainer, key: EntryKey, part: EntryPart) -> Entry:
 # ---------------------------------------------------------------------- steps
 
 
-def reduce_step_metrics(trainer: Trainer, batch_position: str, present: int | None = None, idle: bool = False) -> None:
+def reduce_step_metrics(
+    trainer: Trainer, batch_position: str, num_active: int | None = None, exhausted: bool = False
+) -> None:
     """What was logged for this step with `sync_dist`, over the ranks: one collective per reduction and group.
 
     Arguments:
-        batch_position: where in the batch this is called; a rank that is `idle` takes part in what it took part in there.
-        present: how many ranks have a batch, if not all have.
+        batch_position: where in the batch this is called; a rank that is `exhausted` reduces what it reduced there last.
+        num_active: ranks that have a batch, if not all have.
     """
     book = trainer.book
     book.flush_deferred()
-    if not idle:
+    if not exhausted:
         book.scope.reduced_steps[batch_position] = list(dict.fromkeys(book.to_reduce))
     book.to_reduce.clear()
     collectives: dict[tuple[Any, str], list[Entry]] = {}
@@ -123,11 +125,11 @@ def reduce_step_metrics(trainer: Trainer, batch_position: str, present: int | No
         op = "sum" if reduction == "mean" else str(reduction)
         collectives.setdefault((entry.options.sync_dist_group, op), []).append(entry)
     for (group, op), entries in collectives.items():
-        values = [_NEUTRAL[op] if idle or entry.newest is None else entry.newest for entry in entries]
+        values = [_NEUTRAL[op] if exhausted or entry.newest is None else entry.newest for entry in entries]
         totals = _reduce_values(trainer, values, group, op)
-        if idle:
+        if exhausted:
             continue
-        size = dist.get_world_size(group) if group is not None or present is None else present
+        size = dist.get_world_size(group) if group is not None or num_active is None else num_active
         for entry, total in zip(entries, totals):
             entry.set_reduced_step(total / size if entry.options.reduce_fx == "mean" else total)
 

@@ -354,7 +354,7 @@ class Reader(pl.LightningModule):
         self.seen[kind].append(plain)
 
     def training_step(self, batch, batch_idx):
-        if not self.trainer.fit_loop.uneven or not self.trainer.fit_loop.feed.idle:
+        if not self.trainer.fit_loop.join.exhausted:
             self.note("train", batch)
         return self.weight * 1
 
