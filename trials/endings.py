@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 6.0  # seconds, of the watchdog
@@ -145,17 +146,17 @@ class Case:
         return f"{self.strategy:9} rank {self.culprit} {self.fault} in {self.hook}{many}"
 
 
-def cases() -> Iterator[Case]:
+def all_cases() -> Iterator[Case]:
     """Every fault in every hook, the strategies and ranks in turn; in workers, and with many descriptors, each of them."""
     for number, hook in enumerate(HOOKS):
         for other, fault in enumerate(FAULTS):
             strategy = STRATEGIES[(number + other) % 4]
-            yield Case(strategy, hook, fault, culprit_of(strategy, fault, (number + other // 2) % 2))
+            yield Case(strategy, hook, fault, choose_culprit(strategy, fault, (number + other // 2) % 2))
     for strategy in STRATEGIES:
         for number, fault in enumerate(FAULTS):
             yield Case(strategy, "worker", fault, number % 2)
         for number, fault in enumerate(FAULTS):
-            yield Case(strategy, "training_step", fault, culprit_of(strategy, fault, number % 2), 1100)
+            yield Case(strategy, "training_step", fault, choose_culprit(strategy, fault, number % 2), 1100)
     for strategy in STRATEGIES:  # before the processes have met
         for fault in ("killed", "os._exit(0)", "sys.exit(0)"):
             yield Case(strategy, "configure_callbacks", fault, 1)
@@ -163,13 +164,19 @@ def cases() -> Iterator[Case]:
     yield Case("ddp_fork", "state_dict", "asleep", 1)
 
 
-def culprit_of(strategy: str, fault: str, rank: int) -> int:
+def choose_culprit(strategy: str, fault: str, rank: int) -> int:
     """The first process of a script is the one whose exit code counts: nobody can change what it passes to `os._exit`."""
     return 1 if strategy == "ddp" and fault == "os._exit(0)" else rank
 
 
-def problems_of(case: Case) -> tuple[list[str], str]:
-    """What was not as it must be, and what was printed."""
+class Outcome(NamedTuple):
+    """Of one case."""
+
+    problems: list[str]  # what was not as it must be
+    output: str
+
+
+def run_case(case: Case) -> Outcome:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "tmp").mkdir()
@@ -184,15 +191,16 @@ def problems_of(case: Case) -> tuple[list[str], str]:
                 stdout=file, stderr=file, start_new_session=True,
             )  # fmt: skip
             try:
-                found = list(watched(case, process, folder))
+                problems = list(find_problems(case, process, folder))
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        return found, (folder / "output").read_text()
+        return Outcome(problems, (folder / "output").read_text())
 
 
-def watched(case: Case, process: subprocess.Popen, folder: Path) -> Iterator[str]:
+def find_problems(case: Case, process: subprocess.Popen, folder: Path) -> Iterator[str]:
+    """Waits until all has ended, and says what was not as it must be."""
     latest = time.monotonic() + 180
     while process.poll() is None and not (folder / "failed").exists() and time.monotonic() < latest:
         time.sleep(0.02)
@@ -201,15 +209,15 @@ def watched(case: Case, process: subprocess.Popen, folder: Path) -> Iterator[str
     # What the watchdog is given, twice, and what a launcher waits for processes that were told to end.
     allowed = 2 * LIMIT + 14
     began = time.monotonic()
-    while (left := in_session(process.pid)) and time.monotonic() < began + allowed + 20:
+    while (left := running_in_session(process.pid)) and time.monotonic() < began + allowed + 20:
         process.poll()
         time.sleep(0.05)
-    seconds, code = time.monotonic() - began, process.poll()
+    seconds = time.monotonic() - began
     if left:
         yield f"left running: {left}"
     elif seconds > allowed:
         yield f"late, after {seconds:.0f} s"
-    if code is not None and code == 0:
+    if process.poll() == 0:
         yield "exit code 0"
     output = (folder / "output").read_text()
     if not re.search(rf"[Rr]ank {case.culprit}\b", output):
@@ -220,7 +228,7 @@ def watched(case: Case, process: subprocess.Popen, folder: Path) -> Iterator[str
         yield f"left files: {files}"
 
 
-def in_session(session: int) -> list[int]:
+def running_in_session(session: int) -> list[int]:
     """The processes of a session that have not ended."""
     found = []
     for path in glob.glob("/proc/[0-9]*/stat"):
@@ -236,13 +244,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=4, help="trials at a time; they wait for most of theirs")
     parser.add_argument("--only", default="", help="those whose line contains this text")
     arguments = parser.parse_args()
-    chosen = [case for case in cases() if arguments.only in str(case)]
+    chosen = [case for case in all_cases() if arguments.only in str(case)]
     good = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for case, (problems, output) in zip(chosen, pool.map(problems_of, chosen)):
-            good += not problems
-            if problems:
-                print(f"{case}: {'; '.join(problems)}\n    {output[-1500:]}".replace("\n", "\n    "), flush=True)
+        for case, outcome in zip(chosen, pool.map(run_case, chosen)):
+            good += not outcome.problems
+            if outcome.problems:
+                print(
+                    f"{case}: {'; '.join(outcome.problems)}\n    {outcome.output[-1500:]}".replace("\n", "\n    "),
+                    flush=True,
+                )
     print(f"{'a rank ends wrongly: named, all ended in time, not with 0':60} {good} of {len(chosen)}")
     return int(good < len(chosen))
 

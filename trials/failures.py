@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FAILING = "# the failing line"
@@ -72,30 +73,39 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=5, help="of each kind; the failing rank alternates")
     parser.add_argument("--give-up", type=float, default=600, help="seconds after which a trial is ended from outside")
     arguments = parser.parse_args()
-    good, total, most = 0, 0, 0
+    good = 0
+    total = 0
+    most_lines = 0
     for failure in ("asleep", "killed", "raises", "no data"):
         for trial in range(arguments.trials):
             culprit = 1 - trial % 2
             total += 1
-            code, seconds, output = one(failure, culprit, arguments)
-            lines = output.splitlines()
+            ended = run_trial(failure, culprit, arguments)
+            lines = ended.output.splitlines()
             start = next((i for i, line in enumerate(lines) if re.search(r"\[?rank: ?\d|Rank \d|Traceback", line)), 0)
             named = bool(re.match(rf"Rank {culprit} (failed|is gone|stands still|says)", (lines[start:] or [""])[0]))
             shown = next((i for i, line in enumerate(lines[start:], 1) if FAILING in line), 0)
-            well = code != 0 and named and seconds <= arguments.limit
-            good, most = good + well, max(most, shown)
+            good += ended.code != 0 and named and ended.seconds <= arguments.limit
+            most_lines = max(most_lines, shown)
             print(
-                f"{failure:8} rank {culprit}: exit code {code}, ended after {seconds:5.1f} s, "
+                f"{failure:8} rank {culprit}: exit code {ended.code}, ended after {ended.seconds:5.1f} s, "
                 f"{'named first' if named else 'NOT named first'}, failing line in line {shown or '-'} of the report",
                 flush=True,
             )
     print(f"{'rank asleep / killed / raising / out of data':60} {good} of {total}")
-    print(f"{'lines to the failing line, at most':60} {most}")
+    print(f"{'lines to the failing line, at most':60} {most_lines}")
     return int(good < total)
 
 
-def one(failure: str, culprit: int, arguments: argparse.Namespace) -> tuple[int | None, float, str]:
-    """Exit code, seconds from the failure until no process is left, and what was printed."""
+class Ended(NamedTuple):
+    """One trial."""
+
+    code: int | None
+    seconds: float  # from the failure until no process is left
+    output: str
+
+
+def run_trial(failure: str, culprit: int, arguments: argparse.Namespace) -> Ended:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "script.py").write_text(SCRIPT.format(package=arguments.package))
@@ -117,7 +127,7 @@ def one(failure: str, culprit: int, arguments: argparse.Namespace) -> tuple[int 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return code, seconds, (folder / "output").read_text()
+        return Ended(code, seconds, (folder / "output").read_text())
 
 
 def group_exists(process: subprocess.Popen) -> bool:

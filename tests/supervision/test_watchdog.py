@@ -107,7 +107,7 @@ class Run:
     """What is left of one."""
 
     code: int
-    seconds: float  # from the moment of failure, or of the signal, until no process is left
+    seconds: float  # from the failure, or from the signal, until no process is left
     output: str
     folder: Path
 
@@ -139,7 +139,7 @@ def run(tmp_path):
                 command, cwd=tmp_path, env={**keep, **more}, stdout=file, stderr=file, start_new_session=True
             )
             try:
-                began = moment_of_failure(tmp_path, process)
+                began = wait_until_running(tmp_path, process)
                 family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
                 if send:
                     time.sleep(1)
@@ -161,7 +161,7 @@ def run(tmp_path):
     return start
 
 
-def moment_of_failure(folder: Path, process: subprocess.Popen) -> float:
+def wait_until_running(folder: Path, process: subprocess.Popen) -> float:
     deadline = time.monotonic() + 600
     while not all((folder / f"running-{rank}").exists() for rank in range(2)):
         assert process.poll() is None and time.monotonic() < deadline, (folder / "output").read_text()
