@@ -136,10 +136,10 @@ class StatusChannel:
         while (found := self.values.get(key)) is None and time.monotonic() < deadline:
             if self.rank != 0 and not self.peers:
                 break
-            self.pause(0.02)
+            self.wait_polling(0.02)
         return found
 
-    def pause(self, seconds: float) -> None:
+    def wait_polling(self, seconds: float) -> None:
         """Lets time pass, in which values arrive: the thread that polls must do so meanwhile."""
         if threading.get_ident() == self.reader:
             self.poll_connections(seconds)

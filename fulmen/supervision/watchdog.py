@@ -347,7 +347,7 @@ class Watchdog:
                 if not arrived and (rests or time.monotonic() > deadline - 0.2):
                     arrived = True
                     self.reporter.publish_location()
-                self.channel.pause(0.02)
+                self.channel.wait_polling(0.02)
         self.abort_run(RuntimeError(verdict.reason), self.limit_s / 3, verdict.exit_code)
 
     def abort_run(self, error: BaseException, seconds: float, exit_code: int = 1) -> None:
@@ -387,7 +387,7 @@ class Watchdog:
         deadline = min(deadline, time.monotonic() + 2)
         here = verdict.host == host_name() and verdict.pid != os.getppid()  # a parent waits for its children
         while here and process_state(verdict.pid) not in ENDED and time.monotonic() < deadline:
-            self.channel.pause(0.05)
+            self.channel.wait_polling(0.05)
 
     def terminate_process(self, exit_code: int, patience: float = 0.5) -> None:
         """Ends the process, its workers and those that it started."""
