@@ -64,15 +64,17 @@ def reduce_epoch_metrics(trainer: Trainer, has_hook: bool = False) -> bool:
     entries = trainer.book.scope.entries
     exchanged: list[RankParts] = trainer.strategy.exchange_objects(RankParts(has_hook, _local_parts(trainer)))
     for key in dict.fromkeys(key for sent in exchanged for key in sent.parts):
-        parts = [sent.parts[key] for sent in exchanged if key in sent.parts]
-        parts = [part for part in parts if part.ranks is None or trainer.global_rank in part.ranks]
-        if parts:
+        if parts := _parts_for(trainer.global_rank, [sent.parts[key] for sent in exchanged if key in sent.parts]):
             entry = entries.get(key) or _new_entry(trainer, key, parts[0])
             entry.finalize_merged(parts)
     for entry in entries.values():
         if entry.is_pending and isinstance(entry, MetricEntry):  # `rank_zero_only`
             entry.finalize_merged([entry.local_part(None, trainer.lightning_module)])
     return any(sent.has_hook for sent in exchanged)
+
+
+def _parts_for(rank: int, parts: list[EntryPart]) -> list[EntryPart]:
+    return [part for part in parts if part.ranks is None or rank in part.ranks]
 
 
 def _local_parts(trainer: Trainer) -> dict[EntryKey, EntryPart]:
@@ -119,12 +121,7 @@ def reduce_step_metrics(
     if not exhausted:
         book.scope.reduced_steps[batch_position] = list(dict.fromkeys(book.to_reduce))
     book.to_reduce.clear()
-    collectives: dict[tuple[Any, str], list[Entry]] = {}
-    for entry in book.scope.reduced_steps.get(batch_position, ()):
-        reduction = entry.options.reduce_fx
-        op = "sum" if reduction == "mean" else str(reduction)
-        collectives.setdefault((entry.options.sync_dist_group, op), []).append(entry)
-    for (group, op), entries in collectives.items():
+    for (group, op), entries in _by_collective(book.scope.reduced_steps.get(batch_position, [])).items():
         values = [_NEUTRAL[op] if exhausted or entry.newest is None else entry.newest for entry in entries]
         totals = _reduce_values(trainer, values, group, op)
         if exhausted:
@@ -132,6 +129,15 @@ def reduce_step_metrics(
         size = dist.get_world_size(group) if group is not None or num_active is None else num_active
         for entry, total in zip(entries, totals):
             entry.set_reduced_step(total / size if entry.options.reduce_fx == "mean" else total)
+
+
+def _by_collective(entries: list[Entry]) -> dict[tuple[Any, str], list[Entry]]:
+    """Those that one collective can reduce together, under its group and operation."""
+    found: dict[tuple[Any, str], list[Entry]] = {}
+    for entry in entries:
+        op = "sum" if entry.options.reduce_fx == "mean" else str(entry.options.reduce_fx)
+        found.setdefault((entry.options.sync_dist_group, op), []).append(entry)
+    return found
 
 
 def _reduce_values(trainer: Trainer, values: list[Value], group: Any, op: str) -> torch.Tensor:
