@@ -340,6 +340,10 @@ class Schedulers:
         self._idle: frozenset[int] = frozenset()  # those that left out the last one
         self._made = False  # was a step made at all?
 
+    def refresh(self) -> None:
+        """The list of configurations has others in it than before."""
+        self.any = bool(self._configs)
+
     def state(self, optimizers: list[Any]) -> dict[str, Any]:
         """In plain types, what is not in the schedulers themselves."""
         index = {id(getattr(o, "optimizer", o)): i for i, o in enumerate(optimizers)}

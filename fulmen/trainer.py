@@ -8,7 +8,6 @@ import sys
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
-from math import inf
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
 import torch
@@ -27,7 +26,7 @@ from fulmen.engine.resolve import announce_accelerator, resolve_strategy
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
 from fulmen.loggers.logger import FolderLogger, claim_versions
-from fulmen.loops import checks, preemption
+from fulmen.loops import auto_resume, checks
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
 from fulmen.loops.hook_plan import HookPlan
@@ -67,6 +66,7 @@ if TYPE_CHECKING:
         AcceleratorName,
         ClipAlgorithmName,
         GradClipAlgorithmType,
+        LRSchedulerConfig,
         PrecisionInput,
         ProfilerName,
         StrategyName,
@@ -224,7 +224,6 @@ class Trainer(TrainerProperties):
         self.datamodule: LightningDataModule | None = None
         self.should_stop = False
         self._identity = os.urandom(8).hex()  # the same after pickling, unlike `id`
-        self.val_check_batch: float = inf
         self._log_dir: str | None = None  # of rank 0
         self._ckpt_path: str | os.PathLike[str] | None = None
         self._ckpt_path_by_user = False
@@ -302,7 +301,7 @@ class Trainer(TrainerProperties):
         self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
         self.should_stop = False
         if ckpt_path == paths.AUTO:
-            preemption.reuse_logger_version(self)
+            auto_resume.reuse_logger_version(self)
         run = self._run if self.strategy.launcher is None else self._launch
         run(self.fit_loop, self._chosen_path(ckpt_path, True, weights_only), weights_only)
 
@@ -471,7 +470,7 @@ class Trainer(TrainerProperties):
             model_given=model_given,
             fast_dev_run=bool(self.fast_dev_run),
             folder_of=lambda _: folder_of_run(self),
-            verify=lambda path: preemption.check_checkpoint(self, path, weights_only),
+            verify=lambda path: auto_resume.check_checkpoint(self, path, weights_only),
             requeued=isinstance(self.strategy.cluster_environment, SLURMEnvironment),
         )
         return self._ckpt_path
@@ -558,11 +557,11 @@ class Trainer(TrainerProperties):
             module = self.lightning_module
             self.strategy.connect(module)
             self._connect_callbacks()
-            checks.configuration(self)
+            checks.check_configuration(self)
             self.strategy.setup_environment()
             self.strategy.start_watchdog(TrainerRun(self, self._tell))
-            self.signals.install(self.strategy.cluster_environment if fit else None)
-            ckpt_path = preemption.choose_checkpoint(self, ckpt_path, weights_only)
+            self.signals.install_handlers(self.strategy.cluster_environment if fit else None)
+            ckpt_path = auto_resume.choose_checkpoint(self, ckpt_path, weights_only)
             self._claim_log_dirs()
             self._share_log_dir()
             self._prepare_data()
@@ -583,7 +582,7 @@ class Trainer(TrainerProperties):
             snapshot.restore_training()
             self.strategy.barrier("_CheckpointConnector.resume_end")
             self.strategy.barrier("run-stage")
-            self.signals.defer()
+            self.signals.enable_deferred()
             module.zero_grad()
             if fit and self.detect_anomaly:
                 with torch.autograd.set_detect_anomaly(True):
@@ -599,7 +598,7 @@ class Trainer(TrainerProperties):
             if self.strategy.report_to_parent is None:  # else once its results are on their way
                 self.strategy.stop_watchdog()
         except BaseException as error:
-            told = self.signals.behind(error)
+            told = self.signals.cause_of(error)
             if interrupted := isinstance(told, KeyboardInterrupt):
                 rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
                 self.signals.ignore_interrupts()
@@ -610,8 +609,8 @@ class Trainer(TrainerProperties):
                 raise reason from error
             raise
         finally:
-            self.signals.restore()
-        self.signals.obey()
+            self.signals.restore_handlers()
+        self.signals.exit_if_pending()
 
     def _finish(self, loop: Any) -> None:
         """The end of a run that went well."""
@@ -644,7 +643,7 @@ class Trainer(TrainerProperties):
             self.state.stage = None
             self.book.close_scope()
             if self.is_global_zero:
-                self.signals.requeue()
+                self.signals.requeue_job()
         return error
 
     def _tell(self, error: BaseException) -> None:
@@ -652,7 +651,7 @@ class Trainer(TrainerProperties):
         self.book.hook = "on_exception"
         with ExitStack() as told:  # also if one of them fails the others are told, and what was logged is written
             for logger in reversed(self.loggers):
-                told.callback(logger.finalize, "finished" if self.signals.requeueing else "failed")
+                told.callback(logger.finalize, "finished" if self.signals.is_requeueing else "failed")
             told.callback(self.strategy.on_exception, error)
             if self.datamodule is not None:
                 told.callback(self.datamodule.on_exception, error)
@@ -739,6 +738,11 @@ class Trainer(TrainerProperties):
             self.__dict__["_lightning_optimizers"] = found
         return found
 
+    def replace_lr_schedulers(self, configs: list[LRSchedulerConfig]) -> None:
+        """From now on these are the schedulers of the run."""
+        self.lr_scheduler_configs[:] = configs  # in place: others hold this list
+        self.fit_loop.schedulers.refresh()
+
     def report(self, values: dict[str, Any], step: int | None = None, with_epoch: bool = False) -> dict[str, float]:
         """Fetches logged values in one transfer (sync) and sends them to the loggers."""
         if not values or (not self.loggers and not self.state.stage.evaluating):  # type: ignore[union-attr]
@@ -760,7 +764,7 @@ class Trainer(TrainerProperties):
         elif with_epoch:
             metrics.setdefault("epoch", self.current_epoch)
         if step is None:
-            step = self.fit_loop.progress.log_step
+            step = self.progress.log_step
         for logger in self.loggers:
             logger.log_metrics(metrics=metrics, step=step)
             logger.save()
@@ -848,6 +852,7 @@ class Trainer(TrainerProperties):
 
 
 _INTERNAL = frozenset([
-    "book", "compile_hooks", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "pack_results",
-    "prediction_writers", "read_optimizers", "report", "signals", "sources", "unpack_results", "val_check_time_s",
+    "book", "compile_hooks", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "optimization",
+    "pack_results", "prediction_writers", "progress", "read_optimizers", "report", "resume_state", "signals",
+    "sources", "unpack_results", "val_check_time_s", "validation_schedule",
 ])  # fmt: skip

@@ -12,8 +12,8 @@ from fulmen.callbacks.early_stopping import EarlyStopping
 from fulmen.callbacks.progress_bar import ProgressBar
 from fulmen.callbacks.timer import GradientAccumulationScheduler
 from fulmen.defaults import run_dir
-from fulmen.loops import cadence
 from fulmen.loops.dataloading import loaders_as_given
+from fulmen.loops.progress import steps_per_epoch
 from fulmen.module import LightningModule
 from fulmen.storage.filesystem import is_remote
 from fulmen.utilities.introspection import alias, overridden
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from fulmen.loggers.logger import Logger
     from fulmen.loops.evaluate import EvaluationLoop
     from fulmen.loops.fit import FitLoop
+    from fulmen.loops.optimize import Optimization
     from fulmen.loops.predict import PredictionLoop
+    from fulmen.loops.progress import Progress, ValidationSchedule
+    from fulmen.loops.resume_state import ResumeState
     from fulmen.loops.signals import Signals
     from fulmen.metrics.logbook import LogBook
     from fulmen.settings import Settings
@@ -201,6 +204,7 @@ class TrainerProperties:
     stage: RunningStage = alias(
         "state.stage", "What is running: training, validation inside it, the sanity check, ...; None between runs."
     )
+    val_check_batch: float = alias("fit_loop.validation.interval", "Batches from one validation to the next.")
     training: bool = _stage_flag(
         RunningStage.TRAINING, "Whether a training batch is at work; False while fit validates."
     )
@@ -208,6 +212,19 @@ class TrainerProperties:
     testing: bool = _stage_flag(RunningStage.TESTING, "Whether testing runs.")
     predicting: bool = _stage_flag(RunningStage.PREDICTING, "Whether prediction runs.")
     sanity_checking: bool = _stage_flag(RunningStage.SANITY_CHECKING, "Whether the validation before training runs.")
+
+    resume_state: ResumeState = alias("fit_loop.resume_state", "What checkpoints hold to continue inside an epoch.")
+    validation_schedule: ValidationSchedule = alias("fit_loop.validation", "When training is interrupted to validate.")
+
+    @property
+    def progress(self) -> Progress:
+        """The counters of training."""
+        return self.fit_loop.progress
+
+    @property
+    def optimization(self) -> Optimization:
+        """Forward, backward and step of this run."""
+        return self.fit_loop.optimization
 
     @property
     def evaluating(self) -> bool:
@@ -243,7 +260,7 @@ class TrainerProperties:
         schedules = [c for c in self.callbacks if isinstance(c, GradientAccumulationScheduler)]
         window = schedules[0].get_accumulate_grad_batches if schedules else lambda _: self.accumulate_grad_batches
         epochs = range(max(self.max_epochs or 0, 1))
-        total = sum(cadence.steps_in(self.num_training_batches, window(epoch)) for epoch in epochs)
+        total = sum(steps_per_epoch(self.num_training_batches, window(epoch)) for epoch in epochs)
         return min(total, self.max_steps) if self.max_steps != -1 else total
 
     @property

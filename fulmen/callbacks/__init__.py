@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from fulmen.callbacks.prediction_writer import BasePredictionWriter, LambdaCallback
     from fulmen.callbacks.progress_bar import ProgressBar
     from fulmen.callbacks.rich_bar import RichProgressBar, RichProgressBarTheme
+    from fulmen.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
     from fulmen.callbacks.timer import GradientAccumulationScheduler, Timer
     from fulmen.callbacks.tqdm_bar import TQDMProgressBar
-    from fulmen.callbacks.weight_averaging import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+    from fulmen.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 else:
     __getattr__, __dir__ = lazy_exports(__name__, __file__)

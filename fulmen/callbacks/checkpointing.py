@@ -201,8 +201,8 @@ class ModelCheckpoint(Checkpoint):
             _tell_loggers(self, trainer)
         due = False
         interval = self._train_time_interval
-        if not trainer.fit_loop.optimization.stepped:  # gradients wait for more batches
-            return
+        if not (self._every_n_train_steps or interval is not None) or not trainer.optimization.stepped:
+            return  # nothing is due, or gradients wait for more batches
         if self._every_n_train_steps:
             due = trainer.global_step % self._every_n_train_steps == 0
         elif interval is not None:
@@ -211,7 +211,9 @@ class ModelCheckpoint(Checkpoint):
                 self._last_time_checked += passed
         if due and not self._nothing_to_save(trainer):
             known = self.monitor in trainer.callback_metrics
-            too_early = self.monitor not in (None, "epoch", "step") if not known else trainer.fit_loop.validation_due()
+            too_early = (
+                self.monitor not in (None, "epoch", "step") if not known else trainer.validation_schedule.is_due()
+            )
             self._deferred = self.monitor is not None and too_early
             if not self._deferred:
                 self._save_due_checkpoint(trainer)

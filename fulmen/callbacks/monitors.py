@@ -100,7 +100,7 @@ class LearningRateMonitor(Callback):
                     metrics[key] = self.last_weight_decay_values[key] = float(value)
         if metrics:
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-            trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
+            trainer.log_to_loggers(metrics)
 
 
 def _logs_stats(hook: str) -> Callable[..., None]:
@@ -114,7 +114,7 @@ def _logs_stats(hook: str) -> Callable[..., None]:
         stats = [source.get_device_stats(trainer.strategy.root_device) for source in self._sources]
         prefix = f"{type(self).__qualname__}.{hook}/"
         if metrics := {prefix + name: value for found in stats for name, value in found.items()}:
-            trainer.log_to_loggers(metrics, step=trainer.fit_loop.progress.log_step)
+            trainer.log_to_loggers(metrics)
 
     return log
 
@@ -271,10 +271,10 @@ class ThroughputMonitor(Callback):
         pace.waiting.append((pace.batch_start, end, counts))
         pace.batch_start = end
         pace.num_batches += 1
-        if _log_due(trainer, batch_idx) and (not training or trainer.fit_loop.optimization.stepped):
+        if _log_due(trainer, batch_idx) and (not training or trainer.optimization.stepped):
             metrics = pace.compute_metrics(getattr(pl_module, "flops_per_batch", None))
             metrics = {f"{stage}{pace.throughput.separator}{name}": value for name, value in metrics.items()}
-            step = trainer.fit_loop.progress.log_step if training else pace.num_batches
+            step = trainer.progress.log_step if training else pace.num_batches
             trainer.log_to_loggers(metrics, step, with_epoch=training)
 
     on_validation_start = on_test_start = on_predict_start = on_train_start
@@ -394,7 +394,7 @@ def _require_logger(callback: Callback, trainer: Trainer) -> None:
 def _log_due(trainer: Trainer, batch_idx: int = 0) -> bool:
     """Do the loggers get values of this batch? In training steps are counted, in evaluation batches of the loader."""
     every = trainer.log_every_n_steps
-    count = trainer.fit_loop.progress.log_step if trainer.training else batch_idx
+    count = trainer.progress.log_step if trainer.training else batch_idx
     return every > 0 and (count + 1) % every == 0 and not trainer.sanity_checking
 
 

@@ -165,7 +165,7 @@ class NonFiniteGuard(Callback):
             names = [self._names.get(id(p), "a parameter outside of the module") for p in parameters]
             self._checks.append(_Check(*self._at, trainer.global_step, each.any(), names, each))
         if self.policy == "skip" and (fault := self._read_checks(trainer)) is not None:
-            trainer.fit_loop.optimization.leave_out(optimizer)
+            trainer.optimization.drop_step(optimizer)
             self._undo_accumulated()
             self._step_dropped = True
             self._put_aside(fault, "its step is skipped")
@@ -174,13 +174,13 @@ class NonFiniteGuard(Callback):
         if self._step_dropped:
             self._undo_accumulated()  # once more: a step of manual optimization goes on after that of its optimizer
             self._step_dropped = False
-        if trainer.global_step - self._read_at_step >= self.every_n_steps and trainer.fit_loop.optimization.stepped:
+        if trainer.global_step - self._read_at_step >= self.every_n_steps and trainer.optimization.stepped:
             self._check_pending(trainer)
 
     # ------------------------------------------------------------------ reading
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._may_have_faults(trainer) and trainer.fit_loop.optimization.stepped:
+        if self._may_have_faults(trainer) and trainer.optimization.stepped:
             self._check_pending(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -305,7 +305,7 @@ class NonFiniteGuard(Callback):
         for optimizer, state in zip(trainer.optimizers, self._good_state["optimizers"]):
             with precision.state_context(optimizer):
                 optimizer.load_state_dict(deepcopy(state))
-            trainer.fit_loop.optimization.leave_out(optimizer)
+            trainer.optimization.drop_step(optimizer)
         for config, state in zip(trainer.lr_scheduler_configs, self._good_state["schedulers"]):
             config.scheduler.load_state_dict(deepcopy(state))
         if self._good_state["precision"]:

@@ -118,7 +118,7 @@ class ProgressBar(Callback):
     def _train_batches(self) -> int | float:
         """As many as the loader has, or as `max_steps` leaves."""
         trainer = self.trainer
-        progress = self.trainer.fit_loop.progress
+        progress = trainer.progress
         if trainer.max_steps == -1:
             return trainer.num_training_batches
         steps_per_batch = max(len(trainer.optimizers), 1)
@@ -225,7 +225,7 @@ class TerminalProgressBar(ProgressBar):
             keep = self._keep_line(last)
         if self._train is None:
             self._open_bar("train")
-        done = trainer.fit_loop.progress.batch  # not 0 when a run resumes inside an epoch
+        done = trainer.progress.batch  # not 0 when a run resumes inside an epoch
         name = f"Epoch {trainer.current_epoch}"
         self._train = Track("train", name, self.total_train_batches, done=done, drawn=done, first=done)
         self._begin_track(self._train)

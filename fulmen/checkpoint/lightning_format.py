@@ -127,6 +127,19 @@ def from_loops(loops: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def api_counters(progress: Mapping[str, Any], global_step: int, val_loop: object) -> SimpleNamespace:
+    """The counters of the API's fit loop, as attributes, from those of `Progress`."""
+    counters = as_attributes(to_loops(progress)["fit_loop"])
+    batches = counters.epoch_loop.batch_progress
+    vars(counters.epoch_loop).update(
+        batch_idx=batches.current.ready - 1,
+        total_batch_idx=batches.total.ready - 1,
+        global_step=global_step,
+        val_loop=val_loop,
+    )
+    return counters
+
+
 def as_attributes(loop: Mapping[str, Any]) -> SimpleNamespace:
     """The counters of one loop of a file, as attributes: ``epoch_loop.batch_progress.current.ready``."""
     root = SimpleNamespace()

@@ -16,7 +16,6 @@ from torch.nn.parameter import is_lazy
 from fulmen.checkpoint.hparams import read_objects, write_hparams
 from fulmen.checkpoint.lightning_format import (
     API_VERSION,
-    LOG_STEP_PENDING,
     VERSION_KEY,
     from_loops,
     migrate_checkpoint,
@@ -44,7 +43,7 @@ def collect_checkpoint(trainer: Trainer, weights_only: bool = False) -> dict[str
     """The whole content of a checkpoint, as of now; or without callbacks, optimizers, schedulers and precision."""
     module = trainer.lightning_module
     datamodule = trainer.datamodule
-    progress = progress_state_dict(trainer)
+    progress = trainer.resume_state.saved_progress()
     book = trainer.book
     previous = book.hook
     book.hook = "on_save_checkpoint"
@@ -55,8 +54,7 @@ def collect_checkpoint(trainer: Trainer, weights_only: bool = False) -> dict[str
         "state_dict": trainer.strategy.lightning_module_state_dict(),
         "loops": to_loops(progress),
     }
-    loaders = trainer.fit_loop.loaders
-    if loaders is not None and (loader_states := loaders.state_dict(trainer.fit_loop.memory.batches_given())):
+    if loader_states := trainer.resume_state.saved_loader_states():
         checkpoint["loops"]["fit_loop"]["state_dict"] = {"combined_loader": loader_states}
     if weights_only:
         _replace_weights(checkpoint, trainer)
@@ -92,25 +90,8 @@ def _add_training_state(checkpoint: dict[str, Any], trainer: Trainer, progress: 
     if state := strategy.precision_plugin.state_dict():
         checkpoint[type(strategy.precision_plugin).__qualname__] = state
     strategy.precision_plugin.on_save_checkpoint(checkpoint)
-    chapter = {"progress": progress, **trainer.fit_loop.memory.chapter()}
+    chapter = {"progress": progress, **trainer.resume_state.state_dict()}
     checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter}
-
-
-def progress_state_dict(trainer: Trainer) -> dict[str, Any]:
-    """The counters as a file holds them: a batch that was finished counts in full."""
-    loop = trainer.fit_loop
-    stepped = getattr(getattr(loop, "optimization", None), "stepped", True)
-    progress = loop.progress.state_dict()
-    if progress["position"] in LOG_STEP_PENDING and stepped:
-        progress["log_step"] += 1
-    if back := loop.memory.batches_to_repeat():
-        progress |= {"position": "IN_BATCH", "batch": progress["batch"] - back, "batches": progress["batches"] - back}
-    return {
-        **progress,
-        "stepped": stepped,
-        "automatic": trainer.lightning_module.automatic_optimization,
-        "val_batches": sum(loop.val_loop.batches_seen.values()),
-    }
 
 
 class Snapshot:
@@ -187,11 +168,11 @@ class Snapshot:
             rank_zero_info(f"Loaded model weights from the checkpoint at {self.path}")
             return
         self._restore_progress()
-        trainer.fit_loop.memory.put_back_flags()
+        trainer.resume_state.restore_flags()
         if missing := [key for key in ("optimizer_states", "lr_schedulers") if key not in content]:
             what = f"The checkpoint at {self.path} was saved with weights only: it contains only the model, and lacks {missing}."
             raise KeyError(f"{what} Use `MyModule.load_from_checkpoint(path)`, and fit without `ckpt_path`.")
-        trainer.fit_loop.memory.put_back_groups(content["optimizer_states"])
+        trainer.resume_state.restore_groups(content["optimizer_states"])
         if trainer.strategy.lightning_restore_optimizer:
             trainer.strategy.load_optimizer_state_dict(content)
             anew = [p for name, p in trainer.lightning_module.named_parameters() if name in self.left_out]
@@ -203,7 +184,7 @@ class Snapshot:
         rank_zero_info(f"Restored all states from the checkpoint at {self.path}")
 
     def _restore_progress(self) -> None:
-        loop = self.trainer.fit_loop
+        trainer = self.trainer
         chapter = self.content.get("fulmen") or {}
         counters = self.content.get("loops", {})
         loader_states = counters.get("fit_loop", {}).get("state_dict", {}).get("combined_loader")
@@ -211,9 +192,9 @@ class Snapshot:
         if "progress" not in chapter and progress["position"] == "VALIDATED" and progress["is_last_batch"]:
             # What the validation logged is not in files of others, and the end of the epoch asks for it: once more.
             progress["position"] = "BATCH_DONE"
-        loop.resume(progress, chapter, loader_states)
-        limit = loop.max_epochs
-        done = loop.progress.epochs
+        trainer.resume_state.load_state_dict(progress, chapter, loader_states)
+        limit = trainer.max_epochs
+        done = trainer.current_epoch
         if limit is not None and limit != -1 and done > limit:
             what = f"The checkpoint at {self.path} has current_epoch={done}: nothing is left for Trainer(max_epochs={limit})."
             raise MisconfigurationException(f"{what} Raise it above {done}.")

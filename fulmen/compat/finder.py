@@ -24,7 +24,8 @@ hparams: core.mixins core.mixins.hparams_mixin core.saving utilities.parsing  ch
 trainer: trainer.trainer
 
 callbacks.checkpointing: callbacks.checkpoint callbacks.model_checkpoint callbacks.on_exception_checkpoint
-callbacks.weight_averaging: callbacks.stochastic_weight_avg callbacks.averaging
+callbacks.weight_averaging: callbacks.averaging
+callbacks.stochastic_weight_averaging: callbacks.stochastic_weight_avg callbacks.averaging
 callbacks.monitors: callbacks.device_stats_monitor callbacks.lr_monitor callbacks.spike callbacks.throughput_monitor
 callbacks.timer: callbacks.timing callbacks.gradient_accumulation_scheduler
 callbacks.prediction_writer: callbacks.writing callbacks.lambda_function

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,21 @@ class AccumulationWindow:
     """
 
     __slots__ = ("divisor", "expected", "held", "total")
+    saved: ClassVar[tuple[str, ...]] = ("held", "divisor", "total", "expected")
 
     def __init__(self) -> None:
         self.held = self.expected = 0  # losses so far, and with the last one those that were to come
         self.divisor: Any = 1
         self.total: Any = 0  # weight; the divisor and it are tensors if weights are, so that nothing waits for them
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of an open window."""
+        return {name: getattr(self, name) for name in self.saved}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` gave, also with another number of processes."""
+        for name in state.keys() & self.saved:
+            setattr(self, name, state[name])
 
     def count_active(self, opens: bool, exhausted: bool, num_active: int) -> None:
         """Not all ranks may have the next batch: has this one none, and how many have?"""
@@ -39,7 +49,8 @@ class AccumulationWindow:
         if isinstance(weight, Tensor):
             weight = weight.detach().reshape(()).to(torch.float32 if weight.device.type == "mps" else torch.float64)
         if self.held == 0:
-            self.divisor, self.total = self.first_divisor(weight, expected, loss), 0
+            self.divisor = self.first_divisor(weight, expected, loss)
+            self.total = 0
         self.held += 1
         self.expected = expected
         self.total = self.total + (1 if weight is None else weight)
@@ -47,7 +58,7 @@ class AccumulationWindow:
 
     def first_divisor(self, weight: Any, expected: int, loss: Tensor) -> Any:
         """What the losses of a window are divided by at once."""
-        return _divisor(weight, expected, loss)
+        return _sum_divisor(weight, expected, loss)
 
     def correction(self) -> Any:
         """The factor that the gradients still need; None for none. Waits for nothing: a tensor is not looked at."""
@@ -72,10 +83,13 @@ class DistributedWindow(AccumulationWindow):
     """
 
     __slots__ = ("batches", "exhausted", "parameters", "partial", "strategy", "weighted")
+    saved = (*AccumulationWindow.saved, "batches", "partial", "weighted")
 
     def __init__(self, strategy: Any, parameters: Callable[[], Iterable[Any]]) -> None:
         super().__init__()
-        self.strategy, self.parameters, self.weighted = strategy, parameters, False
+        self.strategy = strategy
+        self.parameters = parameters
+        self.weighted = False
         self.batches = 0  # of all processes, while they are counted
         self.exhausted = False  # has this rank no batch of its own for the current step?
         self.partial = False  # was a batch of the window not on all ranks?
@@ -120,10 +134,10 @@ class PostReduceWindow(DistributedWindow):
     def first_divisor(self, weight: Any, expected: int, loss: Tensor) -> Any:
         self.accumulates = expected > 1
         if not self.weighted:
-            return _divisor(None, expected, loss)
+            return _sum_divisor(None, expected, loss)
         if self.accumulates:
             return (self.mean_of(1 if weight is None else weight, loss) * expected).to(loss.dtype)
-        return _divisor(weight, expected, loss)
+        return _sum_divisor(weight, expected, loss)
 
     def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
         if expected == 1 and (self.held == 0 or not self.accumulates):
@@ -138,7 +152,7 @@ class PostReduceWindow(DistributedWindow):
         return share
 
 
-def _divisor(weight: Any, expected: int, loss: Tensor) -> Any:
+def _sum_divisor(weight: Any, expected: int, loss: Tensor) -> Any:
     if weight is None:
         return expected
     if isinstance(weight, Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -35,36 +35,23 @@ NEEDED = {
 }
 
 
-def configuration(trainer: Trainer) -> None:
+def check_configuration(trainer: Trainer) -> None:
     """Raises for a module, datamodule or combination of arguments that cannot run."""
-    module, verb = trainer.lightning_module, trainer.state.fn
+    module = trainer.lightning_module
+    verb = trainer.state.fn
     assert verb is not None
-    for owner, base in (
-        (module, LightningModule),
-        (trainer.datamodule, LightningDataModule),
-        *((callback, Callback) for callback in trainer.callbacks),
-    ):
+    owners = [(module, LightningModule), (trainer.datamodule, LightningDataModule)]
+    for owner, base in (*owners, *((callback, Callback) for callback in trainer.callbacks)):
         check_hook_names(owner, base)
         check_stage_names(owner, base)
     kind, *signatures = NEEDED[verb.value]
     for signature in signatures:
-        method = signature.partition("(")[0]
-        if not overridden(module, method, LightningModule):
-            what = f"No `{method}()` method defined in {type(module).__name__} to run `Trainer.{verb.value}`."
-            raise MisconfigurationException(f"{what} Define `def {signature}`.")
-    if not callable(getattr(module, "predict_step", None)) and verb == TrainerFn.PREDICTING:
-        raise MisconfigurationException("`predict_step` cannot be None to run `Trainer.predict`. Define it.")
-    own = any(overridden(module, method, LightningModule) for method in ("predict_step", "forward", "__call__"))
-    if verb == TrainerFn.PREDICTING and not own:
-        what = f"`Trainer.predict` calls `predict_step`, which calls `forward`: {type(module).__name__} has neither."
-        raise MisconfigurationException(f"{what} Define `def predict_step(self, batch, batch_idx)`.")
-    if not trainer.sources.source_of(kind).is_defined():
-        owners = [type(owner).__name__ for owner in (module, trainer.datamodule) if owner is not None]
-        what = f"`Trainer.{verb.value}` has no batches: no `{kind}_dataloader()` method defined in"
-        fix = f"Pass a loader to `trainer.{verb.value}(...)`, or define that method."
-        loader = getattr(trainer.sources.source_of(kind).owner, f"{kind}_dataloader", None)
-        error = MisconfigurationException if callable(loader) else TypeError  # it is there, and no method
-        raise error(f"{what} {' or '.join(owners)}. {fix}")
+        if not overridden(module, signature.partition("(")[0], LightningModule):
+            what = f"No `{signature.partition('(')[0]}()` method defined in {type(module).__name__}"
+            raise MisconfigurationException(f"{what} to run `Trainer.{verb.value}`. Define `def {signature}`.")
+    if verb == TrainerFn.PREDICTING:
+        _check_predict_step(module)
+    _check_loaders(trainer, kind)
     if verb == TrainerFn.FITTING:
         hint_at_layers(module)
         hint_at_modes(trainer.callbacks)
@@ -76,6 +63,28 @@ def configuration(trainer: Trainer) -> None:
             check_iterable(loader, source.display_name)
     if verb == TrainerFn.FITTING:
         _resolve_durations(trainer)
+
+
+def _check_predict_step(module: LightningModule) -> None:
+    if not callable(module.predict_step):
+        raise MisconfigurationException("`predict_step` cannot be None to run `Trainer.predict`. Define it.")
+    if not any(overridden(module, method, LightningModule) for method in ("predict_step", "forward", "__call__")):
+        what = f"`Trainer.predict` calls `predict_step`, which calls `forward`: {type(module).__name__} has neither."
+        raise MisconfigurationException(f"{what} Define `def predict_step(self, batch, batch_idx)`.")
+
+
+def _check_loaders(trainer: Trainer, kind: str) -> None:
+    """Raises if nobody gives the loaders that the verb needs."""
+    source = trainer.sources.source_of(kind)
+    if source.is_defined():
+        return
+    verb = str(trainer.state.fn.value)  # type: ignore[union-attr]
+    owners = [type(owner).__name__ for owner in (trainer.lightning_module, trainer.datamodule) if owner is not None]
+    what = f"`Trainer.{verb}` has no batches: no `{kind}_dataloader()` method defined in"
+    fix = f"Pass a loader to `trainer.{verb}(...)`, or define that method."
+    is_method = callable(getattr(source.owner, f"{kind}_dataloader", None))
+    error = MisconfigurationException if is_method else TypeError
+    raise error(f"{what} {' or '.join(owners)}. {fix}")
 
 
 def _check_fit(trainer: Trainer, module: LightningModule) -> None:
@@ -105,13 +114,20 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
 _OF_VALIDATION = re.compile(r"val(id|idation)?([_/.\-]|$)")  # names of what validation logs, as users write them
 
 
-def monitors(trainer: Trainer) -> None:
+def hint_at_eval_mode(module: nn.Module) -> None:
+    """Warns of modules that do not learn although training starts."""
+    if in_eval := sum(not part.training for part in module.modules()):
+        what = f"{in_eval} of the modules are in eval mode at the start of training, and stay so."
+        rank_zero_warn(f"{what} Call `.train()` on those that should learn.", category=PossibleUserWarning)
+
+
+def check_monitors(trainer: Trainer) -> None:
     """Before the first batch: raises if something monitors what only a validation could log that will not run."""
     module, written = trainer.lightning_module, overridden(trainer.lightning_module, "validation_step", LightningModule)
     given = trainer.sources.source_of("val").is_defined()
     if written is given or trainer.fast_dev_run:  # without both, other hooks may validate in their own way
         return
-    callbacks: list[Any] = [callback for callback in trainer.callbacks if _insists(callback)]
+    callbacks: list[Any] = [callback for callback in trainer.callbacks if _requires_monitor(callback)]
     watched = [(c.monitor, f"`{type(c).__name__}(monitor={c.monitor!r})`") for c in callbacks]
     watched += [
         (config.monitor, f"`{type(config.scheduler).__name__}` with `monitor={config.monitor!r}`")
@@ -126,7 +142,7 @@ def monitors(trainer: Trainer) -> None:
             raise MisconfigurationException(f"{what} {fix}, or monitor a value that training logs.")
 
 
-def _insists(callback: Any) -> bool:
+def _requires_monitor(callback: Any) -> bool:
     """Does it need the value it monitors?"""
     return isinstance(getattr(callback, "monitor", None), str) and getattr(callback, "strict", True)
 
@@ -144,35 +160,44 @@ def _resolve_durations(trainer: Trainer) -> None:
         loop.min_epochs = 1 if loop.min_steps is not None else 0
 
 
-def check_hook_names(owner: Any, base: type) -> None:
+def check_hook_names(owner: object, base: type) -> None:
     """Refuses, or warns of, a method that would never be called because its name is only nearly that of a hook."""
     hooks = {name for name in dir(base) if _HOOK_NAME.fullmatch(name)}
-    by_usual_words = {_in_usual_words(hook): hook for hook in hooks}
+
+    def is_missing(hook: str) -> bool:
+        return not overridden(owner, hook, base)
+
     for cls in type(owner).__mro__:
         if cls.__module__.startswith(("fulmen.", "torch")) or cls is object:
             continue
         for name, member in vars(cls).items():
-            if name.startswith("_") or name in hooks or not callable(member) or isinstance(member, type):
-                continue
-            what = f"`{cls.__name__}.{name}` would never be called:"
-            successor = REMOVED_HOOKS.get(name)
-            refused_always = name.endswith("_epoch_end") and not name.startswith("on_")
-            if successor in hooks and (refused_always or not overridden(owner, str(successor), base)):
-                what = f"Support for `{name}` has been removed. {what} it is a hook of an older version."
-                raise NotImplementedError(f"{what} Use `{successor}`, and collect in the step what it needs.")
-            near = next((hook for hook in hooks if is_one_letter_apart(name, hook)), None)
-            if near is not None and not overridden(owner, near, base):
-                fix = f"Did you mean `{near}`? If it is a method of your own, give it a less similar name."
-                raise MisconfigurationException(f"{what} it looks like a misspelt hook. {fix}")
-            near = by_usual_words.get(_in_usual_words(name)) or next(iter(get_close_matches(name, hooks, 1, 0.9)), None)
-            if near is not None and successor is None and not overridden(owner, near, base):
-                what = f"{what[:-1]} by the Trainer. Did you mean the hook `{near}`?"
-                rank_zero_warn(
-                    f"{what} If you call it yourself, ignore this, or give it a less similar name.",
-                    category=PossibleUserWarning,
-                )
+            if not name.startswith("_") and name not in hooks and callable(member) and not isinstance(member, type):
+                _check_hook_name(cls, name, hooks, is_missing)
 
 
+def _check_hook_name(cls: type, name: str, hooks: set[str], is_missing: Callable[[str], bool]) -> None:
+    """The same for one method; `is_missing` tells whether the owner does not define a hook."""
+    what = f"`{cls.__name__}.{name}` would never be called:"
+    successor = REMOVED_HOOKS.get(name)
+    if successor in hooks and (name in _ENDINGS or is_missing(str(successor))):
+        what = f"Support for `{name}` has been removed. {what} it is a hook of an older version."
+        raise NotImplementedError(f"{what} Use `{successor}`, and collect in the step what it needs.")
+    near = next((hook for hook in hooks if is_one_letter_apart(name, hook)), None)
+    if near is not None and is_missing(near):
+        fix = f"Did you mean `{near}`? If it is a method of your own, give it a less similar name."
+        raise MisconfigurationException(f"{what} it looks like a misspelt hook. {fix}")
+    by_usual_words = {_in_usual_words(hook): hook for hook in hooks}
+    near = by_usual_words.get(_in_usual_words(name)) or next(iter(get_close_matches(name, hooks, 1, 0.9)), None)
+    if near is not None and successor is None and is_missing(near):
+        what = f"{what[:-1]} by the Trainer. Did you mean the hook `{near}`?"
+        rank_zero_warn(
+            f"{what} If you call it yourself, ignore this, or give it a less similar name.",
+            category=PossibleUserWarning,
+        )
+
+
+# Hooks of older versions that are refused even if their successor is there.
+_ENDINGS = frozenset(name for name in REMOVED_HOOKS if name.endswith("_epoch_end") and not name.startswith("on_"))
 # What users may write in a module, datamodule or callback and the Trainer calls.
 _HOOK_NAME = re.compile(
     r"(on|configure)_\w+|\w+_step|\w+_dataloader|setup|teardown|prepare_data|forward|backward|optimizer_zero_grad"
@@ -193,7 +218,9 @@ def hint_at_layers(module: LightningModule) -> None:
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            if name.startswith("_") or not any(_learns(item) and item not in known for item in islice(held, 100)):
+            if name.startswith("_") or not any(
+                _requires_grad(item) and item not in known for item in islice(held, 100)
+            ):
                 continue
             place = ".".join(word for word in (type(module).__name__, path, name) if word)
             rank_zero_warn(
@@ -204,7 +231,7 @@ def hint_at_layers(module: LightningModule) -> None:
             )
 
 
-def _learns(item: Any) -> bool:
+def _requires_grad(item: Any) -> bool:
     parameters = [item] if isinstance(item, nn.Parameter) else item.parameters() if isinstance(item, nn.Module) else ()
     return any(parameter.requires_grad for parameter in parameters)
 

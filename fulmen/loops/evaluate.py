@@ -10,11 +10,9 @@ import torch
 from fulmen.data.combined import CombinedLoader
 from fulmen.data.feed import Feed, IteratorFeed
 from fulmen.data.loaders import length_is_certain, set_epoch
-from fulmen.loops import preemption
 from fulmen.loops.dataloading import bind_step, build_fetch_profiler, build_transfer, prepare_loaders
 from fulmen.loops.join import EvaluationJoin, Join
-from fulmen.loops.loop import Loop
-from fulmen.loops.progress import Position
+from fulmen.loops.progress import Loop, Position
 from fulmen.loops.shortfall import ShortLoaderMonitor
 from fulmen.metrics.reduce import close_epoch
 from fulmen.metrics.tables import print_results
@@ -83,7 +81,7 @@ class EvaluationLoop(Loop):
                     self.join.before_batch(batch, batch_idx, dataloader_idx)
                     self.run_batch(batch, batch_idx, dataloader_idx)
                     if trainer.signals.pending is not None:
-                        preemption.after_evaluation_batch(self, batch_idx, dataloader_idx)
+                        trainer.signals.exit_after_evaluation_batch(self, batch_idx, dataloader_idx)
                 self.shortfall.warn_short_loaders(
                     trainer.sources.source_of(self.kind).display_name, self.loaders, self.feed.shortfalls
                 )
@@ -294,6 +292,18 @@ class EvaluationLoop(Loop):
     def forget_counts(self) -> None:
         """After the sanity check: it never happened."""
         self.batches_seen.clear()
+
+    def loader_position(self) -> dict[str, Any] | None:
+        """Where a checkpoint that is written now has the loaders: between two passes."""
+        return None if self.loaders is None else self.loaders.pass_state(0, inside=False)
+
+    def load_state(self, batches_seen: dict[int, int], loader_position: dict[str, Any] | None) -> None:
+        """Continues from a checkpoint, once the loaders exist."""
+        self.batches_seen.update(batches_seen)
+        if loader_position is not None and self.loaders is not None:
+            if self.feed is not None:
+                self.feed.close_loaders()
+            self.loaders.load_pass_state(loader_position)
 
     def teardown(self) -> None:
         self.frozen = None

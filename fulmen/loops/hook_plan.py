@@ -37,12 +37,16 @@ class HookPlan:
         self, trainer: Any, module: Any, callbacks: Sequence[Any], strategy: Any, book: LogBook,
         base_callback: type, base_strategy: type, profiler: Any,
     ) -> None:  # fmt: skip
-        def listeners(
+        def find_listeners(
             parties: Sequence[Any], base: type, kind: str, name: str, *given: Any
         ) -> list[Callable[..., Any]]:
             """Those of the parties that implement the hook, timed if somebody profiles."""
             return [
-                measured(profiler, f"[{kind}]{_label(party)}.{name}", partial(_method(party, name, base), *given))
+                measured(
+                    profiler,
+                    f"[{kind}]{_profile_label(party)}.{name}",
+                    partial(_bind_listener(party, name, base), *given),
+                )
                 for party in parties
                 if overridden(party, name, base)
             ]
@@ -51,15 +55,15 @@ class HookPlan:
             name, order = hook.name, hook.order
             monitors = [c for c in callbacks if c.monitors] if "monitors" in order else []
             first = [c for c in callbacks if c not in monitors] if "callbacks" in order else []
-            found = listeners(first, base_callback, "Callback", name, trainer, module)
+            found = find_listeners(first, base_callback, "Callback", name, trainer, module)
             module_at = len(found) if "module" in order and is_overridden(name, module) else None
             if module_at is not None:
                 method = _by_name(getattr(module, name), names_of(LightningModule, name))
-                found.append(measured(profiler, f"[LightningModule]{_label(module)}.{name}", method))
-            found += listeners(monitors, base_callback, "Callback", name, trainer, module)
+                found.append(measured(profiler, f"[LightningModule]{_profile_label(module)}.{name}", method))
+            found += find_listeners(monitors, base_callback, "Callback", name, trainer, module)
             if "strategy" in order:
-                found += listeners([strategy], base_strategy, "Strategy", name)
-            setattr(self, name, _fired(name, found, module_at, book))
+                found += find_listeners([strategy], base_strategy, "Strategy", name)
+            setattr(self, name, _compile_hook(name, found, module_at, book))
 
     def __getattr__(self, name: str) -> Any:  # only for type checkers: every hook of the table is an attribute
         raise AttributeError(name)
@@ -73,18 +77,20 @@ def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     return by_signature(method, method, names)
 
 
-def _method(party: Any, name: str, base: type) -> Callable[..., Any]:
+def _bind_listener(party: Any, name: str, base: type) -> Callable[..., Any]:
     """What is called: what only shows something leaves the random numbers of the run alone, also when it imports."""
     method = _by_name(getattr(party, name), names_of(base, name))
     once_per_batch = "batch" in name
     return isolate_rng()(method) if getattr(party, "only_shows", False) and not once_per_batch else method
 
 
-def _label(party: Any) -> str:
+def _profile_label(party: Any) -> str:
     return getattr(party, "state_key", type(party).__name__)
 
 
-def _fired(name: str, listeners: list[Callable[..., Any]], module_at: int | None, book: LogBook) -> Callable[..., Any]:
+def _compile_hook(
+    name: str, listeners: list[Callable[..., Any]], module_at: int | None, book: LogBook
+) -> Callable[..., Any]:
     """One function for a list of listeners; the module's return value is the hook's."""
     if not listeners:
         return nothing
@@ -99,7 +105,7 @@ def _fired(name: str, listeners: list[Callable[..., Any]], module_at: int | None
 
         return fire_one
 
-    def fire(*args: Any) -> Any:
+    def fire_all(*args: Any) -> Any:
         previous, book.hook = book.hook, name
         answer = None
         for position, listener in enumerate(listeners):
@@ -109,4 +115,4 @@ def _fired(name: str, listeners: list[Callable[..., Any]], module_at: int | None
         book.hook = previous
         return answer
 
-    return fire
+    return fire_all

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from inspect import isgenerator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.hooks import nothing
-from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, PostReduceWindow, read_output
+from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, Output, PostReduceWindow, read_output
 from fulmen.loops.dataloading import bind_step
 from fulmen.loops.join import shadow_step
 from fulmen.module import LightningModule
@@ -20,7 +23,7 @@ from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import is_generator, overridden, returns_nothing, takes_argument
 from fulmen.utilities.modules import scale_gradients
-from fulmen.utilities.rank_zero import rank_zero_warn, warn_once
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn, warn_once
 
 if TYPE_CHECKING:
     from fulmen.loops.hook_plan import HookPlan
@@ -35,8 +38,11 @@ class Optimization:
     """What all ways of optimizing share: the bound `training_step`, and backward with its hooks."""
 
     def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
-        self.trainer, self.hooks, self.progress = trainer, hooks, progress
-        self.book, self.strategy = trainer.book, trainer.strategy
+        self.trainer = trainer
+        self.hooks = hooks
+        self.progress = progress
+        self.book = trainer.book
+        self.strategy = trainer.strategy
         self.join = trainer.fit_loop.join
         self.loss_factor = 1.0  # in manual optimization
         self.module: LightningModule = trainer.lightning_module
@@ -49,7 +55,7 @@ class Optimization:
         self.stepped = True  # whether the last batch ended with an optimizer step
         self.unscale = overridden(self.precision, "unscale_gradients", Precision)
         self.mixed = isinstance(self.precision, MixedPrecision)
-        self.own_backward = overridden(self.module, "backward", LightningModule)
+        self.overrides_backward = overridden(self.module, "backward", LightningModule)
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
         parts = ((self.strategy, Strategy), (self.precision, Precision))
@@ -60,14 +66,65 @@ class Optimization:
             optimizer._module = self.module
             optimizer._sync_context = lambda: self.strategy.no_backward_sync(self.strategy.model)
 
+    turns: Sequence[AutomaticOptimization] = ()  # one for each optimizer that the framework steps
+
+    def has_begun_backward(self, batch_idx: int) -> bool:
+        """Does an open accumulation window hold a part of the gradients of the batch that runs?"""
+        return any(turn.window.held and turn.window.expected == turn.batches_left(batch_idx) for turn in self.turns)
+
+    def waiting_optimizers(self) -> list[Any]:
+        """The optimizers whose gradients wait for a later batch."""
+        return [turn.optimizer for turn in self.turns if turn.window_open or turn.window.held]
+
+    def window_states(self) -> list[dict[str, Any]]:
+        """What a checkpoint holds of accumulation windows, by optimizer."""
+        return [turn.window_state() for turn in self.turns]
+
+    def load_window_states(self, stepped: bool, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continues from what `window_states` gave, after a batch that ended with a step or not."""
+        self.stepped = stepped
+        for turn, state in zip(self.turns, states):
+            turn.load_window_state(state)
+
+    forward_only = False  # do batches only go through the module?
+
+    def set_forward_only(self, forward_only: bool) -> None:
+        """Lets batches only go through the module: nothing goes backward or steps, not in manual optimization either.
+
+        The last batch of such an epoch counts as a step, as the module is another one than at the step before.
+        """
+        if forward_only and not self.forward_only:
+            self._run_learning = self.run
+            self.run = self._run_forward  # type: ignore[method-assign]
+        elif self.forward_only and not forward_only:
+            self.run = self._run_learning  # type: ignore[method-assign]
+        for part in (self, *self.turns):
+            part.forward_only = forward_only
+
+    def _run_forward(self, batch: Any, batch_idx: int) -> Any:
+        """One batch through `training_step` alone."""
+        self.book.hook = "training_step"
+        with (self.context or nullcontext)(), self.strategy.no_backward_sync(self.strategy.model):
+            output = self.training_step(batch, batch_idx)
+            if isgenerator(output):
+                output = {"losses": list(output)}
+        feed = self.trainer.fit_loop.feed
+        self.stepped = feed is not None and feed.is_last
+        self.progress.steps += self.stepped
+        if isinstance(output, Tensor):
+            return {"loss": output.detach()}
+        return output if isinstance(output, Mapping) else {}
+
     def open_epoch(self, hooks: HookPlan) -> None:
         """Callbacks may have changed, and loaders."""
         self.hooks = hooks
         self.join = self.trainer.fit_loop.join
         self.loss_factor = 1.0
 
-    def backward_with_hooks(self, loss: Tensor, optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
+    def backward_with_hooks(self, loss: Tensor, optimizer: Optimizer | None = None, *args: Any, **kwargs: Any) -> None:
         """What stands between the strategy's `pre_backward` and `post_backward`."""
+        if self.forward_only:
+            return
         book = self.book
         if self.loss_factor != 1.0:
             loss = loss * self.loss_factor
@@ -77,7 +134,7 @@ class Optimization:
         book.hook = previous
         self.hooks.on_after_backward()
 
-    def unscale_if_seen(self, optimizer: Any, seen: Any = False) -> None:
+    def unscale_if_seen(self, optimizer: Optimizer, seen: bool = False) -> None:
         """Takes the loss scale out of the gradients. A fused optimizer does it itself, unless somebody looks before."""
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if not fused or seen or self.hooks.on_before_optimizer_step is not nothing:
@@ -87,16 +144,25 @@ class Optimization:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
         raise NotImplementedError
 
-    def idle(self) -> list[Any]:
+    def skipped_optimizers(self) -> list[Any]:
         """The optimizers that changed nothing at the last step. With a fused one under a loss scaler this waits (sync)."""
         return []
 
-    def leave_out(self, optimizer: Any) -> None:
+    def report_skipped_steps(self) -> None:
+        """After training: says how many steps the loss scaler left out."""
+        skips, steps = self.precision.skip_counts() if isinstance(self.precision, MixedPrecision) else (0, 0)
+        if skips:
+            what = f"The loss scaler skipped {skips} of {steps} optimizer steps: their gradients were not finite."
+            rank_zero_info(f"{what} Learning-rate schedulers did not advance with them.")
+
+    def drop_step(self, optimizer: Optimizer) -> None:
         """Drops the gradients of an optimizer: its next step, if it is made at all, changes nothing."""
         optimizer.zero_grad(set_to_none=True)
 
-    def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+    def run_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
         """What `LightningOptimizer.step` does during this run."""
+        if self.forward_only:
+            return closure() if closure is not None else None
         if closure is None and self.book.hook == "training_step":
             what = (
                 "`optimizer.step()` was called in `training_step` with automatic optimization, which makes a step too."
@@ -105,12 +171,24 @@ class Optimization:
         return self.strategy.optimizer_step(optimizer, closure or nothing, self.module, **kwargs)
 
 
+class NotYetOptimizing(Optimization):
+    """Stands for the optimization until a run makes one: nothing is accumulated, and nothing was skipped."""
+
+    def __init__(self) -> None:
+        self.stepped = True
+
+    def report_skipped_steps(self) -> None:
+        pass
+
+
 class AutomaticOptimization(Optimization):
     """Forward, backward and step when the framework owns the optimizer."""
 
     def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress, index: int = 0) -> None:
         super().__init__(trainer, hooks, progress)
-        self.index, self.optimizer = index, trainer.optimizers[index]
+        self.index = index
+        self.optimizer = trainer.optimizers[index]
+        self.turns = (self,)
         self.several = trainer.world_size > 1
         gradients_of = lambda: self.precision.main_params(self.optimizer)  # noqa: E731
         shared = PostReduceWindow if self.strategy.defers_gradient_reduction else DistributedWindow
@@ -124,20 +202,31 @@ class AutomaticOptimization(Optimization):
         self.expects_loss = progress.batches == 0 and not isinstance(self.optimizer, NoOptimizer)
         self.expects_loss &= not takes_argument(module.training_step, "dataloader_iter", explicit=True)
         self.windows_without_loss = 0
-        self.own_zero_grad = overridden(module, "optimizer_zero_grad", LightningModule)
-        self.own_clipping = overridden(module, "configure_gradient_clipping", LightningModule)
-        own_step = overridden(module, "optimizer_step", LightningModule) or trainer.profiler.active
-        self.direct = steps_directly(self.optimizer, self.strategy) and not own_step
+        self.overrides_zero_grad = overridden(module, "optimizer_zero_grad", LightningModule)
+        self.overrides_clipping = overridden(module, "configure_gradient_clipping", LightningModule)
+        overrides_step = overridden(module, "optimizer_step", LightningModule) or trainer.profiler.active
+        self.direct = steps_directly(self.optimizer, self.strategy) and not overrides_step
         label = f"[LightningModule]{type(module).__name__}.optimizer_step"
         self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
-        self.left_out = False
+        self.dropped = False  # did the step, or the turn, of the last batch change nothing?
         self.skipped: Any = False  # kept for a turn: the precision knows of the last step only
         check = getattr(self.strategy, "check_gradients", None if self.several else self.check_gradients)
         if check is not None:
-            self.finish_gradients = self.first_checked(check)  # type: ignore[method-assign]
-        self.only: dict[str, Any] = {}  # arguments of backward that keep gradients to this optimizer's parameters
+            self.finish_gradients = self.with_first_check(check)  # type: ignore[method-assign]
+        self.backward_inputs: dict[
+            str, Any
+        ] = {}  # arguments of backward that keep gradients to this optimizer's parameters
         self.closure_result: Any = None
         self.closure_ran = False
+
+    def window_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the accumulation window."""
+        return {"open": self.window_open or bool(self.window.held), **self.window.state_dict()}
+
+    def load_window_state(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `window_state` gave."""
+        self.window_open = state["open"]
+        self.window.load_state_dict(state)
 
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
@@ -169,8 +258,7 @@ class AutomaticOptimization(Optimization):
     def forward_backward(self, batch: Any, batch_idx: int, opens: bool) -> Any:
         if self.join.exhausted:
             return self.run_shadow_step(batch, batch_idx, opens)
-        hooks, book, length = self.hooks, self.book, self.trainer.accumulate_grad_batches
-        book.hook = "training_step"
+        self.book.hook = "training_step"
         # waits for nothing: the loss stays on the device, only its type is looked at
         if self.context is None:
             output = self.training_step(batch, batch_idx)
@@ -183,57 +271,78 @@ class AutomaticOptimization(Optimization):
             loss: Tensor | None = output
             extra = weight = None
         else:
-            check = not self.checked and not self.own_backward
-            loss, extra, weight = read_output(output, self.name, check, self.verb)
-            self.checked = self.checked or loss is not None
+            loss, extra, weight = self.read_output(output)
         if opens:
             self.clear_gradients(batch_idx)
         if loss is None:
-            # An optimizer may sit out a batch in all processes, but not the one whose backward exchanges gradients.
-            if self.several and (not self.only or self.window.held):
-                raise RuntimeError(self.no_loss())
-            if not self.checked and self.stepped and self.expects_loss:
-                self.check_for_any_loss()
+            self.check_missing_loss()
             return {} if extra is None else extra
-        if length > 1 or weight is not None or self.join.partial:
+        if self.trainer.accumulate_grad_batches > 1 or weight is not None or self.join.partial:
             loss = self.window.share(loss, weight, self.batches_left(batch_idx))
-        if not self.plain_backward:
-            self.strategy.backward(loss, self.optimizer, **self.only)
+        if self.plain_backward and not self.overrides_backward:
+            self.hooks.on_before_backward(loss)
+            loss.backward(**self.backward_inputs)
+            self.hooks.on_after_backward()
         else:
-            hooks.on_before_backward(loss)
-            if self.own_backward:
-                book.hook = "backward"
-                self.module.backward(loss, **self.only)
-            else:
-                loss.backward(**self.only)
-            hooks.on_after_backward()
-        if self.direct and hooks.on_train_batch_end is nothing:
+            self.run_overridden_backward(loss)
+        if self.direct and self.hooks.on_train_batch_end is nothing:
             return _NO_OUTPUTS  # nobody will look at it
         self.closure_result = loss.detach()
         return {"loss": self.closure_result} if extra is None else {**extra, "loss": self.closure_result}
+
+    def read_output(self, output: Any) -> Output:
+        """The loss, other outputs and the weight that `training_step` returned; checked closely until one had a loss."""
+        check = not self.checked and not self.overrides_backward
+        found = read_output(output, self.name, check, self.verb)
+        self.checked = self.checked or found[0] is not None
+        return found
+
+    def check_missing_loss(self) -> None:
+        """After a batch without a loss.
+
+        Raises:
+            RuntimeError: if gradients are exchanged after it. An optimizer may sit out a batch in all processes, but not
+                the one whose backward exchanges gradients.
+        """
+        if self.several and (not self.backward_inputs or self.window.held):
+            raise RuntimeError(self.missing_loss_message())
+        if not self.checked and self.stepped and self.expects_loss:
+            self.check_for_any_loss()
+
+    def run_overridden_backward(self, loss: Tensor) -> None:
+        """Backward where the module, the strategy or the precision has a version of its own."""
+        if not self.plain_backward:
+            self.strategy.backward(loss, self.optimizer, **self.backward_inputs)
+            return
+        self.hooks.on_before_backward(loss)
+        self.book.hook = "backward"
+        self.module.backward(loss, **self.backward_inputs)
+        self.hooks.on_after_backward()
 
     def run_shadow_step(self, batch: Any, batch_idx: int, opens: bool) -> Any:
         """This rank has no batch. Its gradients of 0 are reduced with those of others, and those of its window so far."""
         if opens:
             self.clear_gradients(batch_idx)
-        loss = None if self.only else self.strategy.zero_loss()
+        loss = None if self.backward_inputs else self.strategy.zero_loss()
         if loss is None:
             # The step of others exchanges more than gradients, so this one runs as well, on a batch it had.
             with shadow_step(self.module, self.context):
                 output = self.training_step(batch, batch_idx)
             given, _, _ = read_output(output, self.name, False, self.verb)
             if given is None:
-                raise RuntimeError(self.no_loss())
+                raise RuntimeError(self.missing_loss_message())
             loss = given * 0
-        self.window.share(loss, 0, self.batches_left(batch_idx)).backward(**self.only)
+        self.window.share(loss, 0, self.batches_left(batch_idx)).backward(**self.backward_inputs)
         self.closure_result = loss.detach()
         return {}
 
     def clear_gradients(self, batch_idx: int) -> None:
         """A window begins."""
-        self.window.held, self.closure_result, self.left_out = 0, None, False
+        self.window.held = 0
+        self.closure_result = None
+        self.dropped = False
         self.hooks.on_before_zero_grad(self.optimizer)
-        if self.own_zero_grad:
+        if self.overrides_zero_grad:
             self.book.hook = "optimizer_zero_grad"
             self.module.optimizer_zero_grad(self.progress.epochs, batch_idx, self.optimizer)
         else:
@@ -244,9 +353,9 @@ class AutomaticOptimization(Optimization):
         trainer = self.trainer
         if self.window.held and (factor := self.window.correction()) is not None:
             scale_gradients(self.precision.main_params(self.optimizer), factor)
-        clips = self.own_clipping or trainer.gradient_clip_val
+        clips = self.overrides_clipping or trainer.gradient_clip_val
         if self.unscale and (self.direct or self.closure_result is not None):
-            self.unscale_if_seen(self.optimizer, seen=clips)
+            self.unscale_if_seen(self.optimizer, seen=bool(clips))
         self.hooks.on_before_optimizer_step(self.optimizer)
         if clips:
             self.book.hook = "configure_gradient_clipping"
@@ -256,15 +365,15 @@ class AutomaticOptimization(Optimization):
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             )
 
-    def first_checked(self, check: Callable[[], None]) -> Callable[[], None]:
+    def with_first_check(self, check: Callable[[], None]) -> Callable[[], None]:
         """`finish_gradients`, the first time after a look at which gradients have come."""
 
-        def run() -> None:
+        def check_and_finish() -> None:
             del self.finish_gradients
             check()
             self.finish_gradients()
 
-        return run
+        return check_and_finish
 
     def check_gradients(self) -> None:
         """After the first backward: an optimizer whose parameters it did not reach changes nothing."""
@@ -275,7 +384,7 @@ class AutomaticOptimization(Optimization):
             why = "the loss does not depend on them, or the layers were replaced after `configure_optimizers`."
             rank_zero_warn(f"{what} {why} Make layers in `__init__` or `configure_model`.")
 
-    def no_loss(self) -> str:
+    def missing_loss_message(self) -> str:
         where = f"on rank {self.trainer.global_rank} of {self.trainer.world_size}"
         what = f"{self.name} {self.verb} None {where}, for a batch after which gradients are exchanged."
         why = "The other processes would wait for them, or step without."
@@ -304,8 +413,8 @@ class AutomaticOptimization(Optimization):
 
         def closure() -> Any:
             nonlocal outputs
-            if self.closure_ran and (self.only or not opens):
-                raise MisconfigurationException(self.one_evaluation())
+            if self.closure_ran and (self.backward_inputs or not opens):
+                raise MisconfigurationException(self.single_evaluation_message())
             self.closure_ran = True
             with torch.enable_grad():  # the step that calls this may run without
                 outputs = self.forward_backward(batch, batch_idx, opens)
@@ -315,7 +424,7 @@ class AutomaticOptimization(Optimization):
         self.book.hook = "optimizer_step"
         wrapped = self.trainer.lightning_optimizers[self.index]
         self.optimizer_step(self.progress.epochs, batch_idx, wrapped, closure)
-        if self.mixed and not self.only:
+        if self.mixed and not self.backward_inputs:
             self.precision.update_loss_scale()
         if not self.closure_ran:
             raise MisconfigurationException(
@@ -325,22 +434,23 @@ class AutomaticOptimization(Optimization):
             )
         return outputs
 
-    def one_evaluation(self) -> str:
+    def single_evaluation_message(self) -> str:
         """What is said to an optimizer that wants its closure a second time, where that would give other gradients."""
         name = type(self.optimizer).__name__
-        if self.only:
+        if self.backward_inputs:
             why = f"{self.name} is a generator, which gives each of its losses once."
         else:
             why = "Gradients of earlier batches, accumulated for the same step, belong to the first evaluation alone."
         fix = "Use an optimizer that evaluates once, or one optimizer, a plain step and `accumulate_grad_batches=1`."
         return f"{name} evaluates the loss several times per step. {why} {fix}"
 
-    def idle(self) -> list[Any]:
-        return [self.optimizer] if self.left_out or self.precision.skipped else []
+    def skipped_optimizers(self) -> list[Any]:
+        return [self.optimizer] if self.dropped or self.precision.skipped else []
 
-    def leave_out(self, optimizer: Any) -> None:
-        super().leave_out(optimizer)
-        self.left_out, self.window_open = True, False
+    def drop_step(self, optimizer: Optimizer) -> None:
+        super().drop_step(optimizer)
+        self.dropped = True
+        self.window_open = False
 
 
 class AlternatingOptimization(Optimization):
@@ -354,7 +464,7 @@ class AlternatingOptimization(Optimization):
         super().__init__(trainer, hooks, progress)
         parts = trainer, hooks, progress
         self.turns = [AutomaticOptimization(*parts, index) for index in range(len(trainer.optimizers))]
-        if self.own_backward and not takes_argument(self.module.backward, "inputs", explicit=False):
+        if self.overrides_backward and not takes_argument(self.module.backward, "inputs", explicit=False):
             raise MisconfigurationException(
                 f"`{type(self.module).__name__}.backward` takes no argument `inputs`, with which a generator "
                 "`training_step` keeps the gradients of a loss to its optimizer's parameters. "
@@ -365,7 +475,8 @@ class AlternatingOptimization(Optimization):
         if self.mixed:
             self.precision.hold_scale = True  # until all have taken their turns
         for turn in self.turns:
-            turn.verb, turn.context = "yielded", None
+            turn.verb = "yielded"
+            turn.context = None
 
     def open_epoch(self, hooks: HookPlan) -> None:
         super().open_epoch(hooks)
@@ -381,26 +492,26 @@ class AlternatingOptimization(Optimization):
         self.stepped = False
         outputs: dict[str, Any] = {"losses": []}
         for turn in self.turns:
-            given = self.take(turn, self.next_output(losses, turn), batch, batch_idx)
+            given = self.take_turn(turn, self.next_output(losses, turn), batch, batch_idx)
             outputs["losses"].append(given.get("loss"))
             outputs.update((key, value) for key, value in given.items() if key != "loss")
-        self.end(losses)
+        self.finish_generator(losses)
         if self.mixed:
             self.precision.update_loss_scale()
         there = [loss for loss in outputs["losses"] if loss is not None]
         return {**outputs, "loss": sum(there)} if there else outputs
 
-    def take(self, turn: AutomaticOptimization, output: Any, batch: Any, batch_idx: int) -> Any:
+    def take_turn(self, turn: AutomaticOptimization, output: Any, batch: Any, batch_idx: int) -> Any:
         """One turn with what was yielded for it; without a loss, the optimizer rests."""
         if batch_idx == 0:
             turn.window_open = False  # an epoch that ended early leaves gradients behind
         parameters = [p for p in self.precision.main_params(turn.optimizer) if p.requires_grad]
         no_loss = output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None) or not parameters
         closes = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.progress.is_last_batch
-        turn.left_out = no_loss and not (turn.window_open and closes)
-        if turn.left_out:
+        turn.dropped = no_loss and not (turn.window_open and closes)
+        if turn.dropped:
             return _NO_OUTPUTS
-        turn.only = {"inputs": parameters}
+        turn.backward_inputs = {"inputs": parameters}
         turn.training_step = lambda *_: None if no_loss else output
         outputs = turn.run(batch, batch_idx)
         self.stepped = self.stepped or turn.stepped
@@ -416,26 +527,26 @@ class AlternatingOptimization(Optimization):
             with self.context():
                 return next(losses)
         except StopIteration:
-            raise self.wrong_number(f"yielded {turn.index}") from None
+            raise self.wrong_number_of_losses(f"yielded {turn.index}") from None
 
-    def end(self, losses: Iterator[Any]) -> None:
+    def finish_generator(self, losses: Iterator[Any]) -> None:
         """Runs what stands behind the last `yield`."""
         self.book.hook = "training_step"
         for _ in losses:
-            raise self.wrong_number(f"yielded more than {len(self.turns)}")
+            raise self.wrong_number_of_losses(f"yielded more than {len(self.turns)}")
 
-    def wrong_number(self, what: str) -> MisconfigurationException:
+    def wrong_number_of_losses(self, what: str) -> MisconfigurationException:
         names = [type(turn.optimizer).__name__ for turn in self.turns]
         why = f"`configure_optimizers` returned {len(names)} optimizers {names}, and each gets one loss, in this order"
         return MisconfigurationException(f"{self.name} {what} losses. {why}. Yield None for one that sits a batch out.")
 
-    def idle(self) -> list[Any]:
-        return [turn.optimizer for turn in self.turns if turn.left_out or bool(turn.skipped)]
+    def skipped_optimizers(self) -> list[Any]:
+        return [turn.optimizer for turn in self.turns if turn.dropped or bool(turn.skipped)]
 
-    def leave_out(self, optimizer: Any) -> None:
+    def drop_step(self, optimizer: Optimizer) -> None:
         for turn in self.turns:
             if turn.optimizer is optimizer:
-                turn.leave_out(optimizer)
+                turn.drop_step(optimizer)
 
 
 class ManualOptimization(Optimization):
@@ -479,7 +590,10 @@ class ManualOptimization(Optimization):
             f"{self.name} returned a {type(output).__name__}. With manual optimization, return the loss, a dict, or nothing."
         )
 
-    def run_optimizer(self, optimizer: Any, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+    def run_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
+        if self.forward_only:
+            return super().run_optimizer(optimizer, closure)
+
         def finish() -> Any:
             with torch.enable_grad():  # the step that calls this may run without
                 result = closure() if closure is not None else None
@@ -497,7 +611,7 @@ class ManualOptimization(Optimization):
         self.made.append(optimizer)
         return result
 
-    def waiting(self) -> list[Any]:
+    def waiting_optimizers(self) -> list[Any]:
         """The optimizers that did not step in the last batch: their gradients may wait for a later one."""
         return [optimizer for optimizer in self.trainer.optimizers if not any(optimizer is each for each in self.made)]
 
@@ -508,21 +622,27 @@ def optimization_for(trainer: Trainer, hooks: HookPlan, progress: Progress) -> O
     Raises:
         RuntimeError: for several optimizers and one loss.
     """
-    module, count = trainer.lightning_module, len(trainer.optimizers)
+    kind = _optimization_type(trainer.lightning_module, len(trainer.optimizers))
+    optimization = kind(trainer, hooks, progress)
+    optimization.run = measured(trainer.profiler, "run_training_batch", optimization.run)  # type: ignore[method-assign]
+    return optimization
+
+
+def _optimization_type(module: LightningModule, num_optimizers: int) -> type[Optimization]:
     if not module.automatic_optimization:
-        return ManualOptimization(trainer, hooks, progress)
+        return ManualOptimization
     if is_generator(module.training_step):
-        return AlternatingOptimization(trainer, hooks, progress)
-    if count > 1:
+        return AlternatingOptimization
+    if num_optimizers > 1:
         raise RuntimeError(
-            f"`configure_optimizers` returned {count} optimizers with automatic optimization. "
+            f"`configure_optimizers` returned {num_optimizers} optimizers with automatic optimization. "
             "Which of them a loss is for is not known. `yield` one loss for each in `training_step`, in their order; or "
             "use manual optimization: `self.automatic_optimization = False` in `__init__`, and step them yourself."
         )
-    return AutomaticOptimization(trainer, hooks, progress)
+    return AutomaticOptimization
 
 
-def steps_directly(optimizer: Any, strategy: Any) -> bool:
+def steps_directly(optimizer: Optimizer, strategy: Strategy) -> bool:
     """Whether `optimizer.step()` after the backward is the same as `optimizer.step(closure)`.
 
     It is for the optimizers of `torch.optim`, which call the closure first and once, except LBFGS; and only if neither

@@ -43,7 +43,7 @@ class ShortLoaderMonitor:
         """The end of an epoch, without a step."""
         loop.optimization.stepped = False
         loop.skip_epoch()
-        if loop.validated_at != loop.progress.batches and loop.validation_due():
+        if not loop.validation.is_done() and loop.validation.is_due():
             loop.validate()
 
     def after_epoch(self, loop: FitLoop) -> None:

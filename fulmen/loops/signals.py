@@ -1,4 +1,4 @@
-"""Signals during a run: the first one is noted, and obeyed at the next boundary of a step (`loops/preemption.py`)."""
+"""Signals during a run: the first one is noted, and the run saves and exits at the next boundary of a step."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fulmen.engine.cluster import SLURMEnvironment
+from fulmen.checkpoint import paths
+from fulmen.engine.cluster import ClusterEnvironment, SLURMEnvironment
 from fulmen.engine.launch import INTERRUPTED, is_interactive
 from fulmen.utilities.errors import SIGTERMException
-from fulmen.utilities.rank_zero import rank_zero_only
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
+    from fulmen.loops.evaluate import EvaluationLoop
+    from fulmen.loops.fit import FitLoop
+    from fulmen.trainer import Trainer
+
 TERMINATED = 128 + signal.SIGTERM  # the exit status of whoever was told to end, by convention
+AFTER_VALIDATION = 1 << 60  # sorts behind all validation batches
 
 
 class Signals:
     """Installs our handlers for the time of a run, and puts the user's back."""
 
     def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._clear_run()
+
+    def _clear_run(self) -> None:
+        """As before a run."""
         self.received_sigterm = False
         self.pending: int | None = None  # the signal because of which the run ends at the next boundary
         self.saving = False  # is the file being written with which the run ends?
@@ -31,31 +43,29 @@ class Signals:
         self.cluster: SLURMEnvironment | None = None  # who gives the job another turn
         self._interrupted = False  # was Ctrl-C pressed in this process?
         self._looping = False  # does a loop run that looks at `pending`?
-        self._before: dict[int, Any] = {}
-        self._process = 0
+        self._process = os.getpid()
 
-    def install(self, cluster: Any = None) -> None:
+    def install_handlers(self, cluster: ClusterEnvironment | None = None) -> None:
         """Before the loop begins SIGTERM ends the run at once: there is nothing to finish. Main thread only.
 
         Arguments:
             cluster: an environment that can requeue the job; its signal is heard as well.
         """
-        self.received_sigterm = self.saving = self._looping = False
-        self._interrupted, self.pending, self.saved, self._process = False, None, "", os.getpid()
-        requeues = isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal is not None
-        self.cluster = cluster if requeues else None
+        self._clear_run()
+        if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue and cluster.requeue_signal is not None:
+            self.cluster = cluster
         for number in (signal.SIGTERM, self.cluster.requeue_signal if self.cluster else None):
-            self._handle(number, self._on_signal)
+            self._set_handler(number, self._on_signal)
 
-    def defer(self) -> None:
-        """A loop begins, which ends at a boundary. Ctrl-C, too, is told to it, unless the user handles it."""
+    def enable_deferred(self) -> None:
+        """A loop begins: from now on the run ends at a boundary. So it does after Ctrl-C, unless the user handles that."""
         self._looping = True
         if self.pending is not None:  # another process was told, or an `except:` of somebody's caught the exception
-            raise self.exception()
+            raise self.make_exception()
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._handle(signal.SIGINT, self._on_interrupt)
+            self._set_handler(signal.SIGINT, self._on_interrupt)
 
-    def restore(self) -> None:
+    def restore_handlers(self) -> None:
         """The handlers as they were before the run."""
         while self._before:
             number, before = self._before.popitem()
@@ -63,16 +73,16 @@ class Signals:
 
     def ignore_interrupts(self) -> None:
         """A second Ctrl-C would tear what is being closed now."""
-        self._handle(signal.SIGINT, signal.SIG_IGN)
+        self._set_handler(signal.SIGINT, signal.SIG_IGN)
 
     @property
-    def requeueing(self) -> bool:
+    def is_requeueing(self) -> bool:
         """Does the run end because the job gets another turn?"""
         return self.cluster is not None and self.pending == self.cluster.requeue_signal
 
-    def requeue(self) -> None:
+    def requeue_job(self) -> None:
         """The last thing a run does: its job may be killed for it."""
-        if self.cluster is not None and self.requeueing:
+        if self.cluster is not None and self.is_requeueing:
             self.cluster.requeue()
 
     def request_stop(self, number: int) -> bool:
@@ -82,28 +92,68 @@ class Signals:
         self.pending = number
         return True
 
-    def exception(self) -> BaseException:
+    def make_exception(self) -> BaseException:
         """What ends the run."""
         return KeyboardInterrupt() if self.pending == signal.SIGINT else SIGTERMException(TERMINATED)
 
-    def behind(self, error: BaseException) -> BaseException:
+    def cause_of(self, error: BaseException) -> BaseException:
         """The interrupt, if that is why a loader's worker ended before the step did: a terminal tells it to all."""
         worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        return self.exception() if worker and self.pending == signal.SIGINT else error
+        return self.make_exception() if worker and self.pending == signal.SIGINT else error
 
-    def obey(self) -> None:
+    def exit_if_pending(self) -> None:
         """Everything is closed: a signal that came too late to stop anything still ends the script."""
         if self.pending == signal.SIGINT and not is_interactive():
             sys.exit(INTERRUPTED)
         if self.pending is not None:
-            raise self.exception()
+            raise self.make_exception()
 
-    def ours(self, number: int) -> bool:
+    def handles(self, number: int) -> bool:
         """Does the run end by itself when this signal comes?"""
         handler = signal.getsignal(number)
         return getattr(handler, "__self__", None) is self or handler is signal.default_int_handler
 
-    def _handle(self, number: Any, handler: Any) -> None:
+    # ------------------------------------------------------------------ ending at a boundary
+
+    def exit_after_step(self, loop: FitLoop) -> None:
+        """A signal is pending: ends the run if an accumulation window is complete, and all processes end here."""
+        if not _window_is_open(loop) and loop.trainer.strategy.agree_to_stop((loop.progress.batches, AFTER_VALIDATION)):
+            self._save_and_exit(loop.trainer)
+
+    def exit_after_evaluation_batch(self, loop: EvaluationLoop, batch_idx: int, dataloader_idx: int) -> None:
+        """A signal is pending: ends the run here; inside fit if all processes do, which takes a batch that all have."""
+        if not loop.inside_fit:
+            raise self.make_exception()
+        fit_loop = loop.trainer.fit_loop
+        boundary = (fit_loop.progress.batches, (dataloader_idx << 40) + batch_idx)
+        everywhere = loop.join.have_all(batch_idx, dataloader_idx)
+        if everywhere and not _window_is_open(fit_loop) and loop.trainer.strategy.agree_to_stop(boundary):
+            self._save_and_exit(loop.trainer)
+
+    def _save_and_exit(self, trainer: Trainer) -> NoReturn:
+        """Saves, if something was trained and the run writes checkpoints, and raises what ends the run."""
+        self.pending = trainer.strategy.broadcast(self.pending)  # all end because of what the first rank was told
+        self.received_sigterm = self.received_sigterm or self.pending == signal.SIGTERM
+        training = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
+        folder = trainer.default_root_dir if self.is_requeueing else None
+        path = trainer.strategy.broadcast(paths.preemption_path(trainer.callbacks, folder)) if training else None
+        if path is not None:
+            self.saving = True
+            try:
+                trainer.save_checkpoint(path)
+                trainer.strategy.finish_saving()
+                self.saved = path
+                rank_zero_info(f"Saved a checkpoint to {path}: `Trainer.fit(ckpt_path='auto')` continues from there.")
+            except Exception as error:
+                what = f"The run was told to end, and its last checkpoint {path!r} could not be written:"
+                rank_zero_warn(f"{what} {type(error).__name__}: {error} Resume from the one before.")
+            finally:
+                self.saving = False
+        raise self.make_exception()
+
+    # ------------------------------------------------------------------ handlers
+
+    def _set_handler(self, number: int | None, handler: Callable[..., Any] | int) -> None:
         if number is not None and threading.current_thread() is threading.main_thread():
             self._before.setdefault(number, signal.getsignal(number))
             signal.signal(number, handler)
@@ -116,11 +166,11 @@ class Signals:
             return
         self.received_sigterm = self.received_sigterm or number == signal.SIGTERM
         if self.request_stop(number):
-            self._say(f"Received {signal.Signals(number).name}: the run ends after the current step.")
+            self._write_line(f"Received {signal.Signals(number).name}: the run ends after the current step.")
         if callable(before):
             before(number, frame)
         if not self._looping:
-            raise self.exception()
+            raise self.make_exception()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader's worker in the terminal's group: the step needs its batches
@@ -129,9 +179,14 @@ class Signals:
             raise KeyboardInterrupt
         self._interrupted = True
         self.request_stop(number)
-        self._say("Ctrl-C: the run ends after the current step. Press it again to stop at once.")
+        self._write_line("Ctrl-C: the run ends after the current step. Press it again to stop at once.")
 
-    def _say(self, text: str) -> None:
+    def _write_line(self, text: str) -> None:
         if getattr(rank_zero_only, "rank", 0) == 0:
             with contextlib.suppress(OSError):  # there may be no stderr
                 os.write(2, f"{text}\n".encode())  # a logger may be in the middle of a line, and is not entered twice
+
+
+def _window_is_open(loop: FitLoop) -> bool:
+    """Do gradients wait for more batches before there is a step?"""
+    return bool(loop.progress.batch % loop.trainer.accumulate_grad_batches) and not loop.progress.is_last_batch

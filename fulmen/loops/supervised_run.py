@@ -26,7 +26,7 @@ class TrainerRun:
 
     def describe_position(self) -> str:
         stage = self.trainer.state.stage
-        progress = self.trainer.fit_loop.progress
+        progress = self.trainer.progress
         return f"{'done' if stage is None else stage.value}, epoch {progress.epochs}, batch {progress.batch}"
 
     def finalize_loggers(self) -> None:
@@ -35,7 +35,7 @@ class TrainerRun:
                 logger.finalize("failed")
 
     def handles_signal(self, number: int) -> bool:
-        return self.trainer.signals.ours(number)
+        return self.trainer.signals.handles(number)
 
     def request_stop(self, number: int) -> bool:
         return self.trainer.signals.request_stop(number)

@@ -345,7 +345,7 @@ def test_a_step_that_was_left_out_is_not_followed(first):
     class Guard(Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             if trainer.global_step in (2, 3, 7):
-                trainer.fit_loop.optimization.leave_out(optimizer)
+                trainer.optimization.drop_step(optimizer)
 
     average = EMAWeightAveraging(decay=0.5, update_every_n_steps=2)
     trainer = fit(net(), [average, Guard()] if first == "average" else [Guard(), average], val=False)
