@@ -12,8 +12,10 @@ from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import rank_zero_info, warn_once
 
-# (loss, other outputs, weight): a loss with a weight is a sum over so many samples, tokens, ...
-Output = tuple[Tensor | None, Mapping[str, Any] | None, Any]
+# A number of samples, tokens, ... that a loss was summed over; None for the mean of a batch.
+Weight = Tensor | float | None
+# (loss, other outputs, weight)
+Output = tuple[Tensor | None, Mapping[str, Any] | None, Weight]
 
 
 class AccumulationWindow:
@@ -21,7 +23,7 @@ class AccumulationWindow:
 
     The gradient of a window is that of one large batch: the sum of its losses by the sum of their weights, where a loss
     without weight is the mean of its batch and weighs 1. Each loss is divided at once by what the window is expected to
-    weigh, which keeps gradients in the range of a mean; if it comes to weigh something else, `correction` makes up for it.
+    weigh, which keeps gradients in the range of a mean; if it comes to weigh something else, `gradient_factor` makes up for it.
     """
 
     __slots__ = ("divisor", "expected", "held", "total")
@@ -44,7 +46,7 @@ class AccumulationWindow:
     def count_active(self, opens: bool, exhausted: bool, num_active: int) -> None:
         """Not all ranks may have the next batch: has this one none, and how many have?"""
 
-    def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
+    def scale_loss(self, loss: Tensor, weight: Weight, expected: int) -> Tensor:
         """The loss divided; the first of a window decides by what, from the losses that are `expected` to come."""
         if isinstance(weight, Tensor):
             weight = weight.detach().reshape(()).to(torch.float32 if weight.device.type == "mps" else torch.float64)
@@ -56,11 +58,11 @@ class AccumulationWindow:
         self.total = self.total + (1 if weight is None else weight)
         return loss / self.divisor
 
-    def first_divisor(self, weight: Any, expected: int, loss: Tensor) -> Any:
+    def first_divisor(self, weight: Weight, expected: int, loss: Tensor) -> Any:
         """What the losses of a window are divided by at once."""
         return _sum_divisor(weight, expected, loss)
 
-    def correction(self) -> Any:
+    def gradient_factor(self) -> Any:
         """The factor that the gradients still need; None for none. Waits for nothing: a tensor is not looked at."""
         if isinstance(self.total, Tensor):
             divisor = self.divisor.to(self.total) if isinstance(self.divisor, Tensor) else self.divisor
@@ -102,10 +104,10 @@ class DistributedWindow(AccumulationWindow):
         self.batches += num_active
         self.partial = self.partial or num_active < self.strategy.world_size
 
-    def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
+    def scale_loss(self, loss: Tensor, weight: Weight, expected: int) -> Tensor:
         if not self.exhausted:  # else the windows before tell
             self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
-        share = super().share(loss, 0 if self.exhausted else weight, expected)
+        share = super().scale_loss(loss, 0 if self.exhausted else weight, expected)
         if expected > 1 or not (self.weighted or self.partial):
             return share
         mean: Any = self.batches / self.strategy.world_size
@@ -116,7 +118,7 @@ class DistributedWindow(AccumulationWindow):
         self.divisor = self.total = 1  # nothing is left to correct
         return loss / mean
 
-    def mean_of(self, weight: Any, loss: Tensor) -> Tensor:
+    def mean_of(self, weight: Tensor | float, loss: Tensor) -> Tensor:
         """The mean weight of a process; 1 if none weighs anything."""
         own = weight if isinstance(weight, Tensor) else torch.tensor(float(weight), dtype=torch.float64)
         mean = self.strategy.reduce(own.to(loss.device), reduce_op="mean")
@@ -131,7 +133,7 @@ class PostReduceWindow(DistributedWindow):
 
     __slots__ = ("accumulates",)
 
-    def first_divisor(self, weight: Any, expected: int, loss: Tensor) -> Any:
+    def first_divisor(self, weight: Weight, expected: int, loss: Tensor) -> Any:
         self.accumulates = expected > 1
         if not self.weighted:
             return _sum_divisor(None, expected, loss)
@@ -139,12 +141,12 @@ class PostReduceWindow(DistributedWindow):
             return (self.mean_of(1 if weight is None else weight, loss) * expected).to(loss.dtype)
         return _sum_divisor(weight, expected, loss)
 
-    def share(self, loss: Tensor, weight: Any, expected: int) -> Tensor:
+    def scale_loss(self, loss: Tensor, weight: Weight, expected: int) -> Tensor:
         if expected == 1 and (self.held == 0 or not self.accumulates):
-            return super().share(loss, weight, expected)
+            return super().scale_loss(loss, weight, expected)
         if not self.exhausted:
             self.weighted = weight is not None if self.held == 0 else self.weighted or weight is not None
-        share = AccumulationWindow.share(self, loss, 0 if self.exhausted else weight, expected)
+        share = AccumulationWindow.scale_loss(self, loss, 0 if self.exhausted else weight, expected)
         if self.weighted and expected == 1:
             self.total = self.mean_of(self.total, loss)
         elif self.partial and expected == 1:
@@ -152,7 +154,7 @@ class PostReduceWindow(DistributedWindow):
         return share
 
 
-def _sum_divisor(weight: Any, expected: int, loss: Tensor) -> Any:
+def _sum_divisor(weight: Weight, expected: int, loss: Tensor) -> Any:
     if weight is None:
         return expected
     if isinstance(weight, Tensor):
@@ -171,35 +173,39 @@ def read_output(output: Any, name: str, check: bool, source: str = "returned") -
     Raises:
         MisconfigurationException: for anything that is no loss, no loss with a weight, no dict with a loss and not None.
     """
-    if output is None:
-        warn_once(f"{name} {source} `None`: there is no loss, the batch is skipped.")
-        return None, None, None
-    loss, extra, weight = output, None, None
-    if isinstance(output, Mapping):
-        if "loss" not in output:
-            what = f"{name} {source} a dict without the key 'loss' (keys: {sorted(map(str, output))})."
-            raise MisconfigurationException(f'{what} Return {{"loss": loss, ...}}, or None to skip the batch.')
-        loss, weight = output["loss"], output.get("weight")
-        extra = {key: value for key, value in output.items() if key != "loss"}
-        if loss is None:
-            return None, extra, None
-    elif isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
-        loss, weight = output
-    elif not isinstance(output, Tensor):
-        raise MisconfigurationException(
-            f"{name} {source} a {type(output).__name__}: {str(output)[:80]}. Return the loss as a tensor, (its sum, its "
-            "weight), a dict that has it under 'loss', or None to skip the batch."
-        )
+    origin = f"{name} {source}"
+    loss, extra, weight = _unpack_output(output, origin)
+    if loss is None:
+        return None, extra, None
     if weight is not None:
-        _check_weight(weight, f"{name} {source}")
+        _check_weight(weight, origin)
     if check:
-        _check_loss(loss, f"{name} {source}")
+        _check_loss(loss, origin)
         if weight is not None:
-            rank_zero_info(f"{name} {source} a weight: losses are summed, and divided by the sum of their weights.")
+            rank_zero_info(f"{origin} a weight: losses are summed, and divided by the sum of their weights.")
     return loss, extra, weight
 
 
-def _check_weight(weight: Any, origin: str) -> None:
+def _unpack_output(output: Any, origin: str) -> Output:
+    if isinstance(output, Tensor):
+        return output, None, None
+    if output is None:
+        warn_once(f"{origin} `None`: there is no loss, the batch is skipped.")
+        return None, None, None
+    if isinstance(output, Mapping):
+        if "loss" not in output:
+            what = f"{origin} a dict without the key 'loss' (keys: {sorted(map(str, output))})."
+            raise MisconfigurationException(f'{what} Return {{"loss": loss, ...}}, or None to skip the batch.')
+        extra = {key: value for key, value in output.items() if key != "loss"}
+        return output["loss"], extra, output.get("weight")
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
+        return output[0], None, output[1]
+    what = f"{origin} a {type(output).__name__}: {str(output)[:80]}."
+    fix = "Return the loss as a tensor, (its sum, its weight), a dict that has it under 'loss', or None to skip the batch."
+    raise MisconfigurationException(f"{what} {fix}")
+
+
+def _check_weight(weight: object, origin: str) -> None:
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < float("inf")
     if not number and not (isinstance(weight, Tensor) and weight.numel() == 1):
         shown = f"a tensor of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)[:80]
@@ -208,14 +214,17 @@ def _check_weight(weight: Any, origin: str) -> None:
         raise MisconfigurationException(f"{origin} {shown} as the weight of the loss. {why} {fix}")
 
 
-def _check_loss(loss: Any, origin: str) -> None:
+def _check_loss(loss: object, origin: str) -> None:
     """Raises the error autograd would raise later, in words of the training loop."""
     if not isinstance(loss, Tensor):
-        problem, fix = f"a {type(loss).__name__} instead of a tensor", "Return the loss as a tensor."
+        problem = f"a {type(loss).__name__} instead of a tensor"
+        fix = "Return the loss as a tensor."
     elif loss.numel() != 1:
-        problem, fix = f"a tensor of shape {tuple(loss.shape)}", "Reduce it to one number, e.g. with `.mean()`."
+        problem = f"a tensor of shape {tuple(loss.shape)}"
+        fix = "Reduce it to one number, e.g. with `.mean()`."
     elif not loss.is_floating_point():
-        problem, fix = f"a tensor of dtype {loss.dtype}", "Compute the loss from floating-point outputs."
+        problem = f"a tensor of dtype {loss.dtype}"
+        fix = "Compute the loss from floating-point outputs."
     elif not loss.requires_grad:
         problem = "a tensor without gradient"
         fix = "Remove `.detach()`, `.item()` or `no_grad` on its way, and check that parameters require gradients."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, signature
 from math import inf
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -21,13 +22,24 @@ from fulmen.utilities.modules import capture_modes, modules_in_eval
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-# stage -> (middle of the hooks' names, kind of loaders, step)
-WORDS = {
-    RunningStage.VALIDATING: ("validation", "val", "validation_step"),
-    RunningStage.TESTING: ("test", "test", "test_step"),
-    RunningStage.PREDICTING: ("predict", "predict", "predict_step"),
+
+class StageNames(NamedTuple):
+    """How things of a stage are called: `on_{infix}_start`, `limit_{kind}_batches`."""
+
+    infix: str
+    kind: str
+    step: str
+
+
+STAGES = {
+    RunningStage.VALIDATING: StageNames("validation", "val", "validation_step"),
+    RunningStage.TESTING: StageNames("test", "test", "test_step"),
+    RunningStage.PREDICTING: StageNames("predict", "predict", "predict_step"),
 }
 
 
@@ -42,8 +54,9 @@ class EvaluationLoop(Loop):
     lasting: ClassVar[tuple[str, ...]] = ("verbose", "max_batches", "batches_seen")
 
     def __init__(self, trainer: Trainer, stage: RunningStage, inside_fit: bool = False) -> None:
-        self.trainer, self.inside_fit = trainer, inside_fit
-        self.infix, self.kind, self.step_name = WORDS[stage]
+        self.trainer = trainer
+        self.inside_fit = inside_fit
+        self.infix, self.kind, self.step_name = STAGES[stage]
         self.verbose = True
         self.loaders: CombinedLoader | None = None
         self.given_loaders: Any = None
@@ -59,10 +72,6 @@ class EvaluationLoop(Loop):
 
     runs_shadow_hooks = True  # may hooks of a batch be called for one of another rank?
 
-    @property
-    def loaded(self) -> bool:
-        return self.loaders is not None
-
     # ------------------------------------------------------------------ the story
 
     def run(self) -> Any:
@@ -74,7 +83,7 @@ class EvaluationLoop(Loop):
             if self.nothing_to_do():
                 return []
             try:
-                self.start()
+                self.open_run()
                 for batch, batch_idx, dataloader_idx in self.feed:
                     if dataloader_idx != self.dataloader_idx:
                         self.next_loader(dataloader_idx)
@@ -85,7 +94,7 @@ class EvaluationLoop(Loop):
                 self.shortfall.warn_short_loaders(
                     trainer.sources.source_of(self.kind).display_name, self.loaders, self.feed.shortfalls
                 )
-                return self.finish()
+                return self.close_run()
             except BaseException as error:
                 if self.frozen is not None:  # whoever catches it trains on, and not in eval mode
                     self.restore_modes()
@@ -125,12 +134,12 @@ class EvaluationLoop(Loop):
         if self.iterator_feed:
             place = (self.feed.batch, self.feed.batch_idx, *place[2:])
         if book.distributed:
-            self.join.reduce("step")
+            self.join.reduce_metrics("step")
         self.on_batch_end(outputs, *place)
         if book.distributed:
-            self.join.reduce("end")
+            self.join.reduce_metrics("end")
         book.close_batch()
-        self.keep(outputs, dataloader_idx)
+        self.handle_outputs(outputs, dataloader_idx)
 
     # ------------------------------------------------------------------ before
 
@@ -140,33 +149,39 @@ class EvaluationLoop(Loop):
         every = trainer.reload_dataloaders_every_n_epochs if self.inside_fit else 0
         epoch = trainer.fit_loop.progress.epochs
         due = every and self.loaded_at_epoch is not None and epoch - self.loaded_at_epoch >= every
-        if (self.loaded and not due) or self.limit == 0:
+        if (self.loaders is not None and not due) or self.batch_limit == 0:
             self.apply_limits()
             return
         source = trainer.sources.source_of(self.kind)
-        self.given_loaders = given = source.request_loaders()
+        self.given_loaders = source.request_loaders()
         trainer.strategy.barrier(f"{self.kind}_dataloader()")
-        combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
+        combined = self.given_loaders
+        if not isinstance(combined, CombinedLoader):
+            combined = CombinedLoader(combined, "sequential")
         self.check_mode(combined.mode)
-        self.loaders = prepare_loaders(trainer, combined, source.display_name, self.kind, self.limit)
+        self.loaders = prepare_loaders(trainer, combined, source.display_name, self.kind, self.batch_limit)
         # With `check_val_every_n_epoch` above 1, those of the sanity check are not kept for the first validation.
         kept = not trainer.sanity_checking or trainer.check_val_every_n_epoch in (None, 1)
         self.loaded_at_epoch = epoch if kept else epoch - every
-        in_turn = self.loaders.mode == "sequential"
         self.max_batches = list(self.loaders.loader_lengths())
-        counts = self.max_batches if in_turn else [self.loaders.num_batches()]
-        if trainer.world_size > 1:
-            certain = [length_is_certain(loader) for loader in self.loaders.flattened]
-            certain = certain if in_turn else [all(certain)]
-            counts = [count if sure else inf for count, sure in zip(counts, certain)]
-        self.max_batches_of_ranks = trainer.strategy.exchange_objects(counts)
+        self.max_batches_of_ranks = trainer.strategy.exchange_objects(self.promised_batches(self.loaders))
         self.apply_limits()
+
+    def promised_batches(self, loaders: CombinedLoader) -> list[float]:
+        """Batches of each loader that is evaluated by itself; infinite where other ranks cannot count on them."""
+        in_turn = loaders.mode == "sequential"
+        counts = self.max_batches if in_turn else [loaders.num_batches()]
+        if self.trainer.world_size == 1:
+            return counts
+        certain = [length_is_certain(loader) for loader in loaders.flattened]
+        certain = certain if in_turn else [all(certain)]
+        return [count if sure else inf for count, sure in zip(counts, certain)]
 
     def check_mode(self, mode: str) -> None:
         """Any way of combining loaders will do."""
 
     @property
-    def limit(self) -> int | float:
+    def batch_limit(self) -> int | float:
         return getattr(self.trainer, f"limit_{self.kind}_batches")
 
     def apply_limits(self) -> None:
@@ -174,17 +189,40 @@ class EvaluationLoop(Loop):
         if self.loaders is not None:
             self.loaders.limits = self.num_batches
 
+    def limited_batches(self, counts: list[float]) -> list[float]:
+        """So many batches of each loader are seen, if it has `counts`."""
+        most = self.trainer.num_sanity_val_steps if self.trainer.sanity_checking else inf
+        return [min(most, count) for count in counts]
+
     @property
     def num_batches(self) -> list[float]:
         """Batches per loader that this run will see."""
-        most = self.trainer.num_sanity_val_steps if self.trainer.sanity_checking else inf
-        return [min(most, n) for n in self.max_batches]
+        return self.limited_batches(self.max_batches)
 
     def nothing_to_do(self) -> bool:
         return self.loaders is None or sum(self.num_batches) == 0 == sum(map(sum, self.max_batches_of_ranks))
 
-    def start(self) -> None:
+    def open_run(self) -> None:
         """Iterators, signatures, eval mode and the first hooks."""
+        trainer = self.trainer
+        self.open_feed()
+        self.hooks = trainer.compile_hooks().evaluation_hooks(self.infix)
+        self.bind_batch()
+        self.restore_modes = capture_modes(trainer.lightning_module)
+        self.frozen = modules_in_eval(trainer.lightning_module)
+        self.scope_before = trainer.book.enter_scope(trainer.stage.value)
+        trainer.book.scope.reset()
+        self.dataloader_idx = 0
+        trainer.book.dataloader_idx = None
+        trainer.mode_hook(f"on_{self.infix}_model_eval", trainer.lightning_module.eval)
+        self.hooks.start()
+        self.hooks.epoch_start()
+        if self.inside_fit:
+            trainer.strategy.use_rank_zero_buffers()  # last of all: a hook may have put an average in their place
+        trainer.book.dataloader_idx = 0 if self.several else None
+
+    def open_feed(self) -> None:
+        """The batches of this run, and what ranks with fewer of them do."""
         trainer = self.trainer
         assert self.loaders is not None
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
@@ -196,37 +234,19 @@ class EvaluationLoop(Loop):
             set_epoch(loader, trainer.current_epoch)
         self.feed.open_iterators()
         if len(self.max_batches_of_ranks) > 1:
-            most = trainer.num_sanity_val_steps if trainer.sanity_checking else inf
-            counts = [[min(most, count) for count in of_rank] for of_rank in self.max_batches_of_ranks]
-            self.join = EvaluationJoin(self, counts)
-        module, hooks = trainer.lightning_module, trainer.compile_hooks()
-        check_loader_argument(module, self.several, self.batch_hooks if self.iterator_feed else self.with_loaders)
+            self.join = EvaluationJoin(self, [self.limited_batches(counts) for counts in self.max_batches_of_ranks])
+
+    def bind_batch(self) -> None:
+        """What is called for each batch, once it is known to take what it is given."""
+        names = [f"on_{self.infix}_batch_start", f"on_{self.infix}_batch_end"]
+        if not self.iterator_feed:
+            names.insert(0, self.step_name)
+        check_loader_argument(self.trainer.lightning_module, self.several, names)
         arguments = ("batch", "batch_idx", "dataloader_idx") if self.several else ("batch", "batch_idx")
-        self.step = bind_step(trainer, self.step_name, arguments)
-        self.context = trainer.strategy.step_context(self.step_name)
-        self.hooks = hooks
-        self.on_batch_start, self.on_batch_end = (getattr(hooks, name) for name in self.batch_hooks)
-        self.restore_modes = capture_modes(module)
-        self.frozen = modules_in_eval(module)
-        self.scope_before = trainer.book.enter_scope(trainer.stage.value)
-        trainer.book.scope.reset()
-        self.dataloader_idx = 0
-        trainer.book.dataloader_idx = None
-        trainer.mode_hook(f"on_{self.infix}_model_eval", module.eval)
-        getattr(hooks, f"on_{self.infix}_start")()
-        getattr(hooks, f"on_{self.infix}_epoch_start")()
-        if self.inside_fit:
-            trainer.strategy.use_rank_zero_buffers()  # last of all: a hook may have put an average in their place
-        trainer.book.dataloader_idx = 0 if self.several else None
-
-    @property
-    def with_loaders(self) -> tuple[str, ...]:
-        """What is told which loader a batch is of."""
-        return (self.step_name, *self.batch_hooks)
-
-    @property
-    def batch_hooks(self) -> tuple[str, str]:
-        return f"on_{self.infix}_batch_start", f"on_{self.infix}_batch_end"
+        self.step = bind_step(self.trainer, self.step_name, arguments)
+        self.context = self.trainer.strategy.step_context(self.step_name)
+        self.on_batch_start = self.hooks.batch_start
+        self.on_batch_end = self.hooks.batch_end
 
     # ------------------------------------------------------------------ between and after
 
@@ -245,7 +265,7 @@ class EvaluationLoop(Loop):
     def collect_remaining(self) -> None:
         """After a loader: all ranks have done what they do together for its batches."""
 
-    def keep(self, outputs: Any, dataloader_idx: int) -> None:
+    def handle_outputs(self, outputs: Any, dataloader_idx: int) -> None:
         """Step metrics go out at every batch, against their own counter."""
         trainer = self.trainer
         if trainer.sanity_checking:
@@ -255,9 +275,9 @@ class EvaluationLoop(Loop):
         if trainer.book.scope.has_steps and trainer.loggers:
             trainer.report(trainer.book.step_metrics(dataloader_idx if self.several else None), step=seen)
 
-    def finish(self) -> Any:
+    def close_run(self) -> Any:
         """Epoch hooks, metrics to the loggers, train mode again."""
-        trainer, hooks = self.trainer, self.hooks
+        trainer = self.trainer
         book = trainer.book
         assert self.loaders is not None
         self.join.close_loaders(self.dataloader_idx)
@@ -266,12 +286,12 @@ class EvaluationLoop(Loop):
         book.dataloader_idx = None
         if book.scope.has_steps:
             book.update_metric_dicts()
-        close_epoch(trainer, getattr(hooks, f"on_{self.infix}_epoch_end"))
+        close_epoch(trainer, self.hooks.epoch_end)
         values = book.finish_epoch()
         numbers = {} if trainer.sanity_checking else trainer.report(values, with_epoch=True)
         if self.inside_fit:
             trainer.fit_loop.progress.position = Position.VALIDATED
-        getattr(hooks, f"on_{self.infix}_end")()
+        self.hooks.end()
         trainer.mode_hook(f"on_{self.infix}_model_train", self.restore_modes)
         self.frozen = None
         results = self.per_loader(numbers)
@@ -312,7 +332,7 @@ class EvaluationLoop(Loop):
             self.feed.close_loaders()
 
 
-def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) -> None:
+def check_loader_argument(module: LightningModule, several: bool, names: list[str]) -> None:
     """Whether the step and the batch hooks fit the number of loaders.
 
     Raises:
@@ -335,8 +355,6 @@ def check_loader_argument(module: Any, several: bool, names: tuple[str, ...]) ->
             )
 
 
-def requires_loader_index(method: Any) -> bool:
-    from inspect import Parameter, signature
-
+def requires_loader_index(method: Callable[..., Any]) -> bool:
     found = signature(method).parameters.get("dataloader_idx")
     return found is not None and found.default is Parameter.empty

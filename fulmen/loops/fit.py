@@ -138,7 +138,7 @@ class FitLoop(Loop):
             return self.skip_epoch()
         outputs = self.optimization.run(given, batch_idx)
         if book.distributed:
-            self.join.reduce("step")
+            self.join.reduce_metrics("step")
         if self.iterator_feed:
             feed: Any = self.feed
             batch, batch_idx, progress.is_last_batch = feed.batch, feed.batch_idx, feed.is_last
@@ -150,7 +150,7 @@ class FitLoop(Loop):
         progress.finish_batch()
         hooks.on_train_batch_end(outputs, batch, batch_idx)
         if book.distributed:
-            self.join.reduce("end")
+            self.join.reduce_metrics("end")
         book.close_batch()
         due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
         if due and self.optimization.stepped:
@@ -210,7 +210,7 @@ class FitLoop(Loop):
     def prepare_training(self) -> None:
         """Everything bound once, before the first batch."""
         trainer = self.trainer
-        if self.validation.is_epoch_due() and not self.val_loop.loaded:
+        if self.validation.is_epoch_due() and self.val_loop.loaders is None:
             trainer.stage = RunningStage.VALIDATING
             self.val_loop.load_data()
             trainer.stage = RunningStage.TRAINING

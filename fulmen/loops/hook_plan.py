@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fulmen.hooks import HOOKS, nothing
 from fulmen.loops.signatures import names_of
@@ -14,9 +15,18 @@ from fulmen.utilities.introspection import by_signature, is_overridden, overridd
 from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from fulmen.metrics.logbook import LogBook
+
+
+class EvaluationHooks(NamedTuple):
+    """The hooks around an evaluation, whichever it is."""
+
+    start: Callable[..., Any]
+    epoch_start: Callable[..., Any]
+    batch_start: Callable[..., Any]
+    batch_end: Callable[..., Any]
+    epoch_end: Callable[..., Any]
+    end: Callable[..., Any]
 
 
 class HookPlan:
@@ -64,6 +74,10 @@ class HookPlan:
             if "strategy" in order:
                 found += find_listeners([strategy], base_strategy, "Strategy", name)
             setattr(self, name, _compile_hook(name, found, module_at, book))
+
+    def evaluation_hooks(self, kind: str) -> EvaluationHooks:
+        """Those of "validation", "test" or "predict"."""
+        return EvaluationHooks(*(getattr(self, f"on_{kind}_{name}") for name in EvaluationHooks._fields))
 
     def __getattr__(self, name: str) -> Any:  # only for type checkers: every hook of the table is an attribute
         raise AttributeError(name)

@@ -69,7 +69,7 @@ class Join:
     def after_batch_start(self) -> None:
         """The hook at the start of the batch has run."""
 
-    def reduce(self, batch_position: str) -> None:
+    def reduce_metrics(self, batch_position: str) -> None:
         """Reduces over ranks what was logged with `sync_dist`, after the "step" and at the "end" of the batch."""
         reduce_step_metrics(self.trainer, batch_position)
 
@@ -132,7 +132,7 @@ class TrainingJoin(Join):
         self.partial = self.num_active < len(self.counts)
         self.trainer.book.metrics_suppressed = self.exhausted
 
-    def reduce(self, batch_position: str) -> None:
+    def reduce_metrics(self, batch_position: str) -> None:
         reduce_step_metrics(self.trainer, batch_position, self.num_active, self.exhausted)
         if batch_position == "end":
             self.close_epoch()
@@ -216,11 +216,11 @@ class EvaluationJoin(Join):
         self.dataloader_idx = dataloader_idx
         self.batches_done += 1
         first = self.batches_done == 1
-        everywhere = self._announce(batch, first)
+        everywhere = self._announce_batch(batch, first)
         # Where all have a batch, or one that was lent to them.
         self.watching = (everywhere or first) and len(self.collective) < 2
         if unknown or self.batches_done == self.counts[self.rank][dataloader_idx]:
-            self.last_batch = _copied(batch)  # a step may take it apart
+            self.last_batch = _copy_containers(batch)  # a step may take it apart
         if not (everywhere or unknown or self.collective or first):
             without = self.have_batch(batch_idx, dataloader_idx).index(False)
             what = f"`{self.loop.step_name}` wants to exchange something between all processes in batch {batch_idx}"
@@ -232,7 +232,7 @@ class EvaluationJoin(Join):
     def after_batch_start(self) -> None:
         self._note_collectives("hooks")
 
-    def reduce(self, batch_position: str) -> None:
+    def reduce_metrics(self, batch_position: str) -> None:
         """Step values are reduced over the ranks that have the batch."""
         self._note_collectives("step" if batch_position == "step" else "hooks")
         book = self.trainer.book
@@ -246,13 +246,13 @@ class EvaluationJoin(Join):
             warn_once(f"{what} data, or it has no length: it stays the one of its process. Epoch values are exact.")
         self._start_watching()
 
-    def _announce(self, batch: Any, first: bool) -> bool:
+    def _announce_batch(self, batch: Any, first: bool) -> bool:
         """Tells other ranks of a batch, and lends it to those without, where they wait for that. Do all have one?"""
         if self.unknown[self.dataloader_idx]:
             return self._count_remaining(True, first, batch) == len(self.counts)
         everywhere = self.have_all(self.batch_idx, self.dataloader_idx)
         if not everywhere and (first or self.collective):
-            self._lend(self.have_batch(self.batch_idx, self.dataloader_idx), batch)
+            self._lend_batch(self.have_batch(self.batch_idx, self.dataloader_idx), batch)
         return everywhere
 
     def _start_watching(self) -> None:
@@ -270,10 +270,10 @@ class EvaluationJoin(Join):
         self.asking = first or (self.asking and bool(self.collective))
         having = self.strategy.exchange_objects(has_batch) if self.asking else [False]
         if any(having) and not all(having):
-            self._lend(having, batch)
+            self._lend_batch(having, batch)
         return sum(having)
 
-    def _lend(self, having: list[bool], batch: Any) -> None:
+    def _lend_batch(self, having: list[bool], batch: Any) -> None:
         """Ranks without a batch get that of another one, if it can be sent."""
         source = having.index(True)
         lent = None
@@ -294,14 +294,14 @@ class EvaluationJoin(Join):
         self.strategy.block_collectives(None)
         self.dataloader_idx = dataloader_idx
         self.batch_idx = self.batches_done
-        module, callbacks = self.trainer.lightning_module, self.trainer.callbacks
         no_batches = self.batches_done == 0
+        module = self.trainer.lightning_module
         with ExitStack() as stack:
             entered = False
             while self._count_others():
                 first = self.last_batch is not None and self.batch_idx == 0
                 if (first or self.collective) and not entered:
-                    stack.enter_context(shadow_step(module, fill=no_batches, others=callbacks))
+                    stack.enter_context(shadow_step(module, fill=no_batches, others=self.trainer.callbacks))
                     entered = True
                 self._run_shadow_step(first)
                 self.loop.skip_output()
@@ -312,20 +312,22 @@ class EvaluationJoin(Join):
 
     def _count_others(self) -> int:
         """How many ranks have the batch that this one has not."""
-        batch_idx, dataloader_idx = self.batch_idx, self.dataloader_idx
+        batch_idx = self.batch_idx
+        dataloader_idx = self.dataloader_idx
         if self.unknown[dataloader_idx]:
             return self._count_remaining(False, first=batch_idx == 0)
         active = self.count_active(batch_idx, dataloader_idx)
         # Nobody waits with a batch for a rank that promised one and got none.
         lacking = batch_idx >= self.counts[self.rank][dataloader_idx]
         if active and lacking and (batch_idx == 0 or self.collective):
-            self._lend(self.have_batch(batch_idx, dataloader_idx), None)
+            self._lend_batch(self.have_batch(batch_idx, dataloader_idx), None)
         return active
 
     def _run_shadow_step(self, first: bool) -> None:
         """One batch of others: what needs all ranks is done with them, and nothing of it counts."""
-        loop, book = self.loop, self.trainer.book
-        batch = _copied(self.last_batch)
+        loop = self.loop
+        book = self.trainer.book
+        batch = _copy_containers(self.last_batch)
         runs_step = batch is not None and (first or "step" in self.collective)
         runs_hooks = batch is not None and (first or "hooks" in self.collective) and loop.runs_shadow_hooks
         arguments = (batch, self.batch_idx, self.dataloader_idx) if loop.several else (batch, self.batch_idx)
@@ -359,12 +361,12 @@ class EvaluationJoin(Join):
             )
 
 
-def _copied(batch: Any) -> Any:
+def _copy_containers(batch: Any) -> Any:
     """The same items in new containers."""
     if type(batch) in (list, tuple):
-        return type(batch)([_copied(item) for item in batch])
+        return type(batch)([_copy_containers(item) for item in batch])
     if type(batch) is dict:
-        return {key: _copied(item) for key, item in batch.items()}
+        return {key: _copy_containers(item) for key, item in batch.items()}
     return copy(batch) if isinstance(batch, Mapping) else batch
 
 
@@ -439,7 +441,6 @@ class ObjectSnapshot:
 
     def _record_content(self, value: Any, fill: bool) -> list[Any]:
         """Keeps what is in the object itself, and returns it."""
-        kind = type(value)
         if isinstance(value, Tensor):
             return self._record_tensor(value)
         if isinstance(value, Module):
@@ -453,9 +454,9 @@ class ObjectSnapshot:
             return list(value)
         elif isinstance(value, dict):
             return self._record_dict(value, fill)
-        elif _is_own(kind) and hasattr(value, "__dict__"):
+        elif _is_own(type(value)) and hasattr(value, "__dict__"):
             return self._record_dict(vars(value), fill)
-        elif kind.__module__ == "numpy" and hasattr(value, "flags") and value.flags.writeable:
+        elif _is_writable_array(value):
             self._undo.append(partial(value.__setitem__, ..., value.copy()))
         return []
 
@@ -481,6 +482,10 @@ def _is_own(kind: type) -> bool:
     """Is it a class of the user's?"""
     home = getattr(sys.modules.get(kind.__module__), "__file__", None)
     return kind.__module__ == "__main__" or (home is not None and not in_library(home))
+
+
+def _is_writable_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "flags") and value.flags.writeable
 
 
 def _version_of(tensor: Tensor) -> int | None:

@@ -278,7 +278,7 @@ class AutomaticOptimization(Optimization):
             self.check_missing_loss()
             return {} if extra is None else extra
         if self.trainer.accumulate_grad_batches > 1 or weight is not None or self.join.partial:
-            loss = self.window.share(loss, weight, self.batches_left(batch_idx))
+            loss = self.window.scale_loss(loss, weight, self.batches_left(batch_idx))
         if self.plain_backward and not self.overrides_backward:
             self.hooks.on_before_backward(loss)
             loss.backward(**self.backward_inputs)
@@ -332,7 +332,7 @@ class AutomaticOptimization(Optimization):
             if given is None:
                 raise RuntimeError(self.missing_loss_message())
             loss = given * 0
-        self.window.share(loss, 0, self.batches_left(batch_idx)).backward(**self.backward_inputs)
+        self.window.scale_loss(loss, 0, self.batches_left(batch_idx)).backward(**self.backward_inputs)
         self.closure_result = loss.detach()
         return {}
 
@@ -351,7 +351,7 @@ class AutomaticOptimization(Optimization):
     def finish_gradients(self) -> None:
         """Gradients are complete: those of one batch of the window's size, unscaled, shown to the hooks, clipped."""
         trainer = self.trainer
-        if self.window.held and (factor := self.window.correction()) is not None:
+        if self.window.held and (factor := self.window.gradient_factor()) is not None:
             scale_gradients(self.precision.main_params(self.optimizer), factor)
         clips = self.overrides_clipping or trainer.gradient_clip_val
         if self.unscale and (self.direct or self.closure_result is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,15 @@ from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
+
+
+class Prediction(NamedTuple):
+    """What a rank sends to rank 0: the outputs of a batch, after what puts them in order."""
+
+    dataloader_idx: int
+    batch_idx: int
+    rank: int
+    outputs: Any
 
 
 class PredictionLoop(EvaluationLoop):
@@ -47,7 +56,7 @@ class PredictionLoop(EvaluationLoop):
                 "predictions belong to one loader at a time."
             )
 
-    def start(self) -> None:
+    def open_run(self) -> None:
         assert self.loaders is not None
         count = len(self.loaders.flattened)
         self.outputs = [[] for _ in range(count)]
@@ -58,9 +67,9 @@ class PredictionLoop(EvaluationLoop):
         self.epoch_wanted = any(writer.interval.on_epoch for writer in writers)
         self.results_wanted = self.return_predictions or self.epoch_wanted
         shared = self.return_predictions and self.trainer.world_size > 1
-        self.collected: list[Any] | None = [] if shared else None  # (loader, batch, rank, outputs) of all, on rank 0
+        self.collected: list[Prediction] | None = [] if shared else None  # of all ranks, on rank 0
         self.own_wanted = not self.trainer.is_global_zero or self.epoch_wanted
-        super().start()
+        super().open_run()
 
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         self.batch_idx = batch_idx
@@ -68,7 +77,7 @@ class PredictionLoop(EvaluationLoop):
             self.record_indices(batch_idx, dataloader_idx)
         super().run_batch(batch, batch_idx, dataloader_idx)
 
-    def keep(self, outputs: Any, dataloader_idx: int) -> None:
+    def handle_outputs(self, outputs: Any, dataloader_idx: int) -> None:
         if outputs is None:
             self.warnings.warn("`predict_step` returned `None`; return the predictions to get them back.")
         if self.results_wanted:
@@ -77,9 +86,9 @@ class PredictionLoop(EvaluationLoop):
             if self.collected is None or self.own_wanted:
                 self.outputs[dataloader_idx].append(outputs)
             if self.collected is not None:
-                self.collect((dataloader_idx, self.batch_idx, self.trainer.global_rank, outputs))
+                self.send_outputs(Prediction(dataloader_idx, self.batch_idx, self.trainer.global_rank, outputs))
 
-    def collect(self, own: Any) -> int:
+    def send_outputs(self, own: Prediction | None) -> int:
         """Sends an output, or None, to rank 0. How many processes have sent one?"""
         assert self.collected is not None
         strategy = self.trainer.strategy
@@ -90,17 +99,17 @@ class PredictionLoop(EvaluationLoop):
 
     def skip_output(self) -> None:
         if self.collected is not None:
-            self.collect(None)
+            self.send_outputs(None)
 
     def collect_remaining(self) -> None:
-        while self.collected is not None and self.collect(None):
+        while self.collected is not None and self.send_outputs(None):
             pass
 
-    def in_order(self) -> list[Any]:
+    def merged_outputs(self) -> list[Any]:
         """What rank 0 got from all, as the loaders would have given it to one process."""
         kept: list[list[Any]] = [[] for _ in self.outputs]
-        for dataloader_idx, _, _, outputs in sorted(self.collected or [], key=lambda sent: sent[:3]):
-            kept[dataloader_idx].append(outputs)
+        for sent in sorted(self.collected or [], key=lambda sent: sent[:3]):
+            kept[sent.dataloader_idx].append(sent.outputs)
         return kept if self.several else kept[0]
 
     def record_indices(self, batch_idx: int, dataloader_idx: int) -> None:
@@ -115,13 +124,13 @@ class PredictionLoop(EvaluationLoop):
             self.current_batch_indices = []
             self.warnings.warn("The indices of the predicted samples are not known: the loader has no batch sampler.")
 
-    def finish(self) -> list[Any] | None:
+    def close_run(self) -> list[Any] | None:
         self.join.close_loaders(self.dataloader_idx)
-        self.hooks.on_predict_epoch_end()
-        self.hooks.on_predict_end()
+        self.hooks.epoch_end()
+        self.hooks.end()
         self.trainer.mode_hook("on_predict_model_train", self.restore_modes)
         self.trainer.book.restore_scope(self.scope_before)
         if not self.return_predictions:
             return None
         whole = self.collected is not None and self.trainer.is_global_zero
-        return self.in_order() if whole else self.predictions
+        return self.merged_outputs() if whole else self.predictions
