@@ -76,7 +76,7 @@ class HyperparametersMixin:
             self.hparams.update(chosen)
         else:
             self._hparams = chosen
-        self._hparams_initial = _copied(self.hparams)
+        self._hparams_initial = _copy_hparams(self.hparams)
 
     def remove_ignored_hparams(self, ignore_list: Iterable[str]) -> None:
         """Forget these names if they were kept before."""
@@ -84,14 +84,19 @@ class HyperparametersMixin:
             self.hparams.pop(name, None)
 
     @property
-    def hparams(self) -> AttributeDict | MutableMapping:
-        """What was kept; may be changed, and is what checkpoints hold. Keys are attributes too."""
-        return self.__dict__.setdefault("_hparams", AttributeDict())
+    def hparams(self) -> AttributeDict:
+        """What was kept; may be changed, and is what checkpoints hold. Keys are attributes too.
+
+        A configuration object that was given, such as one of OmegaConf, stays what it is.
+        """
+        hparams: AttributeDict = self.__dict__.setdefault("_hparams", AttributeDict())
+        return hparams
 
     @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of what was kept, as it was at that time; this is what loggers receive."""
-        return _copied(self.__dict__.get("_hparams_initial", AttributeDict()))
+        initial: AttributeDict = _copy_hparams(self.__dict__.get("_hparams_initial", AttributeDict()))
+        return initial
 
 
 def save_hyperparameters(
@@ -164,7 +169,7 @@ def _is_one(values: list[Any]) -> bool:
     return values[0] is not None and all(value is values[0] for value in values)
 
 
-def _copied(hparams: Any) -> Any:
+def _copy_hparams(hparams: Any) -> Any:
     try:
         return copy.deepcopy(hparams)
     except Exception:  # a value that cannot be copied (a lock, an open file) is shared

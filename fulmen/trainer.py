@@ -222,7 +222,7 @@ class Trainer(TrainerProperties):
         self.signals = Signals()
         self.sources = Sources(LightningModule, LightningDataModule)
         self.datamodule: LightningDataModule | None = None
-        self.should_stop = False
+        self.should_stop: bool = False
         self._identity = os.urandom(8).hex()  # the same after pickling, unlike `id`
         self._log_dir: str | None = None  # of rank 0
         self._ckpt_path: str | os.PathLike[str] | None = None

@@ -20,6 +20,7 @@ from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.rank_zero import warn_user
 
 ROOT = Path(pl.__file__).parent
+TORCH_FOLDER = Path(importlib.util.find_spec("torch").origin).parents[1]
 DOORS = ["fulmen"] + [
     f"fulmen.{name}"
     for name in ("accelerators", "callbacks", "loggers", "plugins", "profilers", "strategies", "utilities")
@@ -217,7 +218,7 @@ def test_type_checkers_accept_what_is_there_and_nothing_else(tmp_path, checker):
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "wrong.py").write_text(WRONG)
     (tmp_path / "pyproject.toml").write_text(
-        f'[tool.mypy]\nstrict = true\nmypy_path = "{ROOT.parent}"\n[tool.pyright]\nextraPaths = ["{ROOT.parent}"]\n'
+        f'[tool.mypy]\nstrict = true\nmypy_path = "{ROOT.parent}"\n[tool.pyright]\nextraPaths = ["{ROOT.parent}", "{TORCH_FOLDER}"]\n'
     )
 
     command = [sys.executable, "-m", checker, "user.py", "wrong.py"]

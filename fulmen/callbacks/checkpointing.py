@@ -92,6 +92,8 @@ class ModelCheckpoint(Checkpoint):
     """
 
     _changeable = "every_n_train_steps"
+    best_model_path: str
+    last_model_path: str
     CHECKPOINT_JOIN_CHAR = "-"
     CHECKPOINT_EQUALS_CHAR = "="
     CHECKPOINT_NAME_LAST = "last"

@@ -208,11 +208,8 @@ class OptimizerLRSchedulerConfig(OptimizerConfig, total=False):
 # or None to train without an optimizer.
 OptimizerLRScheduler = (
     Optimizer
-    | Sequence[Optimizer]
+    | Sequence[Optimizer | OptimizerLRSchedulerConfig]
     | tuple[Sequence[Optimizer], Sequence[LRSchedulerTypeUnion | LRSchedulerConfigType]]
-    | OptimizerConfig
     | OptimizerLRSchedulerConfig
-    | Sequence[OptimizerConfig]
-    | Sequence[OptimizerLRSchedulerConfig]
     | None
 )
