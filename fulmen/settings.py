@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from fulmen.utilities.durations import parse_duration
+from fulmen.callbacks.timer import parse_duration
 from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
 from fulmen.utilities.keywords import unexpected_keyword
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities import model_summary as summaries
+from fulmen.utilities.console import rich_console
 from fulmen.utilities.optional import require
 from fulmen.utilities.rank_zero import rank_zero_info
-from fulmen.utilities.tables import rich_console
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer

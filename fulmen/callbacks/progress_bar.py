@@ -15,8 +15,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fulmen.callbacks.callback import Callback
+from fulmen.utilities.console import encodable
 from fulmen.utilities.rank_zero import rank_zero_warn
-from fulmen.utilities.tables import encodable
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer

@@ -17,8 +17,8 @@ from fulmen.callbacks.progress_bar import (
     leaves_lines,
     wrap_items,
 )
+from fulmen.utilities.console import encodable
 from fulmen.utilities.optional import require
-from fulmen.utilities.tables import encodable
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task

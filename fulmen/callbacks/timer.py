@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.callbacks.callback import Callback
 from fulmen.module import LightningModule
-from fulmen.utilities.durations import parse_duration
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.introspection import overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -17,6 +17,24 @@ from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
+
+_DURATION = re.compile(r"(?P<days>\d+):(?P<hours>\d\d):(?P<minutes>\d\d):(?P<seconds>\d\d)")
+
+
+def parse_duration(value: str | timedelta | dict[str, Any], name: str = "duration") -> timedelta:
+    """The duration as a `timedelta`; error messages call it ``name``. Only an ill-formed string is a misconfiguration."""
+    if isinstance(value, timedelta):
+        return value
+    what = f"`{name}={value!r}` is not a valid duration."
+    if isinstance(value, str):
+        if match := _DURATION.fullmatch(value.strip()):
+            return timedelta(**{unit: int(digits) for unit, digits in match.groupdict().items()})
+        raise MisconfigurationException(f"{what} Write DD:HH:MM:SS, '00:12:00:00' for twelve hours.")
+    try:
+        return timedelta(**value)
+    except TypeError as error:
+        hint = "Use 'DD:HH:MM:SS', a `datetime.timedelta`, or a dict such as {'hours': 1}."
+        raise TypeError(f"{what} {hint}") from error
 
 
 def _stage_hooks(stage: RunningStage) -> tuple[Callable[..., None], Callable[..., None]]:

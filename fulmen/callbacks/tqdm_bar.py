@@ -13,8 +13,8 @@ from time import time
 from typing import Any
 
 from fulmen.callbacks.progress_bar import SHORTEST_BAR, TerminalProgressBar, Track, leaves_lines, wrap_items
+from fulmen.utilities.console import encodable
 from fulmen.utilities.optional import require
-from fulmen.utilities.tables import encodable
 
 
 @functools.cache

@@ -6,9 +6,9 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
+from fulmen.utilities.console import encodable, rich_console, text_table
 from fulmen.utilities.optional import available
 from fulmen.utilities.seed import isolate_rng
-from fulmen.utilities.tables import encodable, rich_console, text_table
 
 _LOADER_SUFFIX = re.compile(r"/dataloader_idx_\d+$")
 

@@ -12,20 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fulmen.utilities.collections import move_data_to_device
+from fulmen.utilities.console import get_human_readable_count as get_human_readable_count
+from fulmen.utilities.console import text_table
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.rank_zero import warn_once
-from fulmen.utilities.tables import text_table
 
 # Makes this a package for the import system, so that deep paths below it can be served.
 __path__: list[str] = []
-
-
-def get_human_readable_count(number: int) -> str:
-    """A count with one of the units K, M, B, T: ``1234`` is ``"1.2 K"``; below 1000 the unit is blank."""
-    power = min(int(math.log10(number)) // 3, 4) if number > 0 else 0
-    value = number / 1000**power
-    text = f"{value:,.1f}" if power > 0 and value < 100 else f"{int(value):,d}"
-    return f"{text} {' KMBT'[power]}"
 
 
 def _short(number: int) -> str:

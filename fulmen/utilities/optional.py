@@ -10,7 +10,7 @@ import re
 import sys
 from types import ModuleType
 
-from fulmen.utilities.generators import isolate_rng
+from fulmen.utilities.seed import isolate_rng
 
 
 def _distribution(package: str) -> str:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
 import random
+import sys
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from fulmen.utilities.generators import isolate_rng as isolate_rng
-from fulmen.utilities.optional import available
+from fulmen.utilities.lazy import has_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 MAX_SEED = 2**32 - 1
 
 
-def _numpy() -> Any:
-    return importlib.import_module("numpy") if available("numpy") else None
+@functools.cache
+def _import_numpy() -> Any:
+    return importlib.import_module("numpy") if has_module("numpy") else None
 
 
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
@@ -49,7 +53,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
 
 def _seed_generators(for_python: int, for_numpy: int, for_torch: int) -> None:
     random.seed(for_python)
-    if numpy := _numpy():
+    if numpy := _import_numpy():
         numpy.random.seed(for_numpy)
     torch.manual_seed(for_torch)
 
@@ -57,7 +61,7 @@ def _seed_generators(for_python: int, for_numpy: int, for_torch: int) -> None:
 def seed_cpu(seed: int) -> None:
     """Seeds python, numpy and torch, but no other device."""
     random.seed(seed)
-    if numpy := _numpy():
+    if numpy := _import_numpy():
         numpy.random.seed(seed % (MAX_SEED + 1))
     torch.default_generator.manual_seed(seed)
 
@@ -72,10 +76,31 @@ def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     _seed_generators(for_python, for_numpy % (MAX_SEED + 1), for_torch)
 
 
+@contextmanager
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
+    """Random numbers drawn inside do not change those drawn afterwards, by python, numpy or torch.
+
+    For whatever may import a package: some draw while they are imported.
+    """
+    python, cpu, numpy = random.getstate(), torch.get_rng_state(), sys.modules.get("numpy")
+    arrays = numpy.random.get_state() if numpy is not None else None
+    # Before CUDA is in use there is no state to keep, and asking would start it (which forbids forking later).
+    devices = torch.cuda.get_rng_state_all() if include_cuda and torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
+        for index, state in enumerate(devices):
+            torch.cuda.set_rng_state(state, index)
+
+
 def generator_states(include_cuda: bool = True) -> dict[str, Any]:
     """The state of all random generators, as plain values that ``torch.load(weights_only=True)`` can read."""
     states: dict[str, Any] = {"python": python_state(random.getstate()), "torch": torch.get_rng_state()}
-    if numpy := _numpy():
+    if numpy := _import_numpy():
         name, keys, position, has_gauss, cached = numpy.random.get_state()
         keys = torch.from_numpy(keys.astype("int64"))  # a list would cost a file more time than all of its weights
         states["numpy"] = (str(name), keys, int(position), int(has_gauss), float(cached))
@@ -100,7 +125,7 @@ def set_generator_states(states: dict[str, Any]) -> None:
         random.setstate((version, tuple(torch.as_tensor(numbers).tolist()), gauss))
     if "torch" in states:
         torch.set_rng_state(states["torch"].cpu())
-    if "numpy" in states and (numpy := _numpy()):
+    if "numpy" in states and (numpy := _import_numpy()):
         name, keys, *more = states["numpy"]
         numpy.random.set_state((name, torch.as_tensor(keys).tolist(), *more))
     if torch.cuda.is_available():

@@ -1,7 +1,8 @@
-"""Tables for people: plain text, and a Rich console wide enough for them."""
+"""What is printed for people: tables, counts, a Rich console, and text that a terminal can show."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,14 @@ def text_table(columns: Sequence[tuple[str, Sequence[str]]]) -> str:
     head, *body = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
     rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
     return "\n".join([head, rule, *body, rule])
+
+
+def get_human_readable_count(number: int) -> str:
+    """A count with one of the units K, M, B, T: ``1234`` is ``"1.2 K"``; below 1000 the unit is blank."""
+    power = min(int(math.log10(number)) // 3, 4) if number > 0 else 0
+    value = number / 1000**power
+    text = f"{value:,.1f}" if power > 0 and value < 100 else f"{int(value):,d}"
+    return f"{text} {' KMBT'[power]}"
 
 
 def rich_console() -> Any:
