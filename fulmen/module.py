@@ -664,7 +664,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             )
         if not value:
             return None
-        raw, precision = getattr(optimizer, "optimizer", optimizer), self.trainer.strategy.precision_plugin
+        raw = getattr(optimizer, "optimizer", optimizer)
+        precision = self.trainer.strategy.precision_plugin
         if not self.automatic_optimization and isinstance(precision, MixedPrecision):
             precision.unscale_gradients(raw)  # the step comes later, and will not do it again
         kind = GradClipAlgorithmType(getattr(algorithm, "value", algorithm))

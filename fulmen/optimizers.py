@@ -326,7 +326,8 @@ class Schedulers:
     """
 
     def __init__(self, configs: list[LRSchedulerConfig], step: Callable[[Any, Any], None]) -> None:
-        self._configs, self._step = configs, step
+        self._configs = configs
+        self._step = step
         self.any = bool(configs)
         owners = [getattr(config.scheduler, "optimizer", None) for config in configs]
         self._steps = dict.fromkeys(map(id, owners), 0)  # of the whole run, by the id of an optimizer
@@ -361,7 +362,8 @@ class Schedulers:
             self._steps[owner] = counted.get(position, steps // max(len(owners), 1))
         if state is not None:
             self._missed, self._moved, idle = ({owners[i] for i in state[name]} for name in ("missed", "moved", "idle"))
-            self._idle, self._made = frozenset(idle), bool(state.get("made", state.get("window_start", 1)))
+            self._idle = frozenset(idle)
+            self._made = bool(state.get("made", state.get("window_start", 1)))
 
     def _due(self, interval: str, epoch: int, watching: bool) -> list[LRSchedulerConfig]:
         """Those whose turn it is: the steps of their optimizer over the whole run are counted, or epochs with one."""
@@ -371,9 +373,11 @@ class Schedulers:
                 continue
             owner = id(getattr(config.scheduler, "optimizer", None))
             if interval == "step":
-                stood_still, count = owner in self._idle, self._steps.get(owner, 0)
+                stood_still = owner in self._idle
+                count = self._steps.get(owner, 0)
             else:
-                stood_still, count = owner in self._missed and owner not in self._moved, epoch
+                stood_still = owner in self._missed and owner not in self._moved
+                count = epoch
             if not stood_still and count % config.frequency == 0:
                 due.append(config)
         return due

@@ -211,7 +211,8 @@ def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | Non
     interval: Any = given["val_check_interval"]
     seconds = None
     if isinstance(interval, (str, timedelta, dict)):
-        interval, seconds = 1.0, parse_duration(interval, "val_check_interval").total_seconds()
+        seconds = parse_duration(interval, "val_check_interval").total_seconds()
+        interval = 1.0
     interval = batches("val_check_interval", interval)
     trains = given["max_steps"] != 0 and given["max_epochs"] != 0
     if interval == 0 and isinstance(interval, int) and trains and given["limit_val_batches"] != 0:

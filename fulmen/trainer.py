@@ -235,7 +235,8 @@ class Trainer(TrainerProperties):
         self.loggers = assemble_loggers(checked)
         self.callbacks: list[Callback] = assemble_callbacks(arguments["callbacks"], checked)
         self.fit_loop = FitLoop(self, checked.max_epochs, checked.min_epochs)
-        self.fit_loop.max_steps, self.fit_loop.min_steps = checked.max_steps, checked.min_steps
+        self.fit_loop.max_steps = checked.max_steps
+        self.fit_loop.min_steps = checked.min_steps
         self.validate_loop = EvaluationLoop(self, RunningStage.VALIDATING)
         self.test_loop = EvaluationLoop(self, RunningStage.TESTING)
         self.predict_loop = PredictionLoop(self)
@@ -296,7 +297,8 @@ class Trainer(TrainerProperties):
         """
         refuse_misuse(self, Trainer, Trainer.fit, unknown)
         if isinstance(train_dataloaders, LightningDataModule):
-            datamodule, train_dataloaders = train_dataloaders, None
+            datamodule = train_dataloaders
+            train_dataloaders = None
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
         self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
         self.should_stop = False
@@ -404,7 +406,8 @@ class Trainer(TrainerProperties):
         weights_only: bool | None,
     ) -> Any:  # fmt: skip
         if isinstance(loaders, LightningDataModule):
-            datamodule, loaders = loaders, None
+            datamodule = loaders
+            loaders = None
         self._begin(fn, RunningStage(fn.value), model, datamodule, {loop.kind: loaders})
         run = self._run if self.strategy.launcher is None else self._launch
         return run(loop, self._chosen_path(ckpt_path, model is not None, weights_only), weights_only)
@@ -438,7 +441,9 @@ class Trainer(TrainerProperties):
             raise MisconfigurationException(
                 f"`{name}` received loaders and a datamodule at the same time. Pass one of the two."
             )
-        self.state.fn, self.state.stage, self.state.status = fn, stage, TrainerStatus.RUNNING
+        self.state.fn = fn
+        self.state.stage = stage
+        self.state.status = TrainerStatus.RUNNING
         self.datamodule = datamodule
         if datamodule is not None:
             datamodule.trainer = self
@@ -484,7 +489,8 @@ class Trainer(TrainerProperties):
         try:
             return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
         except BaseException as error:
-            self.state.status, self.state.stage = TrainerStatus.INTERRUPTED, None
+            self.state.status = TrainerStatus.INTERRUPTED
+            self.state.stage = None
             if isinstance(self.strategy.launcher, ProcessLauncher):
                 self._tell_here(error)
             raise
@@ -537,7 +543,8 @@ class Trainer(TrainerProperties):
         changed = dict(packed["callbacks"])
         for key, callback in self._keyed_callbacks():
             vars(callback).update(changed.get(key, {}))
-        self.fit_loop.progress, self.state = packed["progress"], packed["state"]
+        self.fit_loop.progress = packed["progress"]
+        self.state = packed["state"]
         self.max_epochs, self.min_epochs = packed["limits"]
         self.should_stop = packed["should_stop"]
         self.book.metric_dicts.load_state_dict(packed["metrics"])
@@ -627,7 +634,8 @@ class Trainer(TrainerProperties):
                 logger.finalize("success")
         self.profiler.describe()
         self.profiler.teardown(stage)
-        self.state.status, self.state.stage = TrainerStatus.FINISHED, None
+        self.state.status = TrainerStatus.FINISHED
+        self.state.stage = None
         self.book.close_scope()
 
     def _abort(self, loop: Any, error: BaseException) -> BaseException:
@@ -692,7 +700,8 @@ class Trainer(TrainerProperties):
         self.strategy.barrier_without_timeout("prepare_data")
 
     def _call_setup_hooks(self) -> None:
-        module, stage = self.lightning_module, cast("str", self.state.fn)
+        module = self.lightning_module
+        stage = cast("str", self.state.fn)
         for owner in (module, self.datamodule):
             if owner is not None:
                 drop_unpicklable(owner)
