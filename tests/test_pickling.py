@@ -84,6 +84,7 @@ def test_a_trainer_and_its_parts_can_be_pickled_and_copied_after_a_run_and_run_a
     for again in (pickle.loads(pickle.dumps(trainer)), copy.deepcopy(trainer)):
         assert again.global_step == steps and again.callback_metrics.keys() == metrics.keys()
         assert again.fit_loop.trainer is again and again.fit_loop.val_loop.trainer is again
+        assert again.max_epochs == 2 and again.train_dataloader is None
         again.fit_loop.max_epochs = 3
         again.fit(kind(), datamodule=Data())
         assert (again.current_epoch, again.global_step) == (3, steps + steps // 2)

@@ -580,6 +580,9 @@ def test_a_save_by_the_clock_comes_after_its_interval(fit, monkeypatch):
     now[0] += 500  # setting up does not count
     fit([Turns(), callback], max_epochs=2)
     assert callback.saved == ["epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt"]
+    callback = Recording(save_top_k=-1, train_time_interval=timedelta(seconds=50))
+    fit([Turns(), callback], max_epochs=1, accumulate_grad_batches=2)
+    assert callback.saved == ["epoch=0-step=2.ckpt"]  # due at the third batch, whose window is open
 
 
 def test_default_checkpoint_is_added(fit, files):

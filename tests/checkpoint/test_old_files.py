@@ -52,7 +52,10 @@ class Model(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.layer = torch.nn.Linear(width, 1)
-        self.first = None
+        self.first, self.validations = None, 0
+
+    def on_validation_end(self):
+        self.validations += self.first is None
 
     def on_train_batch_start(self, batch, batch_idx):
         if self.first is None:
@@ -98,6 +101,7 @@ def test_training_goes_on_at_the_batch_that_the_run_would_have_trained_next(tmp_
     for key, state in saved["optimizer_states"][0]["state"].items():
         assert all(torch.equal(optimizer[key][name], value) for name, value in state.items())
     assert stopping.best_score < 1
+    assert model.validations == (case in ("last_batch_end", "validation_end"))
     if case == "epoch_end":
         assert scheduler["last_epoch"] == saved["lr_schedulers"][0]["last_epoch"] == 2
 

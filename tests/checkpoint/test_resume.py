@@ -225,6 +225,20 @@ def test_another_number_of_optimizers_is_refused(tmp_path):
         make_trainer(max_epochs=2).fit(model, make_loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
+def test_an_optimizer_of_another_kind_is_warned_of(tmp_path):
+    run(tmp_path, 1)
+
+    class Other(Noisy):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.7)]
+
+    trainer = make_trainer(max_epochs=2)
+    with pytest.warns(UserWarning, match="has the state of a `Adam`, and .* returned a `AdamW`"):
+        trainer.fit(Other(), make_loader(22, 4), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert trainer.global_step == 12
+
+
 class Frozen(Regression):
     """A batch norm that is frozen during training, from the second epoch on, and never touched again."""
 

@@ -398,6 +398,10 @@ def runs():
     trainer = make_trainer(strategy="ddp", devices=2, limit_val_batches=0.5)
     trainer.validate(reader, DataLoader(Numbers(14), 2), verbose=False)
     seen["half"] = reader.seen["val"]
+    reader = Reader()
+    trainer = make_trainer(strategy="ddp", devices=2, limit_val_batches=2)
+    trainer.validate(reader, DataLoader(Numbers(14), 2), verbose=False)
+    seen["two"] = reader.seen["val"]
     return seen
 
 
@@ -444,3 +448,7 @@ def test_data_is_not_split_if_the_trainer_is_told_not_to(seen):
 
 def test_a_fraction_is_one_of_all_batches(seen):
     assert together(rank["half"] for rank in seen) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_whole_number_counts_batches_of_each_process(seen):
+    assert [rank["two"] for rank in seen] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]

@@ -235,6 +235,8 @@ def test_the_cases_differ(trained):
 
 @pytest.mark.parametrize("name", ["bf16-mixed", "16-mixed"])
 def test_short_numbers_give_the_losses_of_ddp(trained, name):
+    policy = FSDPPrecision(name).mixed_precision_config
+    assert policy.param_dtype in (torch.bfloat16, torch.float16) and policy.reduce_dtype is torch.float32
     assert trained[name, "fsdp"]["losses"] == pytest.approx(trained[name, "ddp"]["losses"], rel=0.03)
 
 

@@ -118,8 +118,12 @@ def test_rows_wait_in_memory_until_they_are_due(tmp_path):
     logger.save()  # asked twice in a row: somebody wants to read
     assert len(rows_of(logger)) == 25
     logger.log_metrics({"a": 1.0}, 25)
-    logger.finalize("success")
+    logger._written_at -= 5.0
+    logger.save()
     assert len(rows_of(logger)) == 26
+    logger.log_metrics({"a": 1.0}, 26)
+    logger.finalize("success")
+    assert len(rows_of(logger)) == 27
 
 
 def test_a_killed_process_loses_only_the_rows_that_were_waiting(tmp_path):

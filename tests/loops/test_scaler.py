@@ -187,14 +187,15 @@ class Manual(Regression):
     def __init__(self, clip=None):
         super().__init__()
         self.automatic_optimization = False
-        self.clip = clip
+        self.clip, self.norms = clip, []
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
         if self.clip is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            norm = self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            self.norms.append(norm.item())
         optimizer.step()
 
 
@@ -202,17 +203,18 @@ def test_manual_clipping_is_of_unscaled_gradients():
     ours, theirs = Manual(clip=0.3), Regression()
     theirs.load_state_dict(ours.state_dict())
     make_trainer(plugins=[MixedPrecision("16-mixed", "cpu", new_scaler())]).fit(ours, make_loader())
-    scaler, optimizer = new_scaler(), theirs.configure_optimizers()
+    scaler, optimizer, norms = new_scaler(), theirs.configure_optimizers(), []
     for batch in make_loader():
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.float16, cache_enabled=False):
             loss = theirs.loss(batch)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3)
+        norms.append(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.3).item())
         scaler.step(optimizer)
         scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert ours.norms == norms
 
 
 def test_two_manual_optimizers_share_the_scale_their_losses_were_multiplied_with():

@@ -298,6 +298,14 @@ def test_a_step_that_never_returns_a_loss_is_an_error(kind, window):
         assert trainer.fit_loop.progress.batch == window - 1
 
 
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_step_that_may_return_a_loss_has_eight_windows_to_do_so(window):
+    trainer = make_trainer(accumulate_grad_batches=window, limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="`ForgetsDeep.training_step` returned `None`"):
+        trainer.fit(ForgetsDeep(), make_loader(100))
+    assert trainer.fit_loop.progress.batch == 8 * window - 1
+
+
 @pytest.mark.filterwarnings("ignore:.*returned .None.")
 def test_none_now_and_then_stays_allowed():
     trainer = make_trainer(limit_val_batches=0)
