@@ -10,11 +10,12 @@ import torch
 from ranks import run_ranks
 from support import make_trainer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen as pl
 from fulmen.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
-from fulmen.strategies import DDPStrategy, FSDPStrategy
+from fulmen.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 
 class Net(pl.LightningModule):
@@ -23,6 +24,10 @@ class Net(pl.LightningModule):
         torch.manual_seed(4)
         self.net = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 1))
         self.register_buffer("center", torch.zeros(1))
+
+    def configure_model(self):
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def squares(self, batch):
         return (self.net(batch[0]) + self.center - batch[1]) ** 2
@@ -81,6 +86,8 @@ def trials(folder):
         "sharded, resumed": fitted(sharded(), ema(), f"{folder}/2", f"{folder}/sharded/{last}"),
         "full, by ddp": fitted(DDPStrategy(), ema(), f"{folder}/3", f"{folder}/full/{last}"),
         "ddp, by sharded": fitted(sharded(), ema(), f"{folder}/4", f"{folder}/ddp/{last}"),
+        "parallel": fitted(ModelParallelStrategy(2, 1), ema(), f"{folder}/parallel"),
+        "parallel, resumed": fitted(ModelParallelStrategy(2, 1), ema(), f"{folder}/9", f"{folder}/parallel/{last}"),
     }
     second = {
         "ddp": fitted(DDPStrategy(), mean(), f"{folder}/5"),

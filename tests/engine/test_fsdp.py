@@ -444,8 +444,11 @@ def break_and_refuse(folder: str):
             fit(FSDPStrategy(**options), model=model)
         said[type(model).__name__] = str(caught.value)
     saving = pl.callbacks.OnExceptionCheckpoint(folder)
-    with pytest.raises(ValueError, match="this one"):
-        fit(FSDPStrategy(), model=Failing(), callbacks=[saving], enable_checkpointing=True)
+    trainer = make_trainer(strategy=FSDPStrategy(), devices=2, callbacks=[saving], enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as told, pytest.raises(ValueError, match="this one"):
+        warnings.simplefilter("always")
+        trainer.fit(Failing(), make_loader(40, 4))
+    said["Failing"] = "\n".join(str(warning.message) for warning in told)
     return said
 
 
@@ -455,6 +458,7 @@ def test_mistakes_are_named_and_nobody_waits(tmp_path):
     assert "Call the layer, or leave it out of `auto_wrap_policy`" in said["Net"]
     assert "`one.weight` and `two.weight` are the same parameter" in said["Tied"]
     assert "LBFGS" in said["WithLBFGS"]
+    assert "No checkpoint is written" in said["Failing"] and "spread over processes" in said["Failing"]
     assert not list(tmp_path.iterdir()), "a checkpoint that others may not help to write is not begun"
 
 

@@ -392,6 +392,14 @@ def test_short_floats_are_added_up_in_long_ones(dtype):
     assert fit(model).callback_metrics["a"] == 4099.0
 
 
+def test_float32_is_added_up_in_float64():
+    """In float32, 2**24 + 1 is 2**24."""
+    values = torch.tensor([2.0**24, 1.0, 1.0, 2.0])
+    options = {"on_step": False, "on_epoch": True, "reduce_fx": "sum"}
+    trainer = fit(Logs(training_step=lambda self: self.log("a", values[self.batch_idx], **options)))
+    assert trainer.callback_metrics["a"] == 2.0**24 + 4 and trainer.callback_metrics["a"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(("reduce_fx", "expected"), [("mean", 1025.0), ("sum", 4100.0), ("max", 4096.0)])
 def test_numbers_and_tensors_under_one_name_keep_their_digits(reduce_fx, expected):
     def step(self):
