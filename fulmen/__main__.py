@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from fulmen.checkpoint import consolidate, upgrade
-from fulmen.utilities.errors import suggestion
+from fulmen.utilities.errors import suggest_name
 
 COMMANDS = {"upgrade": upgrade.main, "consolidate": consolidate.main}
 USAGE = """usage: python -m fulmen COMMAND ...
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     elif name in ("-h", "--help"):
         print(USAGE)
     else:
-        print(f"{USAGE}\n\nThere is no command {name!r}.{suggestion(name, COMMANDS)}", file=sys.stderr)
+        print(f"{USAGE}\n\nThere is no command {name!r}.{suggest_name(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
 

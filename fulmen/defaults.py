@@ -22,8 +22,8 @@ from fulmen.loggers.csv_logs import CSVLogger
 from fulmen.loggers.logger import DummyLogger, Logger
 from fulmen.loggers.tensorboard import TensorBoardLogger
 from fulmen.profilers.profiler import PassThroughProfiler, Profiler
-from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
-from fulmen.utilities.optional import available
+from fulmen.utilities.errors import MisconfigurationException, describe_received, suggest_name
+from fulmen.utilities.optional import is_installed
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import isolate_rng
 
@@ -54,9 +54,9 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
     elif settings.max_time is not None:
         callbacks.append(Timer(duration=settings.max_time, interval="step"))
     if _missing(callbacks, ProgressBar, settings, "enable_progress_bar"):
-        callbacks.append(getattr(all_callbacks, "RichProgressBar" if available(*RICH) else "TQDMProgressBar")())
+        callbacks.append(getattr(all_callbacks, "RichProgressBar" if is_installed(*RICH) else "TQDMProgressBar")())
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
-        callbacks.append(RichModelSummary() if available(*RICH) else ModelSummary())
+        callbacks.append(RichModelSummary() if is_installed(*RICH) else ModelSummary())
     for entry in _entries(tuple(sys.path)):
         with isolate_rng():
             made = entry.load()()
@@ -122,7 +122,7 @@ def assemble_loggers(settings: Settings) -> list[Logger]:
     """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
     given: Any = settings.logger or []
     if given is True:
-        has_tensorboard = available("tensorboard") or available("tensorboardX")
+        has_tensorboard = is_installed("tensorboard") or is_installed("tensorboardX")
         if not has_tensorboard:
             fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
             rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
@@ -162,7 +162,7 @@ def assemble_profiler(given: Any) -> Profiler:
     if isinstance(given, Profiler):
         return given
     if not isinstance(given, str) or given.lower() not in PROFILERS:
-        what = f"`Trainer(profiler=...)` received {describe_received(given)}.{suggestion(str(given), PROFILERS)}"
+        what = f"`Trainer(profiler=...)` received {describe_received(given)}.{suggest_name(str(given), PROFILERS)}"
         fix = f"Use one of {list(PROFILERS)}, or a `Profiler`."
         raise MisconfigurationException(f"{what} {fix}")
     return getattr(profilers, f"{PROFILERS[given.lower()]}Profiler")()

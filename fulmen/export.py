@@ -12,7 +12,7 @@ import torch
 
 from fulmen.storage.filesystem import atomic_write
 from fulmen.utilities.modules import capture_modes
-from fulmen.utilities.optional import require
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_deprecation
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = 
     `input_sample` (default: `module.example_input_array`) is a tensor, a tuple of positional arguments or a dict of
     named ones.
     """
-    require("onnx", "by `to_onnx`")
+    import_optional("onnx", "by `to_onnx`")
     from torch import onnx  # slow to import
 
     if kwargs.get("dynamo", inspect.signature(onnx.export).parameters["dynamo"].default):
-        require("onnxscript", "by `to_onnx` with `dynamo=True`")
+        import_optional("onnxscript", "by `to_onnx` with `dynamo=True`")
     positional, named = _inputs(module, input_sample, "to_onnx")
     if named:
         kwargs["kwargs"] = {**named, **(kwargs.get("kwargs") or {})}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fulmen.utilities.collections import AttributeDict
-from fulmen.utilities.errors import suggestion
+from fulmen.utilities.errors import suggest_name
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
@@ -63,7 +63,7 @@ class HyperparametersMixin:
             unknown = [name for name in args if name not in found and name not in ignored]
             if unknown:
                 what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(found)}."
-                raise KeyError(what + suggestion(unknown[0], found))
+                raise KeyError(what + suggest_name(unknown[0], found))
             chosen = AttributeDict({name: found[name] for name in args or found if name not in ignored})
             self._hparams_name = "kwargs"
         if isinstance(chosen, dict):

@@ -20,7 +20,7 @@ from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException, describe_received
-from fulmen.utilities.modules import uncompiled
+from fulmen.utilities.modules import undo_compilation
 from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import GradClipAlgorithmType
 
@@ -769,7 +769,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     def __getstate__(self) -> dict[str, Any]:
         # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.
         # Compiled methods cannot be pickled, and would go on calling this module: the copy has those of its class.
-        state = uncompiled(super().__getstate__())
+        state = undo_compilation(super().__getstate__())
         return {**state, "_trainer": None, "_book": None, "_requires_grad_before_toggle": {}, "_clipped_norms": {}}
 
 

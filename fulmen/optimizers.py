@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.engine.precision import step_with_closure
 from fulmen.metrics.logbook import explain_missing_metric
-from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.introspection import alias, is_overridden
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
+from fulmen.utilities.introspection import alias_property, is_overridden
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig
 
@@ -50,13 +50,15 @@ class LightningOptimizer(OptimizerBase):
         self._module: Any = None
         self._sync_context: Callable[[], Any] = nullcontext
 
-    optimizer: Optimizer = alias("_optimizer", "The optimizer that is wrapped.")
+    optimizer: Optimizer = alias_property("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
-    param_groups: list[dict[str, Any]] = alias(
+    param_groups: list[dict[str, Any]] = alias_property(
         "_optimizer.param_groups", "The groups of parameters with their settings."
     )
-    state: defaultdict[Tensor, Any] = alias("_optimizer.state", "The state of each parameter.")
-    defaults: dict[str, Any] = alias("_optimizer.defaults", "The settings of groups that have none of their own.")
+    state: defaultdict[Tensor, Any] = alias_property("_optimizer.state", "The state of each parameter.")
+    defaults: dict[str, Any] = alias_property(
+        "_optimizer.defaults", "The settings of groups that have none of their own."
+    )
 
     def __getattr__(self, name: str) -> Any:
         if name == "_optimizer":  # not there yet: unpickling
@@ -192,7 +194,7 @@ def _unpack(answer: Any) -> tuple[list[Any], list[tuple[Any, str | None]]]:
 def _warn_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
-        hint = "".join(suggestion(str(key), known) for key in unknown)
+        hint = "".join(suggest_name(str(key), known) for key in unknown)
         where = "optimizer configuration" if known is _OUTER_KEYS else "lr scheduler dict"
         message = f"Found unsupported keys in the {where}: {unknown} are ignored. Known: {list(known)}.{hint}"
         rank_zero_warn(message, category=RuntimeWarning)
@@ -227,7 +229,7 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
     config = LRSchedulerConfig(**given)
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(
-            f"A scheduler's interval is {config.interval!r}.{suggestion(str(config.interval), ('step', 'epoch'))} "
+            f"A scheduler's interval is {config.interval!r}.{suggest_name(str(config.interval), ('step', 'epoch'))} "
             'Use "interval": "step" or "interval": "epoch".'
         )
     if not isinstance(config.frequency, Real) or config.frequency < 1 or config.frequency % 1:

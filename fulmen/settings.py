@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from fulmen.callbacks.timer import parse_duration
-from fulmen.utilities.errors import MisconfigurationException, describe_received, suggestion
+from fulmen.utilities.errors import MisconfigurationException, describe_received, suggest_name
 from fulmen.utilities.keywords import unexpected_keyword
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import GradClipAlgorithmType
@@ -236,14 +236,14 @@ def clip_algorithm(value: Any, algorithm: Any) -> GradClipAlgorithmType | None:
     known = [kind.value for kind in GradClipAlgorithmType]
     if name not in known:
         what = f"`gradient_clip_algorithm={algorithm!r}` is invalid. It must be one of {known}."
-        raise MisconfigurationException(what + suggestion(name, known))
+        raise MisconfigurationException(what + suggest_name(name, known))
     return GradClipAlgorithmType(name)
 
 
 def benchmark_flag(deterministic: Any, benchmark: bool | None) -> bool | None:
     """What to set cuDNN's benchmark flag to: False in deterministic runs, None leaves it as it is."""
     if isinstance(deterministic, str) and deterministic != "warn":
-        hint = suggestion(deterministic, ["warn"])
+        hint = suggest_name(deterministic, ["warn"])
         rank_zero_warn(f"`deterministic={deterministic!r}` is treated as True; the only word known is 'warn'.{hint}")
     if deterministic and benchmark:
         why = "cuDNN may pick another algorithm in each run, so results will not be reproducible."

@@ -42,7 +42,7 @@ from fulmen.trainer_properties import TrainerProperties
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.errors import MisconfigurationException, describe_received
-from fulmen.utilities.introspection import by_signature, overridden
+from fulmen.utilities.introspection import adapt_to_signature, overrides_method
 from fulmen.utilities.keywords import hide_unknown, refuse_misuse
 from fulmen.utilities.modules import from_compiled, is_compiled
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -627,7 +627,7 @@ class Trainer(TrainerProperties):
             self.hooks.on_fit_end()
         stage: Any = self.state.fn
         if self.datamodule is not None:
-            by_signature(self.datamodule.teardown, self.datamodule.teardown, ("stage",))(stage)
+            adapt_to_signature(self.datamodule.teardown, self.datamodule.teardown, ("stage",))(stage)
         self.hooks.teardown(stage)
         with isolate_rng():
             for logger in self.loggers:
@@ -712,13 +712,13 @@ class Trainer(TrainerProperties):
         self._share_log_dir()
         self.strategy.barrier("pre_setup")
         if self.datamodule is not None:
-            by_signature(self.datamodule.setup, self.datamodule.setup, ("stage",))(stage)
+            adapt_to_signature(self.datamodule.setup, self.datamodule.setup, ("stage",))(stage)
         self.hooks.setup(stage)
         self.strategy.barrier("post_setup")
 
     def _configure_model(self) -> None:
         module = self.lightning_module
-        if overridden(module, "configure_model", LightningModule):
+        if overrides_method(module, "configure_model", LightningModule):
             with self.strategy.tensor_init_context(), self.strategy.model_sharded_context():
                 module.configure_model()
 
@@ -780,7 +780,7 @@ class Trainer(TrainerProperties):
 
     def mode_hook(self, hook: str, otherwise: Callable[[], Any]) -> None:
         """One of the hooks that switch the module's mode: the user's version, or what we do without one."""
-        if overridden(self.lightning_module, hook, LightningModule):
+        if overrides_method(self.lightning_module, hook, LightningModule):
             getattr(self.hooks, hook)()
         else:
             otherwise()

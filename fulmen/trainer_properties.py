@@ -16,7 +16,7 @@ from fulmen.loops.dataloading import loaders_as_given
 from fulmen.loops.progress import steps_per_epoch
 from fulmen.module import LightningModule
 from fulmen.storage.filesystem import is_remote
-from fulmen.utilities.introspection import alias, overridden
+from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.rank_zero import rank_zero_info
 from fulmen.utilities.types import GradClipAlgorithmType, RunningStage, TrainerFn, TrainerState, TrainerStatus
 
@@ -111,14 +111,14 @@ class TrainerProperties:
 
     # ------------------------------------------------------------------ where it runs
 
-    global_rank: int = alias("strategy.global_rank", "Index of this process over all nodes.")
-    local_rank: int = alias("strategy.local_rank", "Index of this process on its node.")
-    node_rank: int = alias("strategy.node_rank", "Index of this node.")
-    world_size: int = alias("strategy.world_size", "Number of processes over all nodes.")
-    is_global_zero: bool = alias("strategy.is_global_zero", "Whether this process speaks for all.")
-    accelerator: Accelerator = alias("strategy.accelerator", "What kind of device is used.")
-    precision_plugin: Precision = alias("strategy.precision_plugin", "In which numbers the model computes.")
-    precision: PrecisionName = alias("strategy.precision_plugin.precision", "The precision by its full name.")
+    global_rank: int = alias_property("strategy.global_rank", "Index of this process over all nodes.")
+    local_rank: int = alias_property("strategy.local_rank", "Index of this process on its node.")
+    node_rank: int = alias_property("strategy.node_rank", "Index of this node.")
+    world_size: int = alias_property("strategy.world_size", "Number of processes over all nodes.")
+    is_global_zero: bool = alias_property("strategy.is_global_zero", "Whether this process speaks for all.")
+    accelerator: Accelerator = alias_property("strategy.accelerator", "What kind of device is used.")
+    precision_plugin: Precision = alias_property("strategy.precision_plugin", "In which numbers the model computes.")
+    precision: PrecisionName = alias_property("strategy.precision_plugin.precision", "The precision by its full name.")
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -148,14 +148,14 @@ class TrainerProperties:
 
     # ------------------------------------------------------------------ what is trained, with what
 
-    lightning_module: LightningModule = alias(
+    lightning_module: LightningModule = alias_property(
         "strategy.lightning_module", "The module that is run, never wrapped; None before the first run."
     )
-    model: torch.nn.Module | None = alias(
+    model: torch.nn.Module | None = alias_property(
         "strategy.model", "The module as it is called, wrapped if the strategy wraps."
     )
-    optimizers: list[Optimizer] = alias("strategy.optimizers", "The optimizers of this run.")
-    lr_scheduler_configs: list[LRSchedulerConfig] = alias(
+    optimizers: list[Optimizer] = alias_property("strategy.optimizers", "The optimizers of this run.")
+    lr_scheduler_configs: list[LRSchedulerConfig] = alias_property(
         "strategy.lr_scheduler_configs", "The schedulers of this run, with their settings."
     )
 
@@ -181,30 +181,34 @@ class TrainerProperties:
 
     # ------------------------------------------------------------------ how far it is
 
-    max_epochs: int | None = alias("fit_loop.max_epochs", "Stop after this many epochs; -1 means no limit.")
-    min_epochs: int | None = alias("fit_loop.min_epochs", "Do not stop early before this many epochs.")
-    max_steps: int = alias("fit_loop.max_steps", "Stop after this many optimizer steps; -1 means no limit.")
-    min_steps: int | None = alias("fit_loop.min_steps", "Do not stop early before this many optimizer steps.")
-    current_epoch: int = alias("fit_loop.progress.epochs", "Epochs finished.")
-    global_step: int = alias("fit_loop.progress.steps", "Optimizer steps made.")
-    is_last_batch: bool = alias("fit_loop.progress.is_last_batch", "Whether this is the last batch of the epoch.")
-    num_training_batches: float = alias(
+    max_epochs: int | None = alias_property("fit_loop.max_epochs", "Stop after this many epochs; -1 means no limit.")
+    min_epochs: int | None = alias_property("fit_loop.min_epochs", "Do not stop early before this many epochs.")
+    max_steps: int = alias_property("fit_loop.max_steps", "Stop after this many optimizer steps; -1 means no limit.")
+    min_steps: int | None = alias_property("fit_loop.min_steps", "Do not stop early before this many optimizer steps.")
+    current_epoch: int = alias_property("fit_loop.progress.epochs", "Epochs finished.")
+    global_step: int = alias_property("fit_loop.progress.steps", "Optimizer steps made.")
+    is_last_batch: bool = alias_property(
+        "fit_loop.progress.is_last_batch", "Whether this is the last batch of the epoch."
+    )
+    num_training_batches: float = alias_property(
         "fit_loop.num_batches", "Training batches per epoch; inf before they are known."
     )
-    num_predict_batches: list[float] = alias("predict_loop.max_batches", "Batches of each predict loader.")
-    num_test_batches: list[float] = alias("test_loop.max_batches", "Batches of each test loader.")
-    callback_metrics: dict[str, Tensor] = alias("book.callback_metrics", "Newest value per logged name, as tensors.")
-    logged_metrics: dict[str, Tensor] = alias(
+    num_predict_batches: list[float] = alias_property("predict_loop.max_batches", "Batches of each predict loader.")
+    num_test_batches: list[float] = alias_property("test_loop.max_batches", "Batches of each test loader.")
+    callback_metrics: dict[str, Tensor] = alias_property(
+        "book.callback_metrics", "Newest value per logged name, as tensors."
+    )
+    logged_metrics: dict[str, Tensor] = alias_property(
         "book.logged_metrics", "Newest value per name that goes to loggers, as tensors."
     )
-    progress_bar_metrics: dict[str, float] = alias(
+    progress_bar_metrics: dict[str, float] = alias_property(
         "book.progress_bar_metrics", "Newest value per name of the progress bar, as numbers."
     )
-    received_sigterm: bool = alias("signals.received_sigterm", "Whether the process was told to end.")
-    stage: RunningStage = alias(
+    received_sigterm: bool = alias_property("signals.received_sigterm", "Whether the process was told to end.")
+    stage: RunningStage = alias_property(
         "state.stage", "What is running: training, validation inside it, the sanity check, ...; None between runs."
     )
-    val_check_batch: float = alias("fit_loop.validation.interval", "Batches from one validation to the next.")
+    val_check_batch: float = alias_property("fit_loop.validation.interval", "Batches from one validation to the next.")
     training: bool = _stage_flag(
         RunningStage.TRAINING, "Whether a training batch is at work; False while fit validates."
     )
@@ -213,8 +217,12 @@ class TrainerProperties:
     predicting: bool = _stage_flag(RunningStage.PREDICTING, "Whether prediction runs.")
     sanity_checking: bool = _stage_flag(RunningStage.SANITY_CHECKING, "Whether the validation before training runs.")
 
-    resume_state: ResumeState = alias("fit_loop.resume_state", "What checkpoints hold to continue inside an epoch.")
-    validation_schedule: ValidationSchedule = alias("fit_loop.validation", "When training is interrupted to validate.")
+    resume_state: ResumeState = alias_property(
+        "fit_loop.resume_state", "What checkpoints hold to continue inside an epoch."
+    )
+    validation_schedule: ValidationSchedule = alias_property(
+        "fit_loop.validation", "When training is interrupted to validate."
+    )
 
     @property
     def progress(self) -> Progress:
@@ -269,7 +277,7 @@ class TrainerProperties:
         return (
             self.lightning_module is not None
             and self.sources.source_of("val").is_defined()
-            and overridden(self.lightning_module, "validation_step", LightningModule)
+            and overrides_method(self.lightning_module, "validation_step", LightningModule)
             and self.limit_val_batches > 0
         )
 

@@ -24,7 +24,7 @@ from fulmen.storage.async_io import AsyncCheckpointIO
 from fulmen.storage.atomic import flush_folder, remove_leftovers, temporary_name
 from fulmen.storage.filesystem import ensure_dir, get_filesystem, is_remote, local_path
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import alias
+from fulmen.utilities.introspection import alias_property
 from fulmen.utilities.rank_zero import WarningCache, rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
@@ -148,7 +148,9 @@ class ModelCheckpoint(Checkpoint):
         self._found_folder: str | None = None  # in the place of a `dirpath` that was not given
         self._forget_run()
 
-    every_n_epochs = alias("_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never.")
+    every_n_epochs = alias_property(
+        "_every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never."
+    )
 
     def _forget_run(self) -> None:
         if self.dirpath == self._found_folder:

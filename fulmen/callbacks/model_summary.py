@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.callbacks.callback import Callback
 from fulmen.utilities import model_summary as summaries
-from fulmen.utilities.console import rich_console
-from fulmen.utilities.optional import require
+from fulmen.utilities.console import get_rich_console
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class ModelSummary(Callback):
             **summarize_kwargs: those of the constructor.
         """
         numbers = total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
-        rank_zero_info("\n" + summaries.with_totals(summary_data, *numbers))
+        rank_zero_info("\n" + summaries.format_summary(summary_data, *numbers))
 
 
 class RichModelSummary(ModelSummary):
@@ -76,7 +76,7 @@ class RichModelSummary(ModelSummary):
     """
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
-        require("rich", "for `RichModelSummary`", minimum=">=10.2.2")
+        import_optional("rich", "for `RichModelSummary`", minimum=">=10.2.2")
         super().__init__(max_depth, **summarize_kwargs)
 
     @staticmethod
@@ -92,8 +92,8 @@ class RichModelSummary(ModelSummary):
             table.add_column(header.strip(), justify="right" if is_number else "left", no_wrap=header == "Name")
         for row in zip(*(cells for _, cells in summary_data)):
             table.add_row(*row)
-        console = rich_console()
+        console = get_rich_console()
         console.print(table)
         numbers = total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
-        for label, number in summaries.totals(*numbers):
+        for label, number in summaries.label_totals(*numbers):
             console.print(f"[bold]{label}[/]: {number}", highlight=False)

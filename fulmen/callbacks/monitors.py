@@ -18,8 +18,8 @@ from fulmen.engine.accelerators import Accelerator, CPUAccelerator
 from fulmen.module import LightningModule
 from fulmen.storage.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import overridden
-from fulmen.utilities.optional import require
+from fulmen.utilities.introspection import overrides_method
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.throughput import Throughput, get_available_flops
 
@@ -141,7 +141,7 @@ class GradientNorm(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         by_norm = getattr(trainer.gradient_clip_algorithm, "value", "norm") == "norm"
-        own = overridden(pl_module, "configure_gradient_clipping", LightningModule)
+        own = overrides_method(pl_module, "configure_gradient_clipping", LightningModule)
         norm = pl_module._clipped_norms.pop(id(optimizer), None)  # manual optimization has clipped already
         if norm is None and not (trainer.gradient_clip_val and by_norm and not own):
             norm = trainer.precision_plugin.gradient_norm(optimizer)
@@ -182,7 +182,7 @@ class DeviceStatsMonitor(Callback):
         on_cpu = trainer.strategy.root_device.type == "cpu"
         self._sources = [] if on_cpu else [trainer.accelerator]
         if self._cpu_stats or (self._cpu_stats is None and on_cpu):
-            require("psutil", "to log the load of the CPU (`DeviceStatsMonitor(cpu_stats=False)` does without)")
+            import_optional("psutil", "to log the load of the CPU (`DeviceStatsMonitor(cpu_stats=False)` does without)")
             self._sources.append(trainer.accelerator if on_cpu else CPUAccelerator())
 
     on_train_batch_start = _logs_stats("on_train_batch_start")

@@ -18,7 +18,7 @@ from fulmen.metrics.logbook import capture_sums
 from fulmen.metrics.torchmetrics_state import capture_metrics
 from fulmen.storage.filesystem import atomic_write, ensure_dir
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.modules import capture_buffers, local_part
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerFn, TrainerStatus
@@ -108,7 +108,7 @@ class NonFiniteGuard(Callback):
     ) -> None:
         if policy not in POLICIES:
             known = f"`NonFiniteGuard(policy={policy!r})`: the policies are {', '.join(map(repr, POLICIES))}."
-            raise MisconfigurationException(known + suggestion(str(policy), POLICIES))
+            raise MisconfigurationException(known + suggest_name(str(policy), POLICIES))
         for name, value in (("every_n_steps", every_n_steps), ("max_in_a_row", max_in_a_row)):
             if type(value) is not int or value < 1:
                 raise MisconfigurationException(f"`NonFiniteGuard({name}={value!r})`: use a whole number from 1 on.")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen.callbacks.callback import Callback
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.types import LightningEnum
 
@@ -57,7 +57,7 @@ class BasePredictionWriter(Callback):
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
         known = [interval.value for interval in WriteInterval]
         if write_interval not in known:
-            hint = suggestion(str(write_interval), known)
+            hint = suggest_name(str(write_interval), known)
             raise MisconfigurationException(f"`{write_interval=}` should be one of {known}.{hint}")
         self.interval = WriteInterval(write_interval)
 
@@ -137,6 +137,6 @@ class LambdaCallback(Callback):
         given = {name: value for name, value in locals().items() if hasattr(Callback, name)}
         if unknown:
             name = next(iter(unknown))
-            raise TypeError(f"`LambdaCallback({name}=...)`: there is no such hook.{suggestion(name, given)}")
+            raise TypeError(f"`LambdaCallback({name}=...)`: there is no such hook.{suggest_name(name, given)}")
         # Set on the instance: the plan of a run calls what differs from `Callback`, and only that.
         vars(self).update({name: function for name, function in given.items() if function is not None})

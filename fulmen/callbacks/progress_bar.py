@@ -15,7 +15,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fulmen.callbacks.callback import Callback
-from fulmen.utilities.console import encodable
+from fulmen.utilities.console import escape_unencodable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -361,4 +361,4 @@ def print_line(track: Track, metrics: dict[str, Any]) -> None:
     batches = track.done - min(track.first, 0)
     unit = "batch" if batches == 1 else "batches"
     line = f"{track.name}: {', '.join([f'{batches} {unit} in {time}', f'{track.rate:.2f} it/s', *values])}"
-    print(encodable(line, sys.stdout), flush=True)
+    print(escape_unencodable(line, sys.stdout), flush=True)

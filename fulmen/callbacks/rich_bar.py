@@ -17,8 +17,8 @@ from fulmen.callbacks.progress_bar import (
     leaves_lines,
     wrap_items,
 )
-from fulmen.utilities.console import encodable
-from fulmen.utilities.optional import require
+from fulmen.utilities.console import escape_unencodable
+from fulmen.utilities.optional import import_optional
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn, Task
@@ -85,7 +85,7 @@ class RichProgressBar(TerminalProgressBar):
         self, refresh_rate: int = 100, leave: bool = False, theme: RichProgressBarTheme = _DEFAULT_THEME,
         console_kwargs: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        require("rich", "for `RichProgressBar`", minimum=">=10.2.2")
+        import_optional("rich", "for `RichProgressBar`", minimum=">=10.2.2")
         super().__init__(refresh_rate, leave)
         self.theme = theme
         self._console_kwargs = console_kwargs or {}
@@ -179,7 +179,9 @@ class RichProgressBar(TerminalProgressBar):
             "speed": f"{rate:.2f}it/s",
         }
         if metrics is not None:
-            texts["items"] = [encodable(f"{k}: {self._format_value(v)}", self._console) for k, v in metrics.items()]
+            texts["items"] = [
+                escape_unencodable(f"{k}: {self._format_value(v)}", self._console) for k, v in metrics.items()
+            ]
             texts["metrics"] = self.theme.metrics_text_delimiter.join(texts["items"])
         self.progress.update(self._ids[track.kind], completed=done, visible=True, **texts)
         self.refresh(hard=True)

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import SWALR
 
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.weight_averaging import Average, WeightAveraging, refuse_two_averages
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.modules import set_module_flags
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import LRSchedulerConfig
@@ -274,7 +274,7 @@ def _check_arguments(
     if type(annealing_epochs) is not int or annealing_epochs < 0:
         raise _wrong_argument("annealing_epochs", annealing_epochs, "an integer of 0 or more")
     if annealing_strategy not in ("cos", "linear"):
-        near = suggestion(str(annealing_strategy), ("cos", "linear"))
+        near = suggest_name(str(annealing_strategy), ("cos", "linear"))
         raise _wrong_argument("annealing_strategy", annealing_strategy, "'cos' or 'linear'", near)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fulmen.callbacks.callback import Callback
 from fulmen.module import LightningModule
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import overrides_method
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import RunningStage
 
@@ -199,7 +199,9 @@ class GradientAccumulationScheduler(Callback):
         if window not in (1, self._set):
             raise ValueError(f"{what} overwrites `Trainer(accumulate_grad_batches={window})`. Remove one of the two.")
         own = [
-            name for name in ("optimizer_step", "optimizer_zero_grad") if overridden(pl_module, name, LightningModule)
+            name
+            for name in ("optimizer_step", "optimizer_zero_grad")
+            if overrides_method(pl_module, name, LightningModule)
         ]
         if own and self.going_to_accumulate_grad_batches():
             rank_zero_warn(f"Gradients are accumulated: {own} will only be called when stepping.")

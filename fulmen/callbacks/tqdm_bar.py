@@ -13,14 +13,14 @@ from time import time
 from typing import Any
 
 from fulmen.callbacks.progress_bar import SHORTEST_BAR, TerminalProgressBar, Track, leaves_lines, wrap_items
-from fulmen.utilities.console import encodable
-from fulmen.utilities.optional import require
+from fulmen.utilities.console import escape_unencodable
+from fulmen.utilities.optional import import_optional
 
 
 @functools.cache
 def _tqdm_class() -> Any:
     """`Tqdm`, made on first use: importing tqdm takes as long as all of fulmen."""
-    tqdm = require("tqdm.auto", "for `TQDMProgressBar`").tqdm
+    tqdm = import_optional("tqdm.auto", "for `TQDMProgressBar`").tqdm
 
     class Tqdm(tqdm):  # type: ignore[misc, valid-type]
         """A tqdm bar whose numbers keep their width, and whose metrics stand below it where the line is too short."""
@@ -83,9 +83,9 @@ def _layout_lines(bar: Any) -> list[str]:
     width = meter["ncols"]
     whole = bar.format_meter(**{**meter, "ncols": None})  # its bar has 10 columns
     if not width or not metrics or disp_len(whole) - 10 + SHORTEST_BAR <= width:
-        return [encodable(bar.format_meter(**meter), bar.fp)]
-    below = wrap_items(encodable(metrics, bar.fp).split(", "), ", ", width, disp_len)
-    return [encodable(bar.format_meter(**{**meter, "postfix": None}), bar.fp), *below]
+        return [escape_unencodable(bar.format_meter(**meter), bar.fp)]
+    below = wrap_items(escape_unencodable(metrics, bar.fp).split(", "), ", ", width, disp_len)
+    return [escape_unencodable(bar.format_meter(**{**meter, "postfix": None}), bar.fp), *below]
 
 
 def __getattr__(name: str) -> Any:

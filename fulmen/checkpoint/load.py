@@ -23,9 +23,9 @@ from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import get_filesystem
 from fulmen.storage.integrity import load_verified
 from fulmen.utilities.collections import AttributeDict
-from fulmen.utilities.errors import suggestion
+from fulmen.utilities.errors import suggest_name
 from fulmen.utilities.introspection import parameters_of
-from fulmen.utilities.optional import require
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 # What files of a command line interface name as the function that rebuilds the object. Others are refused, or opening a
@@ -161,7 +161,7 @@ class _Signature:
 def _warn_of_ignored(cls: type, names: Iterable[str], accepted: set[str]) -> None:
     for name in names:
         what = f"The argument `{name}` was left out: `{cls.__name__}.__init__` does not accept it."
-        rank_zero_warn(what + suggestion(name, accepted))
+        rank_zero_warn(what + suggest_name(name, accepted))
 
 
 def _class_to_build(cls: type, instantiator: str | None, class_path: str | None) -> type:
@@ -175,7 +175,7 @@ def _class_to_build(cls: type, instantiator: str | None, class_path: str | None)
 def _container_of_hparams(kind: type | str | None) -> Callable[[dict[str, Any]], Any]:
     """What makes one argument of a dict of hyper-parameters; files name it, those of Lightning by a class."""
     if kind == OMEGACONF:
-        return require(OMEGACONF, "for its hyper-parameters").OmegaConf.create
+        return import_optional(OMEGACONF, "for its hyper-parameters").OmegaConf.create
     return AttributeDict if kind is None or isinstance(kind, str) else kind
 
 
@@ -267,7 +267,7 @@ def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool =
         ValueError: the file names an object of Python, which could run any code.
     """
     with get_filesystem(config_yaml).open(os.fspath(config_yaml), "r") as file:
-        yaml = require("yaml", "to read hyper-parameters")
+        yaml = import_optional("yaml", "to read hyper-parameters")
         try:
             return yaml.load(file, _plain_loader(yaml)) or {}
         except yaml.constructor.ConstructorError as error:

@@ -25,7 +25,7 @@ from fulmen.checkpoint.lightning_format import (
 )
 from fulmen.storage.integrity import DamagedCheckpointError
 from fulmen.storage.sharded import is_sharded
-from fulmen.utilities.errors import MisconfigurationException, nearest
+from fulmen.utilities.errors import MisconfigurationException, find_nearest_name
 from fulmen.utilities.introspection import is_overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -299,7 +299,7 @@ def _describe_key_differences(own: dict[str, Any], saved: dict[str, Any]) -> dic
     """Keys that only one of two state dicts has, with the names that are most like those that are missing."""
     unexpected = [key for key in saved if key not in own]
     missing = [key for key in own if key not in saved]
-    near = {key: nearest(key, unexpected) for key in missing[:10]}
+    near = {key: find_nearest_name(key, unexpected) for key in missing[:10]}
     shown = [f"{key} (saved as {near.get(key)}?)" if near.get(key) else key for key in missing]
     return {"missing": shown, "unexpected": unexpected}
 

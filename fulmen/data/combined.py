@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from fulmen.data.loader_state import LoaderPass, dataset_of, describe_loader
 from fulmen.data.tensor_batches import iterate_batches
 from fulmen.utilities.collections import map_children
-from fulmen.utilities.errors import suggestion
+from fulmen.utilities.errors import suggest_name
 
 Triple = tuple[Any, int, int]
 
@@ -66,7 +66,7 @@ class CombinedLoader:
 
     def __init__(self, iterables: Any, mode: str = "min_size") -> None:
         if mode not in _TOTALS:
-            hint = f"Use one of {list(_TOTALS)}.{suggestion(str(mode), _TOTALS)}"
+            hint = f"Use one of {list(_TOTALS)}.{suggest_name(str(mode), _TOTALS)}"
             raise ValueError(f"Unsupported mode: `CombinedLoader(mode={mode!r})`. {hint}")
         self.mode = mode
         self._iterables = iterables

@@ -7,7 +7,7 @@ from typing import Any
 
 from fulmen.data.loaders import record_arguments
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import overrides_method
 from fulmen.utilities.rank_zero import warn_once
 
 KINDS = ("train", "val", "test", "predict")
@@ -34,7 +34,7 @@ class Source:
 
     def is_defined(self) -> bool:
         """Was the argument given, or does the owner implement the hook?"""
-        return self.argument is not None or overridden(self.owner, self.hook_name, self.base)
+        return self.argument is not None or overrides_method(self.owner, self.hook_name, self.base)
 
     def request_loaders(self) -> Any:
         """The loader or loaders as the user gave them; a hook is called anew each time."""
@@ -71,8 +71,8 @@ class Sources:
 
     def transfer_owner(self, hook_name: str, module: object, datamodule: object = None) -> Any:
         """The object whose batch-transfer hook runs: the datamodule if it overrides the hook, else the module."""
-        in_module = overridden(module, hook_name, self.module_base)
-        if overridden(datamodule, hook_name, self.datamodule_base):
+        in_module = overrides_method(module, hook_name, self.module_base)
+        if overrides_method(datamodule, hook_name, self.datamodule_base):
             if in_module:
                 warn_once(
                     f"`{hook_name}` is overridden in both `LightningModule` and `LightningDataModule`: the latter's is used."
@@ -86,5 +86,5 @@ class Sources:
         """Let datamodule and module prepare their data, in one process of each node or of all, as each of them wants."""
         for owner, base in ((datamodule, self.datamodule_base), (module, self.module_base)):
             rank = local_rank if getattr(owner, "prepare_data_per_node", True) else global_rank
-            if rank == 0 and overridden(owner, "prepare_data", base):
+            if rank == 0 and overrides_method(owner, "prepare_data", base):
                 owner.prepare_data()

@@ -11,7 +11,7 @@ from torch import Tensor
 from fulmen.engine.precision import Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.introspection import overridden
+from fulmen.utilities.introspection import overrides_method
 
 if TYPE_CHECKING:
     from fulmen.data.sources import Sources
@@ -30,13 +30,13 @@ def compile_transfer(
 
     def overridden_hook(name: str) -> Callable[..., Any] | None:
         owner = sources.transfer_owner(name, module, datamodule)
-        return getattr(owner, name) if overridden(owner, name, base) else None
+        return getattr(owner, name) if overrides_method(owner, name, base) else None
 
     before = overridden_hook("on_before_batch_transfer")
     after = overridden_hook("on_after_batch_transfer")
     transfer = overridden_hook("transfer_batch_to_device")
-    convert = precision.convert_input if overridden(precision, "convert_input", Precision) else None
-    strategy_moves = overridden(strategy, "batch_to_device", Strategy)
+    convert = precision.convert_input if overrides_method(precision, "convert_input", Precision) else None
+    strategy_moves = overrides_method(strategy, "batch_to_device", Strategy)
     strategy.transfer = transfer or (lambda batch, device, _: move_data_to_device(batch, device))
     if not (before or transfer or after or convert or strategy_moves):
         return _host_batch if device.type == "cpu" else lambda batch, _: move_data_to_device(batch, device)

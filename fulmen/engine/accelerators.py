@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fulmen.utilities.errors import MisconfigurationException, suggestion
-from fulmen.utilities.optional import require
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_info
 
 
@@ -78,7 +78,7 @@ class _BuiltInAccelerator(Accelerator):
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
-        psutil = require("psutil", "to watch the load of this machine")
+        psutil = import_optional("psutil", "to watch the load of this machine")
         kind, memory, swap = "M1" if self.name() == "mps" else "cpu", psutil.virtual_memory(), psutil.swap_memory()
         found = {"": psutil.cpu_percent(), "vm_": memory.percent, "swap_": swap.percent}
         return {f"{kind}_{what}percent": value for what, value in found.items()}
@@ -215,7 +215,7 @@ class Registry(dict[str, dict[str, Any]]):
             cls, init_params = self[name][self.kind], self[name]["init_params"]
             return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(**init_params)
         if default is None:
-            raise KeyError(f"No {self.kind} {name!r} among {', '.join(sorted(self))}.{suggestion(name, self)}")
+            raise KeyError(f"No {self.kind} {name!r} among {', '.join(sorted(self))}.{suggest_name(name, self)}")
         return default
 
     remove = dict.__delitem__

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fulmen.engine.precision import HalfPrecision
-from fulmen.utilities.errors import suggestion
-from fulmen.utilities.optional import available, require
+from fulmen.utilities.errors import suggest_name
+from fulmen.utilities.optional import import_optional, is_installed
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -47,12 +47,12 @@ class BitsandbytesPrecision(HalfPrecision):
         ignore_modules: Iterable[str] | None = None,
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"`{mode=}` is none of {', '.join(map(repr, MODES))}.{suggestion(str(mode), MODES)}")
+            raise ValueError(f"`{mode=}` is none of {', '.join(map(repr, MODES))}.{suggest_name(str(mode), MODES)}")
         allowed = (torch.float16,) if mode.startswith("int8") else DTYPES
         if dtype is not None and dtype not in allowed:
             raise ValueError(f"`{mode=}` with `{dtype=}`: it computes in {' or '.join(map(str, allowed))}.")
         super().__init__()
-        self._package: Any = require("bitsandbytes", "for `BitsandbytesPrecision`", ">=0.46")
+        self._package: Any = import_optional("bitsandbytes", "for `BitsandbytesPrecision`", ">=0.46")
         if dtype is None:
             old_gpu = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.float16 if old_gpu or len(allowed) == 1 else torch.bfloat16
@@ -63,7 +63,7 @@ class BitsandbytesPrecision(HalfPrecision):
     def device_types(self) -> set[str]:
         """What the installed version runs on."""
         # Weights of 8 bits that train are evaluated by CUDA alone; on the CPU, versions before 0.49 crash the process.
-        only = self.mode == "int8-training" or not available("bitsandbytes", ">=0.49")
+        only = self.mode == "int8-training" or not is_installed("bitsandbytes", ">=0.49")
         return {"cuda"} if only else set(getattr(self._package, "supported_torch_devices", ("cpu", "cuda")))
 
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -71,7 +71,7 @@ class BitsandbytesPrecision(HalfPrecision):
         if any(isinstance(layer, own) for layer in modules.values()):
             return module  # made by `module_init_context`, by the user, or in an earlier run
         for name in self.ignore_modules - set(modules):
-            raise ValueError(f"`ignore_modules`: the model has no module {name!r}.{suggestion(name, modules)}")
+            raise ValueError(f"`ignore_modules`: the model has no module {name!r}.{suggest_name(name, modules)}")
         kept = tuple(f"{name}." for name in self.ignore_modules)
         linear = [m for name, m in modules.items() if type(m) is nn.Linear and not f"{name}.".startswith(kept)]
         if not linear:
@@ -205,7 +205,7 @@ def set_weights(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None
     else:
         scale = extra.get("SCB")
         if scale is None:
-            quantise = require("bitsandbytes", "to quantise weights").functional.int8_vectorwise_quant
+            quantise = import_optional("bitsandbytes", "to quantise weights").functional.int8_vectorwise_quant
             weight, scale, _ = quantise(weight.to(device, torch.float16))
         weight, scale = weight.to(device), scale.to(device)
         new = type(old)(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scale)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from fulmen.utilities.errors import PossibleUserWarning
-from fulmen.utilities.optional import available, require
+from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 12910
@@ -257,13 +257,13 @@ class MPIEnvironment(ClusterEnvironment):
     @staticmethod
     def detect() -> bool:
         """True with several MPI processes. MPI is started only if a variable of its launchers says so."""
-        if not any(name in os.environ for name in MPI_VARIABLES) or not available("mpi4py"):
+        if not any(name in os.environ for name in MPI_VARIABLES) or not is_installed("mpi4py"):
             return False
-        return require("mpi4py.MPI", "under MPI").COMM_WORLD.Get_size() > 1
+        return import_optional("mpi4py.MPI", "under MPI").COMM_WORLD.Get_size() > 1
 
     @cached_property
     def _world(self) -> Any:
-        return require("mpi4py.MPI", "for `MPIEnvironment`").COMM_WORLD
+        return import_optional("mpi4py.MPI", "for `MPIEnvironment`").COMM_WORLD
 
     @cached_property
     def _hosts(self) -> list[str]:

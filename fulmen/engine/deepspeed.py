@@ -22,7 +22,7 @@ from fulmen.engine.precision import HalfPrecision, Precision
 from fulmen.storage.async_io import unwrap_async_io
 from fulmen.storage.integrity import load_verified
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.optional import available, require
+from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import rank_zero_info
 
 SUPPORTED_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
@@ -105,7 +105,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         timeout: timedelta | None = timedelta(minutes=30), exclude_frozen_parameters: bool = False,
     ) -> None:  # fmt: skip
         given = dict(locals())
-        if not available("deepspeed"):
+        if not is_installed("deepspeed"):
             what = "`strategy='deepspeed'` needs the package `deepspeed`, which is not installed."
             raise MisconfigurationException(f"{what} Run `pip install deepspeed`, or use `strategy='fsdp'`.")
         super().__init__(
@@ -324,7 +324,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 ) -> dict[str, Any]:
     """Writes a folder of DeepSpeed as one file, which every strategy loads. Returns its content."""
     folder = ds_checkpoint_dir(checkpoint_dir, tag)
-    require("deepspeed", "to read its checkpoints")
+    import_optional("deepspeed", "to read its checkpoints")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     client = torch.load(os.path.join(folder, MODEL_STATES_FILE), map_location="cpu", weights_only=False)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from fulmen.engine.dtensor import is_dtensor
 from fulmen.engine.sharded import ShardedStrategy, materialize_layers
 from fulmen.engine.strategy import StrategyRegistry
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import mode_of_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -231,7 +231,7 @@ def parse_sharding_strategy(value: Any) -> str:
     if name not in SHARDING_STRATEGIES:
         known = ", ".join(repr(known) for known in SHARDING_STRATEGIES if not known.startswith("_"))
         raise ValueError(
-            f"`sharding_strategy={value!r}` is none of {known}.{suggestion(str(name), SHARDING_STRATEGIES)}"
+            f"`sharding_strategy={value!r}` is none of {known}.{suggest_name(str(name), SHARDING_STRATEGIES)}"
         )
     return name
 
@@ -240,7 +240,7 @@ def check_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Further arguments, after a word about those that mean nothing any more."""
     for name, value in kwargs.items():
         if name not in KNOWN_OPTIONS:
-            raise TypeError(f"`FSDPStrategy` has no argument `{name}`.{suggestion(name, KNOWN_OPTIONS)}")
+            raise TypeError(f"`FSDPStrategy` has no argument `{name}`.{suggest_name(name, KNOWN_OPTIONS)}")
         if name in REFUSED_OPTIONS and value is not None:
             raise ValueError(f"`FSDPStrategy({name}=...)`: `fully_shard` has no such option. {REFUSED_OPTIONS[name]}")
         why, fine = OBSOLETE_OPTIONS.get(name, ("", (value,)))

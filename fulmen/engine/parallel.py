@@ -19,7 +19,7 @@ from fulmen.supervision.reports import mark_reported, report_mark, write_stderr
 from fulmen.supervision.stack_sampler import error_location
 from fulmen.supervision.watchdog import connect_watchdog, limit_seconds
 from fulmen.utilities.errors import SIGTERMException
-from fulmen.utilities.introspection import alias
+from fulmen.utilities.introspection import alias_property
 from fulmen.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ class ParallelStrategy(Strategy, ABC):
     global_rank = property(lambda self: self._asked("global_rank", 0), doc="Index of this process over all nodes.")
     world_size = property(lambda self: self._asked("world_size", 1), doc="Processes over all nodes.")
     is_distributed = True
-    start_method = alias("_start_method", "How the processes start.")
-    timeout = alias("_timeout", "How long a process waits for the others.")
+    start_method = alias_property("_start_method", "How the processes start.")
+    timeout = alias_property("_timeout", "How long a process waits for the others.")
 
     def _asked(self, what: str, alone: int) -> int:
         return alone if self.cluster_environment is None else getattr(self.cluster_environment, what)()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fulmen.engine.stochastic_rounding import float32_stand_ins, step_in_float32
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import num_positional, overridden, takes_argument
+from fulmen.utilities.introspection import num_positional, overrides_method, takes_argument
 from fulmen.utilities.modules import total_norm
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Precision:
     @property
     def step_is_default(self) -> bool:
         """Whether applying the update is nothing but `optimizer.step()` after the gradients are finished."""
-        return not overridden(self, "optimizer_step", Precision)
+        return not overrides_method(self, "optimizer_step", Precision)
 
     def convert_module(self, module: Module) -> Module:
         """The module in the dtype of its weights."""
@@ -193,7 +193,7 @@ class MixedPrecision(Precision):
 
     @property
     def step_is_default(self) -> bool:
-        return self.scaler is None and not overridden(self, "optimizer_step", MixedPrecision)
+        return self.scaler is None and not overrides_method(self, "optimizer_step", MixedPrecision)
 
     @property
     def skipped(self) -> bool:

@@ -25,10 +25,10 @@ from fulmen.utilities.errors import (
     MisconfigurationException,
     PossibleUserWarning,
     describe_received,
-    nearest,
-    suggestion,
+    find_nearest_name,
+    suggest_name,
 )
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import is_installed
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 # The parts of a strategy that come as plugins; a `LayerSync` is none of them.
@@ -69,7 +69,7 @@ DEVICE_ABILITIES: dict[str, dict[str, tuple[Callable[[torch.device], bool], str]
     "mps": {
         "float64": (lambda device: False, "other devices"),
         "bfloat16": (lambda device: torch.backends.mps.is_macos_or_newer(14, 0), "macOS 14 and newer"),
-        "a loss scaler": (lambda device: available("torch", ">=2.8"), "torch 2.8 and newer"),
+        "a loss scaler": (lambda device: is_installed("torch", ">=2.8"), "torch 2.8 and newer"),
     },
 }
 # What a precision needs, and what to write instead.
@@ -293,7 +293,7 @@ def parse_precision(value: Any) -> str | None:
             )
         return name
     spelled = str(value).lower().removeprefix("torch.")
-    near = PRECISION_HINTS.get(spelled) or (nearest(spelled, names) if isinstance(value, str) else None)
+    near = PRECISION_HINTS.get(spelled) or (find_nearest_name(spelled, names) if isinstance(value, str) else None)
     hint = f" Did you mean `{near}`?" if near else ""
     raise ValueError(f"`precision={value!r}` is invalid. It must be one of {', '.join(map(repr, names))}.{hint}")
 
@@ -318,7 +318,9 @@ def _check_known(argument: str, value: Any, names: Sequence[str], kind: type) ->
         return value
     what = f"`{argument}` received {describe_received(value)}" if isinstance(value, type) else f"`{argument}={value!r}`"
     known = f"{', '.join(map(repr, names))}, or an instance of `{kind.__name__}`"
-    raise ValueError(f"{what} is an invalid {argument} name. It must be one of {known}.{suggestion(str(value), names)}")
+    raise ValueError(
+        f"{what} is an invalid {argument} name. It must be one of {known}.{suggest_name(str(value), names)}"
+    )
 
 
 def _plugins_by_kind(plugins: Any) -> dict[type, Any]:

@@ -14,7 +14,7 @@ from fulmen.engine.accelerators import Registry
 from fulmen.engine.precision import Precision
 from fulmen.storage.async_io import AsyncCheckpointIO
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.introspection import alias, overridden
+from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.keywords import KeywordHints
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Strategy(KeywordHints, ABC):
             "transfer": _move_batch,
         }  # without what a run put in
 
-    lightning_module = alias("_lightning_module", "The user's module, never wrapped.")
+    lightning_module = alias_property("_lightning_module", "The user's module, never wrapped.")
 
     @property
     @abstractmethod
@@ -163,12 +163,12 @@ class Strategy(KeywordHints, ABC):
 
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
-        return getattr(self if overridden(self, step_name, Strategy) else self._lightning_module, step_name)
+        return getattr(self if overrides_method(self, step_name, Strategy) else self._lightning_module, step_name)
 
     def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """The precision's context around a step; None if it has none, so that nothing is entered."""
         for name in (STEP_CONTEXTS.get(step_name, step_name) + "_context", "forward_context"):
-            if overridden(self.precision_plugin, name, Precision):
+            if overrides_method(self.precision_plugin, name, Precision):
                 return getattr(self.precision_plugin, name)
         return None
 
@@ -369,7 +369,7 @@ class SingleDeviceStrategy(Strategy):
         super().__init__(accelerator, checkpoint_io, precision_plugin)
         self._root_device = torch.device(device)
 
-    root_device = alias("_root_device", "The one device.")
+    root_device = alias_property("_root_device", "The one device.")
 
     def model_to_device(self) -> None:
         self.model.to(self._root_device)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fulmen.engine.precision import HalfPrecision
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import is_installed
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TransformerEnginePrecision(HalfPrecision):
         for name in ("weights_dtype", "fallback_compute_dtype"):
             if (dtype := getattr(self, name)) not in DTYPES:
                 raise ValueError(f"`{name}={dtype!r}`: Transformer Engine computes in {', '.join(map(str, DTYPES))}.")
-        if not available(PACKAGE, MINIMUM):
+        if not is_installed(PACKAGE, MINIMUM):
             what = f"`{PACKAGE}` {MINIMUM} is needed to compute in FP8 (on an NVIDIA GPU), but it is not installed."
             how = f"Run `pip install --no-build-isolation '{PACKAGE}[pytorch]{MINIMUM}'`, or use 'bf16-mixed'."
             raise ModuleNotFoundError(f"{what} {how}", name=PACKAGE)

@@ -6,7 +6,7 @@ import os
 from typing import Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_params
-from fulmen.utilities.optional import require
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import log, rank_zero_only
 
 
@@ -29,7 +29,7 @@ class CometLogger(ServiceLogger):
         experiment_key: str | None = None, mode: Literal["get_or_create", "get", "create"] | None = None,
         online: bool | None = None, prefix: str | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        require("comet_ml", "by `CometLogger`", minimum=">=3.44.4")
+        import_optional("comet_ml", "by `CometLogger`", minimum=">=3.44.4")
         super().__init__(prefix or "")
         renamed = {"project_name": "project", "experiment_name": "name", "save_dir": "offline_directory"}
         for old, new in renamed.items():

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_value
 from fulmen.storage.filesystem import local_path
-from fulmen.utilities.optional import require
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 MAX_NAME_LENGTH = 250
@@ -39,7 +39,7 @@ class MLFlowLogger(ServiceLogger):
         prefix: str = "", artifact_location: str | None = None, run_id: str | None = None,
         synchronous: bool | None = None,
     ) -> None:  # fmt: skip
-        require("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
+        import_optional("mlflow", "by `MLFlowLogger`", minimum="" if synchronous is None else ">=2.8.0")
         super().__init__(prefix, log_model)
         self._experiment_name = experiment_name
         self._run_name = run_name

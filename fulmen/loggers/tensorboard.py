@@ -11,7 +11,7 @@ import torch
 
 from fulmen.loggers.logger import FolderLogger, Params, as_dict, as_numbers, flatten_params, plain_value, write_yaml
 from fulmen.storage.filesystem import get_filesystem, is_remote
-from fulmen.utilities.optional import available, require
+from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 
@@ -33,9 +33,9 @@ class TensorBoardLogger(FolderLogger):
         sub_dir: str | os.PathLike | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         # Whichever of the two packages that write event files is installed.
-        self._import_wandb = "torch.utils.tensorboard" if available("tensorboard") else "tensorboardX"
-        if not available("tensorboardX"):
-            require("tensorboard", "by `TensorBoardLogger`")
+        self._import_wandb = "torch.utils.tensorboard" if is_installed("tensorboard") else "tensorboardX"
+        if not is_installed("tensorboardX"):
+            import_optional("tensorboard", "by `TensorBoardLogger`")
         super().__init__(save_dir, name, version, prefix)
         self._sub_dir = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph = log_graph

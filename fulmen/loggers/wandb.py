@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, plain_params, plain_value
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.optional import require
+from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 
@@ -145,4 +145,4 @@ class WandbLogger(ServiceLogger):
 
 
 def _import_wandb() -> Any:
-    return require("wandb", "by `WandbLogger`", minimum=">=0.12.10")
+    return import_optional("wandb", "by `WandbLogger`", minimum=">=0.12.10")

@@ -18,8 +18,13 @@ from fulmen.datamodule import LightningDataModule
 from fulmen.hooks import REMOVED_HOOKS
 from fulmen.loops.signatures import check_signatures
 from fulmen.module import LightningModule
-from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, is_one_letter_apart, nearest
-from fulmen.utilities.introspection import overridden, parameters_of, texts_compared_with
+from fulmen.utilities.errors import (
+    MisconfigurationException,
+    PossibleUserWarning,
+    find_nearest_name,
+    is_one_letter_apart,
+)
+from fulmen.utilities.introspection import overrides_method, parameters_of, texts_compared_with
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
@@ -46,7 +51,7 @@ def check_configuration(trainer: Trainer) -> None:
         check_stage_names(owner, base)
     kind, *signatures = NEEDED[verb.value]
     for signature in signatures:
-        if not overridden(module, signature.partition("(")[0], LightningModule):
+        if not overrides_method(module, signature.partition("(")[0], LightningModule):
             what = f"No `{signature.partition('(')[0]}()` method defined in {type(module).__name__}"
             raise MisconfigurationException(f"{what} to run `Trainer.{verb.value}`. Define `def {signature}`.")
     if verb == TrainerFn.PREDICTING:
@@ -68,7 +73,7 @@ def check_configuration(trainer: Trainer) -> None:
 def _check_predict_step(module: LightningModule) -> None:
     if not callable(module.predict_step):
         raise MisconfigurationException("`predict_step` cannot be None to run `Trainer.predict`. Define it.")
-    if not any(overridden(module, method, LightningModule) for method in ("predict_step", "forward", "__call__")):
+    if not any(overrides_method(module, method, LightningModule) for method in ("predict_step", "forward", "__call__")):
         what = f"`Trainer.predict` calls `predict_step`, which calls `forward`: {type(module).__name__} has neither."
         raise MisconfigurationException(f"{what} Define `def predict_step(self, batch, batch_idx)`.")
 
@@ -102,7 +107,7 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
         if batches != 1:
             fix = f"`Trainer(accumulate_grad_batches={batches})`, and step every so many batches yourself."
             raise MisconfigurationException(f"Automatic gradient accumulation {why} {fix}")
-    has_step = overridden(module, "validation_step", LightningModule)
+    has_step = overrides_method(module, "validation_step", LightningModule)
     has_loader = trainer.sources.source_of("val").is_defined()
     if has_loader and not has_step:
         rank_zero_warn(f"There are validation batches, but {name} has no `validation_step`: nothing is validated.")
@@ -123,7 +128,8 @@ def hint_at_eval_mode(module: nn.Module) -> None:
 
 def check_monitors(trainer: Trainer) -> None:
     """Before the first batch: raises if something monitors what only a validation could log that will not run."""
-    module, written = trainer.lightning_module, overridden(trainer.lightning_module, "validation_step", LightningModule)
+    module = trainer.lightning_module
+    written = overrides_method(module, "validation_step", LightningModule)
     given = trainer.sources.source_of("val").is_defined()
     if written is given or trainer.fast_dev_run:  # without both, other hooks may validate in their own way
         return
@@ -165,7 +171,7 @@ def check_hook_names(owner: object, base: type) -> None:
     hooks = {name for name in dir(base) if _HOOK_NAME.fullmatch(name)}
 
     def is_missing(hook: str) -> bool:
-        return not overridden(owner, hook, base)
+        return not overrides_method(owner, hook, base)
 
     for cls in type(owner).__mro__:
         if cls.__module__.startswith(("fulmen.", "torch")) or cls is object:
@@ -260,14 +266,14 @@ def hint_at_modes(callbacks: Iterable[Callback]) -> None:
 def check_stage_names(owner: Any, base: type) -> None:
     """Warns of a `setup` or `teardown` that asks for a stage which there is not: it would silently do nothing."""
     for hook in ("setup", "teardown"):
-        if not overridden(owner, hook, base):
+        if not overrides_method(owner, hook, base):
             continue
         method = getattr(owner, hook)
         names = [parameter.name for parameter in parameters_of(method)]
         compared = texts_compared_with(method, names[-1] if names else "stage")
         served = set().union(*compared)
         for text in sorted(text for texts in compared if not texts & set(STAGES) for text in texts):
-            meant = _USUAL_STAGES.get(text.lower()) or nearest(text, STAGES)
+            meant = _USUAL_STAGES.get(text.lower()) or find_nearest_name(text, STAGES)
             if meant in served:  # both spellings are
                 continue
             what = f"`{type(owner).__name__}.{hook}` compares `stage` with {text!r}, which it never is."

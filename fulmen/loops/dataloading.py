@@ -12,7 +12,7 @@ from fulmen.data.loader_state import is_map_style
 from fulmen.data.transfer import compile_transfer
 from fulmen.hooks import DataHooks
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.introspection import by_signature, takes_argument
+from fulmen.utilities.introspection import adapt_to_signature, takes_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -117,7 +117,7 @@ def bind_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable
     step = strategy.bind_step(name)
     if name == "training_step" and strategy.buffers is not None:
         step = strategy.buffers.sync_before(step)
-    step = by_signature(step, method, arguments)
+    step = adapt_to_signature(step, method, arguments)
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 
 

@@ -11,7 +11,7 @@ from fulmen.hooks import HOOKS, nothing
 from fulmen.loops.signatures import names_of
 from fulmen.module import LightningModule
 from fulmen.profilers.profiler import measured
-from fulmen.utilities.introspection import by_signature, is_overridden, overridden
+from fulmen.utilities.introspection import adapt_to_signature, is_overridden, overrides_method
 from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class HookPlan:
                     partial(_bind_listener(party, name, base), *given),
                 )
                 for party in parties
-                if overridden(party, name, base)
+                if overrides_method(party, name, base)
             ]
 
         for hook in HOOKS:
@@ -88,7 +88,7 @@ def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., 
     code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
     if code is None or not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
         return method
-    return by_signature(method, method, names)
+    return adapt_to_signature(method, method, names)
 
 
 def _bind_listener(party: Any, name: str, base: type) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from fulmen.module import LightningModule
 from fulmen.optimizers import NoOptimizer
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import is_generator, overridden, returns_nothing, takes_argument
+from fulmen.utilities.introspection import is_generator, overrides_method, returns_nothing, takes_argument
 from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn, warn_once
 
@@ -50,16 +50,16 @@ class Optimization:
         self.precision = self.strategy.precision_plugin
         self.training_step: Callable[[Any, int], Any] = bind_step(trainer, "training_step", ("batch", "batch_idx"))
         self.context = self.strategy.step_context("training_step")
-        self.after_step = overridden(self.strategy, "post_training_step", Strategy)
+        self.after_step = overrides_method(self.strategy, "post_training_step", Strategy)
         self.checked = False  # the first output is looked at closely, later ones only by type
         self.stepped = True  # whether the last batch ended with an optimizer step
-        self.unscale = overridden(self.precision, "unscale_gradients", Precision)
+        self.unscale = overrides_method(self.precision, "unscale_gradients", Precision)
         self.mixed = isinstance(self.precision, MixedPrecision)
-        self.overrides_backward = overridden(self.module, "backward", LightningModule)
+        self.overrides_backward = overrides_method(self.module, "backward", LightningModule)
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
         parts = ((self.strategy, Strategy), (self.precision, Precision))
-        self.plain_backward = not any(overridden(part, verb, base) for part, base in parts for verb in verbs)
+        self.plain_backward = not any(overrides_method(part, verb, base) for part, base in parts for verb in verbs)
         self.strategy.run_backward = self.backward_with_hooks
         for optimizer in trainer.lightning_optimizers:
             optimizer._run_step = self.run_optimizer
@@ -202,9 +202,9 @@ class AutomaticOptimization(Optimization):
         self.expects_loss = progress.batches == 0 and not isinstance(self.optimizer, NoOptimizer)
         self.expects_loss &= not takes_argument(module.training_step, "dataloader_iter", explicit=True)
         self.windows_without_loss = 0
-        self.overrides_zero_grad = overridden(module, "optimizer_zero_grad", LightningModule)
-        self.overrides_clipping = overridden(module, "configure_gradient_clipping", LightningModule)
-        overrides_step = overridden(module, "optimizer_step", LightningModule) or trainer.profiler.active
+        self.overrides_zero_grad = overrides_method(module, "optimizer_zero_grad", LightningModule)
+        self.overrides_clipping = overrides_method(module, "configure_gradient_clipping", LightningModule)
+        overrides_step = overrides_method(module, "optimizer_step", LightningModule) or trainer.profiler.active
         self.direct = steps_directly(self.optimizer, self.strategy) and not overrides_step
         label = f"[LightningModule]{type(module).__name__}.optimizer_step"
         self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
@@ -652,6 +652,6 @@ def steps_directly(optimizer: Optimizer, strategy: Strategy) -> bool:
         type(optimizer).__module__.startswith("torch.optim")
         and not isinstance(optimizer, torch.optim.LBFGS)
         and not getattr(optimizer, "_optimizer_step_pre_hooks", None)
-        and not overridden(strategy, "optimizer_step", Strategy)
+        and not overrides_method(strategy, "optimizer_step", Strategy)
         and strategy.precision_plugin.step_is_default
     )

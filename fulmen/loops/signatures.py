@@ -11,7 +11,7 @@ from fulmen.callbacks.callback import Callback
 from fulmen.datamodule import LightningDataModule
 from fulmen.hooks import HOOKS
 from fulmen.module import LightningModule
-from fulmen.utilities.introspection import overridden, taken, takes_argument
+from fulmen.utilities.introspection import match_parameters, overrides_method, takes_argument
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
@@ -38,7 +38,9 @@ def check_signatures(trainer: Trainer) -> None:
     module, verb = trainer.lightning_module, str(trainer.state.fn.value)  # type: ignore[union-attr]
     for name in STEPS[verb]:
         method = getattr(module, name)
-        if overridden(module, name, LightningModule) and not takes_argument(method, "dataloader_iter", explicit=True):
+        if overrides_method(module, name, LightningModule) and not takes_argument(
+            method, "dataloader_iter", explicit=True
+        ):
             names = names_of(
                 LightningModule, "on_train_batch_start" if name == "training_step" else "on_test_batch_start"
             )
@@ -46,7 +48,7 @@ def check_signatures(trainer: Trainer) -> None:
     parties: list[tuple[Any, type]] = [(module, LightningModule), (trainer.datamodule, LightningDataModule)]
     for owner, base in parties + [(callback, Callback) for callback in trainer.callbacks]:
         for hook in HOOKS:
-            if hasattr(base, hook.name) and overridden(owner, hook.name, base):
+            if hasattr(base, hook.name) and overrides_method(owner, hook.name, base):
                 names = names_of(base, hook.name)
                 needed = tuple(name for name in names if name != _LOADER)
                 _check(owner, hook.name, getattr(owner, hook.name), names, needed)
@@ -57,7 +59,7 @@ def _check(owner: Any, name: str, method: Callable, names: Sequence[str], needed
         signature = inspect.signature(method)
     except (TypeError, ValueError):
         return
-    positions, named = taken(method, names)
+    positions, named = match_parameters(method, names)
     missing = [given for given in needed if given not in named and names.index(given) not in positions]
     problem = f"it takes no `{missing[0]}`" if missing else None
     if problem is None:

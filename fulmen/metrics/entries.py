@@ -20,7 +20,7 @@ from fulmen.metrics.torchmetrics_state import (
     without_sync,
 )
 from fulmen.metrics.values import Value, check_value, copy_to_host, reduced_dtype
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
@@ -491,7 +491,7 @@ def _reduction_name(name: str, reduce_fx: str | Callable[..., Any]) -> str:
     reduction = REDUCTIONS.get(key) if isinstance(key, str) or callable(key) else None
     if reduction is None:
         hint = (
-            suggestion(key, [known for known in REDUCTIONS if isinstance(known, str)]) if isinstance(key, str) else ""
+            suggest_name(key, [known for known in REDUCTIONS if isinstance(known, str)]) if isinstance(key, str) else ""
         )
         raise MisconfigurationException(
             f"`self.log('{name}', ..., reduce_fx={reduce_fx!r})`: this reduction is not known.{hint} "

@@ -30,7 +30,7 @@ from fulmen.metrics.values import (
     scalar_tensor,
 )
 from fulmen.utilities.collections import extract_batch_size
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.rank_zero import warn_once
 
 # A value that can be read now, under the name it has now; a plain tuple, as many are made.
@@ -475,6 +475,6 @@ def explain_missing_metric(book: LogBook, asked_by: str, name: str, known: Itera
             what = f"{asked_by}: `{name}` is not available: it has the values of single steps in `{hook}`."
             return f"{what} Over the epoch there is {entry.epoch_name!r}. Monitor that."
     there = list(known)
-    what = f"{asked_by}: `{name}` is not available, as no such name was logged.{suggestion(name, there)} There are {there}."
+    what = f"{asked_by}: `{name}` is not available, as no such name was logged.{suggest_name(name, there)} There are {there}."
     fix = f"Call `self.log({name!r}, value)` in the LightningModule, in every epoch in which it is looked at,"
     return f"{what} {fix} or monitor one of these names."

@@ -6,8 +6,8 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from fulmen.utilities.console import encodable, rich_console, text_table
-from fulmen.utilities.optional import available
+from fulmen.utilities.console import escape_unencodable, format_table, get_rich_console
+from fulmen.utilities.optional import is_installed
 from fulmen.utilities.seed import isolate_rng
 
 _LOADER_SUFFIX = re.compile(r"/dataloader_idx_\d+$")
@@ -19,12 +19,12 @@ def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
     columns = result_columns(results, verb)
     if not columns[0][1]:
         return
-    if not available("rich", ">=10.2.2"):
-        return print(encodable(text_table(columns), sys.stdout))
+    if not is_installed("rich", ">=10.2.2"):
+        return print(escape_unencodable(format_table(columns), sys.stdout))
     from rich.table import Table
 
-    console = rich_console()
-    columns = [(header, [encodable(cell, console) for cell in cells]) for header, cells in columns]
+    console = get_rich_console()
+    columns = [(header, [escape_unencodable(cell, console) for cell in cells]) for header, cells in columns]
     names, *loaders = columns
     name_width, *widths = (max(map(len, [header, *cells])) + 3 for header, cells in columns)
     name_width = min(name_width, console.width - max(widths) - 1)

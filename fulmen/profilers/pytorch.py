@@ -15,7 +15,7 @@ from torch.profiler import ProfilerAction
 
 from fulmen.profilers.profiler import Profiler
 from fulmen.storage.filesystem import ensure_dir
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 WAIT = 1
@@ -60,7 +60,7 @@ class PyTorchProfiler(Profiler):
         self._record_module_names = record_module_names
         self._sort_by_key = sort_by_key or ("cuda_time_total" if torch.cuda.is_available() else "cpu_time_total")
         if self._sort_by_key not in (columns := self.AVAILABLE_SORT_KEYS):
-            hint = suggestion(self._sort_by_key, columns)
+            hint = suggest_name(self._sort_by_key, columns)
             raise MisconfigurationException(f"`{sort_by_key=}` is not a column.{hint} Use one of {sorted(columns)}.")
         allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
         for key in set(table_kwargs or ()) - allowed:

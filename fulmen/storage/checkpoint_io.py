@@ -19,7 +19,7 @@ from fulmen.storage.atomic import finish_interrupted_rename, remove_whole
 from fulmen.storage.filesystem import atomic_write, ensure_dir, get_filesystem, is_remote, local_path, modified_ns
 from fulmen.storage.integrity import DamagedCheckpointError, damage_error, load_verified, save_with_digest, verify_file
 from fulmen.storage.sharded import META, check_shards, is_dcp_folder, is_sharded, read_all
-from fulmen.utilities.errors import suggestion
+from fulmen.utilities.errors import suggest_name
 
 
 class CheckpointIO(ABC):
@@ -209,7 +209,7 @@ def _what_is_there_instead(files: Any, path: str) -> str:
     names = [os.path.basename(str(entry).rstrip("/")) for entry in files.ls(folder or os.curdir, detail=False)]
     others = [other for other in names if os.path.splitext(other)[1] in (os.path.splitext(name)[1], ".ckpt")]
     found = f" The folder has {', '.join(others[:8]) or 'no checkpoints'}."
-    return f"The checkpoint {path!r} does not exist.{suggestion(name, names) or found}"
+    return f"The checkpoint {path!r} does not exist.{suggest_name(name, names) or found}"
 
 
 def _first_unpicklable(value: object, name: str = "checkpoint") -> str:

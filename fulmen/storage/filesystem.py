@@ -12,7 +12,7 @@ from operator import methodcaller
 from typing import IO, Any
 
 from fulmen.storage.atomic import flush_folder, flush_to_disk, lock_file, temporary_name
-from fulmen.utilities.optional import require
+from fulmen.utilities.optional import import_optional
 
 _LOCAL_SCHEMES = ("file://", "local://")
 
@@ -74,7 +74,7 @@ class LocalFiles:
 def get_filesystem(path: str | os.PathLike) -> Any:
     """The file system that holds ``path``: ours for local paths, fsspec's (imported now) for URLs."""
     if is_remote(path):
-        return require("fsspec", f"to reach `{path}`").core.url_to_fs(os.fspath(path))[0]
+        return import_optional("fsspec", f"to reach `{path}`").core.url_to_fs(os.fspath(path))[0]
     return LocalFiles()
 
 

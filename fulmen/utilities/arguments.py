@@ -57,22 +57,22 @@ def collect_init_args(
 
 def lightning_hasattr(model: Any, attribute: str) -> bool:
     """Does the module have the attribute, or its hyper-parameters, or its trainer's datamodule or theirs?"""
-    return any(_holders(model, attribute))
+    return any(_find_holders(model, attribute))
 
 
 def lightning_getattr(model: Any, attribute: str) -> Any:
     """The attribute from where `lightning_hasattr` looks; the last of the places wins."""
-    holder = [None, *_holders(model, attribute)][-1]
+    holder = [None, *_find_holders(model, attribute)][-1]
     if holder is None:
-        raise _nowhere(model, attribute)
+        raise _missing_attribute(model, attribute)
     return holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute)
 
 
 def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
     """Sets the attribute in all places that have it."""
-    holders = list(_holders(model, attribute))
+    holders = list(_find_holders(model, attribute))
     if not holders:
-        raise _nowhere(model, attribute)
+        raise _missing_attribute(model, attribute)
     for holder in holders:
         if isinstance(holder, dict):
             holder[attribute] = value
@@ -80,7 +80,7 @@ def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
             setattr(holder, attribute, value)
 
 
-def _holders(model: Any, attribute: str) -> Iterator[Any]:
+def _find_holders(model: Any, attribute: str) -> Iterator[Any]:
     datamodule = getattr(getattr(model, "_trainer", None), "datamodule", None)
     for owner in (model, datamodule):
         if owner is not None and hasattr(owner, attribute):
@@ -91,6 +91,6 @@ def _holders(model: Any, attribute: str) -> Iterator[Any]:
             yield hparams
 
 
-def _nowhere(model: Any, attribute: str) -> AttributeError:
+def _missing_attribute(model: Any, attribute: str) -> AttributeError:
     places = "it, its `hparams`, its datamodule and the `hparams` of that"
     return AttributeError(f"`{attribute}` is not an attribute of {type(model).__name__}. Looked for in {places}.")

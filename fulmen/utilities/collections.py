@@ -64,12 +64,12 @@ def apply_to_collection(
 ) -> Any:
     """The same nesting with ``function(item, *args, **kwargs)`` for each ``dtype`` that is not a ``wrong_dtype``."""
 
-    def walk(item: Any) -> Any:
+    def apply_below(item: Any) -> Any:
         if isinstance(item, dtype) and (wrong_dtype is None or not isinstance(item, wrong_dtype)):
             return function(item, *args, **kwargs)
-        return map_children(item, walk)
+        return map_children(item, apply_below)
 
-    return walk(data)
+    return apply_below(data)
 
 
 def move_data_to_device(batch: Any, device: str | torch.device | int) -> Any:
@@ -80,21 +80,21 @@ def move_data_to_device(batch: Any, device: str | torch.device | int) -> Any:
     if not isinstance(device, torch.device):
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     # To CPU and MPS, the host could read a buffer that has not arrived yet.
-    return _moved(batch, device, device.type not in ("cpu", "mps"))
+    return _move_item(batch, device, device.type not in ("cpu", "mps"))
 
 
-def _moved(item: Any, device: torch.device, asynchronous: bool) -> Any:
+def _move_item(item: Any, device: torch.device, asynchronous: bool) -> Any:
     if isinstance(item, Tensor):
         return item.to(device, non_blocking=asynchronous)
     # The usual batches first: this runs for every batch.
     if type(item) is list or type(item) is tuple:
-        return type(item)([_moved(child, device, asynchronous) for child in item])
+        return type(item)([_move_item(child, device, asynchronous) for child in item])
     if type(item) is dict:
-        return {key: _moved(child, device, asynchronous) for key, child in item.items()}
+        return {key: _move_item(child, device, asynchronous) for key, child in item.items()}
     if not isinstance(item, type) and callable(getattr(item, "to", None)):
         moved = item.to(device)
         return item if moved is None else moved
-    return map_children(item, lambda child: _moved(child, device, asynchronous))
+    return map_children(item, lambda child: _move_item(child, device, asynchronous))
 
 
 def _batch_sizes(batch: Any) -> Iterator[int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def text_table(columns: Sequence[tuple[str, Sequence[str]]]) -> str:
+def format_table(columns: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Columns, each with its header, as lines of text between two rules."""
     widths = [max(map(len, [header, *cells])) for header, cells in columns]
     rows = zip(*([header, *cells] for header, cells in columns))
@@ -25,7 +25,7 @@ def get_human_readable_count(number: int) -> str:
     return f"{text} {' KMBT'[power]}"
 
 
-def rich_console() -> Any:
+def get_rich_console() -> Any:
     """A console on the standard output; in a log file tables keep their full width and have no colours."""
     from rich import get_console
     from rich.console import Console
@@ -36,7 +36,7 @@ def rich_console() -> Any:
     return Console(file=sys.stdout, width=160)  # nobody can say how wide the page is
 
 
-def encodable(text: str, stream: Any) -> str:
+def escape_unencodable(text: str, stream: Any) -> str:
     """The text with escapes for what a stream cannot encode: a name of a metric shall not end a run."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

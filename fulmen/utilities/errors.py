@@ -52,16 +52,16 @@ def describe_received(value: Any) -> str:
     return f"{text}, {'an' if type(value).__name__[0] in 'aeiouAEIOU' else 'a'} {type(value).__name__}"
 
 
-def nearest(name: str, choices: Iterable[str]) -> str | None:
+def find_nearest_name(name: str, choices: Iterable[str]) -> str | None:
     """The choice spelled most like ``name``, or None when nothing comes close."""
     by_lower = {choice.lower(): choice for choice in choices}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return by_lower[found[0]] if found else None
 
 
-def suggestion(name: str, choices: Iterable[str]) -> str:
+def suggest_name(name: str, choices: Iterable[str]) -> str:
     """A sentence to append to an error about an unknown name (with its leading space), or an empty string."""
-    found = nearest(name, choices)
+    found = find_nearest_name(name, choices)
     return f" Did you mean `{found}`?" if found else ""
 
 

@@ -23,7 +23,7 @@ def _plain_function(attribute: Any) -> Any:
     return getattr(attribute, "__func__", attribute)
 
 
-def overridden(obj: Any, name: str, base: type) -> bool:
+def overrides_method(obj: Any, name: str, base: type) -> bool:
     """Does ``obj`` (None does not) answer to ``name``, on class or instance, with another function than ``base``'s?"""
     attribute = getattr(obj, name, None) if obj is not None else None
     return callable(attribute) and _plain_function(attribute) is not _plain_function(getattr(base, name, None))
@@ -41,7 +41,7 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
         if not ours:
             raise ValueError(f"`{type(instance).__name__}` is of no fulmen class. Give a `parent` to compare with.")
         parent = next((cls for cls in ours if method_name in vars(cls)), ours[0])
-    return hasattr(parent, method_name) and overridden(instance, method_name, parent)
+    return hasattr(parent, method_name) and overrides_method(instance, method_name, parent)
 
 
 def is_generator(fn: Callable) -> bool:
@@ -84,7 +84,7 @@ def num_positional(fn: Callable) -> float:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in found)
 
 
-def taken(fn: Callable, names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+def match_parameters(fn: Callable, names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
     """How ``fn`` takes arguments of these names: the places of those by position, and of those by name only.
 
     What it does not take at all is in neither. Positions count; names matter to keyword-only parameters and ``**kwargs``.
@@ -97,12 +97,12 @@ def taken(fn: Callable, names: Sequence[str]) -> tuple[list[int], dict[str, int]
     return others[:capacity], {name: i for i, name in enumerate(names) if name in by_name or i in left}
 
 
-def by_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Callable:
+def adapt_to_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Callable:
     """``call`` for arguments of these names by position, which gets them as the signature of ``fn`` takes them.
 
     What ``fn`` does not take is left out; that of a function which cannot be inspected gets everything.
     """
-    positions, named = taken(fn, names)
+    positions, named = match_parameters(fn, names)
     if len(positions) == len(names) or not parameters_of(fn):
         return call
     if not named and positions == [0]:
@@ -113,7 +113,7 @@ def by_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Callable
     )
 
 
-def alias(path: str, doc: str) -> Any:
+def alias_property(path: str, doc: str) -> Any:
     """A property that forwards to an attribute of a part (`"strategy.world_size"`), for reading and writing."""
     part, _, name = path.rpartition(".")
     part_of = operator.attrgetter(part) if part else lambda obj: obj

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from fulmen.utilities.errors import is_one_letter_apart, suggestion
+from fulmen.utilities.errors import is_one_letter_apart, suggest_name
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def unexpected_keyword(function: Any, name: str, known: Iterable[str]) -> TypeError:
     """The error for a keyword that the function does not take."""
     what = f"{function.__qualname__}() got an unexpected keyword argument '{name}'."
-    return TypeError(what + suggestion(name, known))
+    return TypeError(what + suggest_name(name, known))
 
 
 class KeywordHints:
@@ -24,10 +24,10 @@ class KeywordHints:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("fulmen.") and "__init__" in vars(cls):
-            cls.__init__ = _checked(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _check_keywords(cls.__init__)  # type: ignore[method-assign]
 
 
-def _checked(init: Function) -> Function:
+def _check_keywords(init: Function) -> Function:
     parameters = inspect.signature(init).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)

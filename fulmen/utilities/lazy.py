@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-from fulmen.utilities.errors import nearest, suggestion
+from fulmen.utilities.errors import find_nearest_name, suggest_name
 
 
 def has_module(name: str) -> bool:
@@ -64,7 +64,7 @@ def missing_name(module: Any, name: str, known: Iterable[str], asked_from: Frame
     Python replaces the AttributeError of ``from module import name`` by an error of its own, so that statement gets
     the final one.
     """
-    hint = "" if name.startswith("__") else suggestion(name, known)
+    hint = "" if name.startswith("__") else suggest_name(name, known)
     here = asked_from.f_code.co_code[asked_from.f_lasti] if asked_from.f_lasti >= 0 else None
     if here == opcode.opmap["IMPORT_FROM"]:
         path = getattr(module, "__file__", None)
@@ -82,5 +82,5 @@ def missing_module(name: str, asked_from: FrameType) -> ModuleNotFoundError | No
     if asked_from.f_code.co_name != "_find_and_load_unlocked":
         return None
     known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", []))]
-    hint = suggestion(name, [f"{package}.{module}" for module in known if nearest(last, [module])])
+    hint = suggest_name(name, [f"{package}.{module}" for module in known if find_nearest_name(last, [module])])
     return ModuleNotFoundError(f"No module named {name!r}.{hint}", name=name) if hint else None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from fulmen.utilities.collections import move_data_to_device
+from fulmen.utilities.console import format_table
 from fulmen.utilities.console import get_human_readable_count as get_human_readable_count
-from fulmen.utilities.console import text_table
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.rank_zero import warn_once
 
@@ -21,7 +21,7 @@ from fulmen.utilities.rank_zero import warn_once
 __path__: list[str] = []
 
 
-def _short(number: int) -> str:
+def _format_count(number: int) -> str:
     return get_human_readable_count(number).strip()
 
 
@@ -195,43 +195,45 @@ class ModelSummary:
             " ": [str(index) for index in range(len(self.layer_names))],
             "Name": self.layer_names,
             "Type": self.layer_types,
-            "Params": [_short(number) for number in self.param_nums],
+            "Params": [_format_count(number) for number in self.param_nums],
             "Mode": ["train" if training else "eval" for training in self.training_modes],
-            "FLOPs": [_short(sum(operations.values())) for operations in self.flop_counts.values()],
+            "FLOPs": [_format_count(sum(operations.values())) for operations in self.flop_counts.values()],
         }
         if self._has_example:
             table["In sizes"] = [str(size) for size in self.in_sizes]
             table["Out sizes"] = [str(size) for size in self.out_sizes]
         in_layers = {parameter for _, part in self.named_modules for parameter in part.parameters()}
         if rest := count_parameters(p for p in self._model.parameters() if p not in in_layers):
-            other = {" ": " ", "Name": "other params", "Params": _short(rest)}
+            other = {" ": " ", "Name": "other params", "Params": _format_count(rest)}
             for header, cells in table.items():
                 cells.append(other.get(header, "n/a"))
         return list(table.items())
 
     def __str__(self) -> str:
         numbers = (self.total_parameters, self.trainable_parameters, self.model_size)
-        return with_totals(self.columns(), *numbers, self.total_training_modes, self.total_flops)
+        return format_summary(self.columns(), *numbers, self.total_training_modes, self.total_flops)
 
     __repr__ = __str__
 
 
-def totals(total: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int) -> list[tuple[str, str]]:
+def label_totals(
+    total: int, trainable: int, megabytes: float, modes: dict[str, int], flops: int
+) -> list[tuple[str, str]]:
     """The lines below the table: what is counted, and the number."""
     return [
-        ("Trainable params", _short(trainable)),
-        ("Non-trainable params", _short(total - trainable)),
-        ("Total params", _short(total)),
+        ("Trainable params", _format_count(trainable)),
+        ("Non-trainable params", _format_count(total - trainable)),
+        ("Total params", _format_count(total)),
         ("Total estimated model params size (MB)", get_formatted_model_size(megabytes)),
         ("Modules in train mode", str(modes["train"])),
         ("Modules in eval mode", str(modes["eval"])),
-        ("Total Flops", _short(flops)),
+        ("Total Flops", _format_count(flops)),
     ]
 
 
-def with_totals(columns: list[tuple[str, list[str]]], *numbers: Any) -> str:
-    """The table as text, with the `totals` of ``numbers`` below it."""
-    return "\n".join([text_table(columns), *(f"{number:<10}{label}" for label, number in totals(*numbers))])
+def format_summary(columns: list[tuple[str, list[str]]], *numbers: Any) -> str:
+    """The table as text, with the `label_totals` of ``numbers`` below it."""
+    return "\n".join([format_table(columns), *(f"{number:<10}{label}" for label, number in label_totals(*numbers))])
 
 
 def summarize(lightning_module: nn.Module, max_depth: int = 1) -> ModelSummary:

@@ -22,14 +22,16 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
         raise ValueError(f"`norm_type={norm_type}` is no norm. Use a positive number or 'inf' (the largest element).")
     key = f"grad_{order}_norm"
     gradients = ((name, parameter.grad) for name, parameter in module.named_parameters())
-    norms = {f"{key}{group_separator}{name}": _norm(g.detach(), order) for name, g in gradients if g is not None}
+    norms = {
+        f"{key}{group_separator}{name}": _gradient_norm(g.detach(), order) for name, g in gradients if g is not None
+    }
     if norms:
         device = next(iter(norms.values())).device
         norms[f"{key}_total"] = torch.stack([norm.to(device) for norm in norms.values()]).norm(order)
     return norms
 
 
-def _norm(gradient: Tensor, order: float) -> Any:
+def _gradient_norm(gradient: Tensor, order: float) -> Any:
     norm: Any = gradient.norm(order)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # every process asks
 
@@ -86,11 +88,11 @@ def capture_modes(module: nn.Module) -> Callable[[], None]:
     """Remember train or eval of every sub-module; the returned function puts it back."""
     modes = [(part, part.training) for part in module.modules()]
 
-    def restore() -> None:
+    def restore_modes() -> None:
         for part, training in modes:
             part.training = training
 
-    return restore
+    return restore_modes
 
 
 def capture_buffers(module: nn.Module) -> Callable[[], None]:
@@ -99,11 +101,11 @@ def capture_buffers(module: nn.Module) -> Callable[[], None]:
     kept = [(owner, name, buffer, buffer.detach().clone()) for owner, name, buffer in slots if buffer is not None]
 
     @torch.no_grad()
-    def restore() -> None:
+    def restore_buffers() -> None:
         for owner, name, buffer, value in kept:
             owner[name] = buffer.copy_(value)
 
-    return restore
+    return restore_buffers
 
 
 def modules_in_eval(module: nn.Module) -> list[str]:
@@ -195,13 +197,13 @@ def to_uncompiled(model: Any) -> nn.Module:
     module = model._orig_mod if is_compiled(model) else model
     if module is model and "_compiler_ctx" not in vars(module):
         raise ValueError(f"`{type(model).__name__}` is not compiled. Nothing needs to be undone, use it as it is.")
-    before = uncompiled(vars(module))
+    before = undo_compilation(vars(module))
     vars(module).clear()
     vars(module).update(before)
     return module
 
 
-def uncompiled(state: dict[str, Any]) -> dict[str, Any]:
+def undo_compilation(state: dict[str, Any]) -> dict[str, Any]:
     """A copy of `vars(module)`, as it was before `from_compiled`."""
     context = state.get("_compiler_ctx", {"steps": (), "before": {}})
     kept = {key: value for key, value in state.items() if key not in (*context["steps"], "_compiler_ctx")}

@@ -13,34 +13,34 @@ from types import ModuleType
 from fulmen.utilities.seed import isolate_rng
 
 
-def _distribution(package: str) -> str:
+def _distribution_name(package: str) -> str:
     """What is installed to have the package."""
     top = package.partition(".")[0]
     return {"comet_ml": "comet-ml", "sklearn": "scikit-learn", "yaml": "PyYAML"}.get(top, top)
 
 
-def _release(version: str) -> list[int]:
+def _parse_release(version: str) -> list[int]:
     """The leading numbers of a version: ``"2.1.post3+cu118"`` is [2, 1, 0]. Enough to compare minimum versions."""
     numbers = [int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0])]
     return numbers + [0] * (3 - len(numbers))
 
 
 @functools.cache
-def available(package: str, minimum: str = "") -> bool:
+def is_installed(package: str, minimum: str = "") -> bool:
     """Can ``package`` be imported, in a version such as ``">=10.2.2"``? The package itself is not imported."""
     try:
         found = importlib.util.find_spec(package) is not None
-        version = importlib.metadata.version(_distribution(package)) if found and minimum else ""
+        version = importlib.metadata.version(_distribution_name(package)) if found and minimum else ""
     except (ImportError, ValueError):  # a parent is missing, or nobody knows the version
         return False
-    return found and _release(version) >= _release(minimum.lstrip("> ="))
+    return found and _parse_release(version) >= _parse_release(minimum.lstrip("> ="))
 
 
-def require(package: str, why: str, minimum: str = "") -> ModuleType:
+def import_optional(package: str, why: str, minimum: str = "") -> ModuleType:
     """Import an optional package, or raise an error with the line that installs it; it "is needed ``why``"."""
-    if not available(package, minimum):
+    if not is_installed(package, minimum):
         missing = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
-        fix = f'Run `pip install "{_distribution(package)}{minimum}"`.'
+        fix = f'Run `pip install "{_distribution_name(package)}{minimum}"`.'
         raise ModuleNotFoundError(f"{missing} installed. {fix}", name=package)
     if package in sys.modules:
         return sys.modules[package]

@@ -7,7 +7,7 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelSummary, RichModelSummary
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import is_installed
 
 
 class Deep(Regression):
@@ -94,6 +94,6 @@ def test_the_trainer_adds_one_unless_told_otherwise(shown):
     def found(trainer):
         return [type(c) for c in trainer.callbacks if isinstance(c, ModelSummary)]
 
-    assert found(fit()) == [RichModelSummary if available("rich") else ModelSummary]
+    assert found(fit()) == [RichModelSummary if is_installed("rich") else ModelSummary]
     assert found(fit(ModelSummary(2))) == [ModelSummary]
     assert found(make_trainer(enable_model_summary=False)) == []

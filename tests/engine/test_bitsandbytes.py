@@ -10,7 +10,7 @@ from torch.nn.functional import mse_loss
 
 import fulmen as pl
 from fulmen.plugins import BitsandbytesPrecision, Precision
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import is_installed
 
 ON_CPU = ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"]
 MODES = [*ON_CPU, "int8-training"]
@@ -19,12 +19,12 @@ FLOAT = torch.float32
 
 def test_without_the_package_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    available.cache_clear()
+    is_installed.cache_clear()
     try:
         with pytest.raises(ModuleNotFoundError, match='pip install "bitsandbytes>=0.46"'):
             BitsandbytesPrecision("nf4")
     finally:
-        available.cache_clear()
+        is_installed.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ class Net(pl.LightningModule):
 @pytest.fixture
 def bnb():
     """The real package, on the CPU."""
-    if not available("bitsandbytes", ">=0.49"):
+    if not is_installed("bitsandbytes", ">=0.49"):
         pytest.skip("`pip install 'bitsandbytes>=0.49'` to test quantised layers")
     import bitsandbytes
 

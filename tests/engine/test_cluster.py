@@ -17,7 +17,7 @@ from fulmen.engine.cluster import (
     detect_environment,
 )
 from fulmen.utilities.errors import PossibleUserWarning
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import is_installed
 from fulmen.utilities.rank_zero import rank_zero_only
 
 TORCHRUN = {
@@ -215,11 +215,11 @@ def mpi(environment, tmp_path, monkeypatch):
         "    bcast = staticmethod(lambda value, root: 4321)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    available.cache_clear()
+    is_installed.cache_clear()
     yield environment
     for name in [name for name in sys.modules if name.startswith("mpi4py")]:
         del sys.modules[name]
-    available.cache_clear()
+    is_installed.cache_clear()
 
 
 def test_mpi_tells_each_process_its_place(mpi):

@@ -27,7 +27,7 @@ def test_the_missing_package_is_named(name):
 @pytest.fixture
 def installed(monkeypatch):
     """As far as the constructor can tell."""
-    monkeypatch.setattr(deepspeed, "available", lambda name: True)
+    monkeypatch.setattr(deepspeed, "is_installed", lambda name: True)
 
 
 def test_names_choose_stage_and_offloading(installed):

@@ -7,7 +7,7 @@ from torch import nn
 import fulmen as pl
 from fulmen.plugins import Precision, TransformerEnginePrecision
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.optional import available
+from fulmen.utilities.optional import is_installed
 
 # Stands for the real package, which takes a GPU even to be imported: the names and arguments that are used of it.
 LAYERS = """
@@ -57,9 +57,9 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    available.cache_clear()
+    is_installed.cache_clear()
     yield
-    available.cache_clear()
+    is_installed.cache_clear()
 
 
 @pytest.fixture(params=["old", "new"])

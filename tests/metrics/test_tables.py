@@ -13,7 +13,7 @@ def with_rich(request, monkeypatch):
     if request.param:
         pytest.importorskip("rich")
     else:
-        monkeypatch.setattr("fulmen.metrics.tables.available", lambda *_: False)
+        monkeypatch.setattr("fulmen.metrics.tables.is_installed", lambda *_: False)
     return request.param
 
 
@@ -66,7 +66,7 @@ def test_values_stay_where_a_name_is_longer_than_the_terminal(monkeypatch, capsy
     pytest.importorskip("rich")
     from rich.console import Console
 
-    monkeypatch.setattr("fulmen.metrics.tables.rich_console", lambda: Console(width=50))
+    monkeypatch.setattr("fulmen.metrics.tables.get_rich_console", lambda: Console(width=50))
     name = "a_metric_with_a_name/that_is_longer/than_a_line_of_this_terminal_is"
     print_results([{f"{name}/dataloader_idx_{i}": i + 0.125} for i in range(4)], "test")
     text = capsys.readouterr().out

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from fulmen.callbacks.callback import Callback
-from fulmen.utilities.introspection import is_overridden, num_positional, overridden, takes_argument
+from fulmen.utilities.introspection import is_overridden, num_positional, overrides_method, takes_argument
 
 
 class Base:
@@ -19,20 +19,20 @@ class Own(Base):
 
 
 def test_only_a_body_of_its_own_counts_as_overridden():
-    assert not overridden(Same(), "hook", Base)
-    assert overridden(Own(), "hook", Base)
-    assert not overridden(None, "hook", Base)
-    assert not overridden(Own(), "missing", Base)
+    assert not overrides_method(Same(), "hook", Base)
+    assert overrides_method(Own(), "hook", Base)
+    assert not overrides_method(None, "hook", Base)
+    assert not overrides_method(Own(), "missing", Base)
 
 
 def test_functions_on_the_instance_count():
     instance = Same()
     instance.hook = lambda batch: None
-    assert overridden(instance, "hook", Base)
+    assert overrides_method(instance, "hook", Base)
     instance.hook = None
-    assert not overridden(instance, "hook", Base)
+    assert not overrides_method(instance, "hook", Base)
     instance.hook = functools.partial(Base.hook, instance)
-    assert not overridden(instance, "hook", Base)
+    assert not overrides_method(instance, "hook", Base)
 
 
 def test_the_public_question_finds_the_class_to_compare_with():

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import fulmen
-from fulmen.utilities.errors import LightningDeprecationWarning, PossibleUserWarning, nearest, suggestion
-from fulmen.utilities.optional import available, require
+from fulmen.utilities.errors import LightningDeprecationWarning, PossibleUserWarning, find_nearest_name, suggest_name
+from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import (
     WarningCache,
     rank_prefixed_message,
@@ -34,9 +34,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_the_closest_spelling_is_suggested_in_any_case():
-    assert nearest("DPP", ["ddp", "fsdp"]) == "ddp"
-    assert suggestion("max_epoch", ["max_epochs", "min_steps"]) == " Did you mean `max_epochs`?"
-    assert suggestion("zzz", ["max_epochs"]) == ""
+    assert find_nearest_name("DPP", ["ddp", "fsdp"]) == "ddp"
+    assert suggest_name("max_epoch", ["max_epochs", "min_steps"]) == " Did you mean `max_epochs`?"
+    assert suggest_name("zzz", ["max_epochs"]) == ""
 
 
 def test_other_ranks_get_the_default():
@@ -127,13 +127,13 @@ def test_the_rank_goes_before_the_message():
 
 
 def test_optional_packages_are_found_by_name_and_version():
-    assert available("torch") and available("torch", ">=2.0")
-    assert not available("torch", ">=1000.1") and not available("no_such_package")
-    assert require("json", "here").dumps([1]) == "[1]"
+    assert is_installed("torch") and is_installed("torch", ">=2.0")
+    assert not is_installed("torch", ">=1000.1") and not is_installed("no_such_package")
+    assert import_optional("json", "here").dumps([1]) == "[1]"
 
 
 def test_a_missing_package_comes_with_the_line_that_installs_it():
     with pytest.raises(ModuleNotFoundError, match=r'no_such_package.*to draw.*pip install "no_such_package"'):
-        require("no_such_package", "to draw")
+        import_optional("no_such_package", "to draw")
     with pytest.raises(ModuleNotFoundError, match=r'no version >=1000 is.*pip install "torch>=1000"'):
-        require("torch", "to draw", minimum=">=1000")
+        import_optional("torch", "to draw", minimum=">=1000")
