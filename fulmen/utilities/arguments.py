@@ -40,7 +40,7 @@ def collect_init_args(
 ) -> list[dict[str, Any]]:
     """`get_init_args` of the first constructors that run around a frame, the innermost first, after ``path_args``.
 
-    Arguments:
+    Args:
         inside: is the frame itself called by one of them?
         classes: only constructors of their instances.
     """

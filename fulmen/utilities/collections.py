@@ -62,7 +62,23 @@ def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
 def apply_to_collection(
     data: Any, dtype: Any, function: Callable, *args: Any, wrong_dtype: Any = None, **kwargs: Any
 ) -> Any:
-    """The same nesting with ``function(item, *args, **kwargs)`` for each ``dtype`` that is not a ``wrong_dtype``."""
+    """Apply a function to all elements of some types in nested mappings, sequences and dataclasses.
+
+    Args:
+        data: the collection, or a single element.
+        dtype: the type or types of the elements to which the function is applied.
+        function: called as ``function(element, *args, **kwargs)``.
+        *args: passed on to the function.
+        wrong_dtype: a type or types left alone even if they are a ``dtype``.
+        **kwargs: passed on to the function.
+
+    Returns:
+        A collection of the same structure; elements of other types are the same objects.
+
+    Examples:
+        >>> apply_to_collection({"x": [1, 2], "name": "a"}, int, lambda number, by: number * by, by=10)
+        {'x': [10, 20], 'name': 'a'}
+    """
 
     def apply_below(item: Any) -> Any:
         if isinstance(item, dtype) and (wrong_dtype is None or not isinstance(item, wrong_dtype)):
@@ -73,9 +89,18 @@ def apply_to_collection(
 
 
 def move_data_to_device(batch: Any, device: str | torch.device | int) -> Any:
-    """The batch with everything that has a ``.to`` method moved.
+    """Move everything in a nested batch that has a ``.to`` method; tensors asynchronously where the device allows it.
 
-    Tensors travel asynchronously where the device allows it. An object whose ``.to`` returns None moved itself.
+    Args:
+        batch: a tensor, an object, or nested mappings, sequences and dataclasses of them.
+        device: where to; a number is the index of a CUDA device.
+
+    Returns:
+        A batch of the same structure. An object whose ``.to`` returns None has moved itself and stays in it.
+
+    Examples:
+        >>> move_data_to_device({"x": torch.ones(2), "id": 7}, "cpu")
+        {'x': tensor([1., 1.]), 'id': 7}
     """
     if not isinstance(device, torch.device):
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

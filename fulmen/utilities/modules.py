@@ -13,13 +13,30 @@ from torch import Tensor, nn
 
 
 def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: str = "/") -> dict[str, Tensor]:
-    """The norm of each parameter's gradient and of all of them together; empty without gradients.
+    """The norm of each parameter's gradient, and of all of them together.
 
-    Keys are ``grad_2.0_norm/<parameter>`` and ``grad_2.0_norm_total``. ``norm_type`` may be "inf".
+    Args:
+        module: after a backward pass; parameters without a gradient are left out.
+        norm_type: the order p of the norm, or "inf" for the largest absolute value.
+        group_separator: stands between the kind of norm and the name of the parameter.
+
+    Returns:
+        Scalar tensors by name, ``grad_2.0_norm/<parameter>`` and ``grad_2.0_norm_total``; empty without gradients.
+
+    Raises:
+        ValueError: if ``norm_type`` is not positive.
+
+    Examples:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> layer(torch.tensor([3.0, 4.0])).backward()
+        >>> grad_norm(layer, 2)
+        {'grad_2.0_norm/weight': tensor(5.), 'grad_2.0_norm_total': tensor(5.)}
     """
     order = float(norm_type)
     if order <= 0:
-        raise ValueError(f"`norm_type={norm_type}` is no norm. Use a positive number or 'inf' (the largest element).")
+        raise ValueError(
+            f"`norm_type={norm_type}` is not the order of a norm. Use a positive number or 'inf' (the largest element)."
+        )
     key = f"grad_{order}_norm"
     gradients = ((name, parameter.grad) for name, parameter in module.named_parameters())
     norms = {
@@ -147,7 +164,17 @@ def group_names(module: nn.Module, optimizer: Any) -> list[list[str]] | None:
 
 
 def suggested_max_num_workers(local_world_size: int) -> int:
-    """How many loader workers each of the processes of this machine may start so that every CPU has one task."""
+    """How many loader workers each process of this machine may start so that every CPU has one task.
+
+    Args:
+        local_world_size: the number of training processes on this machine.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: if ``local_world_size`` is below 1.
+    """
     if local_world_size < 1:
         raise ValueError(f"`local_world_size={local_world_size}` is not a number of processes. It starts at 1.")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -211,7 +238,20 @@ def undo_compilation(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_shared_parameters(module: nn.Module) -> list[list[str]]:
-    """The names of each parameter that stands at several places of a module, by parameter."""
+    """The parameters that stand at several places of a module.
+
+    Args:
+        module: with tied weights, perhaps.
+
+    Returns:
+        For each such parameter the list of its names.
+
+    Examples:
+        >>> model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+        >>> model["b"].weight = model["a"].weight
+        >>> find_shared_parameters(model)
+        [['a.weight', 'b.weight']]
+    """
     names: dict[Tensor, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -219,7 +259,18 @@ def find_shared_parameters(module: nn.Module) -> list[list[str]]:
 
 
 def set_shared_parameters(module: nn.Module, shared_params: list[list[str]]) -> nn.Module:
-    """Puts the first parameter of each list of names at the places of the others; returns the module."""
+    """Tie parameters again, such as after a move to a device that makes new ones.
+
+    Args:
+        module: is changed in place.
+        shared_params: lists of names, as `find_shared_parameters` gives them; the first replaces the others.
+
+    Returns:
+        The same module.
+
+    Raises:
+        AttributeError: if the module has no parameter of the first name, or no sub-module that holds another.
+    """
     for first, *others in shared_params:
         parameter = module.get_parameter(first)
         for name in others:

@@ -31,7 +31,22 @@ if not log.handlers:
 
 
 def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T]:
-    """A function that runs where ``rank_zero_only.rank`` is 0 at the time of the call, and else returns ``default``."""
+    """A decorator for functions that only the first process runs, by ``rank_zero_only.rank`` at the time of the call.
+
+    Args:
+        fn: the function.
+        default: what it returns on the other ranks.
+
+    Returns:
+        The decorated function; it raises a RuntimeError while ``rank_zero_only.rank`` is None.
+
+    Examples:
+        >>> @rank_zero_only
+        ... def count_files():
+        ...     return 3
+        >>> count_files()
+        3
+    """
 
     @functools.wraps(fn)
     def on_rank_zero(*args: Any, **kwargs: Any) -> Any:

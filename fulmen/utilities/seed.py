@@ -29,8 +29,17 @@ def _import_numpy() -> Any:
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
     """Seed python, numpy and torch (all devices), here and in the processes started from here; returns the seed.
 
-    ``seed`` is anything `int` understands, in 0 … 2**32 - 1; None takes ``PL_GLOBAL_SEED`` from the environment, or 0.
-    With ``workers``, each dataloader worker of each rank gets a stream of its own (see `pl_worker_init_function`).
+    Args:
+        seed: anything `int` understands, in 0 … 2**32 - 1; None takes ``PL_GLOBAL_SEED`` from the environment, or 0.
+        workers: whether each dataloader worker of each rank gets its own stream (see `pl_worker_init_function`).
+        verbose: whether to log the seed.
+
+    Raises:
+        ValueError: if the seed is not such a number.
+
+    Examples:
+        >>> seed_everything("42", verbose=False)
+        42
     """
     given = os.environ.get("PL_GLOBAL_SEED") if seed is None else seed
     if given is None:

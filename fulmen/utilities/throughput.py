@@ -37,9 +37,22 @@ def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int |
 def measure_flops(
     model: nn.Module, forward_fn: Callable[[], Tensor], loss_fn: Callable[[Tensor], Tensor] | None = None
 ) -> int:
-    """The FLOPs of ``forward_fn()``, and of the backward pass of ``loss_fn(output)`` if there is one.
+    """Count the floating-point operations of a forward pass, and of the backward pass of its loss.
 
-    A model and input made under ``with torch.device("meta"):`` are measured without computing anything.
+    Args:
+        model: the module that ``forward_fn`` runs. Made under ``with torch.device("meta"):``, like its input, it is
+            measured without computing anything.
+        forward_fn: makes one forward pass and returns the output.
+        loss_fn: makes a scalar loss of the output; without it, there is no backward pass.
+
+    Returns:
+        The number of FLOPs.
+
+    Examples:
+        >>> with torch.device("meta"):
+        ...     layer, x = nn.Linear(32, 2, bias=False), torch.randn(4, 32)
+        >>> measure_flops(layer, lambda: layer(x))
+        512
     """
     from torch.utils.flop_counter import FlopCounterMode
 
