@@ -21,7 +21,8 @@ from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
 from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.launch import INTERRUPTED, ProcessLauncher, is_interactive, picklable_attributes
+from fulmen.engine.launch import INTERRUPTED, is_interactive
+from fulmen.engine.process_launcher import ProcessLauncher, picklable_attributes
 from fulmen.engine.resolve import announce_accelerator, resolve_strategy
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
@@ -486,12 +487,14 @@ class Trainer(TrainerProperties):
         """`_run` in as many processes as there are devices."""
         for logger in self.loggers:
             _ = logger.version  # looked for once: all processes, this one too, mean the same folder
+        launcher = self.strategy.launcher
+        assert launcher is not None
         try:
-            return self.strategy.launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
+            return launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
         except BaseException as error:
             self.state.status = TrainerStatus.INTERRUPTED
             self.state.stage = None
-            if isinstance(self.strategy.launcher, ProcessLauncher):
+            if isinstance(launcher, ProcessLauncher):
                 self._tell_here(error)
             raise
 
@@ -850,7 +853,7 @@ class Trainer(TrainerProperties):
 
     def _claim_log_dirs(self) -> None:
         """The first process finds folders for logs that no other run has; all know them."""
-        versions = self.strategy.broadcast(claim_versions(self.loggers) if self.is_global_zero else None)
+        versions = self.strategy.broadcast(claim_versions(self.loggers) if self.is_global_zero else [])
         for logger, version in zip((one for one in self.loggers if isinstance(one, FolderLogger)), versions):
             logger._version = version
 

@@ -63,6 +63,7 @@ engine.strategy: strategies.registry strategies.strategy strategies.single_devic
 engine.fsdp: strategies.fsdp  engine.model_parallel: strategies.model_parallel  engine.deepspeed: strategies.deepspeed
 engine.dtensor: engine.dtensors plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed utilities.deepspeed
 engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers
+engine.script_launcher: strategies.launchers  engine.process_launcher: strategies.launchers
 """
 
 

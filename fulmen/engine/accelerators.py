@@ -9,13 +9,16 @@ import pkgutil
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from fulmen.trainer import Trainer
 
 
 class Accelerator(ABC):
@@ -25,7 +28,7 @@ class Accelerator(ABC):
     def setup_device(self, device: torch.device) -> None:
         """Make ``device`` the current one of this process; called before anything is allocated."""
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Called at the start of every run."""
 
     @abstractmethod
@@ -38,7 +41,7 @@ class Accelerator(ABC):
 
     @staticmethod
     @abstractmethod
-    def parse_devices(devices: Any) -> Any:
+    def parse_devices(devices: int | str | list[int]) -> Any:
         """What the user wrote as ``devices`` in this hardware's form (a count, indices); None if it means no device."""
 
     @staticmethod
@@ -78,28 +81,43 @@ class _BuiltInAccelerator(Accelerator):
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
-        psutil = import_optional("psutil", "to watch the load of this machine")
-        kind, memory, swap = "M1" if self.name() == "mps" else "cpu", psutil.virtual_memory(), psutil.swap_memory()
-        found = {"": psutil.cpu_percent(), "vm_": memory.percent, "swap_": swap.percent}
+        psutil = require("psutil", "to watch the load of this machine")
+        kind = "M1" if self.name() == "mps" else "cpu"
+        found = {
+            "": psutil.cpu_percent(),
+            "vm_": psutil.virtual_memory().percent,
+            "swap_": psutil.swap_memory().percent,
+        }
         return {f"{kind}_{what}percent": value for what, value in found.items()}
 
     @classmethod
-    def parse_devices(cls, devices: Any) -> Any:
-        """The indices meant by ``devices``: a count, a list, or a string holding either; -1 is all."""
-        kind, available = cls.name().upper(), list(range(cls.auto_device_count() if cls.is_available() else 0))
+    def parse_devices(cls, devices: int | str | list[int]) -> Any:
+        """The indices meant by ``devices``: a count, a list, or a string holding either; -1 is all.
+
+        Raises:
+            TypeError: it is neither a number nor a list of numbers.
+            MisconfigurationException: this machine has no such devices, or one is named twice.
+        """
+        kind = cls.name().upper()
+        available = list(range(cls.auto_device_count() if cls.is_available() else 0))
         if isinstance(devices, str):
             devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
-        is_list = isinstance(devices, Sequence)
-        if not all(type(index) is int for index in (devices if is_list else [devices])):
-            raise TypeError(f"For {kind}, `{devices=}` is no number and no list of indices. Use `devices=1` or `[0]`.")
+        count = devices if type(devices) is int else None
+        if count is None and not (isinstance(devices, Sequence) and all(type(index) is int for index in devices)):
+            raise TypeError(
+                f"For {kind}, `{devices=}` must be a number of devices or a list of indices. Use `devices=1` or `[0]`."
+            )
         if not devices:
             return None
-        wanted = list(devices) if is_list else available if devices == -1 else list(range(devices))
+        if count is None:
+            wanted = list(devices)  # type: ignore[arg-type]
+        else:
+            wanted = available if count == -1 else list(range(count))
         missing = sorted(set(wanted) - set(available))
         # torchrun on a cluster that shows each process only its own GPU
         only_own = len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ
         for wrong, why in (
-            (not is_list and devices < -1, "is no number of devices. Use -1 for all of them"),
+            (count is not None and count < -1, "must be a number of devices. Use -1 for all of them"),
             (not available, "asks for devices, but this machine has none. Use `accelerator='cpu'`"),
             (len(set(wanted)) < len(wanted), "names a device twice. Each index may appear once"),
             (missing and not only_own, f"is too much: {missing} do not exist. Choose from {available}"),
@@ -109,7 +127,7 @@ class _BuiltInAccelerator(Accelerator):
         return available if only_own else wanted
 
     @classmethod
-    def get_parallel_devices(cls, devices: Any) -> list[torch.device]:
+    def get_parallel_devices(cls, devices: int | str | list[int]) -> list[torch.device]:
         indices = devices if isinstance(devices, list) else cls.parse_devices(devices) or []
         return [torch.device(cls.name(), index) for index in indices]
 
@@ -120,14 +138,14 @@ class CPUAccelerator(_BuiltInAccelerator):
     """The host's processor; ``devices`` counts processes."""
 
     @staticmethod
-    def parse_devices(devices: int | str) -> int:
+    def parse_devices(devices: int | str | list[int]) -> int:
         count = int(devices) if isinstance(devices, str) and devices.strip().isdigit() else devices
         if not isinstance(count, int) or count <= 0:
             raise TypeError(f"`devices={devices!r}`: on the CPU it is a number of processes. Use `devices=1`.")
         return int(count)
 
     @staticmethod
-    def get_parallel_devices(devices: int | str) -> list[torch.device]:
+    def get_parallel_devices(devices: int | str | list[int]) -> list[torch.device]:
         return [torch.device("cpu")] * CPUAccelerator.parse_devices(devices)
 
     is_available = staticmethod(lambda: True)
@@ -144,7 +162,7 @@ class CUDAAccelerator(_BuiltInAccelerator):
             fix = "`torch.set_float32_matmul_precision('high')` (or 'medium') trades precision for speed"
             rank_zero_info(f"{torch.cuda.get_device_name(device)!r} has Tensor Cores: {fix}.")
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers the GPUs as `nvidia-smi` does
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
         rank_zero_info(f"LOCAL_RANK: {trainer.local_rank} - CUDA_VISIBLE_DEVICES: [{visible}]")
@@ -195,7 +213,8 @@ class Registry(dict[str, dict[str, Any]]):
     """Names users may write (as ``accelerator``, ``strategy``), each with a class and the arguments it is made with."""
 
     def __init__(self, kind: str, taken: type[Exception]) -> None:
-        self.kind, self.taken = kind, taken
+        self.kind = kind
+        self.taken = taken
 
     def register(self, name: str, cls: Any = None, description: str = "", override: bool = False, **init: Any) -> Any:
         """Add a class, or its path "module:Class" to import it when chosen; without one, a decorator that adds it."""

@@ -15,6 +15,11 @@ from fulmen.utilities.optional import import_optional, is_installed
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from fulmen.utilities.types import LRSchedulerConfig
+
 # The class in `bitsandbytes.nn` and its arguments. "-dq" quantises the scales of the weights once more. Inputs beyond
 # the threshold are computed in float16 (Dettmers et al. 2022, "LLM.int8()", section 3.2).
 MODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,7 +52,7 @@ class BitsandbytesPrecision(HalfPrecision):
         ignore_modules: Iterable[str] | None = None,
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"`{mode=}` is none of {', '.join(map(repr, MODES))}.{suggest_name(str(mode), MODES)}")
+            raise ValueError(f"`{mode=}` must be one of {', '.join(map(repr, MODES))}.{suggestion(str(mode), MODES)}")
         allowed = (torch.float16,) if mode.startswith("int8") else DTYPES
         if dtype is not None and dtype not in allowed:
             raise ValueError(f"`{mode=}` with `{dtype=}`: it computes in {' or '.join(map(str, allowed))}.")
@@ -56,7 +61,10 @@ class BitsandbytesPrecision(HalfPrecision):
         if dtype is None:
             old_gpu = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.float16 if old_gpu or len(allowed) == 1 else torch.bfloat16
-        self.mode, self.dtype, self.precision, self._hooks = mode, dtype, "32-true", list[Any]()
+        self.mode = mode
+        self.dtype = dtype
+        self.precision = "32-true"
+        self._hooks: list[RemovableHandle] = []
         self.ignore_modules = {ignore_modules} if isinstance(ignore_modules, str) else set(ignore_modules or ())
 
     @property
@@ -67,7 +75,8 @@ class BitsandbytesPrecision(HalfPrecision):
         return {"cuda"} if only else set(getattr(self._package, "supported_torch_devices", ("cpu", "cuda")))
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        modules, own = dict(module.named_modules()), (self._package.nn.Linear4bit, self._package.nn.Linear8bitLt)
+        modules = dict(module.named_modules())
+        own = (self._package.nn.Linear4bit, self._package.nn.Linear8bitLt)
         if any(isinstance(layer, own) for layer in modules.values()):
             return module  # made by `module_init_context`, by the user, or in an earlier run
         for name in self.ignore_modules - set(modules):
@@ -82,9 +91,13 @@ class BitsandbytesPrecision(HalfPrecision):
             self._quantize_layer(layer)
         return module
 
-    def connect(self, model: nn.Module, optimizers: list, lr_schedulers: list) -> tuple[nn.Module, list, list]:
+    def connect(
+        self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[LRSchedulerConfig]
+    ) -> tuple[nn.Module, list[Optimizer], list[LRSchedulerConfig]]:
         # The package quantises weights anew when they have no gradients; ours are cleared after the forward.
-        trained = [m for m in model.modules() if getattr(getattr(m, "weight", None), "has_fp16_weights", False)]
+        trained = [
+            layer for layer in model.modules() if is_trained_8bit(vars(layer).get("_parameters", {}).get("weight"))
+        ]
 
         def forget(*_: Any) -> None:
             for layer in trained:
@@ -146,7 +159,7 @@ class BitsandbytesPrecision(HalfPrecision):
         trained = old.requires_grad and made.weight.requires_grad
         layer.weight = type(made.weight)(old.data, requires_grad=trained, **settings)
         layer.register_load_state_dict_pre_hook(quantize_on_load)
-        if old.device.type not in ("cpu", "meta") and not getattr(layer.weight, "has_fp16_weights", False):
+        if old.device.type not in ("cpu", "meta") and not is_trained_8bit(layer.weight):
             set_weights(layer, old.data, {})
 
 
@@ -156,7 +169,8 @@ def quantize_on_load(layer: Any, state: dict[str, Any], prefix: str, metadata: d
     Loaded by torch alone, floats would be cut to whole numbers, and what is stored beside packed weights be refused.
     """
     key = f"{prefix}weight"
-    old, weight = layer.weight, state.get(key)
+    old = layer.weight
+    weight = state.get(key)
     if weight is None:
         return
     if weight.is_floating_point() and old.is_floating_point():
@@ -170,7 +184,7 @@ def quantize_on_load(layer: Any, state: dict[str, Any], prefix: str, metadata: d
     as_made = weight.shape == (layer.out_features, layer.in_features)
     if weight.is_floating_point() and not as_made:
         return  # to torch's own complaint
-    packed = extra and (as_made or is_4bit(old)) and not getattr(old, "has_fp16_weights", False)
+    packed = extra and (as_made or is_4bit(old)) and not is_trained_8bit(old)
     if old.device.type == "meta" or not (packed or weight.is_floating_point()):
         what = f"size mismatch for {key}: {weight.dtype} of shape {tuple(weight.shape)} does not fit {layer}"
         raise RuntimeError(f"{what} on {old.device}. Use the mode that quantised it, or load weights of 16 or 32 bits.")
@@ -183,7 +197,8 @@ def quantize_on_load(layer: Any, state: dict[str, Any], prefix: str, metadata: d
 def drop_quantized_copy(layer: Any) -> None:
     """Lets a layer with 8 bits quantise its weights anew: it keeps a copy since its first forward."""
     if hasattr(layer, "state"):
-        layer.state.CB = layer.state.SCB = None
+        layer.state.CB = None
+        layer.state.SCB = None
 
 
 def is_4bit(weight: Any) -> bool:
@@ -191,9 +206,15 @@ def is_4bit(weight: Any) -> bool:
     return hasattr(weight, "quant_type")
 
 
+def is_trained_8bit(weight: Any) -> bool:
+    """Is it a weight of `Linear8bitLt` that stays in float16, to be trained?"""
+    return bool(getattr(weight, "has_fp16_weights", False))
+
+
 def set_weights(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None:
     """Gives a layer other weights: floats to quantise, or packed ones with what is stored beside them."""
-    old, device = layer.weight, layer.weight.device
+    old = layer.weight
+    device = old.device
     if is_4bit(old):
         if extra:
             new = type(old).from_prequantized(weight, extra, device=device, module=layer)

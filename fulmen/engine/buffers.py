@@ -1,4 +1,4 @@
-"""`Buffers`: which values of a module's buffers count where several processes train it, each with its own batches."""
+"""`Buffers`: keeps the buffers of a module, such as running statistics, equal to those of rank 0 on all processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Buffers:
     """
 
     def __init__(self, module: Module, device: torch.device, per_process: bool = False) -> None:
-        self.device, self.per_process = device, per_process
+        self.device = device
+        self.per_process = per_process
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
         statistics = {id(buffer) for layer in self.norms for buffer in layer.buffers(recurse=False)}
         self.every_step = False
@@ -81,7 +82,7 @@ class Buffers:
 
     @torch.no_grad()
     def load_own_state(self, kept: list[Tensor]) -> None:
-        """Goes on with what `own_state` gave."""
+        """Takes back what `own_state` gave."""
         for buffer, own in zip(self.current_buffers(), kept):
             buffer.copy_(own)
 

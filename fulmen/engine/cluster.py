@@ -11,13 +11,14 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
-DEFAULT_ADDRESS, DEFAULT_PORT = "127.0.0.1", 12910
+DEFAULT_ADDRESS = "127.0.0.1"
+DEFAULT_PORT = 12910
 # Set by the launchers of Open MPI, MPICH and Intel MPI, MVAPICH, and PMIx.
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "PMIX_RANK")
 
@@ -46,23 +47,29 @@ class ClusterEnvironment(ABC):
         """Does this process run under this environment?"""
 
     @abstractmethod
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """The number of processes on all nodes."""
 
     @abstractmethod
-    def global_rank(self) -> int: ...
+    def global_rank(self) -> int:
+        """The index of this process among all."""
 
     @abstractmethod
-    def local_rank(self) -> int: ...
+    def local_rank(self) -> int:
+        """The index of this process on its node."""
 
     @abstractmethod
-    def node_rank(self) -> int: ...
+    def node_rank(self) -> int:
+        """The index of this node."""
 
-    # The strategy's counts; ignored where the environment knows them.
-    def set_world_size(self, size: int) -> None: ...
-    def set_global_rank(self, rank: int) -> None: ...
+    def set_world_size(self, size: int) -> None:
+        """What the strategy counted; ignored where the environment knows it."""
+
+    def set_global_rank(self, rank: int) -> None:
+        """What the strategy counted; ignored where the environment knows it."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Raise if the Trainer's ``devices`` and ``num_nodes`` contradict what the environment started."""
+        """Raises if the Trainer's ``devices`` and ``num_nodes`` contradict what the environment started."""
 
     def teardown(self) -> None:
         """Called at the end of a run."""
@@ -75,7 +82,8 @@ class LightningEnvironment(ClusterEnvironment):
     """
 
     def __init__(self) -> None:
-        self._global_rank, self._world_size = 0, 1
+        self._global_rank = 0
+        self._world_size = 1
 
     creates_processes_externally = property(lambda self: "LOCAL_RANK" in os.environ)
     main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
@@ -123,27 +131,36 @@ class LightningEnvironment(ClusterEnvironment):
             raise ValueError(f"{what}, so the nodes would not find each other. {fix}")
 
 
+class RankVariables(NamedTuple):
+    """Names of the environment variables in which a scheduler tells a process its place; empty where there is none."""
+
+    world_size: str
+    global_rank: str
+    local_rank: str
+    node_rank: str
+
+
 class _ExternalEnvironment(ClusterEnvironment):
     """Processes of a scheduler that tells each of them its place in environment variables."""
 
     STARTER = ""  # what started them, for messages
-    VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK")  # world size, global rank, local rank, node rank
+    VARIABLES = RankVariables("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK")
 
     creates_processes_externally = property(lambda self: True)
     main_address = property(lambda self: os.environ.get("MASTER_ADDR", DEFAULT_ADDRESS))
     main_port = property(lambda self: _read_int("MASTER_PORT", DEFAULT_PORT))
 
     def world_size(self) -> int:
-        return _read_int(self.VARIABLES[0])
+        return _read_int(self.VARIABLES.world_size)
 
     def global_rank(self) -> int:
-        return _read_int(self.VARIABLES[1])
+        return _read_int(self.VARIABLES.global_rank)
 
     def local_rank(self) -> int:
-        return _read_int(self.VARIABLES[2])
+        return _read_int(self.VARIABLES.local_rank)
 
     def node_rank(self) -> int:
-        return _read_int(self.VARIABLES[3], 0)
+        return _read_int(self.VARIABLES.node_rank, 0)
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         _check_world_size(num_devices, num_nodes, self.world_size(), self.STARTER)
@@ -160,11 +177,11 @@ class SLURMEnvironment(_ExternalEnvironment):
     """Processes started by `srun` on a SLURM cluster; without ``requeue_signal``, SIGUSR1 says that time is over."""
 
     STARTER = "`srun`"
-    VARIABLES = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+    VARIABLES = RankVariables("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 
     def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
         self.auto_requeue = auto_requeue
-        self.requeue_signal = requeue_signal or getattr(signal, "SIGUSR1", None)
+        self.requeue_signal = requeue_signal or vars(signal).get("SIGUSR1")  # not on Windows
 
     @property
     def main_address(self) -> str:
@@ -193,13 +210,14 @@ class SLURMEnvironment(_ExternalEnvironment):
 
     def requeue(self) -> None:
         """Puts the job back into the queue; of an array only this task. Failing is said, and no more: the run is over."""
-        array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_JOB_ID", "")
+        array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        job = os.environ.get("SLURM_JOB_ID", "")
         command = ["scontrol", "requeue", f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else job]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
             rank_zero_info(f"Requeued the SLURM job {command[-1]}.")
         except (OSError, subprocess.SubprocessError) as error:
-            said = str(getattr(error, "stderr", "") or error).strip()
+            said = str((error.stderr if isinstance(error, subprocess.CalledProcessError) else "") or error).strip()
             rank_zero_warn(f"The SLURM job was not requeued, `{' '.join(command)}` failed: {said} Start it again.")
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
@@ -225,7 +243,7 @@ class LSFEnvironment(_ExternalEnvironment):
     """Processes started by `jsrun` on an LSF cluster; the hosts are read from the file ``LSB_DJOB_RANKFILE`` names."""
 
     STARTER = "`jsrun`"
-    VARIABLES = ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "")
+    VARIABLES = RankVariables("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "")
     NEEDED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
 
     main_address = property(lambda self: self._hosts[0])
@@ -259,7 +277,7 @@ class MPIEnvironment(ClusterEnvironment):
         """True with several MPI processes. MPI is started only if a variable of its launchers says so."""
         if not any(name in os.environ for name in MPI_VARIABLES) or not is_installed("mpi4py"):
             return False
-        return import_optional("mpi4py.MPI", "under MPI").COMM_WORLD.Get_size() > 1
+        return int(require("mpi4py.MPI", "under MPI").COMM_WORLD.Get_size()) > 1
 
     @cached_property
     def _world(self) -> Any:
@@ -267,7 +285,7 @@ class MPIEnvironment(ClusterEnvironment):
 
     @cached_property
     def _hosts(self) -> list[str]:
-        return self._world.allgather(socket.gethostname())
+        return list(self._world.allgather(socket.gethostname()))
 
     @cached_property
     def main_address(self) -> str:
@@ -275,7 +293,7 @@ class MPIEnvironment(ClusterEnvironment):
 
     @cached_property
     def main_port(self) -> int:
-        return self._world.bcast(_read_int("MASTER_PORT", free_port()), root=0)
+        return int(self._world.bcast(_read_int("MASTER_PORT", free_port()), root=0))
 
     def world_size(self) -> int:
         return int(self._world.Get_size())
@@ -297,7 +315,7 @@ class KubeflowEnvironment(_ExternalEnvironment):
     """One process per pod of a Kubeflow `PyTorchJob`. Never detected: pass it in ``plugins``."""
 
     STARTER = "Kubeflow"
-    VARIABLES = ("WORLD_SIZE", "RANK", "", "RANK")
+    VARIABLES = RankVariables("WORLD_SIZE", "RANK", "", "RANK")
 
     @staticmethod
     def detect() -> bool:

@@ -1,4 +1,4 @@
-"""The processes of a run as a group, on `torch.distributed`: how they meet, and what travels between them."""
+"""The process group of a run, on `torch.distributed`: how it is made, and collectives for tensors and objects."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ import socket
 import time
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
+
     from fulmen.engine.cluster import ClusterEnvironment
+
+    ReduceOp = dist.ReduceOp | dist.ReduceOp.RedOpType | str
+
+T = TypeVar("T")
 
 # What users write, and what only some backends have under that name.
 _REDUCE_OPS = {"mean": "AVG", "avg": "AVG", "prod": "PRODUCT"}
@@ -42,11 +48,11 @@ def backend_for(device: torch.device) -> str:
 
 def init_group(
     cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None = None
-) -> Any:
-    """Joins the group of all processes, if this one has not yet. Returns a store for the run that begins.
+) -> Store:
+    """Makes the group of all processes, unless this one is in it. Returns a store for the run that begins.
 
     Arguments:
-        timeout: for the others to come, and for each collective later.
+        timeout: how long to wait for the others, and later in each collective.
         listener: the bound socket behind the cluster's port, if it was kept open so that nobody else could take it.
 
     Raises:
@@ -71,7 +77,8 @@ def _create_group(
     cluster: ClusterEnvironment, backend: str, timeout: timedelta, listener: socket.socket | None
 ) -> None:
     global _run_numbers
-    size, rank = cluster.world_size(), cluster.global_rank()
+    size = cluster.world_size()
+    rank = cluster.global_rank()
     store = _open_store(cluster.main_address, cluster.main_port, size, rank, timeout, listener)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     atexit.register(destroy_group)
@@ -87,8 +94,9 @@ def destroy_group() -> None:
 
 def _open_store(
     address: str, port: int, size: int, rank: int, timeout: timedelta, listener: socket.socket | None
-) -> dist.Store:
-    place, seconds = f"MASTER_ADDR={address}, MASTER_PORT={port}", timeout.total_seconds()
+) -> Store:
+    place = f"MASTER_ADDR={address}, MASTER_PORT={port}"
+    seconds = timeout.total_seconds()
     try:
         socket.getaddrinfo(address, port)
     except OSError as error:
@@ -117,21 +125,20 @@ def _open_store(
 # ---------------------------------------------------------------------- travelling
 
 
-def comm_device(device: torch.device, group: Any = None) -> torch.device:
+def comm_device(device: torch.device, group: ProcessGroup | None = None) -> torch.device:
     """Where tensors have to be to travel: gloo and MPI take them from the CPU, others from the device."""
     return torch.device("cpu") if dist.get_backend(group) in ("gloo", "mpi") else device
 
 
-def all_reduce_tensor(tensor: Tensor, device: torch.device, group: Any = None, op: Any = "mean") -> Tensor:
-    """A new tensor, the same in the whole group, combined element-wise; whole numbers have a float32 mean.
+def all_reduce_tensor(
+    tensor: Tensor, device: torch.device, group: ProcessGroup | None = None, op: ReduceOp = "mean"
+) -> Tensor:
+    """A new tensor, the same in the whole group, combined element-wise; integers have a float32 mean.
 
     Raises:
         ValueError: for an unknown operation.
     """
-    name = _REDUCE_OPS.get(op.lower(), op.upper()) if isinstance(op, str) else op
-    kind = getattr(dist.ReduceOp, name, None) if isinstance(name, str) else name
-    if kind is None:
-        raise ValueError(f"`reduce_op={op!r}` is not known. Use 'mean', 'sum', 'max', 'min' or 'product'.")
+    kind = _find_reduce_op(op) if isinstance(op, str) else op
     value = tensor.detach().to(comm_device(device, group), copy=True)
     if kind != dist.ReduceOp.AVG:
         dist.all_reduce(value, op=kind, group=group)
@@ -142,7 +149,16 @@ def all_reduce_tensor(tensor: Tensor, device: torch.device, group: Any = None, o
     return value.div_(dist.get_world_size(group)).to(tensor.device)
 
 
-def all_gather_tensor(tensor: Tensor, device: torch.device, group: Any = None, sync_grads: bool = False) -> Tensor:
+def _find_reduce_op(name: str) -> dist.ReduceOp.RedOpType:
+    op: dist.ReduceOp.RedOpType | None = vars(dist.ReduceOp).get(_REDUCE_OPS.get(name.lower(), name.upper()))
+    if op is None:
+        raise ValueError(f"`reduce_op={name!r}` is not known. Use 'mean', 'sum', 'max', 'min' or 'product'.")
+    return op
+
+
+def all_gather_tensor(
+    tensor: Tensor, device: torch.device, group: ProcessGroup | None = None, sync_grads: bool = False
+) -> Tensor:
     """The tensors of the whole group along a new first dimension; shapes have to be equal."""
     value = tensor.to(comm_device(device, group)).contiguous()
     if sync_grads and tensor.requires_grad:
@@ -167,13 +183,14 @@ _uncounted = itertools.count()
 _INLINE_BYTES = 8192  # bytes
 
 
-def all_gather_objects(obj: Any, device: torch.device, group: Any = None) -> list[Any]:
-    """The objects of the whole group, by rank. One collective if each is pickled into 8 KiB, else two."""
+def all_gather_objects(obj: T, device: torch.device, group: ProcessGroup | None = None) -> list[T]:
+    """The objects of the whole group, by rank; they are pickled. One collective if each takes at most 8 KiB, else two."""
     data = pickle.dumps(obj)
     size = torch.frombuffer(bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8)
     content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     packed = torch.zeros(8 + _INLINE_BYTES, dtype=torch.uint8)
-    packed[:8], packed[8 : 8 + len(data)] = size, content[:_INLINE_BYTES]
+    packed[:8] = size
+    packed[8 : 8 + len(data)] = content[:_INLINE_BYTES]
     home = comm_device(device, group)
     # sync: what arrives is read here
     parts = [_read_bytes(part, 8 + _INLINE_BYTES) for part in all_gather_tensor(packed.to(home), device, group).cpu()]
@@ -186,8 +203,8 @@ def all_gather_objects(obj: Any, device: torch.device, group: Any = None) -> lis
     return [pickle.loads(_read_bytes(row, size)) for row, size in zip(rows, sizes)]
 
 
-def gather_objects(obj: Any, device: torch.device) -> tuple[list[Any], int]:
-    """On rank 0 the objects of all processes that have one (not None), by rank; everywhere, how many have."""
+def gather_objects(obj: T | None, device: torch.device) -> tuple[list[T], int]:
+    """On rank 0 the objects of all processes that have one (not None), by rank; everywhere, how many processes have."""
     data = b"" if obj is None else pickle.dumps(obj)
     home = comm_device(device)
     sizes = all_gather_tensor(torch.tensor(len(data), device=home), device).tolist()  # sync: what arrives is read here
@@ -207,14 +224,15 @@ def _read_bytes(row: Tensor, size: int) -> bytes:
 
 
 def bucket_tensors(tensors: Iterable[Tensor], limit: int = 2**26, by_type: bool = True) -> list[list[Tensor]]:
-    """Tensors of one dtype and device together, up to so many numbers: each bucket travels at once."""
+    """Lists of tensors of one dtype and device, each with up to ``limit`` elements, to be sent at once."""
     full: list[list[Tensor]] = []
     open_ones: dict[Any, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
         kind = tensor.dtype if by_type else None, tensor.device
         bucket, size = open_ones.get(kind, ([], limit))
         if size + tensor.numel() > limit:
-            bucket, size = [], 0
+            bucket = []
+            size = 0
             full.append(bucket)
         bucket.append(tensor)
         open_ones[kind] = bucket, size + tensor.numel()
@@ -246,7 +264,7 @@ class StopConsensus:
         rank, size: of this process, and how many there are.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, patience_s: float = 5.0, pause_s: float = 0.5) -> None:
+    def __init__(self, store: Store, rank: int, size: int, patience_s: float = 5.0, pause_s: float = 0.5) -> None:
         self.store = store
         self.pause_s = pause_s
         self.position_keys = [f"at/{other}" for other in range(size)]

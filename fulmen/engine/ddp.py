@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,25 @@ from torch.nn import Module, parallel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulmen.engine import collectives
+from fulmen.engine.accelerators import Accelerator
 from fulmen.engine.buffers import Buffers
+from fulmen.engine.cluster import ClusterEnvironment
 from fulmen.engine.parallel import ParallelStrategy
+from fulmen.engine.precision import Precision
+from fulmen.engine.strategy import Strategy
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
-from fulmen.utilities.errors import MisconfigurationException, suggest_name
+from fulmen.storage.checkpoint_io import CheckpointIO
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
-from fulmen.utilities.modules import mode_of_module
+from fulmen.utilities.modules import mode_of_module, parameter_names
 from fulmen.utilities.rank_zero import warn_once
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from fulmen.trainer import Trainer
+
+T = TypeVar("T")
 
 SMALL_BATCH = 8  # of one device, for batch norm
 # What `DistributedDataParallel` takes, and nobody else decides.
@@ -55,8 +67,8 @@ class DDPStrategy(ParallelStrategy):
     strategy_name = "ddp"
 
     def __init__(
-        self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
-        cluster_environment: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None,
+        self, accelerator: Accelerator | None = None, parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None, checkpoint_io: CheckpointIO | None = None, precision_plugin: Precision | None = None,
         ddp_comm_state: object | None = None, ddp_comm_hook: Callable[..., Any] | None = None,
         ddp_comm_wrapper: Callable[..., Any] | None = None, model_averaging_period: int | None = None,
         process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30),
@@ -72,20 +84,22 @@ class DDPStrategy(ParallelStrategy):
         for name in kwargs:
             if name not in _DDP_ARGUMENTS:
                 known = f"Known are those of `DistributedDataParallel`: {', '.join(_DDP_ARGUMENTS)}."
-                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggest_name(name, _DDP_ARGUMENTS)} {known}")
-        self._ddp_comm_state, self._ddp_comm_hook = ddp_comm_state, ddp_comm_hook
+                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggestion(name, _DDP_ARGUMENTS)} {known}")
+        self._ddp_comm_state = ddp_comm_state
+        self._ddp_comm_hook = ddp_comm_hook
         self._ddp_comm_wrapper = ddp_comm_wrapper
         self._ddp_kwargs = {"gradient_as_bucket_view": True, **kwargs}
         self.gradient_averager: GradientAverager | None = None
         self._ddp_parameters: list[Tensor] = []  # the parameters DDP waits for, in its order
 
-    find_unused_parameters = property(
-        lambda self: bool(self._ddp_kwargs.get("find_unused_parameters")), doc="May a step leave parameters out?"
-    )
+    @property
+    def find_unused_parameters(self) -> bool:
+        """May a step leave parameters out?"""
+        return bool(self._ddp_kwargs.get("find_unused_parameters"))
 
     # ------------------------------------------------------------------ the model
 
-    def wrap_model(self, trainer: Any) -> None:
+    def wrap_model(self, trainer: Trainer) -> None:
         """For fit: the wrapper, or what averages gradients without it. For others: the weights of rank 0."""
         module = self._lightning_module
         tensors = [*module.parameters(), *module.buffers()]
@@ -100,8 +114,8 @@ class DDPStrategy(ParallelStrategy):
         chosen = [self._ddp_kwargs[name] for name in _BUFFER_ARGUMENTS if self._ddp_kwargs.get(name) is not None]
         self.buffers = Buffers(module, self.root_device, per_process=chosen[:1] == [False])
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        whole = module.automatic_optimization and not is_generator(module.training_step) and bool(learning)
-        if whole:
+        wraps = module.automatic_optimization and not is_generator(module.training_step) and bool(learning)
+        if wraps:
             self.model = self.configure_ddp()
         elif self._ddp_comm_hook is not None:
             what = "`DDPStrategy(ddp_comm_hook=...)` works with automatic optimization and one optimizer only."
@@ -109,7 +123,7 @@ class DDPStrategy(ParallelStrategy):
         else:
             collectives.broadcast_tensors(tensors, self.root_device)
         # Those that are frozen now may learn later.
-        other = module.parameters() if not whole else (p for p in module.parameters() if not p.requires_grad)
+        other = module.parameters() if not wraps else (p for p in module.parameters() if not p.requires_grad)
         self.gradient_averager = GradientAverager(other, self.root_device, self.find_unused_parameters)
 
     def configure_ddp(self) -> parallel.DistributedDataParallel:
@@ -136,7 +150,7 @@ class DDPStrategy(ParallelStrategy):
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         step = super().bind_step(step_name)
         wrapped = step_name == "training_step" and isinstance(self.model, parallel.DistributedDataParallel)
-        return call_through_wrapper(self, self._lightning_module, step) if wrapped else step
+        return call_through_wrapper(self, step, self._ddp_parameters) if wrapped else step
 
     def zero_loss(self) -> Tensor | None:
         wrapped, static = isinstance(self.model, parallel.DistributedDataParallel), self._ddp_kwargs.get("static_graph")
@@ -145,7 +159,7 @@ class DDPStrategy(ParallelStrategy):
         if not wrapped or static or exchanging:
             return None
         nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._ddp_parameters)  # noqa: E731
-        step = call_through_wrapper(self, self._lightning_module, nothing_of_each)
+        step = call_through_wrapper(self, nothing_of_each, self._ddp_parameters)
         return (step if self.buffers is None else self.buffers.sync_before(step))()
 
     def check_gradients(self) -> None:
@@ -159,7 +173,7 @@ class DDPStrategy(ParallelStrategy):
             if missing:
                 raise RuntimeError(unused_parameters_message(parameter_names(self._lightning_module, missing)))
 
-    def setup_optimizers(self, trainer: Any) -> None:
+    def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         if self.gradient_averager is not None:
             self.gradient_averager.set_owners(self.optimizers)
@@ -167,20 +181,18 @@ class DDPStrategy(ParallelStrategy):
     @contextmanager
     def _without_sync(self) -> Generator[None]:
         assert self.gradient_averager is not None
-        before, self.gradient_averager.enabled = self.gradient_averager.enabled, False
-        try:
-            with self.model.no_sync() if isinstance(self.model, parallel.DistributedDataParallel) else nullcontext():
-                yield
-        finally:
-            self.gradient_averager.enabled = before
+        wrapped = isinstance(self.model, parallel.DistributedDataParallel)
+        with self.gradient_averager.disabled(), self.model.no_sync() if wrapped else nullcontext():
+            yield
 
-    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
         return self._without_sync() if enabled and self.gradient_averager is not None else nullcontext()
 
-    def process_dataloader(self, dataloader: Any) -> Any:
-        size, world = getattr(dataloader, "batch_size", None), self.world_size
-        fits_alone = self.gradient_averager is not None and self.layer_sync is None and world > 1
-        if fits_alone and isinstance(size, int) and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
+    def process_dataloader(self, dataloader: T) -> T:
+        world = self.world_size
+        size = getattr(dataloader, "batch_size", None)
+        fits_apart = self.gradient_averager is not None and self.layer_sync is None and world > 1
+        if fits_apart and isinstance(size, int) and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
             what = f"Batch norm sees {size} samples on each of {world} devices, which is few for statistics."
             warn_once(f"{what} `Trainer(sync_batchnorm=True)` takes those of all devices together.")
         return dataloader
@@ -188,16 +200,24 @@ class DDPStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.gradient_averager is not None:
             self.gradient_averager.remove_hooks()
-        self.gradient_averager, self._ddp_parameters = None, []
+        self.gradient_averager = None
+        self._ddp_parameters = []
         super().teardown()
 
 
-def call_through_wrapper(strategy: Any, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+def call_through_wrapper(
+    strategy: Strategy, step: Callable[..., Any], reduced: Sequence[Tensor] = ()
+) -> Callable[..., Any]:
     """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
 
     The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.
     The wrapper itself is not kept: it holds the process group, whose threads have to end before the process does.
+
+    Arguments:
+        strategy: whose `model` is the wrapper.
+        reduced: the parameters whose gradients the wrapper waits for, to name those that got none.
     """
+    module: Any = strategy.lightning_module
     own = vars(module)
     user_forward = own.get("forward")  # of an instance, such as a compiled one
 
@@ -218,7 +238,7 @@ def call_through_wrapper(strategy: Any, module: Module, step: Callable[..., Any]
             indices = re.search(r"did not receive grad for rank \d+: ([\d\s]+)", str(error))
             if "Expected to have finished reduction" not in str(error):
                 raise
-            missing = [strategy._ddp_parameters[int(index)] for index in indices[1].split()] if indices else []
+            missing = [reduced[int(index)] for index in indices[1].split()] if indices else []
             raise RuntimeError(unused_parameters_message(parameter_names(module, missing))) from error
         finally:
             put_back()
@@ -231,13 +251,8 @@ def has_batch_norm(module: Module) -> bool:
     return any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
-def parameter_names(module: Module, parameters: Iterable[Tensor]) -> list[str]:
-    """What parameters are called in a module."""
-    wanted = {id(parameter) for parameter in parameters}
-    return [name for name, parameter in module.named_parameters() if id(parameter) in wanted]
-
-
 def unused_parameters_message(names: list[str]) -> str:
+    """The error for parameters that a backward pass did not reach."""
     shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     what = f"The loss of `training_step` does not depend on the parameters {shown or '(not known which)'}."
     why = "DDP waits for the gradient of every parameter."
@@ -259,7 +274,9 @@ class GradientAverager:
     def __init__(self, parameters: Iterable[Tensor], device: torch.device, differs: bool) -> None:
         # Quantised ones never learn.
         self.parameters = [p for p in parameters if p.is_floating_point() or p.is_complex()]
-        self.device, self.differs, self.enabled = device, differs, True
+        self.device = device
+        self.differs = differs
+        self.enabled = True
         self.owner: dict[int, int] = {}  # of which optimizer; those of none belong together
         self.reached: set[int] = set()  # since the last exchange
         self.now: set[int] = set()  # by the backward pass that is running
@@ -274,12 +291,22 @@ class GradientAverager:
             )
             parameter.requires_grad_(learns)
 
-    def set_owners(self, optimizers: Iterable[Any]) -> None:
+    def set_owners(self, optimizers: Iterable[Optimizer]) -> None:
         """Whose parameters are stepped together."""
         index_of = {id(parameter): index for index, parameter in enumerate(self.parameters)}
         for number, optimizer in enumerate(optimizers):
             for parameter in (p for group in optimizer.param_groups for p in group["params"] if id(p) in index_of):
                 self.owner[index_of[id(parameter)]] = number
+
+    @contextmanager
+    def disabled(self) -> Generator[None]:
+        """Inside, backward passes add to gradients without an exchange."""
+        before = self.enabled
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def mark_reached(self, index: int) -> None:
         """A gradient is there."""
@@ -293,7 +320,7 @@ class GradientAverager:
 
     def average_reached(self) -> None:
         """At the end of the backward pass."""
-        self.due, world = False, dist.get_world_size()
+        self.due = False
         owners = {self.owner.get(index) for index in self.now}
         found = sorted(index for index in self.reached if self.owner.get(index) in owners)
         if self.differs:
@@ -310,10 +337,10 @@ class GradientAverager:
         with torch.no_grad():
             for bucket in collectives.bucket_tensors(gradients):
                 flat = torch.cat([grad.reshape(-1) for grad in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
-                travelling = flat.to(collectives.comm_device(self.device))
-                dist.all_reduce(travelling)
-                travelling /= world
-                for grad, part in zip(bucket, travelling.split([grad.numel() for grad in bucket])):
+                total = flat.to(collectives.comm_device(self.device))
+                dist.all_reduce(total)
+                total /= dist.get_world_size()
+                for grad, part in zip(bucket, total.split([grad.numel() for grad in bucket])):
                     grad.copy_(part.view_as(grad))
 
     def remove_hooks(self) -> None:

@@ -8,22 +8,28 @@ import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from fulmen.engine.accelerators import Accelerator
 from fulmen.engine.buffers import Buffers
+from fulmen.engine.cluster import ClusterEnvironment
 from fulmen.engine.ddp import call_through_wrapper
 from fulmen.engine.parallel import ParallelStrategy
-from fulmen.engine.precision import HalfPrecision, Precision
+from fulmen.engine.precision import HalfPrecision, Precision, clips_by_value
 from fulmen.storage.async_io import unwrap_async_io
 from fulmen.storage.integrity import load_verified
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from fulmen.trainer import Trainer
+    from fulmen.utilities.types import _PATH, GradClipAlgorithmType
 
 SUPPORTED_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 # The folder with the engine's files in a checkpoint, and the one with what the Trainer saves.
@@ -37,12 +43,16 @@ class DeepSpeedPrecision(Precision):
         ValueError: for a precision that it has not.
     """
 
-    def __init__(self, precision: Any) -> None:
+    def __init__(self, precision: str) -> None:
         if precision not in SUPPORTED_PRECISIONS:
             known = ", ".join(map(repr, SUPPORTED_PRECISIONS))
             raise ValueError(f"`DeepSpeedPrecision({precision!r})`: DeepSpeed computes in one of {known}.")
         self.precision = precision
-        self.half = Precision() if precision == "32-true" else HalfPrecision(precision.replace("mixed", "true"))
+        self.half = (
+            Precision()
+            if precision == "32-true"
+            else HalfPrecision("bf16-true" if precision.startswith("bf16") else "16-true")
+        )
 
     @property
     def config_entries(self) -> dict[str, Any]:
@@ -66,10 +76,10 @@ class DeepSpeedPrecision(Precision):
     module_init_context = tensor_init_context
 
     def clip_gradients(
-        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: Any = "norm"
+        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | GradClipAlgorithmType = "norm"
     ) -> None:
         """The engine clips by norm, in its step."""
-        if clip_val > 0 and getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value":
+        if clip_val > 0 and clips_by_value(gradient_clip_algorithm):
             raise MisconfigurationException("DeepSpeed clips by norm only. Use `gradient_clip_algorithm='norm'`.")
 
 
@@ -87,7 +97,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     save_is_collective = True
 
     def __init__(
-        self, accelerator: Any = None, zero_optimization: bool = True, stage: int = 2, remote_device: str | None = None,
+        self, accelerator: Accelerator | None = None, zero_optimization: bool = True, stage: int = 2, remote_device: str | None = None,
         offload_optimizer: bool = False, offload_parameters: bool = False, offload_params_device: str = "cpu",
         nvme_path: str = "/local_nvme", params_buffer_count: int = 5, params_buffer_size: int = 100_000_000,
         max_in_cpu: int = 1_000_000_000, offload_optimizer_device: str = "cpu", optimizer_buffer_count: int = 4,
@@ -95,13 +105,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         thread_count: int = 1, pin_memory: bool = False, sub_group_size: int = 1_000_000_000_000,
         contiguous_gradients: bool = True, overlap_comm: bool = True, allgather_partitions: bool = True,
         reduce_scatter: bool = True, allgather_bucket_size: int = 200_000_000, reduce_bucket_size: int = 200_000_000,
-        zero_allow_untested_optimizer: bool = True, logging_batch_size_per_gpu: Any = "auto", config: Any = None,
+        zero_allow_untested_optimizer: bool = True, logging_batch_size_per_gpu: str | int = "auto", config: dict[str, Any] | _PATH | None = None,
         logging_level: int = logging.WARN, parallel_devices: list[torch.device] | None = None,
-        cluster_environment: Any = None, loss_scale: float = 0, initial_scale_power: int = 16,
+        cluster_environment: ClusterEnvironment | None = None, loss_scale: float = 0, initial_scale_power: int = 16,
         loss_scale_window: int = 1000, hysteresis: int = 2, min_loss_scale: int = 1,
         partition_activations: bool = False, cpu_checkpointing: bool = False,
         contiguous_memory_optimization: bool = False, synchronize_checkpoint_boundary: bool = False,
-        load_full_weights: bool = False, precision_plugin: Any = None, process_group_backend: str | None = None,
+        load_full_weights: bool = False, precision_plugin: Precision | None = None, process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30), exclude_frozen_parameters: bool = False,
     ) -> None:  # fmt: skip
         given = dict(locals())
@@ -111,10 +121,15 @@ class DeepSpeedStrategy(ParallelStrategy):
         super().__init__(
             accelerator, parallel_devices, cluster_environment, None, precision_plugin, process_group_backend, timeout
         )
-        self.remote_device, self.load_full_weights = remote_device, load_full_weights
-        self.exclude_frozen_parameters, self.logging_level = exclude_frozen_parameters, logging_level
-        self.loss_scale, self.initial_scale_power = loss_scale, initial_scale_power
-        self.loss_scale_window, self.hysteresis, self.min_loss_scale = loss_scale_window, hysteresis, min_loss_scale
+        self.remote_device = remote_device
+        self.load_full_weights = load_full_weights
+        self.exclude_frozen_parameters = exclude_frozen_parameters
+        self.logging_level = logging_level
+        self.loss_scale = loss_scale
+        self.initial_scale_power = initial_scale_power
+        self.loss_scale_window = loss_scale_window
+        self.hysteresis = hysteresis
+        self.min_loss_scale = min_loss_scale
         self.batch_size = logging_batch_size_per_gpu
         config = config if config is not None else os.environ.get(self.DEEPSPEED_ENV_VAR)
         self.config = build_config(given) if config is None else read_config(config)
@@ -142,17 +157,17 @@ class DeepSpeedStrategy(ParallelStrategy):
         deepspeed.init_distributed(self.process_group_backend, dist_init_required=False)
         logging.getLogger("DeepSpeed").setLevel(self.logging_level)
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         self.complete_config(trainer)
         self.checkpoint_io = unwrap_async_io(self.checkpoint_io, "DeepSpeed writes its own files")
         super().setup(trainer)
         if trainer.state.fn == "fit":
             self.init_deepspeed()
 
-    def complete_config(self, trainer: Any) -> None:
+    def complete_config(self, trainer: Trainer) -> None:
         """What the Trainer decides goes into the configuration."""
-        clip, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-        if clip and getattr(algorithm, "value", algorithm) == "value":
+        clip = trainer.gradient_clip_val
+        if clip and clips_by_value(trainer.gradient_clip_algorithm):
             raise MisconfigurationException("DeepSpeed clips by norm only. Use `gradient_clip_algorithm='norm'`.")
         if "gradient_accumulation_steps" in self.config:
             what = "The DeepSpeed configuration has `gradient_accumulation_steps`, which the Trainer counts."
@@ -169,7 +184,8 @@ class DeepSpeedStrategy(ParallelStrategy):
             "loss_scale_window": self.loss_scale_window, "hysteresis": self.hysteresis,
             "min_loss_scale": self.min_loss_scale,
         }  # fmt: skip
-        for kind, settings in self.precision_plugin.config_entries.items():
+        precision: Any = self.precision_plugin
+        for kind, settings in precision.config_entries.items():
             self.config.setdefault(kind, {**settings, **(scaling if kind == "fp16" else {})})
 
     def init_deepspeed(self) -> None:
@@ -198,19 +214,19 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         step = super().bind_step(step_name)
-        return (
-            step if self.model is self._lightning_module else call_through_wrapper(self, self._lightning_module, step)
-        )
+        return step if self.model is self._lightning_module else call_through_wrapper(self, step)
 
-    def _precision_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def _precision_backward(self, loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
         self.model.backward(loss, *args, **kwargs)
 
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The engine scales the loss and backpropagates."""
         self._precision_backward(closure_loss, optimizer, *args, **kwargs)
         return closure_loss
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Module | None = None, **kwargs: Any
+    ) -> Any:
         """The engine clips and steps."""
         outcome = closure()
         self.model.step(**kwargs)
@@ -224,7 +240,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         finally:
             self.model.set_gradient_accumulation_boundary(True)
 
-    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
         has_engine = self.model is not self._lightning_module
         return self._accumulating() if enabled and has_engine else nullcontext()
 
@@ -234,11 +250,13 @@ class DeepSpeedStrategy(ParallelStrategy):
         """Empty while the engine has the weights: it writes them."""
         return {} if self.model is not self._lightning_module else super().lightning_module_state_dict()
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Empty: the engine writes it."""
         return {}
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: dict[str, Any] | None = None
+    ) -> None:
         """A folder with the engine's files under ``checkpoint``, written by all processes."""
         if self.model is self._lightning_module:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -250,7 +268,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         self.model.save_checkpoint(path, client_state=rest, tag=ENGINE_FOLDER, **frozen)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """What the Trainer needs; the engine loads its own part when it exists."""
         if self.load_full_weights or not os.path.isdir(os.path.join(checkpoint_path, ENGINE_FOLDER)):
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -261,7 +279,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         rank_zero_info(f"The weights are loaded by DeepSpeed from {checkpoint_path}")
         return {"state_dict": {}, "optimizer_states": [], "lr_schedulers": [], **content, "path": checkpoint_path}
 
-    def verify_checkpoint(self, checkpoint_path: Any) -> None:
+    def verify_checkpoint(self, checkpoint_path: _PATH) -> None:
         if not os.path.isdir(os.path.join(checkpoint_path, ENGINE_FOLDER)):  # a folder of the engine has no hashes
             super().verify_checkpoint(checkpoint_path)
 
@@ -298,7 +316,7 @@ def build_config(given: dict[str, Any]) -> dict[str, Any]:
     return {**config, "zero_optimization": zero}
 
 
-def read_config(config: Any) -> dict[str, Any]:
+def read_config(config: dict[str, Any] | _PATH) -> dict[str, Any]:
     """A copy of the dict, or what a JSON file holds."""
     if isinstance(config, dict):
         return dict(config)
@@ -308,7 +326,7 @@ def read_config(config: Any) -> dict[str, Any]:
         return json.load(file)
 
 
-def ds_checkpoint_dir(checkpoint_dir: str | os.PathLike, tag: str | None = None) -> str:
+def ds_checkpoint_dir(checkpoint_dir: _PATH, tag: str | None = None) -> str:
     """The folder with DeepSpeed's own files in a checkpoint; by default the newest one."""
     if tag is None:
         with open(os.path.join(checkpoint_dir, "latest")) as file:
@@ -320,7 +338,7 @@ def ds_checkpoint_dir(checkpoint_dir: str | os.PathLike, tag: str | None = None)
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
-    checkpoint_dir: str | os.PathLike, output_file: str | os.PathLike, tag: str | None = None
+    checkpoint_dir: _PATH, output_file: _PATH, tag: str | None = None
 ) -> dict[str, Any]:
     """Writes a folder of DeepSpeed as one file, which every strategy loads. Returns its content."""
     folder = ds_checkpoint_dir(checkpoint_dir, tag)

@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes (`DTensor`): parts and wholes, norms, loss scaling, and the precision on top."""
+"""Tensors sharded over processes (`DTensor`): their full value, norms, loss scaling, and the precision that uses them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from fulmen.utilities.modules import local_part, scale_gradients, total_norm
 SUPPORTED_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 
-def is_dtensor(tensor: Any) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Is it a `DTensor`? Asking does not import its module."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
 
 
 def gather_full(value: Any, keep: bool) -> Any:
-    """All of a tensor on the CPU, for those who keep it; every process must ask. Other values come back as they are."""
+    """The full tensor on the CPU, or None without ``keep``; a collective. What is no `DTensor` comes back as it is.
+
+    Arguments:
+        keep: does this process need it?
+    """
     if not is_dtensor(value):
         return value if keep else None
     full = value.detach().full_tensor()
@@ -36,7 +40,7 @@ def gather_full(value: Any, keep: bool) -> Any:
 
 
 def shard_like(full: Tensor, like: Any) -> Any:
-    """What this process holds of a full tensor, if it is spread like another one; nothing travels."""
+    """This process's shard of a full tensor, sharded like the `DTensor` ``like``; without a collective."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
@@ -75,7 +79,7 @@ def global_norm(gradients: Iterable[Any]) -> Tensor:
 class ShardedGradScaler(torch.amp.GradScaler):
     """Torch's loss scaler for gradients that are spread over processes: what one of them finds counts for all."""
 
-    def _unscale_grads_(self, optimizer: Any, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
+    def _unscale_grads_(self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool) -> Any:
         # Parts of 16 bits are fine here: parameters of 16 bits whose update is made in float32 have them.
         parts = []
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
@@ -109,19 +113,22 @@ class FSDPPrecision(MixedPrecision):
         ValueError: for another precision, or a scaler that it has no use for.
     """
 
-    def __init__(self, precision: Any, scaler: Any = None) -> None:
+    def __init__(self, precision: str, scaler: torch.amp.GradScaler | None = None) -> None:
         if precision not in SUPPORTED_PRECISIONS:
             what = f"`FSDPPrecision({precision!r})`: parameters that are spread over processes are not kept in it."
             raise ValueError(f"{what} Use one of {', '.join(map(repr, SUPPORTED_PRECISIONS))}.")
         if scaler is not None and precision != "16-mixed":
             raise ValueError(f"`{precision=}` needs no loss scaler. Leave `scaler` out, or use '16-mixed'.")
         super().__init__("bf16-mixed", "")
-        self.precision, self.scaler = precision, scaler
+        self.precision = precision
+        self.scaler = scaler
         self.mixed = precision.endswith("-mixed")
         if precision.startswith("16"):
             self.dtype = torch.float16
         # What is done where weights themselves have 16 bits.
-        self.half: Any = HalfPrecision(precision) if precision.endswith("16-true") else Precision()
+        self.half: Any = Precision()
+        if precision.endswith("16-true"):
+            self.half = HalfPrecision("bf16-true" if precision == "bf16-true" else "16-true")
 
     def use_device(self, device: torch.device) -> None:
         """The device is known."""
@@ -162,12 +169,11 @@ class FSDPPrecision(MixedPrecision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return super().forward_context() if self.mixed else self.half.forward_context()
 
-    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if self.half.step_is_default:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         outcome = closure()
-        self.half._steps += 1
-        with sharded_stand_ins(optimizer, seed=self.half._steps << 16):
+        with sharded_stand_ins(optimizer, seed=self.half.next_seed()):
             optimizer.step(**kwargs)
         return outcome
 

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint as recompute
 
+from fulmen.engine.accelerators import Accelerator
+from fulmen.engine.cluster import ClusterEnvironment
 from fulmen.engine.dtensor import is_dtensor
+from fulmen.engine.precision import Precision
 from fulmen.engine.sharded import ShardedStrategy, materialize_layers
 from fulmen.engine.strategy import StrategyRegistry
-from fulmen.utilities.errors import MisconfigurationException, suggest_name
+from fulmen.storage.checkpoint_io import CheckpointIO
+from fulmen.utilities.errors import MisconfigurationException, suggestion
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import mode_of_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import CPUOffload, MixedPrecision, MixedPrecisionPolicy, OffloadPolicy, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from fulmen.trainer import Trainer
+
+    Policy = type[Module] | Iterable[type[Module]] | Callable[..., bool] | ModuleWrapPolicy
 
 # Whether parameters are let go between forward and backward, and whether they are spread over a part of the processes.
 SHARDING_STRATEGIES = {
@@ -71,12 +85,14 @@ class FSDPStrategy(ShardedStrategy):
     strategy_name = "fsdp"
 
     def __init__(
-        self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
-        cluster_environment: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None,
+        self, accelerator: Accelerator | None = None, parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None, checkpoint_io: CheckpointIO | None = None, precision_plugin: Precision | None = None,
         process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30),
-        cpu_offload: Any = None, mixed_precision: Any = None, auto_wrap_policy: Any = None,
-        activation_checkpointing: Any = None, activation_checkpointing_policy: Any = None,
-        sharding_strategy: Any = "FULL_SHARD", state_dict_type: str = "full", device_mesh: Any = None,
+        cpu_offload: bool | CPUOffload | OffloadPolicy | None = None,
+        mixed_precision: MixedPrecision | MixedPrecisionPolicy | None = None, auto_wrap_policy: Policy | None = None,
+        activation_checkpointing: Policy | None = None, activation_checkpointing_policy: Policy | None = None,
+        sharding_strategy: str | ShardingStrategy = "FULL_SHARD", state_dict_type: str = "full",
+        device_mesh: DeviceMesh | tuple[int, ...] | None = None,
         start_method: str = "popen", **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -91,7 +107,7 @@ class FSDPStrategy(ShardedStrategy):
             raise ValueError(f"{what} Leave it out.")
         self.sharding_strategy = name = parse_sharding_strategy(sharding_strategy)
         self.reshards, self.hybrid = SHARDING_STRATEGIES[name]
-        if device_mesh is not None and len(getattr(device_mesh, "shape", device_mesh)) != (2 if self.hybrid else 1):
+        if device_mesh is not None and num_axes(device_mesh) != (2 if self.hybrid else 1):
             what = f"`{device_mesh=}` does not fit `sharding_strategy={name!r}`."
             raise ValueError(f"{what} 'HYBRID_SHARD' needs two numbers, copies and shards; the others none at all.")
         self.kwargs = check_options(kwargs)
@@ -101,7 +117,7 @@ class FSDPStrategy(ShardedStrategy):
         self.activation_checkpointing_policy = activation_checkpointing_policy or activation_checkpointing
         self.state_dict_type = state_dict_type
         self.device_mesh = device_mesh
-        self._mesh: Any = None
+        self._mesh: DeviceMesh | None = None
 
     @classmethod
     def get_registered_strategies(cls) -> list[str]:
@@ -117,12 +133,12 @@ class FSDPStrategy(ShardedStrategy):
         """The `MixedPrecisionPolicy` of `fully_shard`."""
         return self.mixed_precision or self.precision_plugin.mixed_precision_config
 
-    def mesh(self) -> Any:
+    def mesh(self) -> DeviceMesh:
         """The processes as a row or, for hybrid sharding, as copies by shards."""
         from torch.distributed.device_mesh import init_device_mesh
 
         given = self.device_mesh
-        if given is not None and hasattr(given, "get_group"):
+        if given is not None and not isinstance(given, (tuple, list)):
             return given
         if self._mesh is None:
             shape, names = given or (self.world_size,), ("shard",)
@@ -134,7 +150,7 @@ class FSDPStrategy(ShardedStrategy):
 
     # ------------------------------------------------------------------ the model
 
-    def wrap_model(self, trainer: Any) -> None:
+    def wrap_model(self, trainer: Trainer) -> None:
         """Layer by layer: the values of rank 0, then everybody's part of them."""
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -222,16 +238,21 @@ class StepModule(Module):
 # ---------------------------------------------------------------------- arguments
 
 
-def parse_sharding_strategy(value: Any) -> str:
+def num_axes(device_mesh: DeviceMesh | Sequence[int]) -> int:
+    """Of a mesh, or of the shape of one."""
+    return len(device_mesh) if isinstance(device_mesh, (tuple, list)) else device_mesh.ndim  # type: ignore[union-attr]
+
+
+def parse_sharding_strategy(value: str | ShardingStrategy) -> str:
     """The name of a sharding strategy, from it or an enum."""
-    name = getattr(value, "name", value)
+    name = value.name if isinstance(value, Enum) else value
     name = name.upper() if isinstance(name, str) else name
     if name == "NO_SHARD":
         raise ValueError("`sharding_strategy='NO_SHARD'` keeps everything everywhere. That is `strategy='ddp'`.")
     if name not in SHARDING_STRATEGIES:
         known = ", ".join(repr(known) for known in SHARDING_STRATEGIES if not known.startswith("_"))
         raise ValueError(
-            f"`sharding_strategy={value!r}` is none of {known}.{suggest_name(str(name), SHARDING_STRATEGIES)}"
+            f"`sharding_strategy={value!r}` must be one of {known}.{suggestion(str(name), SHARDING_STRATEGIES)}"
         )
     return name
 
@@ -251,7 +272,7 @@ def check_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in REFUSED_OPTIONS}
 
 
-def as_mixed_precision_policy(given: Any) -> Any:
+def as_mixed_precision_policy(given: MixedPrecision | MixedPrecisionPolicy | None) -> MixedPrecisionPolicy:
     """A `MixedPrecisionPolicy`, from one or from the `MixedPrecision` of the older wrapper."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -260,7 +281,7 @@ def as_mixed_precision_policy(given: Any) -> Any:
     if given is None:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     if not hasattr(given, "param_dtype"):
-        what = f"`mixed_precision={given!r}` is no policy."
+        what = f"`mixed_precision={given!r}` must be a policy."
         raise TypeError(f"{what} Use a `torch.distributed.fsdp.MixedPrecisionPolicy`, or `Trainer(precision=...)`.")
     if given.buffer_dtype is not None:
         rank_zero_warn(
@@ -273,7 +294,7 @@ def as_mixed_precision_policy(given: Any) -> Any:
 # ---------------------------------------------------------------------- parts of a module
 
 
-def select_modules(module: Module, policy: Any) -> list[Module]:
+def select_modules(module: Module, policy: Policy | None) -> list[Module]:
     """The parts that a policy chooses, inner ones first; never the module itself."""
     if policy is None:
         return []
@@ -305,6 +326,7 @@ def _apply_policy(policy: Callable[..., bool], part: Module, found: set[Module],
 
 
 def modules_inner_first(module: Module) -> Iterator[Module]:
+    """All modules in it, each after those that it contains."""
     for child in module.children():
         yield from modules_inner_first(child)
     yield module

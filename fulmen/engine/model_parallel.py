@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from fulmen.engine import collectives
 from fulmen.engine.dtensor import is_dtensor, shard_like
 from fulmen.engine.sharded import ShardedStrategy, init_layer
 from fulmen.utilities.introspection import is_overridden
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from fulmen.trainer import Trainer
 
 MESH_AXES = ("data_parallel", "tensor_parallel")
 
@@ -33,7 +38,7 @@ class ModelParallelStrategy(ShardedStrategy):
     strategy_name = "model_parallel"
 
     def __init__(
-        self, data_parallel_size: Any = "auto", tensor_parallel_size: Any = "auto",
+        self, data_parallel_size: int | Literal["auto"] = "auto", tensor_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = True, process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30), start_method: str = "popen",
     ) -> None:  # fmt: skip
@@ -41,14 +46,15 @@ class ModelParallelStrategy(ShardedStrategy):
         for name, size in (("data", data_parallel_size), ("tensor", tensor_parallel_size)):
             if size != "auto" and (type(size) is not int or size < 1):
                 raise ValueError(
-                    f"`{name}_parallel_size={size!r}` is no number of processes. Use 'auto', or 1 or more."
+                    f"`{name}_parallel_size={size!r}` must be a number of processes. Use 'auto', or 1 or more."
                 )
-        self._data_parallel_size, self._tensor_parallel_size = data_parallel_size, tensor_parallel_size
+        self._data_parallel_size = data_parallel_size
+        self._tensor_parallel_size = tensor_parallel_size
         self.sharded_checkpoints = self._save_distributed_checkpoint = save_distributed_checkpoint
-        self._device_mesh: Any = None
+        self._device_mesh: DeviceMesh | None = None
 
     @property
-    def device_mesh(self) -> Any:
+    def device_mesh(self) -> DeviceMesh:
         """The processes as rows with the same data, by columns with the same part of the layers."""
         if self._device_mesh is None:
             raise RuntimeError(
@@ -79,7 +85,7 @@ class ModelParallelStrategy(ShardedStrategy):
             self._device_mesh = init_device_mesh(self.root_device.type, (data, tensor), mesh_dim_names=MESH_AXES)
         module.device_mesh = self._device_mesh
 
-    def wrap_model(self, trainer: Any) -> None:
+    def wrap_model(self, trainer: Trainer) -> None:
         """Layers get their values, and what no process would exchange is found."""
         module = self._lightning_module
         check_gradients_averaged(module, self.device_mesh["data_parallel"].size() if trainer.state.fn == "fit" else 1)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from abc import ABC
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fulmen.engine import collectives
-from fulmen.engine.launch import ProcessLauncher, ScriptLauncher, adopted, tell_launcher
+from fulmen.engine.accelerators import Accelerator
+from fulmen.engine.cluster import ClusterEnvironment, LightningEnvironment
+from fulmen.engine.launch import end_with_parent, signal_launcher
+from fulmen.engine.precision import Precision
+from fulmen.engine.process_launcher import ProcessLauncher
+from fulmen.engine.script_launcher import ScriptLauncher
 from fulmen.engine.strategy import Strategy
 from fulmen.storage.async_io import AsyncCheckpointIO
+from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.supervision.reports import mark_reported, report_mark, write_stderr
 from fulmen.supervision.stack_sampler import error_location
 from fulmen.supervision.watchdog import connect_watchdog, limit_seconds
@@ -23,12 +31,18 @@ from fulmen.utilities.introspection import alias_property
 from fulmen.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Generator
 
-    from fulmen.engine.buffers import Buffers
-    from fulmen.engine.cluster import ClusterEnvironment
+    from torch.distributed import ProcessGroup, Store
+
+    from fulmen.engine.collectives import ReduceOp
+    from fulmen.engine.launch import ReportError
+    from fulmen.engine.sync_batchnorm import LayerSync
     from fulmen.supervision.protocols import SupervisedRun
+    from fulmen.trainer import Trainer
+    from fulmen.utilities.types import _PATH
+
+T = TypeVar("T")
 
 
 class ParallelStrategy(Strategy, ABC):
@@ -46,20 +60,21 @@ class ParallelStrategy(Strategy, ABC):
     strategy_name = "parallel"
 
     def __init__(
-        self, accelerator: Any = None, parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None, checkpoint_io: Any = None, precision_plugin: Any = None,
+        self, accelerator: Accelerator | None = None, parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None, checkpoint_io: CheckpointIO | None = None, precision_plugin: Precision | None = None,
         process_group_backend: str | None = None, timeout: timedelta | None = None, start_method: str = "popen",
     ) -> None:  # fmt: skip
         super().__init__(accelerator, checkpoint_io, precision_plugin)
-        self.parallel_devices, self.cluster_environment = parallel_devices, cluster_environment
-        self._process_group_backend, self._start_method = process_group_backend, start_method
+        self.parallel_devices = parallel_devices
+        self.cluster_environment = cluster_environment
+        self._process_group_backend = process_group_backend
+        self._start_method = start_method
         self._timeout = timedelta(minutes=30) if timeout is None else timeout
         self.num_nodes = 1
-        self.layer_sync: Any = None  # a `LayerSync` that is applied while fitting
+        self.layer_sync: LayerSync | None = None  # is applied while fitting
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
-        self.store: Any = None  # the group's, once they have
+        self.store: Store | None = None  # of this run, once they have
         self._stop_consensus: collectives.StopConsensus | None = None
-        self.buffers: Buffers | None = None  # of the module, while it is trained
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "store": None, "_stop_consensus": None}  # connections are of this process
@@ -78,16 +93,30 @@ class ParallelStrategy(Strategy, ABC):
         """Processes on this node."""
         return len(self.parallel_devices or [None])
 
-    local_rank = property(lambda self: self._asked("local_rank", 0), doc="Index of this process on its node.")
-    node_rank = property(lambda self: self._asked("node_rank", 0), doc="Index of this node.")
-    global_rank = property(lambda self: self._asked("global_rank", 0), doc="Index of this process over all nodes.")
-    world_size = property(lambda self: self._asked("world_size", 1), doc="Processes over all nodes.")
-    is_distributed = True
-    start_method = alias_property("_start_method", "How the processes start.")
-    timeout = alias_property("_timeout", "How long a process waits for the others.")
+    @property
+    def local_rank(self) -> int:  # type: ignore[override]
+        """Index of this process on its node."""
+        return 0 if self.cluster_environment is None else self.cluster_environment.local_rank()
 
-    def _asked(self, what: str, alone: int) -> int:
-        return alone if self.cluster_environment is None else getattr(self.cluster_environment, what)()
+    @property
+    def node_rank(self) -> int:  # type: ignore[override]
+        """Index of this node."""
+        return 0 if self.cluster_environment is None else self.cluster_environment.node_rank()
+
+    @property
+    def global_rank(self) -> int:  # type: ignore[override]
+        """Index of this process over all nodes."""
+        return 0 if self.cluster_environment is None else self.cluster_environment.global_rank()
+
+    @property
+    def world_size(self) -> int:  # type: ignore[override]
+        """Processes over all nodes."""
+        return 1 if self.cluster_environment is None else self.cluster_environment.world_size()
+
+    is_distributed = True
+
+    start_method: str = alias("_start_method", "How the processes start.")
+    timeout: timedelta = alias("_timeout", "How long a process waits for the others.")
 
     @property
     def process_group_backend(self) -> str:
@@ -116,13 +145,49 @@ class ParallelStrategy(Strategy, ABC):
         cluster: Any = self.cluster_environment
         cluster.validate_settings(self.num_processes, self.num_nodes)
         self.set_world_ranks()
-        adopted()
+        end_with_parent()
         if cluster.creates_processes_externally:
             self.launcher = None
         elif self._start_method == "popen":
             self.launcher = ScriptLauncher(self)
         else:
             self.launcher = ProcessLauncher(self, self._start_method)
+
+    def open_rendezvous(self) -> dict[str, str]:
+        """The environment variables by which the processes that are started now find each other.
+
+        Unless the user or an environment of theirs chose it, the port is one that this process holds until rank 0
+        listens there.
+        """
+        cluster: Any = self.cluster_environment
+        is_free = (
+            isinstance(cluster, LightningEnvironment) and type(cluster).main_port is LightningEnvironment.main_port
+        )
+        if cluster.node_rank() == 0 and is_free and "MASTER_PORT" not in os.environ:
+            # Processes that are earlier than rank 0 wait in its queue.
+            self.listener = socket.create_server(("" if "MASTER_ADDR" in os.environ else cluster.main_address, 0))
+            port = self.listener.getsockname()[1]
+        else:
+            port = cluster.main_port
+        return {
+            "MASTER_ADDR": cluster.main_address,
+            "MASTER_PORT": str(port),
+            "NODE_RANK": str(cluster.node_rank()),
+            "WORLD_SIZE": str(self.world_size),
+        }
+
+    def take_listener(self) -> socket.socket | None:
+        """The socket behind the main port, if this process holds it; whoever takes it closes it."""
+        listener = self.listener
+        self.listener = None
+        return listener
+
+    def enter_child(self, listener: socket.socket | None, report_to_parent: ReportError) -> None:
+        """In a process that a launcher started for this strategy: nothing more is launched here."""
+        self.launcher = None
+        self.listener = listener
+        self.report_to_parent = report_to_parent
+        self.set_world_ranks()
 
     # ------------------------------------------------------------------ life
 
@@ -133,19 +198,20 @@ class ParallelStrategy(Strategy, ABC):
     def setup_distributed(self) -> None:
         """Meets the other processes."""
         self.set_world_ranks()
-        listener, self.listener = self.listener, None
-        self.store = collectives.init_group(
-            self.cluster_environment, self.process_group_backend, self._timeout, listener
-        )
-        self.aborting, self._stop_consensus = False, None
+        cluster: Any = self.cluster_environment
+        listener = self.take_listener()
+        self.store = collectives.init_group(cluster, self.process_group_backend, self._timeout, listener)
+        self.aborting = False
+        self._stop_consensus = None
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         if self.layer_sync is not None and trainer.state.fn == "fit" and self.world_size > 1:
             self.model = self.layer_sync.apply(self.model)
         super().setup(trainer)
 
     def teardown(self) -> None:
-        self.model, self.buffers = self._lightning_module, None
+        self.model = self._lightning_module
+        self.buffers = None
         if self.layer_sync is not None and self.model is not None:
             self.model = self._lightning_module = self.layer_sync.revert(self.model)
         super().teardown()
@@ -178,19 +244,19 @@ class ParallelStrategy(Strategy, ABC):
         if self.world_size == 1 or self.store is None:
             return True
         if self._stop_consensus is None:
-            tell_launcher()
+            signal_launcher()
             if isinstance(self.launcher, ScriptLauncher):
-                self.launcher.tell_others()
+                self.launcher.signal_children()
             store = dist.PrefixStore("end", self.store)
             self._stop_consensus = collectives.StopConsensus(store, self.global_rank, self.world_size)
-        together = self._stop_consensus.agree(batch_position)
+        all_stop = self._stop_consensus.agree(batch_position)
         try:
-            if together:
+            if all_stop:
                 self.barrier("end")  # all have heard of it before the store may go away
         except RuntimeError:
-            together = None
-        self.aborting = together is None
-        return together is not False
+            all_stop = None
+        self.aborting = all_stop is None
+        return all_stop is not False
 
     @contextmanager
     def block_backward_sync(self) -> Generator[None]:
@@ -229,31 +295,34 @@ class ParallelStrategy(Strategy, ABC):
 
     def barrier_without_timeout(self, name: str) -> None:
         if self.group_ready:
+            assert self.store is not None
             if self.store.add(name, 1) == self.world_size:
                 self.store.set(f"{name}/all", "here")
             self.store.wait([f"{name}/all"], timedelta(days=30))
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: T, src: int = 0) -> T:
         if not self.group_ready or self.world_size == 1:
             return obj
-        carried = [obj]
+        carried: list[T] = [obj]
         dist.broadcast_object_list(carried, src, device=collectives.comm_device(self.root_device))
         return carried[0]
 
-    def exchange_objects(self, obj: Any) -> list[Any]:
+    def exchange_objects(self, obj: T) -> list[T]:
         return collectives.all_gather_objects(obj, self.root_device) if self.group_ready else [obj]
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(
+        self, tensor: Tensor | Any, group: ProcessGroup | None = None, reduce_op: ReduceOp | None = "mean"
+    ) -> Any:
         if not isinstance(tensor, Tensor) or not self.group_ready:
             return tensor
         return collectives.all_reduce_tensor(tensor, self.root_device, group, reduce_op or "sum")
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+    def all_gather(self, tensor: Tensor, group: ProcessGroup | None = None, sync_grads: bool = False) -> Tensor:
         if not self.group_ready:
             return tensor.unsqueeze(0)
         return collectives.all_gather_tensor(tensor, self.root_device, group, sync_grads)
 
-    def check_equal_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
+    def check_equal_shapes(self, tensors: list[Tensor], group: ProcessGroup | None = None) -> None:
         """Raises a RuntimeError on all processes if they would gather tensors of different shapes."""
         every = (
             collectives.all_gather_objects([tuple(t.shape) for t in tensors], self.root_device, group)
@@ -268,10 +337,12 @@ class ParallelStrategy(Strategy, ABC):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if not self.group_ready:
             return decision
-        votes = int(collectives.all_reduce_tensor(torch.tensor(int(decision)), self.root_device, op="sum"))
-        return votes == self.world_size if all else votes > 0
+        num_true = int(collectives.all_reduce_tensor(torch.tensor(int(decision)), self.root_device, op="sum"))
+        return num_true == self.world_size if all else num_true > 0
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: dict[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint on rank 0; if that fails, all processes raise, so that none waits for the others."""
         write = super().save_checkpoint
         self.on_rank_zero(
@@ -291,9 +362,10 @@ class ParallelStrategy(Strategy, ABC):
                 act()
         except Exception as error:
             problem = error
-        said = f"{type(problem).__name__}: {problem}"
-        said = self.broadcast(None if problem is None else (isinstance(problem, OSError), said))
+        report = None if problem is None else (type(problem).__name__, str(problem), isinstance(problem, OSError))
+        report = self.broadcast(report)
         if problem is not None:
             raise problem
-        if said is not None:
-            raise (OSError if said[0] else RuntimeError)(f"Rank 0 could not {what}: {said[1]}")
+        if report is not None:
+            name, text, is_os_error = report
+            raise (OSError if is_os_error else RuntimeError)(f"Rank 0 could not {what}: {name}: {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-    from fulmen.utilities.types import GradClipAlgorithmType
+    from fulmen.module import LightningModule
+    from fulmen.utilities.types import GradClipAlgorithmType, LRSchedulerConfig
 
 _LBFGS_REFUSED = (
     "`precision='{}'`: LBFGS evaluates the loss several times inside its step, {}. "
@@ -31,14 +33,14 @@ _LBFGS_REFUSED = (
 
 
 @lru_cache(maxsize=32)
-def _closure_argument(step: Any) -> str:
+def _closure_argument(step: Callable[..., Any]) -> str:
     """How a `step` function takes its closure: "by name", "by position", or "not at all"."""
     if takes_argument(step, "closure"):
         return "by name"
     return "by position" if num_positional(step) > 1 else "not at all"
 
 
-def step_with_closure(optimizer: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+def step_with_closure(optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any) -> Any:
     """`optimizer.step(closure)`; where the optimizer takes none, the closure runs first."""
     way = _closure_argument(getattr(type(optimizer), "step", None) or optimizer.step)
     if way == "by name":
@@ -48,6 +50,11 @@ def step_with_closure(optimizer: Any, closure: Callable[[], Any], **kwargs: Any)
     outcome = closure()
     optimizer.step(**kwargs)
     return outcome
+
+
+def clips_by_value(algorithm: str | GradClipAlgorithmType | None) -> bool:
+    """Does the Trainer's ``gradient_clip_algorithm`` clamp each element, instead of the norm of all?"""
+    return (algorithm.value if isinstance(algorithm, Enum) else algorithm) == "value"
 
 
 class Precision:
@@ -93,22 +100,34 @@ class Precision:
 
     val_step_context = test_step_context = predict_step_context = train_step_context
 
-    def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
+    def pre_backward(self, tensor: Tensor, module: Module) -> Tensor:
         """The loss that `backward` is called on."""
         return tensor
 
-    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def backward(
+        self, tensor: Tensor, model: LightningModule, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> None:
         """Backpropagates through the module's own `backward`."""
         model.backward(tensor, *args, **kwargs)
 
-    def post_backward(self, tensor: Tensor, module: Any) -> Tensor:
+    def post_backward(self, tensor: Tensor, module: Module) -> Tensor:
         """The loss that is handed on after `backward`."""
         return tensor
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Takes the loss scale out of the gradients, before anybody looks at them."""
 
-    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def hold_loss_scale(self) -> None:
+        """Until the next run, the loss scale changes in `update_loss_scale` only.
+
+        For several optimizers that take turns: gradients that wait for a step must be unscaled by the scale they were
+        made with.
+        """
+
+    def update_loss_scale(self) -> None:
+        """Lets the loss scale grow or shrink by what was found since the last time; called when a batch is done."""
+
+    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
         """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
         return step_with_closure(optimizer, closure, **kwargs)
 
@@ -119,10 +138,12 @@ class Precision:
 
         Returns the norm before clipping, still on its device, if it had to be known.
         """
-        by_value = getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm) == "value"
-        if clip_val > 0:
-            return (self.clip_grad_by_value if by_value else self.clip_grad_by_norm)(optimizer, clip_val)
-        return None
+        if clip_val <= 0:
+            return None
+        if clips_by_value(gradient_clip_algorithm):
+            self.clip_grad_by_value(optimizer, clip_val)
+            return None
+        return self.clip_grad_by_norm(optimizer, clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clamps every element to [-clip_val, clip_val]."""
@@ -136,11 +157,13 @@ class Precision:
         """The parameters the optimizer updates."""
         return [p for group in optimizer.param_groups for p in group["params"]]
 
-    def gradient_norm(self, optimizer: Any) -> Tensor:
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         """The L2 norm of all gradients of an optimizer together, on their device."""
         return total_norm([p.grad for p in self.main_params(optimizer) if p.grad is not None])
 
-    def connect(self, model: Module, optimizers: list, lr_schedulers: list) -> tuple[Module, list, list]:
+    def connect(
+        self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[LRSchedulerConfig]
+    ) -> tuple[Module, list[Optimizer], list[LRSchedulerConfig]]:
         """Last word on the model and its optimizers before training."""
         return model, optimizers, lr_schedulers
 
@@ -171,17 +194,18 @@ class MixedPrecision(Precision):
     `skipped` says whether the scaler left the last step out, because gradients were not finite.
     """
 
-    # Several optimizers take turns: gradients that wait for a step must be unscaled by the scale they were made with, so
-    # it changes when `update_loss_scale` is called only, not before the next backward.
     hold_scale = False
 
-    def __init__(self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: Any = None) -> None:
+    def __init__(
+        self, precision: Literal["16-mixed", "bf16-mixed"], device: str, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         if precision not in ("16-mixed", "bf16-mixed"):
             raise ValueError(f"`{precision=}` is not a mixed precision. Use '16-mixed' or 'bf16-mixed'.")
         if scaler is not None and precision == "bf16-mixed":
             what = "`MixedPrecision('bf16-mixed', scaler=...)`: gradients in bfloat16 do not underflow."
             raise MisconfigurationException(f"{what} Leave `scaler` out, or use '16-mixed'.")
-        self.precision, self.device = precision, str(device).split(":")[0]
+        self.precision: str = precision
+        self.device = str(device).split(":")[0]
         self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
         self.scaler = torch.amp.GradScaler(self.device) if precision == "16-mixed" and scaler is None else scaler
         self.last_skip: bool | Tensor = False
@@ -202,20 +226,27 @@ class MixedPrecision(Precision):
             self.last_skip = bool(self.last_skip.item())
         return self.last_skip
 
-    def connect(self, model: Module, optimizers: list, lr_schedulers: list) -> tuple[Module, list, list]:
+    def connect(
+        self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[LRSchedulerConfig]
+    ) -> tuple[Module, list[Optimizer], list[LRSchedulerConfig]]:
         for optimizer in optimizers if self.scaler is not None else ():
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
             if hasattr(optimizer, "register_step_post_hook"):
                 self._hooks.append(optimizer.register_step_post_hook(self._on_step))
-        self.hold_scale, self.last_skip, self._skips, self._steps = False, False, 0, 0
+        self.hold_scale = False
+        self.last_skip = False
+        self._skips = 0
+        self._steps = 0
         return model, optimizers, lr_schedulers
 
-    def _on_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def hold_loss_scale(self) -> None:
+        self.hold_scale = True
+
+    def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         """The optimizer ran; of torch's, fused ones hold `found_inf` and may have changed nothing."""
-        self.last_skip = getattr(optimizer, "found_inf", False)
-        if self.last_skip is None:
-            self.last_skip = False
+        found_inf = getattr(optimizer, "found_inf", None)
+        self.last_skip = False if found_inf is None else found_inf
 
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.autocast_context_manager()
@@ -225,7 +256,7 @@ class MixedPrecision(Precision):
         # Without its cache, which keeps weights cast under `no_grad` for later use under gradients.
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
-    def pre_backward(self, tensor: Tensor, module: Any) -> Tensor:
+    def pre_backward(self, tensor: Tensor, module: Module) -> Tensor:
         if self.scaler is None:
             return tensor
         if self._scale_update_due and not self.hold_scale:
@@ -237,7 +268,7 @@ class MixedPrecision(Precision):
             self.scaler.unscale_(optimizer)
             self._unscaled.add(id(optimizer))
 
-    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -256,8 +287,7 @@ class MixedPrecision(Precision):
         return outcome
 
     def update_loss_scale(self) -> None:
-        """Lets the scale grow or shrink by what was found since the last time; the loops call it when a batch is done."""
-        if self._scale_update_due or self._unscaled:
+        if self.scaler is not None and (self._scale_update_due or self._unscaled):
             self.scaler.update()
             self._scale_update_due = False
             self._unscaled.clear()
@@ -300,9 +330,9 @@ class HalfPrecision(Precision):
 
     def convert_module(self, module: Module) -> Module:
         # Not `module.to(dtype)`, which makes complex numbers real; these stay as they are.
-        convert = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float64: "double"}
-        converted: Module = getattr(module, convert[self.dtype])()
-        return converted
+        if self.dtype == torch.float64:
+            return module.double()
+        return module.bfloat16() if self.dtype == torch.bfloat16 else module.half()
 
     def convert_input(self, data: Any) -> Any:
         return apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
@@ -323,13 +353,17 @@ class HalfPrecision(Precision):
 
     tensor_init_context = module_init_context = forward_context
 
-    def optimizer_step(self, optimizer: Optimizer, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(_LBFGS_REFUSED.format(self.precision, "which is made in float32"))
         outcome = closure()
-        self._steps += 1
-        step_in_float32(optimizer, seed=self._steps << 16, **kwargs)
+        step_in_float32(optimizer, seed=self.next_seed(), **kwargs)
         return outcome
+
+    def next_seed(self) -> int:
+        """The seed of the roundings of the next step; it depends on the number of steps alone."""
+        self._steps += 1
+        return self._steps << 16
 
     def state_context(self, optimizer: Optimizer) -> AbstractContextManager[Any]:
         """States that are loaded keep their 32 bits with float16 weights."""
@@ -357,4 +391,5 @@ class DoublePrecision(HalfPrecision):
 
     def __init__(self) -> None:
         super().__init__()
-        self.precision, self.dtype = "64-true", torch.float64
+        self.precision = "64-true"
+        self.dtype = torch.float64

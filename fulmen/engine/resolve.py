@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -59,7 +59,8 @@ PRECISION_HINTS = {
 }
 
 # What not every device of a type can do: how to find out, and which ones can. Other types can do all but FP8.
-DEVICE_ABILITIES: dict[str, dict[str, tuple[Callable[[torch.device], bool], str]]] = {
+Ability = tuple[Callable[[torch.device], bool], str]
+DEVICE_ABILITIES: dict[str, dict[str, Ability]] = {
     "cuda": {
         "bfloat16": (lambda device: torch.cuda.is_bf16_supported(), "GPUs of NVIDIA and AMD"),
         # what `is_bf16_supported(including_emulation=False)` asks of the current device
@@ -256,7 +257,9 @@ def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices:
     return strategy
 
 
-def check_precision(precision: Precision, device: torch.device, abilities: Any = DEVICE_ABILITIES) -> None:
+def check_precision(
+    precision: Precision, device: torch.device, abilities: Mapping[str, Mapping[str, Ability]] = DEVICE_ABILITIES
+) -> None:
     """Refuses what the device cannot compute in, and warns of what it only imitates."""
     kind, asked = device.type, f"`precision={precision.precision!r}`"
     if isinstance(precision, BitsandbytesPrecision) and kind not in (served := precision.device_types):
@@ -281,7 +284,7 @@ def has_capability(capability: tuple[int, int], device: torch.device) -> bool:
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= capability
 
 
-def parse_precision(value: Any) -> str | None:
+def parse_precision(value: int | str | None) -> str | None:
     """The full name of a precision; a `ValueError` for what is none."""
     asked = str(value) if type(value) is int else value
     names = (*PRECISIONS, *ALIASES)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ from fulmen.storage.sharded import (
     write_shards,
 )
 from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.modules import parameter_names
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from fulmen.trainer import Trainer
+    from fulmen.utilities.types import _PATH
 
 
 class ShardedStrategy(ParallelStrategy):
@@ -79,7 +86,7 @@ class ShardedStrategy(ParallelStrategy):
 
     # ------------------------------------------------------------------ life
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         if self.sharded_checkpoints:
             self.checkpoint_io = unwrap_async_io(self.checkpoint_io, "all processes write their shards together")
         if self.sharded_checkpoints and type(self.checkpoint_io) is not TorchCheckpointIO:
@@ -93,7 +100,7 @@ class ShardedStrategy(ParallelStrategy):
         self.module_backup = ModuleBackup(self._lightning_module)
         super().setup(trainer)
 
-    def setup_optimizers(self, trainer: Any) -> None:
+    def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
             what = "LBFGS joins all parameters to one vector, and they are spread over processes."
@@ -133,7 +140,8 @@ class ShardedStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self.module_backup is not None and not self.aborting:
             self.unshard_module(self.module_backup)
-        self.module_backup, self.sharded_modules = None, []
+        self.module_backup = None
+        self.sharded_modules = []
         self.model = self._lightning_module
         super().teardown()
 
@@ -178,7 +186,7 @@ class ShardedStrategy(ParallelStrategy):
             for part in self.sharded_modules:
                 part.set_requires_gradient_sync(True, recurse=False)
 
-    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
         return self._without_sync() if enabled and self.sharded_modules else nullcontext()
 
     def _reshard(self) -> None:
@@ -209,7 +217,7 @@ class ShardedStrategy(ParallelStrategy):
         full = {name: gather_full(value, keep) for name, value in state.items()}
         return full if keep else {}
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if self.module_backup is None and not self._states_kept:
             what = "The run is over, and the states of its optimizers, which were spread over processes, are gone."
             fix = "Save inside the run (`ModelCheckpoint`, `on_train_end`), or with `weights_only=True`."
@@ -266,7 +274,9 @@ class ShardedStrategy(ParallelStrategy):
 
     # ------------------------------------------------------------------ files
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: dict[str, Any] | None = None
+    ) -> None:
         if not self.sharded_checkpoints or self.module_backup is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -290,7 +300,7 @@ class ShardedStrategy(ParallelStrategy):
 
             self.on_rank_zero(finish, f"write the checkpoint {path!r}")
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         finish_interrupted_rename(local_path(checkpoint_path))
         if not is_sharded(checkpoint_path):
             return super().load_checkpoint(checkpoint_path, weights_only)
@@ -387,12 +397,6 @@ def average_by_sum(modules: Iterable[Any]) -> None:
             what = f"`fully_shard` of torch {torch.__version__} cannot average gradients over gloo."
             raise RuntimeError(f"{what} Install a newer one, or use `strategy='ddp'` on the CPU.")
         module.set_force_sum_reduction_for_comms(True)
-
-
-def parameter_names(module: Module, parameters: Iterable[Tensor]) -> list[str]:
-    """What parameters are called in a module, in their order."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names.get(id(parameter), f"#{i}") for i, parameter in enumerate(parameters)]
 
 
 def fill_with_saved(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

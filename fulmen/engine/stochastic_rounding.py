@@ -1,4 +1,4 @@
-"""Updates of 16-bit weights made in float32, with results rounded so that small ones are not lost.
+"""Stochastic rounding: updates of 16-bit weights are made in float32, and rounded so that small ones are not lost.
 
 A step of an optimizer is often smaller than half the distance between two neighbours in bfloat16, as is what an average
 with a decay of 0.999 takes in. Rounded to the nearest such a step is nothing, each time; rounded up or down by chance, in
@@ -18,12 +18,14 @@ from torch.nn import Parameter
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from torch.optim import Optimizer
+
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # Elements that are widened together: bounds the memory that a step needs on top, to a few times 64 MB.
 CHUNK_ELEMENTS = 1 << 24
 
 
-def step_in_float32(optimizer: Any, seed: int, **kwargs: Any) -> Any:
+def step_in_float32(optimizer: Optimizer, seed: int, **kwargs: Any) -> Any:
     """`optimizer.step(**kwargs)`, with 16-bit parameters, gradients and states widened to float32 for its duration.
 
     bfloat16 states are stored as such again. States of float16 parameters stay in float32: squares of gradients below
@@ -59,14 +61,15 @@ def _chunk_parameters(members: list[list[Any]], limit: int) -> Iterator[list[lis
                 continue
             if size and size + parameter.numel() > limit:
                 yield part
-                part, size = [[] for _ in members], 0
+                part = [[] for _ in members]
+                size = 0
             part[index].append(parameter)
             size += parameter.numel()
     yield part
 
 
 @contextmanager
-def float32_stand_ins(optimizer: Any, seed: int | None = None) -> Generator[None]:
+def float32_stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generator[None]:
     """Inside, the optimizer has stand-ins of 32 bits for its parameters of 16, with their gradients and states.
 
     The parameters themselves stay as they are: autograd forgets who listens to a gradient, such as DDP, when the dtype of
@@ -97,7 +100,7 @@ def float32_stand_ins(optimizer: Any, seed: int | None = None) -> Generator[None
             _round_states([p for p, _ in brain], optimizer.state, before, seed + 1)
 
 
-def _swap_parameters(optimizer: Any, old: list[Any], new: list[Any]) -> None:
+def _swap_parameters(optimizer: Optimizer, old: list[Any], new: list[Any]) -> None:
     """Other parameters in the optimizer's groups, which inherit the states."""
     successor = {id(before): after for before, after in zip(old, new)}
     for group in optimizer.param_groups:
@@ -138,10 +141,10 @@ def _store_rounded(wide: list[Tensor], narrow: list[Tensor], seed: int) -> None:
 
 
 def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 as bfloat16: one of the two neighbours, the nearer one more often, so that the mean is the value.
+    """float32 [n] rounded to bfloat16 [n], up or down by chance, such that the mean is the value.
 
     Arguments:
-        wide: of shape (n,); is used up. bfloat16 is the upper half of float32, so noise that is added to the lower half
+        wide: is overwritten. bfloat16 is the upper half of float32, so noise that is added to the lower half
             carries over into the upper one as often as it should.
     """
     bits, count = wide.view(torch.int32), wide.numel()

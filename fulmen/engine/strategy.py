@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fulmen.engine.accelerators import Registry
+from fulmen.engine.accelerators import Accelerator, Registry
 from fulmen.engine.precision import Precision
 from fulmen.storage.async_io import AsyncCheckpointIO
+from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.keywords import KeywordHints
@@ -20,11 +21,21 @@ from fulmen.utilities.keywords import KeywordHints
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from torch.distributed import ProcessGroup
     from torch.nn import Module
     from torch.optim import Optimizer
 
+    from fulmen.engine.buffers import Buffers
+    from fulmen.engine.cluster import ClusterEnvironment
+    from fulmen.engine.collectives import ReduceOp
+    from fulmen.engine.launch import Launcher, ReportError
+    from fulmen.module import LightningModule
     from fulmen.supervision.protocols import SupervisedRun
     from fulmen.supervision.watchdog import Watchdog
+    from fulmen.trainer import Trainer
+    from fulmen.utilities.types import _PATH, LRSchedulerConfig
+
+T = TypeVar("T")
 
 # How the precision's context around a step is called, where it is not called like the step.
 STEP_CONTEXTS = {"training_step": "train_step", "validation_step": "val_step"}
@@ -47,13 +58,17 @@ class Strategy(KeywordHints, ABC):
     """
 
     strategy_name = "strategy"
-    buffers: Any = None  # of a module that several processes train
-    launcher: Any = None  # starts the processes of a run; None when this one is enough
+    global_rank: int = 0  # index of this process over all nodes
+    local_rank: int = 0  # on its node
+    node_rank: int = 0
+    world_size: int = 1  # processes over all nodes
+    buffers: Buffers | None = None  # of a module that several processes train
+    launcher: Launcher | None = None  # starts the processes of a run; None when this one is enough
+    report_to_parent: ReportError | None = None  # tells a launcher why this process ends, if it cannot see it
+    watchdog_timeout_s: float | None = None  # seconds; None asks FULMEN_WATCHDOG_TIMEOUT_S, and 0 means no watchdog
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
     forbids_inference_tensors = False  # do collectives refuse tensors made in inference mode?
     watchdog: Watchdog | None = None  # of a run on several processes
-    watchdog_timeout_s: float | None = None  # seconds; None asks FULMEN_WATCHDOG_TIMEOUT_S, and 0 means no watchdog
-    report_to_parent: Any = None  # what tells a launcher why this process ends, if it cannot see it
     defers_gradient_reduction = False  # are gradients of an accumulation window out of reach before they are reduced?
     save_is_collective = False  # do all processes have to write a checkpoint together?
     aborting = False  # does an exception end this process's part in the run?
@@ -62,26 +77,37 @@ class Strategy(KeywordHints, ABC):
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
-    def __init__(self, accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None) -> None:
-        self.accelerator, self.checkpoint_io, self.precision_plugin = accelerator, checkpoint_io, precision_plugin
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        # `resolve_strategy` fills what is None.
+        self.accelerator: Accelerator = accelerator  # type: ignore[assignment]
+        self.checkpoint_io: CheckpointIO = checkpoint_io  # type: ignore[assignment]
+        self.precision_plugin: Precision = precision_plugin  # type: ignore[assignment]
         self._lightning_module: Any = None
         self.model: Any = None  # the model as it is called, wrapped if the strategy wraps
-        self.optimizers: list[Any] = []
-        self.lr_scheduler_configs: list[Any] = []
-        self.cluster_environment: Any = None
-        # Between `pre_backward` and `post_backward`; the training loop puts its own in, which fires the hooks there.
-        self.run_backward: Callable[..., None] = self._precision_backward
-        # What moves a batch; the feed puts the user's transfer hook in.
+        self.optimizers: list[Optimizer] = []
+        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
+        self.cluster_environment: ClusterEnvironment | None = None
+        self.run_backward: Callable[..., None] = self._precision_backward  # between `pre_` and `post_backward`
         self.transfer: Callable[..., Any] = _move_batch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "run_backward": self._precision_backward,
-            "transfer": _move_batch,
-        }  # without what a run put in
+        # Without what a run put in.
+        return {**vars(self), "run_backward": self._precision_backward, "transfer": _move_batch}
 
-    lightning_module = alias_property("_lightning_module", "The user's module, never wrapped.")
+    def use_backward(self, run_backward: Callable[..., None]) -> None:
+        """Between `pre_backward` and `post_backward`, this runs instead: the training loop's own, which fires hooks."""
+        self.run_backward = run_backward
+
+    def use_transfer(self, transfer: Callable[[Any, torch.device, int], Any] | None) -> None:
+        """What moves a batch to a device, given the loader's index too; None is the usual way."""
+        self.transfer = transfer or _move_batch
+
+    lightning_module: LightningModule | None = alias("_lightning_module", "The user's module, never wrapped.")
 
     @property
     @abstractmethod
@@ -91,7 +117,7 @@ class Strategy(KeywordHints, ABC):
     @property
     def is_global_zero(self) -> bool:
         """Whether this process speaks for all."""
-        return getattr(self, "global_rank", 0) == 0
+        return self.global_rank == 0
 
     def setup_environment(self) -> None:
         """Prepares the device, before any user hook runs."""
@@ -101,7 +127,7 @@ class Strategy(KeywordHints, ABC):
         """The module of this run."""
         self._lightning_module = self.model = model
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Puts the model into place and, for fit, builds its optimizers."""
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
@@ -111,7 +137,7 @@ class Strategy(KeywordHints, ABC):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
-    def setup_optimizers(self, trainer: Any) -> None:
+    def setup_optimizers(self, trainer: Trainer) -> None:
         """Asks the module for its optimizers and schedulers, through the trainer."""
         self.optimizers, self.lr_scheduler_configs = trainer.read_optimizers(self._lightning_module)
 
@@ -126,8 +152,9 @@ class Strategy(KeywordHints, ABC):
             self.move_to_cpu()
         if self.aborting and isinstance(self.checkpoint_io, AsyncCheckpointIO):
             self.checkpoint_io.drain_jobs()  # does not hide why the run ends
-        for part in (self.precision_plugin, self.accelerator, self.checkpoint_io):
-            part.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
 
     def move_to_cpu(self) -> None:
         """Moves the module and the states of optimizers off the device."""
@@ -140,7 +167,7 @@ class Strategy(KeywordHints, ABC):
     def model_to_device(self) -> None:
         """Moves the model to the root device."""
 
-    def wrap_model(self, trainer: Any) -> None:
+    def wrap_model(self, trainer: Trainer) -> None:
         """Puts around the model what exchanges it or its gradients with other processes, before optimizers are made."""
 
     def agree_to_stop(self, batch_position: tuple[int, int]) -> bool:
@@ -181,7 +208,7 @@ class Strategy(KeywordHints, ABC):
         """The batch on `device` (default: the root device)."""
         return self.transfer(batch, device or self.root_device, dataloader_idx)
 
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Scales, backpropagates (with the hooks around it) and returns the loss that was used."""
         self.pre_backward(closure_loss)
         scaled = self.precision_plugin.pre_backward(closure_loss, self._lightning_module)
@@ -190,15 +217,17 @@ class Strategy(KeywordHints, ABC):
         self.post_backward(scaled)
         return scaled
 
-    def _precision_backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def _precision_backward(self, loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
         self.precision_plugin.backward(loss, self._lightning_module, optimizer, *args, **kwargs)
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Module | None = None, **kwargs: Any
+    ) -> Any:
         """Runs the closure and applies the update, as the precision wants it done."""
         model = model or self._lightning_module
         return self.precision_plugin.optimizer_step(optimizer, model=model, closure=closure, **kwargs)
 
-    def no_backward_sync(self, module: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
         """Inside, gradients are not exchanged between processes."""
         return nullcontext()
 
@@ -212,7 +241,7 @@ class Strategy(KeywordHints, ABC):
     def restore_own_buffers(self) -> None:
         """Validation is over: each process has those again that it trains with."""
 
-    def process_dataloader(self, dataloader: Any) -> Any:
+    def process_dataloader(self, dataloader: T) -> T:
         """A last change to a loader."""
         return dataloader
 
@@ -236,11 +265,11 @@ class Strategy(KeywordHints, ABC):
     def barrier_without_timeout(self, name: str) -> None:
         """`barrier` for where others may take hours."""
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: T, src: int = 0) -> T:
         """The object of process `src`, everywhere."""
         return obj
 
-    def exchange_objects(self, obj: Any) -> list[Any]:
+    def exchange_objects(self, obj: T) -> list[T]:
         """The objects of all processes, by rank; they are pickled."""
         return [obj]
 
@@ -249,15 +278,17 @@ class Strategy(KeywordHints, ABC):
         if self.is_global_zero:
             act()
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(
+        self, tensor: Tensor | Any, group: ProcessGroup | None = None, reduce_op: ReduceOp | None = "mean"
+    ) -> Any:
         """The same value on every process, combined element-wise; non-tensors come back unchanged."""
         return tensor
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+    def all_gather(self, tensor: Tensor, group: ProcessGroup | None = None, sync_grads: bool = False) -> Tensor:
         """The tensors of all processes along a new first dimension."""
         return tensor
 
-    def check_equal_shapes(self, tensors: list[Tensor], group: Any = None) -> None:
+    def check_equal_shapes(self, tensors: list[Tensor], group: ProcessGroup | None = None) -> None:
         """Raises on all processes if they have tensors of different shapes."""
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -280,7 +311,7 @@ class Strategy(KeywordHints, ABC):
         """Puts the weights of a checkpoint into the module."""
         self._lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer."""
         return getattr(optimizer, "optimizer", optimizer).state_dict()
 
@@ -297,20 +328,22 @@ class Strategy(KeywordHints, ABC):
                 optimizer.load_state_dict(state)
             move_optimizer_state(optimizer, self.root_device)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: dict[str, Any] | None = None
+    ) -> None:
         """Writes a checkpoint, on one process."""
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint onto the CPU."""
         return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
 
-    def verify_checkpoint(self, checkpoint_path: Any) -> None:
+    def verify_checkpoint(self, checkpoint_path: _PATH) -> None:
         """Raises `DamagedCheckpointError` if a checkpoint is not whole; nothing is loaded."""
         self.checkpoint_io.verify_checkpoint(checkpoint_path)
 
-    def remove_checkpoint(self, filepath: Any) -> None:
+    def remove_checkpoint(self, filepath: _PATH) -> None:
         """Deletes a checkpoint, on one process."""
         if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
@@ -360,31 +393,35 @@ class SingleDeviceStrategy(Strategy):
     """One process, one ``device``: "cpu", "cuda:0", a `torch.device` …"""
 
     strategy_name = "single_device"
-    global_rank = local_rank = node_rank = 0
-    world_size = 1
 
     def __init__(
-        self, device: Any = "cpu", accelerator: Any = None, checkpoint_io: Any = None, precision_plugin: Any = None
+        self,
+        device: torch.device | str | int = "cpu",
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision_plugin)
         self._root_device = torch.device(device)
 
-    root_device = alias_property("_root_device", "The one device.")
+    root_device: torch.device = alias("_root_device", "The one device.")
 
     def model_to_device(self) -> None:
         self.model.to(self._root_device)
 
 
-def move_optimizer_state(optimizer: Any, device: torch.device) -> None:
+def move_optimizer_state(optimizer: Optimizer, device: torch.device) -> None:
     """Moves the tensors of an optimizer's state; "step" counters stay where the optimizer keeps them."""
-    for state in getattr(optimizer, "state", {}).values():
+    for state in vars(optimizer).get("state", {}).values():
         for name, value in state.items() if isinstance(state, dict) else ():
             if name != "step":
                 state[name] = move_data_to_device(value, device)
 
 
 class _SkipInit(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]

@@ -27,10 +27,12 @@ class LayerSync(ABC):
     """Replaces layers whose statistics should span all processes, such as batch norm, and puts them back."""
 
     @abstractmethod
-    def apply(self, model: Module) -> Module: ...
+    def apply(self, model: Module) -> Module:
+        """The model with synchronised layers, while it is fitted."""
 
     @abstractmethod
-    def revert(self, model: Module) -> Module: ...
+    def revert(self, model: Module) -> Module:
+        """The model with its own layers again."""
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -60,7 +62,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: Any = None,
+        process_group: dist.ProcessGroup | None = None,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -68,7 +70,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = process_group
 
     @classmethod
-    def convert(cls, module: Module, process_group: Any = None) -> Module:
+    def convert(cls, module: Module, process_group: dist.ProcessGroup | None = None) -> Module:
         """The same module, in which each batch norm layer now synchronises over the group (None: all ranks).
 
         Layers stay the objects they were, with their parameters, buffers and hooks, and instances of their old class:
@@ -82,8 +84,9 @@ class SyncBatchNorm(_BatchNorm):
                 what = f"`{kind.__name__}` has a `forward` of its own, so its statistics stay those of each process"
                 rank_zero_warn(f"{what}. Build it on `fulmen.SyncBatchNorm` if they should span all.")
                 continue
-            layer.process_group = getattr(layer, "process_group", None) or process_group
-            layer.__class__ = _synchronized_class(kind)
+            converted: Any = layer
+            converted.process_group = vars(layer).get("process_group") or process_group
+            converted.__class__ = _synchronized_class(kind)
         return module
 
     @classmethod
@@ -163,7 +166,7 @@ class TorchSyncBatchNorm(LayerSync):
         return SyncBatchNorm.revert(model)
 
 
-def merge_statistics(input: Tensor, group: Any, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+def merge_statistics(input: Tensor, group: dist.ProcessGroup | None, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C] and sum of squared deviations from it [C] over all ranks, and the number of values per channel [].
 
     All float64 and bitwise the same on every rank. A rank adds its count, mean and sum of squared deviations; these are

@@ -18,7 +18,10 @@ from fulmen.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-PACKAGE, MINIMUM = "transformer_engine", ">=0.11"
+    from transformer_engine.common.recipe import Recipe
+
+PACKAGE = "transformer_engine"
+MINIMUM = ">=0.11"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,15 +43,19 @@ class TransformerEnginePrecision(HalfPrecision):
         self,
         *,
         weights_dtype: torch.dtype,
-        recipe: Any = None,
+        recipe: Mapping[str, Any] | Recipe | None = None,
         replace_layers: bool | None = None,
         fallback_compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.precision, self.dtype, self.weights_dtype = "transformer-engine", weights_dtype, weights_dtype
-        self.fallback_compute_dtype, self.replace_layers = fallback_compute_dtype or weights_dtype, replace_layers
-        for name in ("weights_dtype", "fallback_compute_dtype"):
-            if (dtype := getattr(self, name)) not in DTYPES:
+        self.precision = "transformer-engine"
+        self.dtype = weights_dtype
+        self.weights_dtype = weights_dtype
+        self.fallback_compute_dtype = fallback_compute_dtype or weights_dtype
+        self.replace_layers = replace_layers
+        chosen = {"weights_dtype": self.weights_dtype, "fallback_compute_dtype": self.fallback_compute_dtype}
+        for name, dtype in chosen.items():
+            if dtype not in DTYPES:
                 raise ValueError(f"`{name}={dtype!r}`: Transformer Engine computes in {', '.join(map(str, DTYPES))}.")
         if not is_installed(PACKAGE, MINIMUM):
             what = f"`{PACKAGE}` {MINIMUM} is needed to compute in FP8 (on an NVIDIA GPU), but it is not installed."
@@ -56,7 +63,8 @@ class TransformerEnginePrecision(HalfPrecision):
             raise ModuleNotFoundError(f"{what} {how}", name=PACKAGE)
         self._engine = importlib.import_module(f"{PACKAGE}.pytorch")
         if recipe is None or isinstance(recipe, Mapping):
-            recipes, settings = importlib.import_module(f"{PACKAGE}.common.recipe"), dict(recipe or {})
+            recipes = importlib.import_module(f"{PACKAGE}.common.recipe")
+            settings = dict(recipe or {})
             if isinstance(form := settings.get("fp8_format"), str):
                 settings["fp8_format"] = recipes.Format[form]
             recipe = recipes.DelayedScaling(**settings)

@@ -59,8 +59,8 @@ class Optimization:
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
         parts = ((self.strategy, Strategy), (self.precision, Precision))
-        self.plain_backward = not any(overrides_method(part, verb, base) for part, base in parts for verb in verbs)
-        self.strategy.run_backward = self.backward_with_hooks
+        self.plain_backward = not any(overridden(part, verb, base) for part, base in parts for verb in verbs)
+        self.strategy.use_backward(self.backward_with_hooks)
         for optimizer in trainer.lightning_optimizers:
             optimizer._run_step = self.run_optimizer
             optimizer._module = self.module
@@ -473,7 +473,7 @@ class AlternatingOptimization(Optimization):
         owners = [id(p) for turn in self.turns for p in self.precision.main_params(turn.optimizer)]
         self.shares = len(set(owners)) < len(owners)
         if self.mixed:
-            self.precision.hold_scale = True  # until all have taken their turns
+            self.precision.hold_loss_scale()  # until all have taken their turns
         for turn in self.turns:
             turn.verb = "yielded"
             turn.context = None

@@ -34,7 +34,7 @@ class ChildProcesses(Protocol):
     def describe_exit(self, rank: int) -> str:
         """How the process of a rank ended; "" if it has not, or was not started here."""
 
-    def end(self, patience: float) -> None:
+    def end_children(self, patience_s: float) -> None:
         """Waits for them for so many seconds, and ends those that still run."""
 
 

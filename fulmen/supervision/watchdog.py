@@ -394,7 +394,7 @@ class Watchdog:
         for worker in multiprocessing.active_children():
             worker.kill()
         if self.children is not None:
-            self.children.end(patience)
+            self.children.end_children(patience)
         write_stderr("")
         os._exit(exit_code)
 

@@ -156,6 +156,17 @@ def set_module_flags(module: nn.Module, flags: dict[str, Any]) -> None:
             setattr(owners[path], name, value)
 
 
+def parameter_names(module: nn.Module, parameters: Iterable[Tensor]) -> list[str]:
+    """The names of parameters in a module, in the order given; "#<index>" for those it does not have.
+
+    >>> layer = torch.nn.Linear(1, 1)
+    >>> parameter_names(layer, [layer.bias, layer.weight])
+    ['bias', 'weight']
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [names.get(id(parameter), f"#{i}") for i, parameter in enumerate(parameters)]
+
+
 def group_names(module: nn.Module, optimizer: Any) -> list[list[str]] | None:
     """The names of the parameters in each group of an optimizer; None if it has some that are not the module's."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}

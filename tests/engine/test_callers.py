@@ -11,7 +11,7 @@ from support import Regression, make_loader, make_trainer
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 import fulmen as pl
-from fulmen.engine.launch import also
+from fulmen.engine.process_launcher import add_base_class
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX processes")
 
@@ -90,7 +90,7 @@ class Own(ValueError):
 
 
 def test_an_error_of_two_types_keeps_what_it_was():
-    error = also(Own("text", 3), ProcessRaisedException, "trace", 1, 2)
+    error = add_base_class(Own("text", 3), ProcessRaisedException, "trace", 1, 2)
     assert isinstance(error, Own) and isinstance(error, ProcessRaisedException)
     assert str(error) == "text" and error.code == 3 and error.error_pid == 2
     again = pickle.loads(pickle.dumps(error))
@@ -99,4 +99,4 @@ def test_an_error_of_two_types_keeps_what_it_was():
 
 @pytest.mark.parametrize("error", [OSError(2, "no such file"), SystemExit(3), KeyboardInterrupt()])
 def test_an_error_that_cannot_have_two_types_stays_itself(error):
-    assert also(error, ProcessRaisedException, "trace", 1, 2) is error
+    assert add_base_class(error, ProcessRaisedException, "trace", 1, 2) is error
