@@ -100,19 +100,14 @@ class _BuiltInAccelerator(Accelerator):
         """
         kind = cls.name().upper()
         available = list(range(cls.auto_device_count() if cls.is_available() else 0))
-        if isinstance(devices, str):
-            devices = [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
-        count = devices if type(devices) is int else None
-        if count is None and not (isinstance(devices, Sequence) and all(type(index) is int for index in devices)):
-            raise TypeError(
-                f"For {kind}, `{devices=}` must be a number of devices or a list of indices. Use `devices=1` or `[0]`."
-            )
+        devices = _read_devices(devices, kind)
         if not devices:
             return None
-        if count is None:
-            wanted = list(devices)  # type: ignore[arg-type]
+        count = devices if isinstance(devices, int) else None
+        if isinstance(devices, int):
+            wanted = available if devices == -1 else list(range(devices))
         else:
-            wanted = available if count == -1 else list(range(count))
+            wanted = list(devices)
         missing = sorted(set(wanted) - set(available))
         # torchrun on a cluster that shows each process only its own GPU
         only_own = len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ
@@ -132,6 +127,19 @@ class _BuiltInAccelerator(Accelerator):
         return [torch.device(cls.name(), index) for index in indices]
 
     auto_device_count = staticmethod(lambda: 1)
+
+
+def _read_devices(devices: object, kind: str) -> int | list[int]:
+    """A count or a list of indices, from what the user wrote."""
+    if isinstance(devices, str):
+        return [int(part) for part in devices.split(",") if part.strip()] if "," in devices else int(devices)
+    if type(devices) is int:
+        return devices
+    if isinstance(devices, Sequence) and all(type(index) is int for index in devices):
+        return list(devices)
+    raise TypeError(
+        f"For {kind}, `{devices=}` must be a number of devices or a list of indices. Use `devices=1` or `[0]`."
+    )
 
 
 class CPUAccelerator(_BuiltInAccelerator):
@@ -231,8 +239,8 @@ class Registry(dict[str, dict[str, Any]]):
     def get(self, name: str, default: Any = None) -> Any:
         """A new object of that name; unknown names give ``default``, or a `KeyError` if there is none."""
         if name in self:
-            cls, init_params = self[name][self.kind], self[name]["init_params"]
-            return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(**init_params)
+            cls = self[name][self.kind]
+            return (pkgutil.resolve_name(cls) if isinstance(cls, str) else cls)(**self[name]["init_params"])
         if default is None:
             raise KeyError(f"No {self.kind} {name!r} among {', '.join(sorted(self))}.{suggest_name(name, self)}")
         return default

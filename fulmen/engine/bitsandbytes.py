@@ -178,7 +178,14 @@ def quantize_on_load(layer: Any, state: dict[str, Any], prefix: str, metadata: d
         if metadata.get("assign_to_params_buffers"):
             state[key] = type(old)(weight, requires_grad=old.requires_grad, **vars(old))
         drop_quantized_copy(layer)
-        return
+    else:
+        _load_quantized(layer, weight, state, prefix)
+
+
+def _load_quantized(layer: Any, weight: torch.Tensor, state: dict[str, Any], prefix: str) -> None:
+    """Quantises the weights, or takes packed ones with what is stored beside them."""
+    key = f"{prefix}weight"
+    old = layer.weight
     beside = f"{key}." if is_4bit(old) else f"{prefix}SCB"
     extra = {name: value for name, value in state.items() if name.startswith(beside)}
     as_made = weight.shape == (layer.out_features, layer.in_features)
@@ -228,7 +235,8 @@ def set_weights(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None
         if scale is None:
             quantise = import_optional("bitsandbytes", "to quantise weights").functional.int8_vectorwise_quant
             weight, scale, _ = quantise(weight.to(device, torch.float16))
-        weight, scale = weight.to(device), scale.to(device)
+        weight = weight.to(device)
+        scale = scale.to(device)
         new = type(old)(weight, requires_grad=False, has_fp16_weights=False, CB=weight, SCB=scale)
     # The parameter stays the one that an optimizer knows.
     old.data = new.data

@@ -28,20 +28,12 @@ class Buffers:
         self.per_process = per_process
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
         statistics = {id(buffer) for layer in self.norms for buffer in layer.buffers(recurse=False)}
-        self.every_step = False
         # Where each buffer is found, not the buffer: an assignment `self.buffer = ...` replaces it. And its shape: one
         # that changes it grows with what a process has seen, and may be another one elsewhere.
-        self.slots: list[tuple[dict[str, Any], str]] = []
-        self.shapes: list[torch.Size | None] = []
-        found: set[int] = set()
-        for part in module.modules():
-            for name, buffer in part._buffers.items():
-                unused = buffer is None and isinstance(part, _NormBase)
-                if not unused and id(buffer) not in found and not hasattr(buffer, "to_local"):
-                    found.update(() if buffer is None else (id(buffer),))
-                    self.slots.append((part._buffers, name))
-                    self.shapes.append(None if buffer is None else buffer.shape)
-                    self.every_step |= id(buffer) not in statistics
+        self.slots = find_buffers(module)
+        found = [owner.get(name) for owner, name in self.slots]
+        self.shapes: list[torch.Size | None] = [None if buffer is None else buffer.shape for buffer in found]
+        self.every_step = any(id(buffer) not in statistics for buffer in found)
         self.modes = [layer.training for layer in self.norms]
         self.stashed: list[Tensor] | None = None  # while those of rank 0 are there instead
 
@@ -96,3 +88,16 @@ class Buffers:
         """Gives each process its own back, if it trains with them."""
         self.load_own_state(self.stashed or [])
         self.stashed = None
+
+
+def find_buffers(module: Module) -> list[tuple[dict[str, Any], str]]:
+    """Each buffer of a module once, as the dictionary that holds it and its name; without sharded ones."""
+    slots: list[tuple[dict[str, Any], str]] = []
+    found: set[int] = set()
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            unused = buffer is None and isinstance(part, _NormBase)
+            if not unused and id(buffer) not in found and not hasattr(buffer, "to_local"):
+                found.update(() if buffer is None else (id(buffer),))
+                slots.append((part._buffers, name))
+    return slots

@@ -153,7 +153,8 @@ class DDPStrategy(ParallelStrategy):
         return call_through_wrapper(self, step, self._ddp_parameters) if wrapped else step
 
     def zero_loss(self) -> Tensor | None:
-        wrapped, static = isinstance(self.model, parallel.DistributedDataParallel), self._ddp_kwargs.get("static_graph")
+        wrapped = isinstance(self.model, parallel.DistributedDataParallel)
+        static = self._ddp_kwargs.get("static_graph")
         kinds = (SyncBatchNorm, torch.nn.SyncBatchNorm)
         exchanging = any(isinstance(layer, kinds) for layer in self._lightning_module.modules())
         if not wrapped or static or exchanging:

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 SUPPORTED_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
 # The folder with the engine's files in a checkpoint, and the one with what the Trainer saves.
-ENGINE_FOLDER, MODEL_STATES_FILE = "checkpoint", "mp_rank_00_model_states.pt"
+ENGINE_FOLDER = "checkpoint"
+MODEL_STATES_FILE = "mp_rank_00_model_states.pt"
 
 
 class DeepSpeedPrecision(Precision):

@@ -224,7 +224,8 @@ def sharded_stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generato
         # Loading a state replaces the groups, but keeps their parameters in order.
         places = [(group["params"], i) for group in optimizer.param_groups for i in range(len(group["params"]))]
         for number, (own, (place, index)) in enumerate(zip(narrow, places)):
-            wide, place[index] = place[index], own
+            wide = place[index]
+            place[index] = own
             part = local_part(wide).detach()
             if seed is not None and own.dtype == torch.bfloat16 and part.numel():
                 generator = torch.Generator(part.device).manual_seed(seed + number)

@@ -141,19 +141,15 @@ class FSDPStrategy(ShardedStrategy):
         if given is not None and not isinstance(given, (tuple, list)):
             return given
         if self._mesh is None:
-            shape, names = given or (self.world_size,), ("shard",)
-            if self.hybrid:
-                shape = given or (self.num_nodes, self.num_processes)
-                names = ("replicate", "shard")  # type: ignore[assignment]
-            self._mesh = init_device_mesh(self.root_device.type, tuple(shape), mesh_dim_names=names)
+            default = (self.num_nodes, self.num_processes) if self.hybrid else (self.world_size,)
+            names = ("replicate", "shard") if self.hybrid else ("shard",)
+            self._mesh = init_device_mesh(self.root_device.type, tuple(given or default), mesh_dim_names=names)
         return self._mesh
 
     # ------------------------------------------------------------------ the model
 
     def wrap_model(self, trainer: Trainer) -> None:
         """Layer by layer: the values of rank 0, then everybody's part of them."""
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
         module = self._lightning_module
         units = select_modules(module, self.auto_wrap_policy)
         whole = trainer.state.fn != "fit" or (module.automatic_optimization and not is_generator(module.training_step))
@@ -163,27 +159,38 @@ class FSDPStrategy(ShardedStrategy):
         else:
             roots = list(callable_children(module))
             check_parameters_in_layers(module, roots)
+        # Batch norm stays in float32, so it is a part of its own.
         norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.affine]
-        narrow = self.mixed_precision_config.param_dtype is not None
-        parts = list(dict.fromkeys([*(norms if narrow else []), *units, *roots]))
+        parts = list(dict.fromkeys([*(norms if self.narrows_parameters else []), *units, *roots]))
         check_tied_parameters(module, parts)
         for part in select_modules(module, self.activation_checkpointing_policy):
             vars(part)["forward"] = partial(recompute, part.forward, use_reentrant=False)
+        self.shard_parts(parts, roots)
+        self.record_sharded_modules()
+
+    @property
+    def narrows_parameters(self) -> bool:
+        """Do parameters travel, and are they used, in another dtype than their own?"""
+        return self.mixed_precision_config.param_dtype is not None
+
+    def shard_parts(self, parts: list[Module], roots: list[Module]) -> None:
+        """Gives each part the values of rank 0 and shards it, unless the user did; ``roots`` are needed together."""
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
         options = self.shard_options()
-        init, first, done = self.kwargs.get("param_init_fn"), self.global_rank == 0, set[int]()
+        done: set[int] = set()
         for part in parts:
             new = [layer for layer in part.modules() if id(layer) not in done]
             done.update(map(id, new))
-            materialize_layers(new, self.root_device, first, init)
+            materialize_layers(new, self.root_device, self.global_rank == 0, self.kwargs.get("param_init_fn"))
             if isinstance(part, FSDPModule):  # by the user
                 continue
             own = dict(options)
-            if narrow and isinstance(part, _BatchNorm):
+            if self.narrows_parameters and isinstance(part, _BatchNorm):
                 own["mp_policy"] = as_mixed_precision_policy(None)
             if part in roots and self.reshards:
                 own["reshard_after_forward"] = None  # they are needed next, when the backward pass begins
             fully_shard(part, **own)
-        self.record_sharded_modules()
 
     def shard_options(self) -> dict[str, Any]:
         """Arguments of `fully_shard`."""
@@ -364,7 +371,8 @@ def check_tied_parameters(module: Module, parts: list[Module]) -> None:
         for key, parameter in layer._parameters.items():
             if parameter is None or is_dtensor(parameter):
                 continue
-            home, full = homes.get(id(layer), 0), f"{name}.{key}" if name else key
+            home = homes.get(id(layer), 0)
+            full = f"{name}.{key}" if name else key
             other, before = seen.setdefault(id(parameter), (full, home))
             if before != home:
                 what = f"`{other}` and `{full}` are the same parameter, in parts that the policy would spread apart."

@@ -120,17 +120,22 @@ def materialize_module(module: Module, device: torch.device, first: bool) -> Non
         module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
     plain: list[Tensor] = []
     for part in module.modules():
-        names, own = empty[id(part)], dict(part._parameters)
-        spread: dict[str, Any] = {name: own[name] for name in names if is_dtensor(own.get(name))}
-        stand_ins = {name: Parameter(torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in spread.items()}
-        part._parameters.update(stand_ins)
-        if names and first:
-            init_layer(part, None, names)
-        part._parameters.update(spread)
-        collectives.broadcast_tensors(stand_ins.values(), device)
-        with torch.no_grad():
-            for name, tensor in spread.items():
-                tensor.copy_(shard_like(stand_ins[name].detach(), tensor))
+        _materialize_layer(part, empty[id(part)], device, first)
         tensors = [*part._parameters.values(), *part._buffers.values()]
         plain += [tensor for tensor in tensors if tensor is not None and not is_dtensor(tensor)]
     collectives.broadcast_tensors(plain, device)
+
+
+def _materialize_layer(part: Module, names: list[str], device: torch.device, first: bool) -> None:
+    """Initialises the tensors of those names on rank 0, at full size; sharded ones get their shard of the result."""
+    own = dict(part._parameters)
+    sharded: dict[str, Any] = {name: own[name] for name in names if is_dtensor(own.get(name))}
+    full = {name: Parameter(torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in sharded.items()}
+    part._parameters.update(full)
+    if names and first:
+        init_layer(part, None, names)
+    part._parameters.update(sharded)
+    collectives.broadcast_tensors(full.values(), device)
+    with torch.no_grad():
+        for name, tensor in sharded.items():
+            tensor.copy_(shard_like(full[name].detach(), tensor))

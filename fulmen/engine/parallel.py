@@ -140,6 +140,11 @@ class ParallelStrategy(Strategy, ABC):
         cluster.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
+    def use_nodes(self, num_nodes: int, layer_sync: LayerSync | None) -> None:
+        """How many machines there are, and what synchronises layers over them while fitting."""
+        self.num_nodes = num_nodes
+        self.layer_sync = layer_sync
+
     def configure_launcher(self) -> None:
         """Chooses who starts the processes; nobody if they exist."""
         cluster: Any = self.cluster_environment
@@ -232,7 +237,9 @@ class ParallelStrategy(Strategy, ABC):
             if report_mark(error) is None:  # the processes have not met
                 write_stderr(f"Rank {self.global_rank} failed at {error_location(error)}: SystemExit: {error.code}")
             if not error.code:
-                error, error.__cause__ = SystemExit(1), error
+                cause = error
+                error = SystemExit(1)
+                error.__cause__ = cause
             mark_reported(error)
         return error
 

@@ -386,7 +386,8 @@ class HalfPrecision(Precision):
 class DoublePrecision(HalfPrecision):
     """Everything in float64."""
 
-    optimizer_step, clip_grad_by_norm = Precision.optimizer_step, Precision.clip_grad_by_norm
+    optimizer_step = Precision.optimizer_step
+    clip_grad_by_norm = Precision.clip_grad_by_norm
     step_is_default = Precision.step_is_default
 
     def __init__(self) -> None:

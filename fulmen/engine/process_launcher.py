@@ -170,14 +170,8 @@ class ProcessLauncher:
 
     def supervise_children(self, children: list[BaseProcess], folder: Path, signalled: list[int]) -> None:
         """Until all have ended. If one fails, the others are ended and its error is raised."""
-        killer = StoppedProcessKiller(limit_seconds(self.strategy.watchdog_timeout_s))
         try:
-            while any(child.exitcode is None for child in children):
-                wait([child.sentinel for child in children if child.exitcode is None], timeout=1)
-                if _failed_ranks(children, folder):
-                    break
-                running = {rank: child.pid for rank, child in enumerate(children) if child.exitcode is None}
-                killer.check({rank: pid for rank, pid in running.items() if pid is not None})
+            self._wait_for_end_or_failure(children, folder)
         except KeyboardInterrupt:
             _signal_all(children, signal.SIGTERM)  # a terminal has sent them the other already
             wait_for_exits([_poll_of(child) for child in children], 2 * GRACE_SECONDS)
@@ -188,6 +182,15 @@ class ProcessLauncher:
             return
         wait_for_exits([_poll_of(child) for child in children], 2 * GRACE_SECONDS if signalled else GRACE_SECONDS)
         raise _first_failure(children, folder)
+
+    def _wait_for_end_or_failure(self, children: list[BaseProcess], folder: Path) -> None:
+        killer = StoppedProcessKiller(limit_seconds(self.strategy.watchdog_timeout_s))
+        while any(child.exitcode is None for child in children):
+            wait([child.sentinel for child in children if child.exitcode is None], timeout=1)
+            if _failed_ranks(children, folder):
+                break
+            running = {rank: child.pid for rank, child in enumerate(children) if child.exitcode is None}
+            killer.check({rank: pid for rank, pid in running.items() if pid is not None})
 
 
 def _other_threads_compute(num_looks: int = 5) -> bool:

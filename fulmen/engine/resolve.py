@@ -182,22 +182,21 @@ def choose_accelerator(request: EngineRequest) -> Accelerator:
         wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
     kind: Any = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) and wish != "tpu" else wish
     if kind == "tpu" or not kind.is_available():
-        usable = [repr(name) for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
-        gone = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
-        gone = f"No supported gpu backend found, as {gone}" if asked == "gpu" else gone
-        raise MisconfigurationException(f"`accelerator={asked!r}`: {gone}. Available are {', '.join(usable)}.")
+        raise MisconfigurationException(_missing_accelerator_message(asked))
     return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
+
+
+def _missing_accelerator_message(asked: str) -> str:
+    usable = [repr(name) for name, entry in AcceleratorRegistry.items() if entry["accelerator"].is_available()]
+    why = "fulmen does not support it" if asked == "tpu" else "torch finds no such device on this machine"
+    if asked == "gpu":
+        why = f"No supported gpu backend found, as {why}"
+    return f"`accelerator={asked!r}`: {why}. Available are {', '.join(usable)}."
 
 
 def choose_devices(request: EngineRequest, accelerator: Accelerator) -> list[torch.device]:
     """One device per process of this node."""
-    wish = accelerator.auto_device_count() if request.devices == "auto" else request.devices
-    if request.devices == "auto" and wish > 1 and request.needs_single_device:
-        rank_zero_info(f"There are {wish} {accelerator.name()} devices; this strategy trains on the first.")
-        wish = 1
-    elif request.devices == "auto" and wish > 1 and accelerator.name() == "cuda" and is_interactive():
-        rank_zero_info(f"There are {wish} cuda devices; in a notebook, one is used unless you say `devices={wish}`.")
-        wish = 1
+    wish = _count_automatic_devices(request, accelerator) if request.devices == "auto" else request.devices
     parsed = accelerator.parse_devices(wish)
     found = accelerator.get_parallel_devices(parsed) if parsed else []
     if not found:
@@ -215,53 +214,89 @@ def choose_devices(request: EngineRequest, accelerator: Accelerator) -> list[tor
     return found
 
 
+def _count_automatic_devices(request: EngineRequest, accelerator: Accelerator) -> int:
+    """How many devices ``devices="auto"`` means for this strategy, here."""
+    count = accelerator.auto_device_count()
+    if count > 1 and request.needs_single_device:
+        rank_zero_info(f"There are {count} {accelerator.name()} devices; this strategy trains on the first.")
+        return 1
+    if count > 1 and accelerator.name() == "cuda" and is_interactive():
+        rank_zero_info(f"There are {count} cuda devices; in a notebook, one is used unless you say `devices={count}`.")
+        return 1
+    return count
+
+
 def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices: list[torch.device]) -> Strategy:
     """The strategy with all of its parts; those that it brought along stay."""
-    strategy = request.strategy
-    if isinstance(strategy, str):
-        kind, arguments = StrategyRegistry[strategy]["strategy"], StrategyRegistry[strategy]["init_params"]
-        on_first = request.needs_single_device
-        strategy = kind(**{"device": devices[0], **arguments}) if on_first else StrategyRegistry.get(strategy)
-    if getattr(strategy, "parallel_devices", devices) is None:
-        strategy.parallel_devices = devices  # type: ignore[union-attr]
     brought = {part: request.brought_along(part) for part in PLUGIN_PARTS}
+    strategy = _make_strategy(request, devices)
     cluster = brought["cluster_environment"] or request.plugins.get(ClusterEnvironment)
-    strategy.cluster_environment = cluster or detect_environment()
+    strategy.use_environment(cluster or detect_environment())
     if isinstance(strategy, ParallelStrategy):
-        strategy.num_nodes = request.num_nodes
-        strategy.layer_sync = request.plugins.get(LayerSync) or (
-            TorchSyncBatchNorm() if request.sync_batchnorm else None
-        )
+        default_sync = TorchSyncBatchNorm() if request.sync_batchnorm else None
+        strategy.use_nodes(request.num_nodes, request.plugins.get(LayerSync) or default_sync)
         strategy.configure_launcher()
-    device = strategy.root_device
+    check_accelerator(accelerator, strategy.root_device)
+    strategy.use_hardware(
+        accelerator, brought["checkpoint_io"] or request.plugins.get(CheckpointIO) or TorchCheckpointIO()
+    )
+    if isinstance(strategy, SingleDeviceStrategy):
+        _warn_of_other_processes()
+    precision = brought["precision_plugin"] or request.plugins.get(Precision) or _make_precision(strategy, request)
+    # They put other layers into the model; a checkpoint holds what those store.
+    replaces_layers = isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision))
+    strategy.use_precision(precision, restore_after_setup=replaces_layers)
+    check_precision(strategy.precision_plugin, strategy.root_device)
+    return strategy
+
+
+def check_accelerator(accelerator: Accelerator, device: torch.device) -> None:
+    """Refuses an accelerator of another kind than the strategy's device."""
     if {device.type, accelerator.name()} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
         raise MisconfigurationException(
             f"The strategy is on `{device}`, but the accelerator is {accelerator.name()!r}. Choose one of the two."
         )
-    strategy.accelerator = accelerator
-    strategy.checkpoint_io = brought["checkpoint_io"] or request.plugins.get(CheckpointIO) or TorchCheckpointIO()
-    strategy.precision_plugin = brought["precision_plugin"] or request.plugins.get(Precision)
+
+
+def _make_strategy(request: EngineRequest, devices: list[torch.device]) -> Strategy:
+    """The strategy of that name, or the object itself, which knows its devices."""
+    strategy = request.strategy
+    if isinstance(strategy, str):
+        entry = StrategyRegistry[strategy]
+        if request.needs_single_device:
+            made: Strategy = entry["strategy"](**{"device": devices[0], **entry["init_params"]})
+            return made
+        strategy = StrategyRegistry.get(strategy)
+    if getattr(strategy, "parallel_devices", devices) is None:
+        strategy.parallel_devices = devices  # type: ignore[union-attr]
+    assert isinstance(strategy, Strategy)
+    return strategy
+
+
+def _make_precision(strategy: Strategy, request: EngineRequest) -> Precision:
+    """The precision of that name, as the strategy computes in it."""
+    name = str(request.precision or "32-true")
+    make = getattr(strategy, "precision_for", lambda name: PRECISIONS[name](strategy.root_device))
+    precision: Precision = make(name)
+    if name.endswith("-mixed"):
+        rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
+    return precision
+
+
+def _warn_of_other_processes() -> None:
+    """A launcher started several processes, and each would train alone."""
     started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-    if isinstance(strategy, SingleDeviceStrategy) and started.isdigit() and int(started) > 1:
+    if started.isdigit() and int(started) > 1:
         what = f"{started} processes were started, but each trains a model of its own on one device here"
         rank_zero_warn(f"{what}, and all write the same files. Start one process.", category=PossibleUserWarning)
-    if strategy.precision_plugin is None:
-        name = str(request.precision or "32-true")
-        strategy.precision_plugin = getattr(strategy, "precision_for", lambda name: PRECISIONS[name](device))(name)
-        if name.endswith("-mixed"):
-            rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
-    check_precision(strategy.precision_plugin, device)
-    if isinstance(strategy.precision_plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
-        # They put other layers into the model; a checkpoint holds what those store.
-        strategy.restore_checkpoint_after_setup = True
-    return strategy
 
 
 def check_precision(
     precision: Precision, device: torch.device, abilities: Mapping[str, Mapping[str, Ability]] = DEVICE_ABILITIES
 ) -> None:
     """Refuses what the device cannot compute in, and warns of what it only imitates."""
-    kind, asked = device.type, f"`precision={precision.precision!r}`"
+    kind = device.type
+    asked = f"`precision={precision.precision!r}`"
     if isinstance(precision, BitsandbytesPrecision) and kind not in (served := precision.device_types):
         what = f"`BitsandbytesPrecision({precision.mode!r})` with the installed bitsandbytes does not run on `{device}`"
         raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
@@ -308,7 +343,8 @@ def gpu_kind() -> str:
 
 def announce_accelerator(strategy: Strategy) -> None:
     """Say whether there is a GPU and whether it is used; warn when it idles."""
-    gpu, used = gpu_kind(), isinstance(strategy.accelerator, (CUDAAccelerator, MPSAccelerator))
+    gpu = gpu_kind()
+    used = isinstance(strategy.accelerator, (CUDAAccelerator, MPSAccelerator))
     rank_zero_info(f"GPU available: {bool(gpu)}{f' ({gpu})' if gpu else ''}, used: {used}")
     if gpu and not used:
         what = f"This machine has a GPU ({gpu}), but training does not use it. Use `Trainer(accelerator='gpu')`."

@@ -147,10 +147,10 @@ class ShardedStrategy(ParallelStrategy):
 
     def unshard_module(self, backup: ModuleBackup) -> None:
         """The module with plain parameters, values on rank 0; of the optimizers' states those that a file would have."""
-        keep, module = self.global_rank == 0, self._lightning_module
+        keep = self.global_rank == 0
         self._reshard()
         new: dict[int, Any] = {}
-        for part in module.modules():
+        for part in self._lightning_module.modules():
             for name, old in [*part._parameters.items()]:
                 if old is not None and (is_dtensor(old) or not keep):
                     if id(old) not in new:
@@ -159,14 +159,18 @@ class ShardedStrategy(ParallelStrategy):
         backup.restore()
         self._states_kept = not self.sharded_checkpoints
         for optimizer in self.optimizers:
-            states = dict(optimizer.state)
-            optimizer.state.clear()
-            for group in optimizer.param_groups:
-                for index, old in enumerate(group["params"]):
-                    group["params"][index] = new.get(id(old), old)
-                    if self._states_kept and old in states:
-                        state = {key: gather_full(value, keep) for key, value in states[old].items()}
-                        optimizer.state.update({group["params"][index]: state} if keep else {})
+            self._unshard_optimizer(optimizer, new, keep)
+
+    def _unshard_optimizer(self, optimizer: Optimizer, new: dict[int, Any], keep: bool) -> None:
+        """Puts the new parameters, by id of the old ones, into an optimizer, and on rank 0 their full states."""
+        states = dict(optimizer.state)
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for index, old in enumerate(group["params"]):
+                group["params"][index] = new.get(id(old), old)
+                if self._states_kept and old in states:
+                    state = {key: gather_full(value, keep) for key, value in states[old].items()}
+                    optimizer.state.update({group["params"][index]: state} if keep else {})
 
     def move_to_cpu(self) -> None:
         """Parameters and states are there already, or nowhere."""
@@ -222,7 +226,8 @@ class ShardedStrategy(ParallelStrategy):
             what = "The run is over, and the states of its optimizers, which were spread over processes, are gone."
             fix = "Save inside the run (`ModelCheckpoint`, `on_train_end`), or with `weights_only=True`."
             raise RuntimeError(f"{what} {fix}")
-        state, keep = super().optimizer_state(optimizer), self.global_rank == 0
+        state = super().optimizer_state(optimizer)
+        keep = self.global_rank == 0
         if not self.sharded_checkpoints or self.module_backup is None:
             full = {i: {k: gather_full(v, keep) for k, v in values.items()} for i, values in state["state"].items()}
             return {**state, "state": full} if keep else {}
@@ -231,7 +236,8 @@ class ShardedStrategy(ParallelStrategy):
         return {**state, "state": {names[i]: dict(v) for i, v in state["state"].items()}, "param_groups": groups}
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        module, saved = self._lightning_module, checkpoint["state_dict"]
+        module = self._lightning_module
+        saved = checkpoint["state_dict"]
         # Straight into the parameters; what does not fit is complained about here.
         module.load_state_dict(fill_with_saved(saved, module.state_dict()), strict=strict)
 
@@ -241,35 +247,13 @@ class ShardedStrategy(ParallelStrategy):
         return fill_with_saved(saved, {key: torch.empty_like(own[key], dtype=v.dtype) for key, v in fitting.items()})
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        saved, fitted = checkpoint["optimizer_states"], []
+        saved = checkpoint["optimizer_states"]
         stored = checkpoint["state_dict"] if isinstance(checkpoint["state_dict"], ShardedStateDict) else None
+        fitted = []
         for index, (optimizer, state) in enumerate(zip(self.optimizers, saved)):
             parameters = self.precision_plugin.main_params(optimizer)
             names = parameter_names(self._lightning_module, parameters)
-            keys = [key for group in state["param_groups"] for key in group["params"]]
-            if set(keys) == set(names):
-                position = {name: place for place, name in enumerate(names)}
-            else:
-                position = {key: place for place, key in enumerate(keys)}
-            values = {position[key]: dict(value) for key, value in state["state"].items() if position[key] < len(names)}
-            wanted: dict[str, Any] = {}
-            for key, value in state["state"].items() if stored is not None else ():
-                own = parameters[position[key]]
-                wanted |= {
-                    f"{OPTIMIZER.format(index)}{key}.{n}": _empty_like_saved(v, own)
-                    for n, v in value.items()
-                    if _is_in_folder(v)
-                }
-            if stored is not None and wanted:
-                read_shards(wanted, stored)
-            for key, value in state["state"].items():
-                own, target = parameters[position[key]], values[position[key]]
-                for name, v in value.items():
-                    v = wanted.get(f"{OPTIMIZER.format(index)}{key}.{name}", v)
-                    fits = isinstance(v, Tensor) and is_dtensor(own) and not is_dtensor(v) and v.shape == own.shape
-                    target[name] = shard_like(v, own) if fits else v
-            groups = [{**g, "params": [position[key] for key in g["params"]]} for g in state["param_groups"]]
-            fitted.append({**state, "state": values, "param_groups": groups})
+            fitted.append(shard_optimizer_state(state, parameters, names, OPTIMIZER.format(index), stored))
         super().load_optimizer_state_dict({**checkpoint, "optimizer_states": fitted + saved[len(fitted) :]})
 
     # ------------------------------------------------------------------ files
@@ -360,18 +344,26 @@ def materialize_layers(
     """
     shared: list[Any] = []
     for part in parts:
-        held: list[Any] = [
-            (place, name, tensor) for place in (part._parameters, part._buffers) for name, tensor in place.items()
-        ]
-        plain = [(place, name, tensor) for place, name, tensor in held if tensor is not None and not is_dtensor(tensor)]
-        missing = [(place, name, tensor) for place, name, tensor in plain if tensor.is_meta]
-        for place, name, tensor in missing:
+        plain = _plain_tensors(part)
+        missing = [(owner, name, tensor) for owner, name, tensor in plain if tensor.is_meta]
+        for owner, name, tensor in missing:
             empty = torch.empty_like(tensor, device=device)
-            place[name] = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+            owner[name] = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
         if missing and first:
             init_layer(part, init, [name for _, name, _ in missing])
-        shared += [place[name] for place, name, _ in plain]
+        shared += [owner[name] for owner, name, _ in plain]
     collectives.broadcast_tensors(shared, device)
+
+
+def _plain_tensors(part: Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Parameters and buffers that a layer holds itself and that are not sharded: the dictionary, the name, the tensor."""
+    owners: list[dict[str, Any]] = [part._parameters, part._buffers]
+    return [
+        (owner, name, tensor)
+        for owner in owners
+        for name, tensor in owner.items()
+        if tensor is not None and not is_dtensor(tensor)
+    ]
 
 
 def init_layer(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -> None:
@@ -411,6 +403,48 @@ def fill_with_saved(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
         if is_dtensor(own.get(key)) and not is_dtensor(value) and value.shape == own[key].shape and not value.is_meta:
             loaded[key] = shard_like(value, own[key])
     return loaded
+
+
+def shard_optimizer_state(
+    state: dict[str, Any], parameters: list[Any], names: list[str], prefix: str, stored: ShardedStateDict | None
+) -> dict[str, Any]:
+    """A saved state of an optimizer as this process has one: keyed by position, and sharded like the parameters.
+
+    Arguments:
+        parameters: of the optimizer, in order; `names` are theirs.
+        prefix: of the optimizer's tensors in a folder.
+        stored: the folder that still has tensors of the state, if it is one.
+    """
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    ordered = names if set(keys) == set(names) else keys
+    position = {key: index for index, key in enumerate(ordered)}
+    parameter_of = {key: parameters[position[key]] for key in state["state"]}
+    read = {} if stored is None else _read_missing_states(state["state"], parameter_of, prefix, stored)
+    values: dict[int, dict[str, Any]] = {}
+    for key, value in state["state"].items():
+        found = {name: read.get(f"{prefix}{key}.{name}", v) for name, v in value.items()}
+        values[position[key]] = {name: _shard_if_full(v, parameter_of[key]) for name, v in found.items()}
+    groups = [{**group, "params": [position[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": values, "param_groups": groups}
+
+
+def _read_missing_states(
+    states: dict[Any, dict[str, Any]], parameter_of: dict[Any, Any], prefix: str, stored: ShardedStateDict
+) -> dict[str, Any]:
+    """What states hold of a folder only, by name of the shard, sharded like the parameters."""
+    wanted: dict[str, Any] = {}
+    for key, value in states.items():
+        missing = {name: v for name, v in value.items() if _is_in_folder(v)}
+        wanted |= {f"{prefix}{key}.{name}": _empty_like_saved(v, parameter_of[key]) for name, v in missing.items()}
+    if wanted:
+        read_shards(wanted, stored)
+    return wanted
+
+
+def _shard_if_full(value: Any, parameter: Any) -> Any:
+    """This process's shard of a full tensor of a sharded parameter's shape; other values as they are."""
+    is_full = isinstance(value, Tensor) and is_dtensor(parameter) and not is_dtensor(value)
+    return shard_like(value, parameter) if is_full and value.shape == parameter.shape else value
 
 
 def _gather_or_meta(tensor: Tensor, keep: bool) -> Tensor:

@@ -76,28 +76,48 @@ def float32_stand_ins(optimizer: Optimizer, seed: int | None = None) -> Generato
     its parameter changes. Without a seed only states are of interest, which are being loaded.
     """
     own = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF_DTYPES]
-    wide = [Parameter(data) for data in _to_float32([p.data for p in own])]
-    there = [(stand_in, p.grad) for stand_in, p in zip(wide, own) if p.grad is not None]
-    for (stand_in, _), grad in zip(there, _to_float32([grad for _, grad in there])):
-        stand_in.grad = grad
+    wide = _make_stand_ins(own)
     _swap_parameters(optimizer, own, wide)
-    states = [optimizer.state[p] for p in wide if p in optimizer.state]
-    slots = [(state, name, value) for state in states for name, value in state.items() if isinstance(value, Tensor)]
-    slots = [slot for slot in slots if slot[2].dtype in HALF_DTYPES]
-    for (state, name, _), value in zip(slots, _to_float32([value for _, _, value in slots])):
-        state[name] = value
+    narrow_states = _widen_states([optimizer.state[p] for p in wide if p in optimizer.state])
     try:
         yield
     finally:
         _swap_parameters(optimizer, wide, own)
         if seed is not None:
-            half = [(p.data, w.data) for p, w in zip(own, wide) if p.dtype == torch.float16]
-            if half:
-                torch._foreach_copy_([data for data, _ in half], [data for _, data in half])
-            brain = [(p, w.data) for p, w in zip(own, wide) if p.dtype == torch.bfloat16]
-            _store_rounded([data for _, data in brain], [p.data for p, _ in brain], seed)
-            before = {(id(state), name): value for state, name, value in slots}
-            _round_states([p for p, _ in brain], optimizer.state, before, seed + 1)
+            bfloat16 = _store_parameters(own, wide, seed)
+            _round_states(bfloat16, optimizer.state, narrow_states, seed + 1)
+
+
+def _store_parameters(own: list[Any], wide: list[Parameter], seed: int) -> list[Any]:
+    """Writes stand-ins back into their parameters. Returns those that were rounded by chance."""
+    half = [(p.data, w.data) for p, w in zip(own, wide) if p.dtype == torch.float16]
+    if half:
+        torch._foreach_copy_([data for data, _ in half], [data for _, data in half])
+    bfloat16 = [(p, w.data) for p, w in zip(own, wide) if p.dtype == torch.bfloat16]
+    _store_rounded([data for _, data in bfloat16], [p.data for p, _ in bfloat16], seed)
+    return [p for p, _ in bfloat16]
+
+
+def _make_stand_ins(own: list[Any]) -> list[Parameter]:
+    """float32 copies of parameters and their gradients."""
+    wide = [Parameter(data) for data in _to_float32([p.data for p in own])]
+    with_grad = [(stand_in, p.grad) for stand_in, p in zip(wide, own) if p.grad is not None]
+    for (stand_in, _), grad in zip(with_grad, _to_float32([grad for _, grad in with_grad])):
+        stand_in.grad = grad
+    return wide
+
+
+def _widen_states(states: list[dict[str, Any]]) -> dict[tuple[int, str], Tensor]:
+    """Makes tensors of 16 bits in states float32. Returns those that were there, by id of the state and name."""
+    slots = [
+        (state, name, value)
+        for state in states
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dtype in HALF_DTYPES
+    ]
+    for (state, name, _), value in zip(slots, _to_float32([value for _, _, value in slots])):
+        state[name] = value
+    return {(id(state), name): value for state, name, value in slots}
 
 
 def _swap_parameters(optimizer: Optimizer, old: list[Any], new: list[Any]) -> None:
@@ -147,7 +167,8 @@ def stochastic_round(wide: Tensor, generator: torch.Generator) -> Tensor:
         wide: is overwritten. bfloat16 is the upper half of float32, so noise that is added to the lower half
             carries over into the upper one as often as it should.
     """
-    bits, count = wide.view(torch.int32), wide.numel()
+    bits = wide.view(torch.int32)
+    count = wide.numel()
     if wide.device.type == "mps":
         bits.add_(torch.randint(0, 1 << 16, wide.shape, generator=generator, device=wide.device, dtype=torch.int32))
     else:  # four from each draw: drawing is what takes the time

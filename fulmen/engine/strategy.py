@@ -99,6 +99,21 @@ class Strategy(KeywordHints, ABC):
         # Without what a run put in.
         return {**vars(self), "run_backward": self._precision_backward, "transfer": _move_batch}
 
+    def use_environment(self, environment: ClusterEnvironment) -> None:
+        """Who this process is among others."""
+        self.cluster_environment = environment
+
+    def use_hardware(self, accelerator: Accelerator, checkpoint_io: CheckpointIO) -> None:
+        """Where it runs, and where checkpoints are stored."""
+        self.accelerator = accelerator
+        self.checkpoint_io = checkpoint_io
+
+    def use_precision(self, precision: Precision, restore_after_setup: bool) -> None:
+        """In which numbers it computes, and whether weights can be loaded only after that changed the model."""
+        self.precision_plugin = precision
+        if restore_after_setup:
+            self.restore_checkpoint_after_setup = True
+
     def use_backward(self, run_backward: Callable[..., None]) -> None:
         """Between `pre_backward` and `post_backward`, this runs instead: the training loop's own, which fires hooks."""
         self.run_backward = run_backward
@@ -317,7 +332,8 @@ class Strategy(KeywordHints, ABC):
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Puts the optimizer states of a checkpoint back; a `RuntimeError` if it holds another number of them."""
-        states, own = checkpoint["optimizer_states"], self.optimizers
+        states = checkpoint["optimizer_states"]
+        own = self.optimizers
         if len(states) != len(own):
             what = f"The checkpoint has {len(states)} optimizers, but `configure_optimizers` returned {len(own)}."
             raise RuntimeError(
@@ -369,9 +385,10 @@ class Strategy(KeywordHints, ABC):
 
     def stop_watchdog(self) -> None:
         """The run is over, however it ended."""
-        watching, self.watchdog = self.watchdog, None
-        if watching is not None:
-            watching.stop()
+        watchdog = self.watchdog
+        self.watchdog = None
+        if watchdog is not None:
+            watchdog.stop()
 
     # Called at their moments; `on_exception` after the callbacks heard of it, before teardown.
     def pre_backward(self, closure_loss: Tensor) -> None: ...
@@ -438,7 +455,8 @@ for _start, _method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), (
         StrategyRegistry.register(
             _name, "fulmen.engine.ddp:DDPStrategy", f"DDP, {_method}", start_method=_method, **_given
         )
-_FSDP, _DEEPSPEED = "fulmen.engine.fsdp:FSDPStrategy", "fulmen.engine.deepspeed:DeepSpeedStrategy"
+_FSDP = "fulmen.engine.fsdp:FSDPStrategy"
+_DEEPSPEED = "fulmen.engine.deepspeed:DeepSpeedStrategy"
 _OFFLOAD: dict[str, Any] = {"offload_optimizer": True}
 _NVME: dict[str, Any] = {"offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
 _SHARDED: tuple[tuple[str, str, dict[str, Any]], ...] = (

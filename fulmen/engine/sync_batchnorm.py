@@ -135,7 +135,8 @@ class SyncBatchNorm(_BatchNorm):
             if self.track_running_stats:
                 self._update_running_statistics(mean, m2, total)
             dtype = _statistics_dtype(input)
-            mean, var = mean.to(dtype), (m2 / total.clamp(min=1)).to(dtype)
+            mean = mean.to(dtype)
+            var = (m2 / total.clamp(min=1)).to(dtype)
         result = _NormalizeWithAllRanks.apply(
             own, self.weight, self.bias, mean, var, total, self.eps, self.process_group
         )
@@ -173,7 +174,8 @@ def merge_statistics(input: Tensor, group: dist.ProcessGroup | None, num_ranks: 
     combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979), eq. 2.1, for any number of parts.
     """
-    num_channels, dtype = input.size(1), _statistics_dtype(input)
+    num_channels = input.size(1)
+    dtype = _statistics_dtype(input)
     count = input.numel() // num_channels
     own = input.new_zeros(2 * num_channels + 1, dtype=dtype)
     if count:
@@ -210,7 +212,9 @@ class _NormalizeWithAllRanks(Function):
         group: Any,
     ) -> Tensor:
         ctx.save_for_backward(input, weight, mean, var, total)
-        ctx.eps, ctx.group, ctx.bias_dtype = eps, group, None if bias is None else bias.dtype
+        ctx.eps = eps
+        ctx.group = group
+        ctx.bias_dtype = None if bias is None else bias.dtype
         if not input.numel():
             return torch.empty_like(input)
         weight, bias = (None if tensor is None else tensor.to(mean.dtype) for tensor in (weight, bias))
