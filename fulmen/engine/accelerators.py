@@ -218,7 +218,13 @@ def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
 
 
 class Registry(dict[str, dict[str, Any]]):
-    """Names users may write (as ``accelerator``, ``strategy``), each with a class and the arguments it is made with."""
+    """Names users may write (as ``accelerator``, ``strategy``), each with a class and the arguments it is made with.
+
+    >>> registry = Registry("accelerator", taken=ValueError)
+    >>> accelerator = registry.register("host", CPUAccelerator, description="the processor")
+    >>> registry.available()
+    ['host']
+    """
 
     def __init__(self, kind: str, taken: type[Exception]) -> None:
         self.kind = kind

@@ -235,7 +235,11 @@ class SLURMEnvironment(_ExternalEnvironment):
 
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
-        """The first host of a SLURM list: ``"gpu[07-09,12],login"`` gives ``"gpu07"``."""
+        """The first host of a SLURM list.
+
+        >>> SLURMEnvironment.resolve_root_node_address("gpu[07-09,12],login")
+        'gpu07'
+        """
         return re.split(r"[,\s]", re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes))[0]
 
 

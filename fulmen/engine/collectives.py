@@ -224,7 +224,11 @@ def _read_bytes(row: Tensor, size: int) -> bytes:
 
 
 def bucket_tensors(tensors: Iterable[Tensor], limit: int = 2**26, by_type: bool = True) -> list[list[Tensor]]:
-    """Lists of tensors of one dtype and device, each with up to ``limit`` elements, to be sent at once."""
+    """Lists of tensors of one dtype and device, each with up to ``limit`` elements, to be sent at once.
+
+    >>> [len(bucket) for bucket in bucket_tensors([torch.zeros(3), torch.zeros(2), torch.zeros(1)], limit=4)]
+    [1, 2]
+    """
     full: list[list[Tensor]] = []
     open_ones: dict[Any, tuple[list[Tensor], int]] = {}
     for tensor in tensors:

@@ -58,10 +58,21 @@ class DDPStrategy(ParallelStrategy):
     validation, others before every step.
 
     Arguments:
+        parallel_devices: one for each process of this node; by default those of the Trainer.
         ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper: for `register_comm_hook`, on any device.
         model_averaging_period: not supported.
+        process_group_backend: "gloo", "nccl", ...; None takes what suits the device.
+        timeout: how long a process waits for the others, when they meet and in each collective; None is 30 minutes.
+        start_method: "popen" runs the script again for each device; "spawn", "fork" and "forkserver" run only the call.
         kwargs: further arguments of `DistributedDataParallel`; `gradient_as_bucket_view` is on unless they say no. With
             `broadcast_buffers=False` each process trains with buffers of its own; validation is with those of rank 0.
+
+    Raises:
+        MisconfigurationException: for a `model_averaging_period`.
+        TypeError: for an argument that `DistributedDataParallel` does not have.
+
+    >>> DDPStrategy(find_unused_parameters=True).find_unused_parameters
+    True
     """
 
     strategy_name = "ddp"

@@ -189,9 +189,21 @@ class Precision:
 
 
 class MixedPrecision(Precision):
-    """Autocast for a ``device`` type around every forward; for "16-mixed" a ``scaler``, by default torch's own.
+    """Autocast around every forward, and for "16-mixed" a loss scaler.
 
     `skipped` says whether the scaler left the last step out, because gradients were not finite.
+
+    Arguments:
+        precision: "16-mixed" computes in float16, "bf16-mixed" in bfloat16; weights stay in float32.
+        device: the type of the device, such as "cuda".
+        scaler: for "16-mixed", instead of torch's own.
+
+    Raises:
+        ValueError: for another precision.
+        MisconfigurationException: for a scaler with "bf16-mixed".
+
+    >>> MixedPrecision("bf16-mixed", "cpu").dtype
+    torch.bfloat16
     """
 
     hold_scale = False
@@ -313,7 +325,7 @@ class MixedPrecision(Precision):
 
 
 class HalfPrecision(Precision):
-    """Weights, batches and computation in float16 or bfloat16; only the update is made in float32.
+    """Weights, batches and computation in float16 ("16-true") or bfloat16 ("bf16-true"); updates are made in float32.
 
     `engine.stochastic_rounding` says how and why. Memory is that of the 16-bit weights, gradients and states, except that states
     of float16 weights have 32 bits.

@@ -320,7 +320,14 @@ def has_capability(capability: tuple[int, int], device: torch.device) -> bool:
 
 
 def parse_precision(value: int | str | None) -> str | None:
-    """The full name of a precision; a `ValueError` for what is none."""
+    """The full name of a precision.
+
+    >>> parse_precision(64)
+    '64-true'
+
+    Raises:
+        ValueError: it is not the name of one.
+    """
     asked = str(value) if type(value) is int else value
     names = (*PRECISIONS, *ALIASES)
     if asked is None or (isinstance(asked, str) and asked in names):

@@ -407,7 +407,14 @@ class Strategy(KeywordHints, ABC):
 
 
 class SingleDeviceStrategy(Strategy):
-    """One process, one ``device``: "cpu", "cuda:0", a `torch.device` …"""
+    """One process, one device.
+
+    Arguments:
+        device: "cpu", "cuda:0", a `torch.device` ...
+
+    >>> SingleDeviceStrategy("cuda:1").root_device
+    device(type='cuda', index=1)
+    """
 
     strategy_name = "single_device"
 
