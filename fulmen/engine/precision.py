@@ -117,13 +117,6 @@ class Precision:
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Takes the loss scale out of the gradients, before anybody looks at them."""
 
-    def hold_loss_scale(self) -> None:
-        """Until the next run, the loss scale changes in `update_loss_scale` only.
-
-        For several optimizers that take turns: gradients that wait for a step must be unscaled by the scale they were
-        made with.
-        """
-
     def update_loss_scale(self) -> None:
         """Lets the loss scale grow or shrink by what was found since the last time; called when a batch is done."""
 
@@ -253,6 +246,11 @@ class MixedPrecision(Precision):
         return model, optimizers, lr_schedulers
 
     def hold_loss_scale(self) -> None:
+        """Until the next run, the loss scale changes in `update_loss_scale` only.
+
+        For several optimizers that take turns: gradients that wait for a step must be unscaled by the scale they were
+        made with.
+        """
         self.hold_scale = True
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:

@@ -159,18 +159,7 @@ class ShardedStrategy(ParallelStrategy):
         backup.restore()
         self._states_kept = not self.sharded_checkpoints
         for optimizer in self.optimizers:
-            self._unshard_optimizer(optimizer, new, keep)
-
-    def _unshard_optimizer(self, optimizer: Optimizer, new: dict[int, Any], keep: bool) -> None:
-        """Puts the new parameters, by id of the old ones, into an optimizer, and on rank 0 their full states."""
-        states = dict(optimizer.state)
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            for index, old in enumerate(group["params"]):
-                group["params"][index] = new.get(id(old), old)
-                if self._states_kept and old in states:
-                    state = {key: gather_full(value, keep) for key, value in states[old].items()}
-                    optimizer.state.update({group["params"][index]: state} if keep else {})
+            unshard_optimizer(optimizer, new, keep, self._states_kept)
 
     def move_to_cpu(self) -> None:
         """Parameters and states are there already, or nowhere."""
@@ -403,6 +392,18 @@ def fill_with_saved(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
         if is_dtensor(own.get(key)) and not is_dtensor(value) and value.shape == own[key].shape and not value.is_meta:
             loaded[key] = shard_like(value, own[key])
     return loaded
+
+
+def unshard_optimizer(optimizer: Optimizer, new: dict[int, Any], keep: bool, keep_states: bool) -> None:
+    """Gives an optimizer the new parameters, by id of the old ones, and full states where they are kept."""
+    states = dict(optimizer.state)
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for index, old in enumerate(group["params"]):
+            group["params"][index] = new.get(id(old), old)
+            if keep_states and old in states:
+                state = {key: gather_full(value, keep) for key, value in states[old].items()}
+                optimizer.state.update({group["params"][index]: state} if keep else {})
 
 
 def shard_optimizer_state(

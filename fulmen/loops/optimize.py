@@ -472,7 +472,7 @@ class AlternatingOptimization(Optimization):
             )
         owners = [id(p) for turn in self.turns for p in self.precision.main_params(turn.optimizer)]
         self.shares = len(set(owners)) < len(owners)
-        if self.mixed:
+        if isinstance(self.precision, MixedPrecision):
             self.precision.hold_loss_scale()  # until all have taken their turns
         for turn in self.turns:
             turn.verb = "yielded"
