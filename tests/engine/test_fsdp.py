@@ -424,7 +424,7 @@ def test_a_folder_becomes_a_file(written, tmp_path):
 
     with pytest.raises(FileExistsError, match="--output_file"):
         consolidate(path, target)
-    with pytest.raises(FileNotFoundError, match="no sharded checkpoint"):
+    with pytest.raises(FileNotFoundError, match="not a sharded checkpoint"):
         consolidate(tmp_path)
 
 
