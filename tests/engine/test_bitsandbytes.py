@@ -30,7 +30,7 @@ def test_without_the_package_it_says_how_to_install_it(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nf5",), "mode='nf5'` is none of 'nf4', .*Did you mean `nf4`"),
+        (("nf5",), "mode='nf5'` must be one of 'nf4', .*Did you mean `nf4`"),
         ((4,), "mode=4"),
         (("int8", FLOAT), "mode='int8'` with `dtype=torch.float32`: it computes in torch.float16"),
         (("int8-training", torch.bfloat16), "torch.float16"),

@@ -175,7 +175,7 @@ def test_a_module_that_does_not_say_how_is_refused():
 
 @pytest.mark.parametrize("sizes", [(0, "auto"), ("auto", 1.5), ("all", 2)])
 def test_sizes_are_numbers_of_processes(sizes):
-    with pytest.raises(ValueError, match="no number of processes"):
+    with pytest.raises(ValueError, match="must be a number of processes"):
         ModelParallelStrategy(*sizes)
 
 
