@@ -35,8 +35,8 @@ def compile_transfer(
     before = overridden_hook("on_before_batch_transfer")
     after = overridden_hook("on_after_batch_transfer")
     transfer = overridden_hook("transfer_batch_to_device")
-    convert = precision.convert_input if overridden(precision, "convert_input", Precision) else None
-    strategy_moves = overridden(strategy, "batch_to_device", Strategy)
+    convert = precision.convert_input if overrides_method(precision, "convert_input", Precision) else None
+    strategy_moves = overrides_method(strategy, "batch_to_device", Strategy)
     strategy.use_transfer(transfer)
     if not (before or transfer or after or convert or strategy_moves):
         return _host_batch if device.type == "cpu" else lambda batch, _: move_data_to_device(batch, device)

@@ -81,7 +81,7 @@ class _BuiltInAccelerator(Accelerator):
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Memory, processor and swap in percent of the whole machine; needs `psutil`."""
-        psutil = require("psutil", "to watch the load of this machine")
+        psutil = import_optional("psutil", "to watch the load of this machine")
         kind = "M1" if self.name() == "mps" else "cpu"
         found = {
             "": psutil.cpu_percent(),

@@ -52,7 +52,7 @@ class BitsandbytesPrecision(HalfPrecision):
         ignore_modules: Iterable[str] | None = None,
     ) -> None:
         if mode not in MODES:
-            raise ValueError(f"`{mode=}` must be one of {', '.join(map(repr, MODES))}.{suggestion(str(mode), MODES)}")
+            raise ValueError(f"`{mode=}` must be one of {', '.join(map(repr, MODES))}.{suggest_name(str(mode), MODES)}")
         allowed = (torch.float16,) if mode.startswith("int8") else DTYPES
         if dtype is not None and dtype not in allowed:
             raise ValueError(f"`{mode=}` with `{dtype=}`: it computes in {' or '.join(map(str, allowed))}.")

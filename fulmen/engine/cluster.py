@@ -281,7 +281,7 @@ class MPIEnvironment(ClusterEnvironment):
         """True with several MPI processes. MPI is started only if a variable of its launchers says so."""
         if not any(name in os.environ for name in MPI_VARIABLES) or not is_installed("mpi4py"):
             return False
-        return int(require("mpi4py.MPI", "under MPI").COMM_WORLD.Get_size()) > 1
+        return int(import_optional("mpi4py.MPI", "under MPI").COMM_WORLD.Get_size()) > 1
 
     @cached_property
     def _world(self) -> Any:

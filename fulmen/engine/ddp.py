@@ -24,7 +24,7 @@ from fulmen.engine.precision import Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.storage.checkpoint_io import CheckpointIO
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import mode_of_module, parameter_names
 from fulmen.utilities.rank_zero import warn_once
@@ -95,7 +95,7 @@ class DDPStrategy(ParallelStrategy):
         for name in kwargs:
             if name not in _DDP_ARGUMENTS:
                 known = f"Known are those of `DistributedDataParallel`: {', '.join(_DDP_ARGUMENTS)}."
-                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggestion(name, _DDP_ARGUMENTS)} {known}")
+                raise TypeError(f"`DDPStrategy` has no argument `{name}`.{suggest_name(name, _DDP_ARGUMENTS)} {known}")
         self._ddp_comm_state = ddp_comm_state
         self._ddp_comm_hook = ddp_comm_hook
         self._ddp_comm_wrapper = ddp_comm_wrapper

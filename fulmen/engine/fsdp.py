@@ -20,7 +20,7 @@ from fulmen.engine.precision import Precision
 from fulmen.engine.sharded import ShardedStrategy, materialize_layers
 from fulmen.engine.strategy import StrategyRegistry
 from fulmen.storage.checkpoint_io import CheckpointIO
-from fulmen.utilities.errors import MisconfigurationException, suggestion
+from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import mode_of_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -259,7 +259,7 @@ def parse_sharding_strategy(value: str | ShardingStrategy) -> str:
     if name not in SHARDING_STRATEGIES:
         known = ", ".join(repr(known) for known in SHARDING_STRATEGIES if not known.startswith("_"))
         raise ValueError(
-            f"`sharding_strategy={value!r}` must be one of {known}.{suggestion(str(name), SHARDING_STRATEGIES)}"
+            f"`sharding_strategy={value!r}` must be one of {known}.{suggest_name(str(name), SHARDING_STRATEGIES)}"
         )
     return name
 

@@ -115,8 +115,8 @@ class ParallelStrategy(Strategy, ABC):
 
     is_distributed = True
 
-    start_method: str = alias("_start_method", "How the processes start.")
-    timeout: timedelta = alias("_timeout", "How long a process waits for the others.")
+    start_method: str = alias_property("_start_method", "How the processes start.")
+    timeout: timedelta = alias_property("_timeout", "How long a process waits for the others.")
 
     @property
     def process_group_backend(self) -> str:

@@ -122,7 +122,7 @@ class Strategy(KeywordHints, ABC):
         """What moves a batch to a device, given the loader's index too; None is the usual way."""
         self.transfer = transfer or _move_batch
 
-    lightning_module: LightningModule | None = alias("_lightning_module", "The user's module, never wrapped.")
+    lightning_module: LightningModule | None = alias_property("_lightning_module", "The user's module, never wrapped.")
 
     @property
     @abstractmethod
@@ -428,7 +428,7 @@ class SingleDeviceStrategy(Strategy):
         super().__init__(accelerator, checkpoint_io, precision_plugin)
         self._root_device = torch.device(device)
 
-    root_device: torch.device = alias("_root_device", "The one device.")
+    root_device: torch.device = alias_property("_root_device", "The one device.")
 
     def model_to_device(self) -> None:
         self.model.to(self._root_device)

@@ -59,7 +59,7 @@ class Optimization:
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
         parts = ((self.strategy, Strategy), (self.precision, Precision))
-        self.plain_backward = not any(overridden(part, verb, base) for part, base in parts for verb in verbs)
+        self.plain_backward = not any(overrides_method(part, verb, base) for part, base in parts for verb in verbs)
         self.strategy.use_backward(self.backward_with_hooks)
         for optimizer in trainer.lightning_optimizers:
             optimizer._run_step = self.run_optimizer
