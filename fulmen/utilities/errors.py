@@ -7,7 +7,6 @@ import os
 import reprlib
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 
 class MisconfigurationException(Exception):
@@ -43,7 +42,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxother = _SHORT.maxstring = 80
 
 
-def describe_received(value: Any) -> str:
+def describe_received(value: object) -> str:
     """How an error names a value of the wrong type; for a class, how an instance of it is made."""
     if isinstance(value, type):
         name = value.__name__

@@ -122,7 +122,9 @@ class ModelSummary:
     def _forward_example(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
-        model, example, context = self._model, self._model.example_input_array, nullcontext()
+        model = self._model
+        example = model.example_input_array
+        context = nullcontext()
         trainer = getattr(model, "_trainer", None)
         if trainer is not None:
             example = model.on_before_batch_transfer(example, 0)

@@ -57,7 +57,8 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     """The L2 norm of all elements together, at least in float32; a tensor on the first one's device, 0 without any."""
     if not gradients:
         return torch.zeros(())
-    first, dtype = gradients[0], torch.promote_types(gradients[0].dtype, torch.float32)
+    first = gradients[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)
     if all(g.device == first.device and g.dtype == first.dtype for g in gradients):
         norms = list(torch._foreach_norm(gradients, 2, dtype))
     else:
@@ -85,7 +86,7 @@ def spread_like(part: Tensor, like: Any) -> Any:
     return spread
 
 
-def scale_gradients(parameters: Iterable[Tensor], factor: Any) -> None:
+def scale_gradients(parameters: Iterable[Tensor], factor: float | Tensor) -> None:
     """Multiplies all gradients by a number, or by a tensor with one, in place."""
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     if len({(gradient.device, gradient.layout) for gradient in gradients}) == 1 and not gradients[0].is_sparse:
@@ -138,7 +139,8 @@ def module_flags(module: nn.Module) -> dict[str, Any]:
     """
     flags: dict[str, Any] = {}
     for path, part in module.named_modules():
-        of_torch, settings = type(part).__module__.startswith("torch."), vars(part)
+        of_torch = type(part).__module__.startswith("torch.")
+        settings = vars(part)
         names = [name for name in (settings if of_torch else getattr(part, "__constants__", ())) if name in settings]
         for name in ("training", *names):
             value = part.training if name == "training" else settings[name]
@@ -201,7 +203,7 @@ def is_picklable(obj: object) -> bool:
     return True
 
 
-def is_compiled(model: Any) -> bool:
+def is_compiled(model: object) -> bool:
     """Is it what `torch.compile` makes of a module? Asking does not import the compiler."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and isinstance(model, compiler.OptimizedModule)

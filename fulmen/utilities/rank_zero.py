@@ -90,7 +90,9 @@ def rank_zero_warn(message: str | Warning, stacklevel: int = 4, **kwargs: Any) -
         warn_user(message, stacklevel=stacklevel - _EXTRA_FRAMES, **kwargs)
 
 
-def warn_user(message: str | Warning, category: Any = None, stacklevel: int = 1, source: Any = None) -> None:
+def warn_user(
+    message: str | Warning, category: type[Warning] | None = None, stacklevel: int = 1, source: object = None
+) -> None:
     """`warnings.warn`, which shows the line of the user's code that led here, also from deep inside of this package.
 
     Filters that name a module are asked about the one that warns.

@@ -91,7 +91,9 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
 
     For whatever may import a package: some draw while they are imported.
     """
-    python, cpu, numpy = random.getstate(), torch.get_rng_state(), sys.modules.get("numpy")
+    python = random.getstate()
+    cpu = torch.get_rng_state()
+    numpy = sys.modules.get("numpy")
     arrays = numpy.random.get_state() if numpy is not None else None
     # Before CUDA is in use there is no state to keep, and asking would start it (which forbids forking later).
     devices = torch.cuda.get_rng_state_all() if include_cuda and torch.cuda.is_initialized() else []

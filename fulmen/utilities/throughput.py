@@ -25,7 +25,8 @@ def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int |
     """The peak FLOP/s of a CUDA device in ``dtype``; None, with a warning, for one we have no numbers of."""
     if device.type != "cuda":
         return None
-    name, kind = torch.cuda.get_device_name(device).lower(), str(dtype).removeprefix("torch.")
+    name = torch.cuda.get_device_name(device).lower()
+    kind = str(dtype).removeprefix("torch.")
     column = {"float16": 0, "bfloat16": 0, "float32": 2 if torch.get_float32_matmul_precision() == "highest" else 1}
     for part, peaks in TERAFLOPS.items():
         if part in name and kind in column:
@@ -101,11 +102,13 @@ class Throughput:
         """The last totals and, once the window is full, the rates per second."""
         if not self._updates:
             return {}
-        first, last = self._updates[0], self._updates[-1]
+        first = self._updates[0]
+        last = self._updates[-1]
         metrics = {name: value for name, value in last.items() if name != "flops"}
         if len(self._updates) < (self._updates.maxlen or 0):
             return metrics
-        elapsed, rates = last["time"] - first["time"], {}
+        elapsed = last["time"] - first["time"]
+        rates = {}
         for name, rate in (("batches", "batches"), ("samples", "samples"), ("lengths", "items")):
             if name in first and name in last:
                 rates[f"{rate}_per_sec"] = (last[name] - first[name]) / elapsed
