@@ -99,7 +99,8 @@ def _check_fit(trainer: Trainer, module: LightningModule) -> None:
         what = f"`{name}.training_step` has a parameter `optimizer_idx`: several optimizers need manual optimization."
         raise RuntimeError(f"{what} Set `self.automatic_optimization = False`, and step the optimizers yourself.")
     if not module.automatic_optimization:
-        value, batches = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+        value = trainer.gradient_clip_val
+        batches = trainer.accumulate_grad_batches
         why = "is not supported for manual optimization. Remove"
         if value is not None and value > 0:
             fix = f"`Trainer(gradient_clip_val={value})`, and call `self.clip_gradients(...)` before each step."
@@ -129,7 +130,7 @@ def hint_at_eval_mode(module: nn.Module) -> None:
 def check_monitors(trainer: Trainer) -> None:
     """Before the first batch: raises if something monitors what only a validation could log that will not run."""
     module = trainer.lightning_module
-    written = overrides_method(module, "validation_step", LightningModule)
+    written = overridden(module, "validation_step", LightningModule)
     given = trainer.sources.source_of("val").is_defined()
     if written is given or trainer.fast_dev_run:  # without both, other hooks may validate in their own way
         return

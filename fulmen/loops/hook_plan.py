@@ -62,7 +62,8 @@ class HookPlan:
             ]
 
         for hook in HOOKS:
-            name, order = hook.name, hook.order
+            name = hook.name
+            order = hook.order
             monitors = [c for c in callbacks if c.monitors] if "monitors" in order else []
             first = [c for c in callbacks if c not in monitors] if "callbacks" in order else []
             found = find_listeners(first, base_callback, "Callback", name, trainer, module)
@@ -112,7 +113,8 @@ def _compile_hook(
         only = listeners[0]
 
         def fire_one(*args: Any) -> Any:
-            previous, book.hook = book.hook, name
+            previous = book.hook
+            book.hook = name
             result = only(*args)
             book.hook = previous
             return result
@@ -120,7 +122,8 @@ def _compile_hook(
         return fire_one
 
     def fire_all(*args: Any) -> Any:
-        previous, book.hook = book.hook, name
+        previous = book.hook
+        book.hook = name
         answer = None
         for position, listener in enumerate(listeners):
             result = listener(*args)

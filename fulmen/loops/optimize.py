@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.hooks import nothing
-from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, Output, PostReduceWindow, read_output
+from fulmen.loops.accumulation import AccumulationWindow, DistributedWindow, PostReduceWindow, read_output
 from fulmen.loops.dataloading import bind_step
 from fulmen.loops.join import shadow_step
 from fulmen.module import LightningModule
@@ -59,8 +59,9 @@ class Optimization:
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
         parts = ((self.strategy, Strategy), (self.precision, Precision))
-        self.plain_backward = not any(overrides_method(part, verb, base) for part, base in parts for verb in verbs)
-        self.strategy.use_backward(self.backward_with_hooks)
+        self.plain_backward = not any(overridden(part, verb, base) for part, base in parts for verb in verbs)
+        self.backward_is_default = self.plain_backward and not self.overrides_backward
+        self.strategy.run_backward = self.backward_with_hooks
         for optimizer in trainer.lightning_optimizers:
             optimizer._run_step = self.run_optimizer
             optimizer._module = self.module
@@ -129,7 +130,8 @@ class Optimization:
         if self.loss_factor != 1.0:
             loss = loss * self.loss_factor
         self.hooks.on_before_backward(loss)
-        previous, book.hook = book.hook, "backward"
+        previous = book.hook
+        book.hook = "backward"
         self.precision.backward(loss, self.module, optimizer, *args, **kwargs)
         book.hook = previous
         self.hooks.on_after_backward()
@@ -269,17 +271,18 @@ class AutomaticOptimization(Optimization):
             self.strategy.post_training_step()
         if type(output) is Tensor and self.checked:
             loss: Tensor | None = output
-            extra = weight = None
+            extra: Mapping[str, Any] = _NO_OUTPUTS
+            weight = None
         else:
             loss, extra, weight = self.read_output(output)
         if opens:
             self.clear_gradients(batch_idx)
         if loss is None:
             self.check_missing_loss()
-            return {} if extra is None else extra
+            return {**extra}
         if self.trainer.accumulate_grad_batches > 1 or weight is not None or self.join.partial:
             loss = self.window.scale_loss(loss, weight, self.batches_left(batch_idx))
-        if self.plain_backward and not self.overrides_backward:
+        if self.backward_is_default:
             self.hooks.on_before_backward(loss)
             loss.backward(**self.backward_inputs)
             self.hooks.on_after_backward()
@@ -288,14 +291,14 @@ class AutomaticOptimization(Optimization):
         if self.direct and self.hooks.on_train_batch_end is nothing:
             return _NO_OUTPUTS  # nobody will look at it
         self.closure_result = loss.detach()
-        return {"loss": self.closure_result} if extra is None else {**extra, "loss": self.closure_result}
+        return {**extra, "loss": self.closure_result}
 
-    def read_output(self, output: Any) -> Output:
+    def read_output(self, output: Any) -> tuple[Tensor | None, Mapping[str, Any], Any]:
         """The loss, other outputs and the weight that `training_step` returned; checked closely until one had a loss."""
         check = not self.checked and not self.overrides_backward
-        found = read_output(output, self.name, check, self.verb)
-        self.checked = self.checked or found[0] is not None
-        return found
+        loss, extra, weight = read_output(output, self.name, check, self.verb)
+        self.checked = self.checked or loss is not None
+        return loss, extra or _NO_OUTPUTS, weight
 
     def check_missing_loss(self) -> None:
         """After a batch without a loss.
@@ -594,7 +597,7 @@ class ManualOptimization(Optimization):
         if self.forward_only:
             return super().run_optimizer(optimizer, closure)
 
-        def finish() -> Any:
+        def run_closure() -> Any:
             with torch.enable_grad():  # the step that calls this may run without
                 result = closure() if closure is not None else None
             if self.unscale:
@@ -603,10 +606,10 @@ class ManualOptimization(Optimization):
             return result
 
         if steps_directly(optimizer, self.strategy) and closure is None:
-            finish()
+            run_closure()
             result = optimizer.step(**kwargs)
         else:
-            result = self.strategy.optimizer_step(optimizer, finish, self.module, **kwargs)
+            result = self.strategy.optimizer_step(optimizer, run_closure, self.module, **kwargs)
         self.progress.steps += 1
         self.made.append(optimizer)
         return result

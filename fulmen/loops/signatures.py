@@ -35,7 +35,8 @@ def names_of(base: type, hook: str) -> tuple[str, ...]:
 
 def check_signatures(trainer: Trainer) -> None:
     """Raises a TypeError for a step or hook that cannot be called with what it would get."""
-    module, verb = trainer.lightning_module, str(trainer.state.fn.value)  # type: ignore[union-attr]
+    module = trainer.lightning_module
+    verb = str(trainer.state.fn.value)  # type: ignore[union-attr]
     for name in STEPS[verb]:
         method = getattr(module, name)
         if overrides_method(module, name, LightningModule) and not takes_argument(
