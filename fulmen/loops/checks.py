@@ -130,7 +130,7 @@ def hint_at_eval_mode(module: nn.Module) -> None:
 def check_monitors(trainer: Trainer) -> None:
     """Before the first batch: raises if something monitors what only a validation could log that will not run."""
     module = trainer.lightning_module
-    written = overridden(module, "validation_step", LightningModule)
+    written = overrides_method(module, "validation_step", LightningModule)
     given = trainer.sources.source_of("val").is_defined()
     if written is given or trainer.fast_dev_run:  # without both, other hooks may validate in their own way
         return

@@ -59,9 +59,9 @@ class Optimization:
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
         parts = ((self.strategy, Strategy), (self.precision, Precision))
-        self.plain_backward = not any(overridden(part, verb, base) for part, base in parts for verb in verbs)
+        self.plain_backward = not any(overrides_method(part, verb, base) for part, base in parts for verb in verbs)
         self.backward_is_default = self.plain_backward and not self.overrides_backward
-        self.strategy.run_backward = self.backward_with_hooks
+        self.strategy.use_backward(self.backward_with_hooks)
         for optimizer in trainer.lightning_optimizers:
             optimizer._run_step = self.run_optimizer
             optimizer._module = self.module
