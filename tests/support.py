@@ -41,6 +41,25 @@ class Regression(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
 
 
+class ManualRegression(Regression):
+    """The same with manual optimization; with `clip`, gradients are clipped to that norm, and `norms` are what they were."""
+
+    def __init__(self, clip: float | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.clip = clip
+        self.norms: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        if self.clip is not None:
+            norm = self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            self.norms.append(norm.item())
+        optimizer.step()
+
+
 class Storyteller(Regression):
     """Writes down what happens, sanity checks as "s": "s t0 t1 v |"."""
 

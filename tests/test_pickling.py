@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from ranks import run_ranks
-from support import Regression, make_loader, make_trainer
+from support import ManualRegression, Regression, make_loader, make_trainer
 
 import fulmen as pl
 from fulmen import callbacks
@@ -21,17 +21,7 @@ class Data(pl.LightningDataModule):
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
-class Manual(Regression):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        optimizer.step()
-
+class Manual(ManualRegression):
     def on_before_batch_transfer(self, batch, dataloader_idx):
         return batch
 

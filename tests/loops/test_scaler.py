@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from support import Regression, make_loader, make_trainer
+from support import ManualRegression, Regression, make_loader, make_trainer
 from torch.optim import lr_scheduler as schedules
 
 import fulmen as pl
@@ -183,24 +183,8 @@ def test_a_fused_optimizer_that_nobody_looks_at_unscales_by_itself():
         torch.testing.assert_close(a, b)
 
 
-class Manual(Regression):
-    def __init__(self, clip=None):
-        super().__init__()
-        self.automatic_optimization = False
-        self.clip, self.norms = clip, []
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        if self.clip is not None:
-            norm = self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
-            self.norms.append(norm.item())
-        optimizer.step()
-
-
 def test_manual_clipping_is_of_unscaled_gradients():
-    ours, theirs = Manual(clip=0.3), Regression()
+    ours, theirs = ManualRegression(clip=0.3), Regression()
     theirs.load_state_dict(ours.state_dict())
     make_trainer(plugins=[MixedPrecision("16-mixed", "cpu", new_scaler())]).fit(ours, make_loader())
     scaler, optimizer, norms = new_scaler(), theirs.configure_optimizers(), []
@@ -220,7 +204,7 @@ def test_manual_clipping_is_of_unscaled_gradients():
 def test_two_manual_optimizers_share_the_scale_their_losses_were_multiplied_with():
     """Both backwards, then both steps: the scale may not grow between the steps."""
 
-    class Two(Manual):
+    class Two(ManualRegression):
         def __init__(self):
             super().__init__()
             self.other = torch.nn.Linear(4, 1)

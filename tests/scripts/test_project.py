@@ -66,3 +66,15 @@ def test_every_difference_names_a_test_that_exists() -> None:
             if not path.is_file() or f"def {test}(" not in path.read_text():
                 missing.append(f"{path}::{test}")
     assert not missing, missing
+
+
+def test_where_is_what_names_files_and_names_that_exist() -> None:
+    page = (ROOT / "docs" / "where-is-what.md").read_text()
+    rows = [line.split("|")[2:4] for line in page.splitlines() if line.startswith("| ") and ".py`" in line]
+    assert len(rows) >= 20
+    for files, names in rows:
+        paths = [ROOT / "fulmen" / path for path in re.findall(r"`([\w/]+\.py)`", files)]
+        assert all(path.is_file() for path in paths), files
+        source = "\n".join(path.read_text() for path in paths)
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^\s*(class|def) {name}\b|^{name}\b", source, re.MULTILINE), f"{name} is not in {files}"
