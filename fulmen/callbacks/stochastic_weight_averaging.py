@@ -36,7 +36,8 @@ class StochasticWeightAveraging(Callback):
     Arguments:
         swa_lrs: the learning rate that is annealed to, or a list with one for each parameter group.
         swa_epoch_start: the first epoch, from 1, or the part of `max_epochs` before it.
-        annealing_epochs, annealing_strategy: over how many epochs, and along which curve, "cos" or "linear".
+        annealing_epochs: over how many epochs the learning rate is annealed to `swa_lrs`.
+        annealing_strategy: along which curve: "cos" or "linear".
         avg_fn: gives the new average of a tensor from `(averaged, current, num_averaged)`; by default all count equally.
         device: where the average is; None is where the weights are.
     """

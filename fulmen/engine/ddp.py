@@ -59,7 +59,9 @@ class DDPStrategy(ParallelStrategy):
 
     Arguments:
         parallel_devices: one for each process of this node; by default those of the Trainer.
-        ddp_comm_state, ddp_comm_hook, ddp_comm_wrapper: for `register_comm_hook`, on any device.
+        ddp_comm_state: the state that `ddp_comm_hook` gets.
+        ddp_comm_hook: exchanges the gradients of a bucket, as torch's `register_comm_hook` takes it; on any device.
+        ddp_comm_wrapper: is called with `ddp_comm_hook` and gives the hook that is registered.
         model_averaging_period: not supported.
         process_group_backend: "gloo", "nccl", ...; None takes what suits the device.
         timeout: how long a process waits for the others, when they meet and in each collective; None is 30 minutes.

@@ -254,7 +254,8 @@ _SMALLER = frozenset(["cer", "error", "loss", "mae", "mse", "nll", "perplexity",
 def hint_at_modes(callbacks: Iterable[Callback]) -> None:
     """Warns of a callback that waits for an accuracy to fall, or for a loss to rise."""
     for callback in callbacks:
-        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        monitor = getattr(callback, "monitor", None)
+        mode = getattr(callback, "mode", None)
         words = set(re.split(r"[^a-z0-9]+", monitor.lower())) if isinstance(monitor, str) else set()
         better = {"max": words & _LARGER and not words & _SMALLER, "min": words & _SMALLER and not words & _LARGER}
         meant = next((meant for meant, fits in better.items() if fits), mode)

@@ -141,7 +141,9 @@ class FitLoop(Loop):
             self.join.reduce_metrics("step")
         if self.iterator_feed:
             feed: Any = self.feed
-            batch, batch_idx, progress.is_last_batch = feed.batch, feed.batch_idx, feed.is_last
+            batch = feed.batch
+            batch_idx = feed.batch_idx
+            progress.is_last_batch = feed.is_last
         if self.schedulers.any:
             self.trainer.book.hook = "lr_scheduler_step"  # nothing may be logged there
             stepped = self.optimization.stepped

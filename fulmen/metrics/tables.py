@@ -38,7 +38,8 @@ def print_results(results: Sequence[Mapping[str, float]], verb: str) -> None:
         for row in zip(names[1], *(cells for _, cells in loaders[:count])):
             table.add_row(*row)
         console.print(table)
-        loaders, widths = loaders[count:], widths[count:]
+        loaders = loaders[count:]
+        widths = widths[count:]
 
 
 def result_columns(results: Sequence[Mapping[str, float]], verb: str) -> list[tuple[str, list[str]]]:

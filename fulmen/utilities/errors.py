@@ -67,9 +67,11 @@ def suggest_name(name: str, choices: Iterable[str]) -> str:
 def is_one_letter_apart(name: str, other: str) -> bool:
     """Is one of the two the other with a letter changed, added or left out, or with two neighbours swapped?"""
     start = _shared_start(name, other)
-    name, other = name[start:], other[start:]
+    name = name[start:]
+    other = other[start:]
     end = _shared_start(name[::-1], other[::-1])
-    name, other = name[: len(name) - end], other[: len(other) - end]
+    name = name[: len(name) - end]
+    other = other[: len(other) - end]
     return name != other and (max(len(name), len(other)) == 1 or (len(name) == 2 and name == other[::-1]))
 
 
