@@ -13,6 +13,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "fulmen"
 MARK = re.compile(r"<!-- every public name of (fulmen\.\w+) -->")
+PICTURE_MARK = "<!-- the picture of who imports whom -->"
 
 # Sizes of the picture, in pixels.
 WIDTH, ROW, BOX, GAP, MARGIN = 960, 84, 34, 14, 16
@@ -29,12 +30,12 @@ def public_names(package: str) -> list[str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts one entry of the reference per public name where a page asks for them."""
+    """Puts the picture, and one entry of the reference per public name, where a page asks for them."""
 
     def entries(match: re.Match[str]) -> str:
         return "\n\n".join(f"::: {match[1]}.{name}" for name in sorted(public_names(match[1]), key=str.lower))
 
-    return MARK.sub(entries, markdown)
+    return MARK.sub(entries, markdown.replace(PICTURE_MARK, "![Who imports whom](imports.svg)"))
 
 
 def on_files(files: Files, config: Any) -> Files:
