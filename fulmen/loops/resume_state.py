@@ -315,10 +315,12 @@ class ResumeState(ResumeStateCollector):
         """Lets parameter groups have the members they had, if the run had changed that; their options come with `states`."""
         trainer = self.trainer
         parameters = dict(trainer.lightning_module.named_parameters())
-        for saved, now in zip(self.loaded.get("optimizers", []), map(_class_name, trainer.optimizers)):
+        for index, (saved, optimizer) in enumerate(zip(self.loaded.get("optimizers", []), trainer.optimizers)):
+            now = _class_name(optimizer)
             if saved != now:
                 what = f"The checkpoint has the state of a `{saved}`, and `configure_optimizers` returned a `{now}`:"
-                rank_zero_warn(f"{what} it takes over what both have. Fit without `ckpt_path` to begin anew.")
+                states[index], taken_over = _convert_optimizer_state(states[index], optimizer)
+                rank_zero_warn(f"{what} {taken_over}. Fit without `ckpt_path` to begin anew.")
         for index, names in self.loaded.get("groups", {}).items():
             known = names is not None and all(name in parameters for group in names for name in group)
             if known and index < len(trainer.optimizers):
@@ -551,6 +553,24 @@ class ResumeState(ResumeStateCollector):
 def _is_mode(path: str) -> bool:
     """Is a flag of a module its `training`?"""
     return path == "training" or path.endswith(".training")
+
+
+def _convert_optimizer_state(state: dict[str, Any], optimizer: Any) -> tuple[dict[str, Any], str]:
+    """The state of an optimizer of another class as `optimizer` can use it, and what is said of that.
+
+    Torch puts the options of the file in the place of the optimizer's own, whole: an option that only one class has would
+    be missing in the first step, and so would its averages.
+    """
+    own = optimizer.defaults
+    groups = state["param_groups"]
+    if all(own.keys() <= group.keys() for group in groups):
+        return state, "it takes over options and averages"
+    kept = {*own, "params", "initial_lr", "name"}
+    shared = [{**own, **{name: value for name, value in group.items() if name in kept}} for group in groups]
+    return {
+        "state": {},
+        "param_groups": shared,
+    }, "it takes over the options that both have, and its averages start anew"
 
 
 def _class_name(optimizer: object) -> str:

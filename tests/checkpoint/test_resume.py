@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from support import Regression, make_loader, make_trainer
+from support import Regression, SavesAfterFirstEpoch, make_loader, make_trainer
 from torch import nn
 
 from fulmen.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -237,6 +237,35 @@ def test_an_optimizer_of_another_kind_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match="has the state of a `Adam`, and .* returned a `AdamW`"):
         trainer.fit(Other(), make_loader(22, 4), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert trainer.global_step == 12
+
+
+@pytest.mark.parametrize("kinds", [("Adam", "SGD"), ("SGD", "Adam"), ("SGD", "RMSprop")])
+def test_an_optimizer_of_another_kind_takes_over_the_options_that_both_have(tmp_path, kinds):
+    class Trains(Regression):
+        def __init__(self, kind, lr):
+            super().__init__(lr)
+            self.kind = kind
+
+        def configure_optimizers(self):
+            options = {} if self.kind == "Adam" else {"momentum": 0.9}
+            return getattr(torch.optim, self.kind)(self.parameters(), lr=self.hparams.lr, weight_decay=0.25, **options)
+
+    make_trainer(callbacks=SavesAfterFirstEpoch(tmp_path / "a.ckpt")).fit(Trains(kinds[0], 0.05), make_loader())
+    trainer, model = make_trainer(max_epochs=2), Trains(kinds[1], 0.3)
+    with pytest.warns(UserWarning, match=f"state of a `{kinds[0]}`, .* a `{kinds[1]}`: .* averages start anew"):
+        trainer.fit(model, make_loader(), ckpt_path=tmp_path / "a.ckpt")
+    (group,) = trainer.optimizers[0].param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.05, 0.25)
+    assert set(trainer.optimizers[0].defaults) <= set(group)
+
+    alone = Trains(kinds[1], 0.05)
+    alone.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    optimizer = alone.configure_optimizers()
+    for batch in make_loader():
+        optimizer.zero_grad()
+        alone.loss(batch).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters()))
 
 
 class Frozen(Regression):
