@@ -6,7 +6,6 @@ import dis
 import functools
 import inspect
 import math
-import operator
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -115,9 +114,14 @@ def adapt_to_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Ca
 
 def alias_property(path: str, doc: str) -> Any:
     """A property that forwards to an attribute of a part (`"strategy.world_size"`), for reading and writing."""
-    part, _, name = path.rpartition(".")
-    part_of = operator.attrgetter(part) if part else lambda obj: obj
-    return property(operator.attrgetter(path), lambda self, value: setattr(part_of(self), name, value), doc=doc)
+    *parts, name = path.split(".")
+
+    def find_part(obj: Any) -> Any:
+        return functools.reduce(getattr, parts, obj)  # not `attrgetter`, which torch cannot compile
+
+    return property(
+        lambda self: getattr(find_part(self), name), lambda self, value: setattr(find_part(self), name, value), doc=doc
+    )
 
 
 _INSTALLED = tuple(

@@ -130,7 +130,7 @@ def test_the_terminal_is_given_back_when_the_sanity_check_fails(screen):
 def test_without_rich_it_says_how_to_install_it(monkeypatch, kind):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "rich" else find(name, *a))
-    optional.available.cache_clear()
+    optional.is_installed.cache_clear()
     with pytest.raises(ModuleNotFoundError, match=r'pip install "rich>=10.2.2"'):
         kind()
-    optional.available.cache_clear()
+    optional.is_installed.cache_clear()

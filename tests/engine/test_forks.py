@@ -77,7 +77,7 @@ def computing():
 def test_a_fork_beside_a_thread_that_computes_is_warned_of():
     trainer = make_trainer(devices=2, strategy="ddp_fork")
     with computing(), pytest.warns(match="Another thread of this process computes.*'ddp_spawn'"):
-        trainer.strategy.launcher.check()
+        trainer.strategy.launcher.check_startable()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trainer.strategy.launcher.check()
+        trainer.strategy.launcher.check_startable()

@@ -99,4 +99,4 @@ def on_each_rank():
 
 def test_several_processes_keep_nothing_either():
     for grown, wrong in run_ranks(2, on_each_rank):
-        assert grown < 100 and wrong == 0
+        assert grown < 150 and wrong == 0  # a kept prediction is 190 bytes and more, what a watchdog allocates some
