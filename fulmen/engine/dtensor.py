@@ -17,7 +17,7 @@ from fulmen.engine import collectives
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.stochastic_rounding import stochastic_round
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.modules import local_part, scale_gradients, total_norm
+from fulmen.utilities.modules import local_part, scale_gradients, spread_like, total_norm
 
 SUPPORTED_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
@@ -44,10 +44,7 @@ def shard_like(full: Tensor, like: Any) -> Any:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    with torch.no_grad():
-        part: Any = torch.empty_like(like.detach(), dtype=full.dtype)
-        part.to_local().copy_(full[tuple(slice(start, start + size) for start, size in zip(offset, shape))])
-    return part
+    return spread_like(full[tuple(slice(start, start + size) for start, size in zip(offset, shape))], like)
 
 
 def global_norm(gradients: Iterable[Any]) -> Tensor:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from pathlib import Path
 
-from measures import code_lines
-
-ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "fulmen").rglob("*.py"))
+from measures import FACES, SOURCES, Function, code_lines, functions, nodes
 
 FILE_LINES = 800
 FACE_LINES = 900  # trainer.py and module.py: what users call
@@ -34,18 +29,7 @@ FACADES = {
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def lines(path: Path) -> int:
-    return len(path.read_text().splitlines())
-
-
-def nodes(kind: type | tuple[type, ...]) -> Iterator[tuple[Path, ast.AST]]:
-    for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, kind):
-                yield path, node
-
-
-def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+def length(function: Function) -> int:
     """Lines from `def` to the end without the docstring."""
     total = function.end_lineno - function.lineno + 1
     if ast.get_docstring(function, clean=False) is not None:
@@ -55,26 +39,22 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_no_file_is_too_long() -> None:
-    faces = ROOT / "fulmen" / "trainer.py", ROOT / "fulmen" / "module.py"
-    long = {
-        str(path.relative_to(ROOT)): lines(path)
-        for path in FILES
-        if lines(path) > (FACE_LINES if path in faces else FILE_LINES)
-    }
+    sizes = {path: len(source.splitlines()) for path, source in SOURCES.items()}
+    long = {path: size for path, size in sizes.items() if size > (FACE_LINES if path in FACES else FILE_LINES)}
     assert not long, f"Split by topic: {long}"
 
 
 def test_no_function_is_too_long() -> None:
     # A constructor that spells out a signature users know is as long as that signature.
     long = {
-        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": length(node)
-        for path, node in nodes(FUNCTIONS)
+        f"{path}:{node.lineno} {node.name}": length(node)
+        for path, node in functions()
         if length(node) - signature_lines(node) > FUNCTION_LINES
     }
     assert not long, long
 
 
-def signature_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+def signature_lines(function: Function) -> int:
     return function.body[0].lineno - function.lineno
 
 
@@ -83,7 +63,7 @@ def test_no_class_has_too_many_methods() -> None:
     for path, node in nodes(ast.ClassDef):
         methods = {child.name for child in node.body if isinstance(child, FUNCTIONS)}
         if node.name not in FACADES and len(methods) > METHODS:
-            wide[f"{path.relative_to(ROOT)} {node.name}"] = len(methods)
+            wide[f"{path} {node.name}"] = len(methods)
     assert not wide, wide
 
 
