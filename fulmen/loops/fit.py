@@ -145,7 +145,7 @@ class FitLoop(Loop):
             batch_idx = feed.batch_idx
             progress.is_last_batch = feed.is_last
         if self.schedulers.any:
-            self.trainer.book.hook = "lr_scheduler_step"  # nothing may be logged there
+            book.hook = "lr_scheduler_step"  # nothing may be logged there
             stepped = self.optimization.stepped
             idle = self.optimization.skipped_optimizers() if stepped else ()
             self.schedulers.after_batch(progress.epochs + 1, stepped, progress.is_last_batch, idle)

@@ -57,8 +57,10 @@ class Progress:
     def as_of_last_epoch(self) -> Generator[None]:
         """For what still belongs to the epoch that was finished last."""
         self.epochs -= 1
-        yield
-        self.epochs += 1
+        try:
+            yield
+        finally:
+            self.epochs += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that the file loads with `weights_only=True`."""
