@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fulmen.engine.strategy import Strategy
     from fulmen.metrics.logbook import LogBook
+    from fulmen.module import LightningModule
 
 if TYPE_CHECKING:
     OptimizerBase = Optimizer
@@ -32,6 +34,7 @@ else:
     OptimizerBase = object  # the class of an instance gets its optimizer's class as a base
 
 _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
+_OF_WRAPPER = ("_optimizer", "_run_step", "_module", "_strategy")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
 _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
 
@@ -47,8 +50,8 @@ class LightningOptimizer(OptimizerBase):
         self.__class__ = type("Lightning" + type(optimizer).__name__, (self.__class__, type(optimizer)), {})
         self._optimizer = optimizer
         self._run_step: Callable[..., Any] | None = None
-        self._module: Any = None
-        self._sync_context: Callable[[], Any] = nullcontext
+        self._module: LightningModule | None = None
+        self._strategy: Strategy | None = None
 
     optimizer: Optimizer = alias_property("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
@@ -67,8 +70,18 @@ class LightningOptimizer(OptimizerBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Methods of the wrapped optimizer's class run on the wrapper, too, and what they write belongs to the optimizer.
-        own = name in ("_optimizer", "_run_step", "_module", "_sync_context") or hasattr(LightningOptimizer, name)
+        own = name in _OF_WRAPPER or hasattr(LightningOptimizer, name)
         object.__setattr__(self if own else self._optimizer, name, value)
+
+    def enter_run(self, run_step: Callable[..., Any], module: LightningModule, strategy: Strategy) -> None:
+        """From now on steps go through `run_step(optimizer, closure, **kwargs)`, for this module."""
+        self._run_step = run_step
+        self._module = module
+        self._strategy = strategy
+
+    def leave_run(self) -> None:
+        """Steps are ordinary ones again."""
+        self._run_step = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of the wrapped optimizer."""
@@ -105,12 +118,16 @@ class LightningOptimizer(OptimizerBase):
         Arguments:
             sync_grad: False skips the exchange of gradients between processes, to accumulate.
         """
-        self._module.toggle_optimizer(self)
+        module = self._module
+        strategy = self._strategy
+        if module is None or strategy is None:
+            raise RuntimeError("`toggle_model` was called outside of `Trainer.fit`. Only there is a module to toggle.")
+        module.toggle_optimizer(self)
         try:
-            with nullcontext() if sync_grad else self._sync_context():
+            with nullcontext() if sync_grad else strategy.no_backward_sync(strategy.model):
                 yield
         finally:
-            self._module.untoggle_optimizer(self)
+            module.untoggle_optimizer(self)
 
 
 class NoOptimizer(Optimizer):

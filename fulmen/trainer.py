@@ -572,6 +572,7 @@ class Trainer(TrainerProperties):
             self.strategy.start_watchdog(TrainerRun(self, self._tell))
             self.signals.install_handlers(self.strategy.cluster_environment if fit else None)
             ckpt_path = auto_resume.choose_checkpoint(self, ckpt_path, weights_only)
+            self._ckpt_path = ckpt_path
             self._claim_log_dirs()
             self._share_log_dir()
             self._prepare_data()
@@ -676,7 +677,7 @@ class Trainer(TrainerProperties):
             self.lightning_module.untoggle_optimizer()  # one that is toggled when the run breaks
         self.book.metric_dicts.move_to_cpu()
         for optimizer in self.__dict__.pop("_lightning_optimizers", None) or ():
-            optimizer._run_step = None
+            optimizer.leave_run()
 
     def _connect_callbacks(self) -> None:
         """Callbacks of the module, in the right order, with `self.log` attached; and the first hook plan."""

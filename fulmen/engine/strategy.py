@@ -118,6 +118,9 @@ class Strategy(KeywordHints, ABC):
         """Between `pre_backward` and `post_backward`, this runs instead: the training loop's own, which fires hooks."""
         self.run_backward = run_backward
 
+    def check_gradients(self) -> None:
+        """After the first backward pass: an error if gradients are missing that others wait for."""
+
     def use_transfer(self, transfer: Callable[[Any, torch.device, int], Any] | None) -> None:
         """What moves a batch to a device, given the loader's index too; None is the usual way."""
         self.transfer = transfer or _move_batch

@@ -58,7 +58,7 @@ def choose_checkpoint(
 
     if not trainer.fast_dev_run:
         strategy.on_rank_zero(find_newest, "find a checkpoint to continue from")
-    found = trainer._ckpt_path = strategy.broadcast(found)
+    found = strategy.broadcast(found)
     shown = ", ".join(folders) or "any folder: the run writes none"
     said = f"continues from {found}" if found else f"starts anew: there is no checkpoint in {shown}"
     rank_zero_info(f"`Trainer.fit(ckpt_path='auto')` {said}.")

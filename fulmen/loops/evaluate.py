@@ -117,7 +117,7 @@ class EvaluationLoop(Loop):
     def run_batch(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         """One batch."""
         book = self.trainer.book
-        book.open_batch(batch)
+        book.open_batch(batch, book.logging_due)
         place = (batch, batch_idx, dataloader_idx) if self.several else (batch, batch_idx)
         if self.iterator_feed:  # hooks get the batch that was pulled last
             self.on_batch_start(self.feed.batch, *place[1:])

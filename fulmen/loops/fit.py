@@ -14,7 +14,8 @@ from fulmen.loops import auto_resume, checks
 from fulmen.loops.dataloading import build_fetch_profiler, build_transfer, prepare_train_loaders
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.join import Join, join_training
-from fulmen.loops.optimize import NotYetOptimizing, Optimization, optimization_for
+from fulmen.loops.optimization_kinds import optimization_for
+from fulmen.loops.optimize import NotYetOptimizing, Optimization
 from fulmen.loops.progress import Loop, Position, Progress, StopConditions, ValidationSchedule
 from fulmen.loops.resume_state import ResumeState
 from fulmen.loops.shortfall import ShortLoaderMonitor
@@ -98,6 +99,8 @@ class FitLoop(Loop):
 
     def run_epoch(self) -> None:
         """One pass over the training batches."""
+        trainer = self.trainer
+        book = trainer.book
         self.open_epoch()
         assert self.feed is not None
         for batch, batch_idx, _ in self.feed:
@@ -107,6 +110,9 @@ class FitLoop(Loop):
             except StopIteration:
                 self.shortfall.handle_stop_iteration(self)
                 break
+            if self.optimization.stepped and (book.logging_due or trainer.should_stop or trainer.fast_dev_run):
+                # sync: the step metrics go to the loggers, in one transfer from the device
+                trainer.report(book.step_metrics(), step=self.progress.log_step, with_epoch=True)
             if self.validation.is_due():
                 self.validate()
             self.finish_batch()
@@ -126,9 +132,8 @@ class FitLoop(Loop):
         progress.is_last_batch = self.feed.is_last  # type: ignore[union-attr]
         if batch is None:
             return self.skip_batch(batch_idx)
-        book.open_batch(batch)
         interval = self.trainer.log_every_n_steps
-        book.logging_due = interval > 0 and (progress.log_step + 1) % interval == 0
+        book.open_batch(batch, logging_due=interval > 0 and (progress.log_step + 1) % interval == 0)
         if self.join.uneven:
             self.join.before_batch()
         given = batch
@@ -154,10 +159,6 @@ class FitLoop(Loop):
         if book.distributed:
             self.join.reduce_metrics("end")
         book.close_batch()
-        due = book.logging_due or self.trainer.should_stop or self.trainer.fast_dev_run
-        if due and self.optimization.stepped:
-            # sync: the step metrics go to the loggers, in one transfer from the device
-            self.trainer.report(book.step_metrics(), step=progress.log_step, with_epoch=True)
         return True
 
     # ------------------------------------------------------------------ before

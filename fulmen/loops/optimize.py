@@ -1,8 +1,8 @@
-"""One training batch: forward, backward and step, when the framework owns the optimizers and when the user does."""
+"""One training batch: forward, backward and step. `optimization_kinds.py` has what several optimizers and manual ones need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from inspect import isgenerator
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,17 @@ from fulmen.module import LightningModule
 from fulmen.optimizers import NoOptimizer
 from fulmen.profilers.profiler import measured
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.introspection import is_generator, overrides_method, returns_nothing, takes_argument
+from fulmen.utilities.introspection import overrides_method, returns_nothing, takes_argument
 from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn, warn_once
 
 if TYPE_CHECKING:
     from fulmen.loops.hook_plan import HookPlan
     from fulmen.loops.progress import Progress
+    from fulmen.profilers.profiler import Profiler
     from fulmen.trainer import Trainer
 
-_NO_OUTPUTS: dict[str, Any] = {}
+NO_OUTPUTS: dict[str, Any] = {}
 PATIENCE = 8  # windows in which every batch may be without a loss at the beginning of a run
 
 
@@ -51,6 +52,7 @@ class Optimization:
         self.training_step: Callable[[Any, int], Any] = bind_step(trainer, "training_step", ("batch", "batch_idx"))
         self.context = self.strategy.step_context("training_step")
         self.after_step = overrides_method(self.strategy, "post_training_step", Strategy)
+        self.step_is_bare = self.context is None and not self.after_step  # is there nothing around `training_step`?
         self.checked = False  # the first output is looked at closely, later ones only by type
         self.stepped = True  # whether the last batch ended with an optimizer step
         self.unscale = overrides_method(self.precision, "unscale_gradients", Precision)
@@ -63,9 +65,7 @@ class Optimization:
         self.backward_is_default = self.plain_backward and not self.overrides_backward
         self.strategy.use_backward(self.backward_with_hooks)
         for optimizer in trainer.lightning_optimizers:
-            optimizer._run_step = self.run_optimizer
-            optimizer._module = self.module
-            optimizer._sync_context = lambda: self.strategy.no_backward_sync(self.strategy.model)
+            optimizer.enter_run(self.run_optimizer, self.module, self.strategy)
 
     turns: Sequence[AutomaticOptimization] = ()  # one for each optimizer that the framework steps
 
@@ -87,6 +87,8 @@ class Optimization:
         for turn, state in zip(self.turns, states):
             turn.load_window_state(state)
 
+    direct = False  # does the optimizer step without a closure?
+    outputs_unread = False  # will nobody look at the outputs of a batch?
     forward_only = False  # do batches only go through the module?
 
     def set_forward_only(self, forward_only: bool) -> None:
@@ -99,8 +101,10 @@ class Optimization:
             self.run = self._run_forward  # type: ignore[method-assign]
         elif self.forward_only and not forward_only:
             self.run = self._run_learning  # type: ignore[method-assign]
-        for part in (self, *self.turns):
-            part.forward_only = forward_only
+        self.forward_only = forward_only
+        for turn in self.turns:
+            if turn is not self:
+                turn.set_forward_only(forward_only)
 
     def _run_forward(self, batch: Any, batch_idx: int) -> Any:
         """One batch through `training_step` alone."""
@@ -119,8 +123,17 @@ class Optimization:
     def open_epoch(self, hooks: HookPlan) -> None:
         """Callbacks may have changed, and loaders."""
         self.hooks = hooks
+        self.outputs_unread = self.direct and hooks.on_train_batch_end is nothing
         self.join = self.trainer.fit_loop.join
         self.loss_factor = 1.0
+
+    def run_training_step(self, batch: Any, batch_idx: int) -> Any:
+        """`training_step` with what the strategy puts around it."""
+        with (self.context or nullcontext)():
+            output = self.training_step(batch, batch_idx)
+        if self.after_step:
+            self.strategy.post_training_step()
+        return output
 
     def backward_with_hooks(self, loss: Tensor, optimizer: Optimizer | None = None, *args: Any, **kwargs: Any) -> None:
         """What stands between the strategy's `pre_backward` and `post_backward`."""
@@ -145,6 +158,10 @@ class Optimization:
     def run(self, batch: Any, batch_idx: int) -> Any:
         """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
         raise NotImplementedError
+
+    def measure_batches(self, profiler: Profiler) -> None:
+        """Lets a profiler time each batch."""
+        self.run = measured(profiler, "run_training_batch", self.run)  # type: ignore[method-assign]
 
     def skipped_optimizers(self) -> list[Any]:
         """The optimizers that changed nothing at the last step. With a fused one under a loss scaler this waits (sync)."""
@@ -211,13 +228,11 @@ class AutomaticOptimization(Optimization):
         label = f"[LightningModule]{type(module).__name__}.optimizer_step"
         self.optimizer_step = measured(trainer.profiler, label, module.optimizer_step)
         self.dropped = False  # did the step, or the turn, of the last batch change nothing?
-        self.skipped: Any = False  # kept for a turn: the precision knows of the last step only
-        check = getattr(self.strategy, "check_gradients", None if self.several else self.check_gradients)
-        if check is not None:
-            self.finish_gradients = self.with_first_check(check)  # type: ignore[method-assign]
-        self.backward_inputs: dict[
-            str, Any
-        ] = {}  # arguments of backward that keep gradients to this optimizer's parameters
+        strategy_checks = self.several or overrides_method(self.strategy, "check_gradients", Strategy)
+        check = self.strategy.check_gradients if strategy_checks else self.check_gradients
+        self.finish_gradients = self.with_first_check(check)  # type: ignore[method-assign]
+        # Arguments of backward that keep gradients to this optimizer's parameters.
+        self.backward_inputs: dict[str, Any] = {}
         self.closure_result: Any = None
         self.closure_ran = False
 
@@ -262,16 +277,11 @@ class AutomaticOptimization(Optimization):
             return self.run_shadow_step(batch, batch_idx, opens)
         self.book.hook = "training_step"
         # waits for nothing: the loss stays on the device, only its type is looked at
-        if self.context is None:
-            output = self.training_step(batch, batch_idx)
-        else:
-            with self.context():
-                output = self.training_step(batch, batch_idx)
-        if self.after_step:
-            self.strategy.post_training_step()
+        bare = self.step_is_bare
+        output = self.training_step(batch, batch_idx) if bare else self.run_training_step(batch, batch_idx)
         if type(output) is Tensor and self.checked:
             loss: Tensor | None = output
-            extra: Mapping[str, Any] = _NO_OUTPUTS
+            extra: Mapping[str, Any] = NO_OUTPUTS
             weight = None
         else:
             loss, extra, weight = self.read_output(output)
@@ -288,8 +298,8 @@ class AutomaticOptimization(Optimization):
             self.hooks.on_after_backward()
         else:
             self.run_overridden_backward(loss)
-        if self.direct and self.hooks.on_train_batch_end is nothing:
-            return _NO_OUTPUTS  # nobody will look at it
+        if self.outputs_unread:
+            return NO_OUTPUTS
         self.closure_result = loss.detach()
         return {**extra, "loss": self.closure_result}
 
@@ -298,7 +308,7 @@ class AutomaticOptimization(Optimization):
         check = not self.checked and not self.overrides_backward
         loss, extra, weight = read_output(output, self.name, check, self.verb)
         self.checked = self.checked or loss is not None
-        return loss, extra or _NO_OUTPUTS, weight
+        return loss, extra or NO_OUTPUTS, weight
 
     def check_missing_loss(self) -> None:
         """After a batch without a loss.
@@ -456,195 +466,6 @@ class AutomaticOptimization(Optimization):
         self.window_open = False
 
 
-class AlternatingOptimization(Optimization):
-    """Several optimizers that take turns: `training_step` is a generator and yields one loss for each, in order.
-
-    What stands before a `yield` runs before the step that its loss leads to, what stands behind it after that step. Only
-    the optimizer's own parameters get gradients. An optimizer whose loss is None sits the batch out.
-    """
-
-    def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
-        super().__init__(trainer, hooks, progress)
-        parts = trainer, hooks, progress
-        self.turns = [AutomaticOptimization(*parts, index) for index in range(len(trainer.optimizers))]
-        if self.overrides_backward and not takes_argument(self.module.backward, "inputs", explicit=False):
-            raise MisconfigurationException(
-                f"`{type(self.module).__name__}.backward` takes no argument `inputs`, with which a generator "
-                "`training_step` keeps the gradients of a loss to its optimizer's parameters. "
-                "Define `def backward(self, loss, *args, **kwargs)` and hand them on to `loss.backward`."
-            )
-        owners = [id(p) for turn in self.turns for p in self.precision.main_params(turn.optimizer)]
-        self.shares = len(set(owners)) < len(owners)
-        if isinstance(self.precision, MixedPrecision):
-            self.precision.hold_loss_scale()  # until all have taken their turns
-        for turn in self.turns:
-            turn.verb = "yielded"
-            turn.context = None
-
-    def open_epoch(self, hooks: HookPlan) -> None:
-        super().open_epoch(hooks)
-        for turn in self.turns:
-            turn.open_epoch(hooks)
-
-    def run(self, batch: Any, batch_idx: int) -> Any:
-        """One batch, one turn of each optimizer. Returns what `on_train_batch_end` gets as `outputs`."""
-        if self.shares and self.trainer.accumulate_grad_batches > 1:
-            what = "A parameter belongs to two optimizers, and gradients are accumulated over several batches."
-            raise MisconfigurationException(f"{what} The two losses would mix. Use `accumulate_grad_batches=1`.")
-        losses = iter(self.training_step(batch, batch_idx))
-        self.stepped = False
-        outputs: dict[str, Any] = {"losses": []}
-        for turn in self.turns:
-            given = self.take_turn(turn, self.next_output(losses, turn), batch, batch_idx)
-            outputs["losses"].append(given.get("loss"))
-            outputs.update((key, value) for key, value in given.items() if key != "loss")
-        self.finish_generator(losses)
-        if self.mixed:
-            self.precision.update_loss_scale()
-        there = [loss for loss in outputs["losses"] if loss is not None]
-        return {**outputs, "loss": sum(there)} if there else outputs
-
-    def take_turn(self, turn: AutomaticOptimization, output: Any, batch: Any, batch_idx: int) -> Any:
-        """One turn with what was yielded for it; without a loss, the optimizer rests."""
-        if batch_idx == 0:
-            turn.window_open = False  # an epoch that ended early leaves gradients behind
-        parameters = [p for p in self.precision.main_params(turn.optimizer) if p.requires_grad]
-        no_loss = output is None or (isinstance(output, Mapping) and output.get("loss", 0) is None) or not parameters
-        closes = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.progress.is_last_batch
-        turn.dropped = no_loss and not (turn.window_open and closes)
-        if turn.dropped:
-            return _NO_OUTPUTS
-        turn.backward_inputs = {"inputs": parameters}
-        turn.training_step = lambda *_: None if no_loss else output
-        outputs = turn.run(batch, batch_idx)
-        self.stepped = self.stepped or turn.stepped
-        turn.skipped = self.precision.last_skip
-        return outputs
-
-    def next_output(self, losses: Iterator[Any], turn: AutomaticOptimization) -> Any:
-        """What the generator yields for this turn; it runs on from its last `yield`."""
-        self.book.hook = "training_step"
-        try:
-            if self.context is None:
-                return next(losses)
-            with self.context():
-                return next(losses)
-        except StopIteration:
-            raise self.wrong_number_of_losses(f"yielded {turn.index}") from None
-
-    def finish_generator(self, losses: Iterator[Any]) -> None:
-        """Runs what stands behind the last `yield`."""
-        self.book.hook = "training_step"
-        for _ in losses:
-            raise self.wrong_number_of_losses(f"yielded more than {len(self.turns)}")
-
-    def wrong_number_of_losses(self, what: str) -> MisconfigurationException:
-        names = [type(turn.optimizer).__name__ for turn in self.turns]
-        why = f"`configure_optimizers` returned {len(names)} optimizers {names}, and each gets one loss, in this order"
-        return MisconfigurationException(f"{self.name} {what} losses. {why}. Yield None for one that sits a batch out.")
-
-    def skipped_optimizers(self) -> list[Any]:
-        return [turn.optimizer for turn in self.turns if turn.dropped or bool(turn.skipped)]
-
-    def drop_step(self, optimizer: Optimizer) -> None:
-        for turn in self.turns:
-            if turn.optimizer is optimizer:
-                turn.drop_step(optimizer)
-
-
-class ManualOptimization(Optimization):
-    """`training_step` does everything itself; steps are counted and get the hooks and the precision."""
-
-    def __init__(self, trainer: Trainer, hooks: HookPlan, progress: Progress) -> None:
-        super().__init__(trainer, hooks, progress)
-        if is_generator(self.module.training_step):
-            what = f"{self.name} is a generator, which manual optimization would never start."
-            raise MisconfigurationException(
-                f"{what} Call `self.manual_backward` instead of `yield`, or leave `automatic_optimization` on."
-            )
-        self.made: list[Any] = []  # the optimizers that stepped in the last batch
-
-    def run(self, batch: Any, batch_idx: int) -> Any:
-        """One batch. Returns what `on_train_batch_end` gets as `outputs`."""
-        self.made = []
-        self.book.hook = "training_step"
-        if self.join.uneven:
-            self.loss_factor = 0.0 if self.join.exhausted else self.trainer.world_size / self.join.num_active
-        if self.join.exhausted:
-            with shadow_step(self.module, self.context):
-                self.training_step(batch, batch_idx)
-            output = None
-        elif self.context is None:
-            output = self.training_step(batch, batch_idx)
-        else:
-            with self.context():
-                output = self.training_step(batch, batch_idx)
-        if self.after_step:
-            self.strategy.post_training_step()
-        if self.mixed:
-            self.precision.update_loss_scale()
-        if output is None:
-            return {}
-        if isinstance(output, Tensor):
-            return {"loss": output.detach()}
-        if isinstance(output, Mapping):
-            return output
-        raise MisconfigurationException(
-            f"{self.name} returned a {type(output).__name__}. With manual optimization, return the loss, a dict, or nothing."
-        )
-
-    def run_optimizer(self, optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
-        if self.forward_only:
-            return super().run_optimizer(optimizer, closure)
-
-        def run_closure() -> Any:
-            with torch.enable_grad():  # the step that calls this may run without
-                result = closure() if closure is not None else None
-            if self.unscale:
-                self.unscale_if_seen(optimizer)
-            self.hooks.on_before_optimizer_step(optimizer)
-            return result
-
-        if steps_directly(optimizer, self.strategy) and closure is None:
-            run_closure()
-            result = optimizer.step(**kwargs)
-        else:
-            result = self.strategy.optimizer_step(optimizer, run_closure, self.module, **kwargs)
-        self.progress.steps += 1
-        self.made.append(optimizer)
-        return result
-
-    def waiting_optimizers(self) -> list[Any]:
-        """The optimizers that did not step in the last batch: their gradients may wait for a later one."""
-        return [optimizer for optimizer in self.trainer.optimizers if not any(optimizer is each for each in self.made)]
-
-
-def optimization_for(trainer: Trainer, hooks: HookPlan, progress: Progress) -> Optimization:
-    """The way of optimizing that the module asks for.
-
-    Raises:
-        RuntimeError: for several optimizers and one loss.
-    """
-    kind = _optimization_type(trainer.lightning_module, len(trainer.optimizers))
-    optimization = kind(trainer, hooks, progress)
-    optimization.run = measured(trainer.profiler, "run_training_batch", optimization.run)  # type: ignore[method-assign]
-    return optimization
-
-
-def _optimization_type(module: LightningModule, num_optimizers: int) -> type[Optimization]:
-    if not module.automatic_optimization:
-        return ManualOptimization
-    if is_generator(module.training_step):
-        return AlternatingOptimization
-    if num_optimizers > 1:
-        raise RuntimeError(
-            f"`configure_optimizers` returned {num_optimizers} optimizers with automatic optimization. "
-            "Which of them a loss is for is not known. `yield` one loss for each in `training_step`, in their order; or "
-            "use manual optimization: `self.automatic_optimization = False` in `__init__`, and step them yourself."
-        )
-    return AutomaticOptimization
-
-
 def steps_directly(optimizer: Optimizer, strategy: Strategy) -> bool:
     """Whether `optimizer.step()` after the backward is the same as `optimizer.step(closure)`.
 
@@ -654,7 +475,7 @@ def steps_directly(optimizer: Optimizer, strategy: Strategy) -> bool:
     return (
         type(optimizer).__module__.startswith("torch.optim")
         and not isinstance(optimizer, torch.optim.LBFGS)
-        and not getattr(optimizer, "_optimizer_step_pre_hooks", None)
+        and not optimizer._optimizer_step_pre_hooks
         and not overrides_method(strategy, "optimizer_step", Strategy)
         and strategy.precision_plugin.step_is_default
     )

@@ -200,12 +200,17 @@ class LogBook:
         """No loop runs: nothing that could be read is logged."""
         self.restore_scope(MetricScope())
 
-    def open_batch(self, batch: Any) -> None:
-        """The batch that is being worked on; its size is looked up only if a mean over the epoch needs it."""
+    def open_batch(self, batch: Any, logging_due: bool) -> None:
+        """The batch that is being worked on; its size is looked up only if a mean over the epoch needs it.
+
+        Arguments:
+            logging_due: do loggers read what is logged in this batch of training?
+        """
         if self.deferred is not EMPTY:
             self.flush_deferred()
         self.batch = batch
         self.batch_size = None
+        self.logging_due = logging_due
 
     def close_batch(self) -> None:
         if self.deferred is not EMPTY:
