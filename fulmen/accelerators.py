@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         find_usable_cuda_devices,
     )
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 # Makes this a package for the import system, so that deep paths (`fulmen.accelerators.cuda`) can be served.
 __path__: list[str] = []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fulmen.storage.async_io import AsyncCheckpointIO
     from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 # Makes this a package for the import system, so that deep paths (`fulmen.plugins.precision`) can be served.
 __path__: list[str] = []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fulmen.engine.parallel import ParallelStrategy
     from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)
 
 # Makes this a package for the import system, so that deep paths (`fulmen.strategies.single_device`) can be served.
 __path__: list[str] = []

@@ -37,4 +37,4 @@ if TYPE_CHECKING:
     from fulmen.callbacks.tqdm_bar import TQDMProgressBar
     from fulmen.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
     from fulmen.loggers.tensorboard import TensorBoardLogger
     from fulmen.loggers.wandb import WandbLogger
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

@@ -12,4 +12,4 @@ if TYPE_CHECKING:
     from fulmen.profilers.profiler import AdvancedProfiler, PassThroughProfiler, Profiler, SimpleProfiler, XLAProfiler
     from fulmen.profilers.pytorch import PyTorchProfiler
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

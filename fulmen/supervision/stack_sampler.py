@@ -19,18 +19,17 @@ import torch.distributed as dist
 from fulmen.supervision import loader_workers
 from fulmen.supervision.messages import Activity, ThreadState
 from fulmen.supervision.processes import cpu_seconds, waits_in_kernel
-from fulmen.utilities.introspection import in_library
+from fulmen.utilities.introspection import PACKAGE_FOLDER, in_library
 
 _TORCH = os.path.dirname(torch.__file__)
-_FULMEN = os.path.dirname(os.path.dirname(__file__))
 _STANDARD = os.path.dirname(os.__file__)
 _COLLECTIVES = tuple(
     os.path.join(_TORCH, *path) for path in (("distributed", ""), ("nn", "parallel", "distributed.py"))
 )
-_EXCHANGES = tuple(os.path.join(_FULMEN, "engine", name) for name in ("parallel.py", "collectives.py"))
+_EXCHANGES = tuple(os.path.join(PACKAGE_FOLDER, "engine", name) for name in ("parallel.py", "collectives.py"))
 _BACKWARD = os.path.join(_TORCH, "autograd", "graph.py")
-_LOOPS = os.path.join(_FULMEN, "loops", "")
-_RUN = (_LOOPS, os.path.join(_FULMEN, "trainer.py"))  # what is on the stack while a run is, in its hooks too
+_LOOPS = os.path.join(PACKAGE_FOLDER, "loops", "")
+_RUN = (_LOOPS, os.path.join(PACKAGE_FOLDER, "trainer.py"))  # what is on the stack while a run is, in its hooks too
 _PLUMBING = tuple(
     os.path.join(_STANDARD, *path)
     for path in (
@@ -164,7 +163,7 @@ def only_waits(frames: list[FrameType], thread: threading.Thread) -> bool:
         return False
     passive = {thread.ident, threading.get_ident()}
     tops = [frame.f_code.co_filename for ident, frame in sys._current_frames().items() if ident not in passive]
-    return all(file.startswith((*_WAITS, _FULMEN)) or not in_library(file) for file in tops)
+    return all(file.startswith((*_WAITS, PACKAGE_FOLDER)) or not in_library(file) for file in tops)
 
 
 def describe_frames(frames: list[FrameType]) -> StackPosition:
@@ -248,7 +247,7 @@ def strip_library_frames(text: str) -> str:
     for line in text.splitlines():
         if match := _FRAME.match(line):
             file = match[1]
-            skipping = file.startswith((_TORCH, _FULMEN, "<frozen", "<string>")) or file.endswith(_PLUMBING)
+            skipping = file.startswith((_TORCH, PACKAGE_FOLDER, "<frozen", "<string>")) or file.endswith(_PLUMBING)
             cut += skipping
         elif not line.startswith("    "):
             skipping = False

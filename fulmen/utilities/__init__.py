@@ -36,4 +36,4 @@ if TYPE_CHECKING:
     from fulmen.utilities.throughput import Throughput, measure_flops
     from fulmen.utilities.types import GradClipAlgorithmType, LightningEnum
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

@@ -124,9 +124,12 @@ def alias_property(path: str, doc: str) -> Any:
     )
 
 
+# Where frames of this package say that they are: of a tree without sources, where it was compiled.
+PACKAGE_FOLDER = os.path.dirname(os.path.dirname(_plain_function.__code__.co_filename))
 _INSTALLED = tuple(
     os.path.join(path, "")
     for path in (
+        PACKAGE_FOLDER,
         os.path.dirname(os.path.dirname(__file__)),
         os.path.dirname(torch.__file__),
         *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")},

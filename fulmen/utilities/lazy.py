@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ast
+import dis
 import importlib
 import importlib.util
+import itertools
 import opcode
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from fulmen.utilities.errors import find_nearest_name, suggest_name
@@ -23,21 +24,18 @@ def has_module(name: str) -> bool:
         return False
 
 
-def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable]:
+def lazy_exports(module_name: str, file: str = "") -> tuple[Callable, Callable]:
     """The `__getattr__` and `__dir__` of a package whose names live in other modules.
 
-    The names and where they live are read from the imports under `if TYPE_CHECKING:` in the package's own file, so that
-    type checkers see the same list::
+    The names and where they live are those of the imports under `if TYPE_CHECKING:` in the module that calls this, so
+    that type checkers see the same list::
 
         if TYPE_CHECKING:
             from package.place import Name
         else:
-            __getattr__, __dir__ = lazy_exports(__name__, __file__)
+            __getattr__, __dir__ = lazy_exports(__name__)
     """
-    with open(file, encoding="utf-8") as source:
-        blocks = [node for node in ast.parse(source.read()).body if isinstance(node, ast.If)]
-    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
-    table = {alias.name: str(node.module) for node in imports for alias in node.names}
+    table = _find_skipped_imports(sys._getframe(1).f_code)
 
     def __getattr__(name: str) -> Any:
         submodule = f"{module_name}.{name}"
@@ -56,6 +54,24 @@ def lazy_exports(module_name: str, file: str) -> tuple[Callable, Callable]:
         return sorted({*special, *table})
 
     return __getattr__, __dir__
+
+
+def _find_skipped_imports(code: CodeType) -> dict[str, str]:
+    """The module of each name that is imported under `if TYPE_CHECKING:`.
+
+    Read from the compiled module: sources may lie in an archive, or not be there at all.
+    """
+    table = {}
+    module = ""
+    steps = itertools.dropwhile(
+        lambda step: step.argval != "TYPE_CHECKING" or "LOAD" not in step.opname, dis.get_instructions(code)
+    )
+    for step in steps:
+        if step.opname == "IMPORT_NAME":
+            module = step.argval
+        elif step.opname == "IMPORT_FROM":
+            table[step.argval] = module
+    return table
 
 
 def missing_name(module: Any, name: str, known: Iterable[str], asked_from: FrameType, where: str = "") -> Exception:
