@@ -41,13 +41,16 @@ def consolidate(
 def main(given: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m fulmen consolidate", description="Turns a sharded checkpoint, which is a folder, into one file."
+        prog="fulmen consolidate", description="Turns a sharded checkpoint, which is a folder, into one file."
     )
     parser.add_argument("folder")
     parser.add_argument("--output_file", help="by default, the folder's name with .consolidated behind it")
     parser.add_argument("--trust", action="store_true", help="read objects of any class, whose code then runs")
     arguments = parser.parse_args(given)
-    print(consolidate(arguments.folder, arguments.output_file, False if arguments.trust else None))
+    try:
+        print(consolidate(arguments.folder, arguments.output_file, False if arguments.trust else None))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def upgrade(path: str | os.PathLike, map_to_cpu: bool = False, weights_only: boo
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m fulmen upgrade", description="Brings checkpoints of older versions up to date, keeping a .bak."
+        prog="fulmen upgrade", description="Brings checkpoints of older versions up to date, keeping a .bak."
     )
     parser.add_argument("path", type=Path, help="a file, or a folder whose files are all looked at")
     parser.add_argument("--extension", "-e", default=".ckpt", help="what names of files in a folder end with")

@@ -22,7 +22,8 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"callbacks"}, {"loggers"}, {"profilers"}, {"fabric"}, {"strategies"}, {"plugins"}, {"accelerators"}),
     ({"loops"},),
     ({"trainer", "trainer_properties", "settings", "defaults"},),
-    ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}, {"__main__"}),
+    ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}),
+    ({"console", "__main__"},),
 )
 PLACE = {part: (row, group) for row, groups in enumerate(ROWS) for group, parts in enumerate(groups) for part in parts}
 FILES = sorted(PACKAGE.rglob("*.py"))

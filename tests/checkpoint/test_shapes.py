@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fulmen as pl
-from fulmen.__main__ import main
 from fulmen.checkpoint.consolidate import consolidate
+from fulmen.console.commands import run_command
 from fulmen.engine.dtensor import gather_full
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.strategies import DDPStrategy, FSDPStrategy
@@ -150,7 +150,7 @@ def test_folders_that_torch_alone_wrote_are_named_and_become_a_file(tmp_path, ca
     dcp.save({"model": module.state_dict(), "step": 3}, checkpoint_id=path)
     with pytest.raises(IsADirectoryError, match="python -m fulmen consolidate"):
         train("single-1", ckpt_path=path)
-    main(["consolidate", str(path)])
+    run_command(["consolidate", str(path)])
     content = torch.load(capsys.readouterr().out.strip())
     assert content["step"] == 3 and content["model"].keys() == module.state_dict().keys()
     assert all(torch.equal(content["model"][name], value) for name, value in module.state_dict().items())
