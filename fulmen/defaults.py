@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from fulmen.hparams import clean_for_loggers
 from fulmen.loggers.csv_logs import CSVLogger
 from fulmen.loggers.logger import DummyLogger, Logger
 from fulmen.loggers.tensorboard import TensorBoardLogger
-from fulmen.profilers.profiler import PassThroughProfiler, Profiler
+from fulmen.profilers.profiler import AdvancedProfiler, PassThroughProfiler, Profiler, SimpleProfiler, XLAProfiler
 from fulmen.utilities.errors import MisconfigurationException, describe_received, suggest_name
 from fulmen.utilities.optional import is_installed
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -32,37 +32,56 @@ if TYPE_CHECKING:
     from fulmen.trainer import Trainer
 
 RICH = "rich", ">=10.2.2"
-PROFILERS = {"simple": "Simple", "advanced": "Advanced", "pytorch": "PyTorch", "xla": "XLA"}
+PROFILERS: dict[str, Callable[[], Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": lambda: profilers.PyTorchProfiler(),  # loaded on first use
+    "xla": XLAProfiler,
+}
 # Callbacks other installed packages want in every run.
 ENTRY_POINTS = "fulmen.callbacks_factory", "lightning.pytorch.callbacks_factory"
 
 
 @functools.cache
-def _entries(path: tuple[str, ...]) -> list[EntryPoint]:
+def _find_entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
     """What installed packages bring; looking through all of them takes 10 ms."""
     found = entry_points()
     return [entry for group in ENTRY_POINTS for entry in found.select(group=group)]
 
 
-def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
+def assemble_callbacks(given: object, settings: Settings) -> list[Callback]:
     """The user's callbacks and the default ones. The user's own list is left as it is."""
     callbacks = as_callbacks(given, "Trainer(callbacks=...)")
-    if _missing(callbacks, Checkpoint, settings, "enable_checkpointing"):
+    if _is_missing(callbacks, Checkpoint, settings.enable_checkpointing, "enable_checkpointing"):
         callbacks.append(ModelCheckpoint())
     if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
         rank_zero_info("`Trainer(max_time=...)` has no effect: `callbacks` holds a Timer already.")
     elif settings.max_time is not None:
         callbacks.append(Timer(duration=settings.max_time, interval="step"))
-    if _missing(callbacks, ProgressBar, settings, "enable_progress_bar"):
-        callbacks.append(getattr(all_callbacks, "RichProgressBar" if is_installed(*RICH) else "TQDMProgressBar")())
+    if _is_missing(callbacks, ProgressBar, settings.enable_progress_bar, "enable_progress_bar"):
+        # Each is loaded on first use.
+        callbacks.append(all_callbacks.RichProgressBar() if is_installed(*RICH) else all_callbacks.TQDMProgressBar())
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
         callbacks.append(RichModelSummary() if is_installed(*RICH) else ModelSummary())
-    for entry in _entries(tuple(sys.path)):
+    callbacks += _entry_point_callbacks()
+    _check_state_keys(callbacks)
+    return sort_callbacks(callbacks)
+
+
+def _entry_point_callbacks() -> list[Callback]:
+    """The callbacks that installed packages bring."""
+    brought: list[Callback] = []
+    for entry in _find_entry_points(tuple(sys.path)):
         with isolate_rng():
             made = entry.load()()
         new = [made] if isinstance(made, Callback) else list(made)
-        callbacks.extend(new)
+        brought.extend(new)
         rank_zero_info(f"The entry point {entry.name!r} brings {len(new)} callback(s).")
+    return brought
+
+
+def _check_state_keys(callbacks: Sequence[Callback]) -> None:
+    """Raises if the states of two callbacks would have one name in checkpoints."""
     seen: set[str] = set()
     for callback in callbacks:
         if callback.state_key in seen and callback.state_dict():
@@ -70,32 +89,34 @@ def assemble_callbacks(given: Any, settings: Settings) -> list[Callback]:
             fix = "Use different arguments, or override `state_key`."
             raise RuntimeError(f"{what} {callback.state_key!r}, so a checkpoint could not tell them apart. {fix}")
         seen.add(callback.state_key)
-    return in_order(callbacks)
 
 
-def as_callbacks(given: Any, source: str) -> list[Callback]:
+def as_callbacks(given: object, source: str) -> list[Callback]:
     """One callback, several or None as a new list; an error that names ``source`` for anything else."""
-    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
-    callbacks = [] if given is None else list(given) if several and not isinstance(given, Callback) else [given]
-    for callback in callbacks:
+    if given is None:
+        return []
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping, Callback))
+    callbacks: list[Callback] = []
+    for callback in given if isinstance(given, Iterable) and several else [given]:
         if not isinstance(callback, Callback):
             what = f"`{source}` received {describe_received(callback)}."
             raise MisconfigurationException(f"{what} Pass one or several instances of `Callback`.")
+        callbacks.append(callback)
     return callbacks
 
 
-def _missing(callbacks: list[Callback], kind: type[Callback], settings: Settings, switch: str) -> bool:
-    """Is there no callback of a kind that is wanted? An error if there is one of a kind that is not."""
+def _is_missing(callbacks: list[Callback], kind: type[Callback], wanted: bool, switch: str) -> bool:
+    """Is there no callback of a kind that is wanted? An error, which names the switch, if there is one that is not."""
     names = [type(callback).__name__ for callback in callbacks if isinstance(callback, kind)]
     if kind is ProgressBar and len(names) > 1:
         raise MisconfigurationException(f"`callbacks` holds several progress bars, keep one: {', '.join(names)}.")
-    if names and not getattr(settings, switch):
+    if names and not wanted:
         what = f"`Trainer({switch}=False)` was passed together with {', '.join(names)}."
         raise MisconfigurationException(f"{what} Remove one of the two.")
-    return not names and getattr(settings, switch)
+    return wanted and not names
 
 
-def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Callback] | None) -> list[Callback]:
+def merge_callbacks(callbacks: Sequence[Callback], from_module: Callback | Sequence[Callback] | None) -> list[Callback]:
     """The trainer's callbacks with those of `configure_callbacks`, which replace the ones of the same class."""
     new = as_callbacks(from_module, "configure_callbacks()")
     if not new:
@@ -104,30 +125,25 @@ def arrange(callbacks: Sequence[Callback], from_module: Callback | Sequence[Call
     if kinds:
         names = ", ".join(sorted(kind.__name__ for kind in kinds))
         rank_zero_info(f"These callbacks of `configure_callbacks` take the place of the trainer's: {names}")
-    return in_order([old for old in callbacks if type(old) not in kinds] + new)
+    return sort_callbacks([old for old in callbacks if type(old) not in kinds] + new)
 
 
-def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+def sort_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
     """Finders first; checkpoints last, and before them the guard, which keeps a state all others have seen."""
 
-    def place(callback: Callback) -> int:
+    def place_of(callback: Callback) -> int:
         if callback.tunes:
             return 0
         return 3 if isinstance(callback, Checkpoint) else 2 if isinstance(callback, NonFiniteGuard) else 1
 
-    return sorted(callbacks, key=place)
+    return sorted(callbacks, key=place_of)
 
 
 def assemble_loggers(settings: Settings) -> list[Logger]:
     """The loggers of `Trainer(logger=...)`; True stands for TensorBoard, or CSV files without it."""
     given: Any = settings.logger or []
     if given is True:
-        has_tensorboard = is_installed("tensorboard") or is_installed("tensorboardX")
-        if not has_tensorboard:
-            fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
-            rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
-        version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
-        given = (TensorBoardLogger if has_tensorboard else CSVLogger)(settings.default_root_dir, version=version)
+        given = _default_logger(settings.default_root_dir)
     several = isinstance(given, Iterable) and not isinstance(given, (Logger, str, bytes, Mapping, type))
     loggers = list(given) if several else [given]
     for logger in loggers:
@@ -136,6 +152,16 @@ def assemble_loggers(settings: Settings) -> list[Logger]:
             fix = "Pass True or False, or instances of loggers, such as `TensorBoardLogger(...)` or `CSVLogger(...)`."
             raise TypeError(f"{what} {fix}")
     return [DummyLogger()] if settings.fast_dev_run and loggers else loggers
+
+
+def _default_logger(root_dir: str) -> Logger:
+    """TensorBoard, or CSV files without it; a job of SLURM keeps its folder when it is started again."""
+    version = os.environ.get("SLURM_JOB_ID") if os.environ.get("SLURM_NTASKS") else None
+    if is_installed("tensorboard") or is_installed("tensorboardX"):
+        return TensorBoardLogger(root_dir, version=version)
+    fix = "Run `pip install tensorboard`, or choose with `Trainer(logger=CSVLogger(...))`."
+    rank_zero_warn(f"Neither `tensorboard` nor `tensorboardX` is installed: logs go to CSV files. {fix}")
+    return CSVLogger(root_dir, version=version)
 
 
 def run_dir(logger: Logger) -> str | None:
@@ -155,7 +181,7 @@ def send_hparams(trainer: Trainer) -> None:
         logger.save()
 
 
-def assemble_profiler(given: Any) -> Profiler:
+def assemble_profiler(given: object) -> Profiler:
     """A profiler from its short name, or the one that was given."""
     if given is None:
         return PassThroughProfiler()
@@ -165,4 +191,4 @@ def assemble_profiler(given: Any) -> Profiler:
         what = f"`Trainer(profiler=...)` received {describe_received(given)}.{suggest_name(str(given), PROFILERS)}"
         fix = f"Use one of {list(PROFILERS)}, or a `Profiler`."
         raise MisconfigurationException(f"{what} {fix}")
-    return getattr(profilers, f"{PROFILERS[given.lower()]}Profiler")()
+    return PROFILERS[given.lower()]()

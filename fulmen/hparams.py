@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -51,20 +51,10 @@ class HyperparametersMixin:
             what = f"`save_hyperparameters` keeps the content of one object, not of {len(objects)} objects."
             raise ValueError(f"{what} Merge them into one dict, or pass names of arguments.")
         if objects:
-            given = vars(objects[0]) if isinstance(objects[0], Namespace) else objects[0]
-            if given is not None and not isinstance(given, Mapping):
-                what = f"Hyper-parameters were given as the {type(given).__name__} {given!r}, which has no names."
-                raise ValueError(f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all.")
-            # Configuration objects that are mutable mappings stay what they are.
-            keep = isinstance(given, MutableMapping) and not isinstance(given, dict)
-            chosen: Any = given if keep else AttributeDict(given or {})
+            chosen = _content_of(objects[0])
             self._hparams_name = next((name for name, value in found.items() if value is objects[0]), None)
         else:
-            unknown = [name for name in args if name not in found and name not in ignored]
-            if unknown:
-                what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(found)}."
-                raise KeyError(what + suggest_name(unknown[0], found))
-            chosen = AttributeDict({name: found[name] for name in args or found if name not in ignored})
+            chosen = _select_arguments(args, found, ignored)
             self._hparams_name = "kwargs"
         if isinstance(chosen, dict):
             for name in ignored:
@@ -77,6 +67,10 @@ class HyperparametersMixin:
         else:
             self._hparams = chosen
         self._hparams_initial = _copy_hparams(self.hparams)
+
+    def note_removed_hparam(self, name: str, type_name: str) -> None:
+        """No checkpoint can hold this one; checkpoints name it, and its type."""
+        self._hparams_removed = {**self._hparams_removed, name: type_name}
 
     def remove_ignored_hparams(self, ignore_list: Iterable[str]) -> None:
         """Forget these names if they were kept before."""
@@ -109,6 +103,28 @@ def save_hyperparameters(
     HyperparametersMixin.save_hyperparameters(obj, *given, ignore=ignore, frame=frame)
 
 
+def _content_of(given: object) -> MutableMapping[str, Any]:
+    """The hyper-parameters in one object. Configuration objects that are mutable mappings stay what they are."""
+    content = vars(given) if isinstance(given, Namespace) else given
+    if content is None:
+        return AttributeDict()
+    if isinstance(content, MutableMapping) and not isinstance(content, dict):
+        return content
+    if not isinstance(content, Mapping):
+        what = f"Hyper-parameters were given as the {type(content).__name__} {content!r}, which has no names."
+        raise ValueError(f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all.")
+    return AttributeDict(content)
+
+
+def _select_arguments(names: Sequence[str], found: dict[str, Any], ignored: set[str]) -> AttributeDict:
+    """The arguments of these names, or all, without those that are ignored."""
+    unknown = [name for name in names if name not in found and name not in ignored]
+    if unknown:
+        what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(found)}."
+        raise KeyError(what + suggest_name(unknown[0], found))
+    return AttributeDict({name: found[name] for name in names or found if name not in ignored})
+
+
 def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     """The arguments of all constructors of `obj` that are running in `frame` and its callers."""
     found: dict[str, Any] = {}
@@ -131,7 +147,7 @@ def drop_unpicklable(owner: HyperparametersMixin) -> None:
     """Remove what could not be stored in a checkpoint; called when a run starts. Checkpoints name it."""
     hparams = owner.hparams
     for name in [name for name, value in hparams.items() if not is_picklable(value)]:
-        owner._hparams_removed = {**owner._hparams_removed, name: type(hparams.pop(name)).__qualname__}
+        owner.note_removed_hparam(name, type(hparams.pop(name)).__qualname__)
         _advise_to_ignore(name, "was removed from `hparams`: it cannot be pickled, so no checkpoint can hold it.")
 
 
@@ -145,7 +161,7 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
     merged: dict[str, Any] = {}
     for source in sources:
         new = {name: value for name, value in source.hparams_initial.items() if name not in NOT_LOGGED}
-        clashes = [name for name in merged if name in new and not _same(merged[name], new[name])]
+        clashes = [name for name in merged if name in new and not _are_equal(merged[name], new[name])]
         # The initial values are copies, and copies of one object may be unequal.
         clashes = [name for name in clashes if not _is_one([source.hparams.get(name) for source in sources])]
         if clashes:
@@ -155,7 +171,7 @@ def clean_for_loggers(module: HyperparametersMixin, datamodule: HyperparametersM
     return merged
 
 
-def _same(first: Any, second: Any) -> bool:
+def _are_equal(first: Any, second: Any) -> bool:
     try:
         equal = first == second
         if hasattr(equal, "all"):  # arrays and tensors compare element by element

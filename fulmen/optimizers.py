@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from fulmen.engine.precision import step_with_closure
 from fulmen.metrics.logbook import explain_missing_metric
@@ -37,6 +37,9 @@ _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "de
 _OF_WRAPPER = ("_optimizer", "_run_step", "_module", "_strategy")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
 _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
+
+# The optimizers, and each scheduler with the metric that it may watch.
+Unpacked: TypeAlias = tuple[list[Any], list[tuple[Any, str | None]]]
 
 
 class LightningOptimizer(OptimizerBase):
@@ -68,7 +71,7 @@ class LightningOptimizer(OptimizerBase):
             raise AttributeError(name)
         return getattr(self._optimizer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         # Methods of the wrapped optimizer's class run on the wrapper, too, and what they write belongs to the optimizer.
         own = name in _OF_WRAPPER or hasattr(LightningOptimizer, name)
         object.__setattr__(self if own else self._optimizer, name, value)
@@ -155,7 +158,7 @@ class NoOptimizer(Optimizer):
 # ---------------------------------------------------------------------- configure_optimizers
 
 
-def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedulerConfig]]:
+def read_optimizers(module: LightningModule, answer: object) -> tuple[list[Any], list[LRSchedulerConfig]]:
     """The optimizers and schedulers in what `configure_optimizers` returned.
 
     Raises:
@@ -167,7 +170,15 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
             "so the weights stay as they are. Return one to train them."
         )
         return [NoOptimizer()], []
-    optimizers, schedulers = _unpack(answer)
+    optimizers, schedulers = _unpack_answer(answer)
+    _check_optimizers(optimizers, answer, module)
+    configs = [_scheduler_config(given, monitor, module.automatic_optimization) for given, monitor in schedulers]
+    _check_schedulers(configs, optimizers, module)
+    return optimizers, configs
+
+
+def _check_optimizers(optimizers: list[Any], answer: object, module: LightningModule) -> None:
+    """Raises for what is no optimizer or has no parameters, and warns if none of them are the module's."""
     for optimizer in optimizers:
         if not _is_optimizer(optimizer):
             raise _unknown_shape(answer, f"{type(optimizer).__name__} is no optimizer")
@@ -182,12 +193,9 @@ def read_optimizers(module: Any, answer: Any) -> tuple[list[Any], list[LRSchedul
             f"None of the parameters in the optimizers of `configure_optimizers` belongs to `{type(module).__name__}`. "
             "Its weights will not change. Pass `self.parameters()`."
         )
-    configs = [_scheduler_config(given, monitor, module.automatic_optimization) for given, monitor in schedulers]
-    _check_schedulers(configs, optimizers, module)
-    return optimizers, configs
 
 
-def _unpack(answer: Any) -> tuple[list[Any], list[tuple[Any, str | None]]]:
+def _unpack_answer(answer: object) -> Unpacked:
     """The optimizers, and each scheduler with the metric it may watch, in any accepted shape."""
     if _is_optimizer(answer):
         return [answer], []
@@ -197,18 +205,23 @@ def _unpack(answer: Any) -> tuple[list[Any], list[tuple[Any, str | None]]]:
             schedulers = rows[1] if isinstance(rows[1], (list, tuple)) else [rows[1]]
             return list(rows[0]), [(scheduler, None) for scheduler in schedulers]
         if all(isinstance(row, Mapping) for row in rows):
-            for row in rows:
-                if "optimizer" not in row:
-                    raise _unknown_shape(row, "the key 'optimizer' is missing")
-                _warn_unknown(row, _OUTER_KEYS)
-            found = [(row["lr_scheduler"], row.get("monitor")) for row in rows if row.get("lr_scheduler") is not None]
-            return [row["optimizer"] for row in rows], found
+            return _unpack_dicts(rows)
         if all(map(_is_optimizer, rows)):
             return list(rows), []
     raise _unknown_shape(answer, f"a {type(answer).__name__} of this kind is not understood")
 
 
-def _warn_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def _unpack_dicts(rows: Sequence[Mapping[str, Any]]) -> Unpacked:
+    """Of dictionaries with an "optimizer" and perhaps an "lr_scheduler"."""
+    for row in rows:
+        if "optimizer" not in row:
+            raise _unknown_shape(row, "the key 'optimizer' is missing")
+        _warn_of_unknown_keys(row, _OUTER_KEYS)
+    found = [(row["lr_scheduler"], row.get("monitor")) for row in rows if row.get("lr_scheduler") is not None]
+    return [row["optimizer"] for row in rows], found
+
+
+def _warn_of_unknown_keys(given: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = [key for key in given if key not in known]
     if unknown:
         hint = "".join(suggest_name(str(key), known) for key in unknown)
@@ -225,25 +238,34 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
         if plateau and monitor is None and automatic:
             raise _plateau_needs_monitor()
         return LRSchedulerConfig(scheduler, monitor=monitor if plateau else None, reduce_on_plateau=plateau)
-    given = dict(scheduler)
-    _warn_unknown(given, _SCHEDULER_KEYS)
-    given = {key: value for key, value in given.items() if key in _SCHEDULER_KEYS}
+    _warn_of_unknown_keys(scheduler, _SCHEDULER_KEYS)
+    given = {key: value for key, value in scheduler.items() if key in _SCHEDULER_KEYS}
     if "scheduler" not in given:
         raise MisconfigurationException(
             f"A scheduler of `configure_optimizers` is a dict without the key 'scheduler' (keys: {list(scheduler)}). "
             'Return {"scheduler": your_scheduler, "interval": "epoch", ...}.'
         )
     if not automatic:
-        ignored = [key for key in ("monitor", "strict", "reduce_on_plateau") if key in given]
-        if ignored:
-            rank_zero_warn(
-                f"The scheduler keys {ignored} have no effect with manual optimization: you step schedulers yourself.",
-                category=RuntimeWarning,
-            )
-        kept = {k: given[k] for k in ("scheduler", "interval", "frequency", "name") if k in given}
-        return LRSchedulerConfig(**kept)
+        return _manual_config(given)
     given.setdefault("reduce_on_plateau", isinstance(given["scheduler"], ReduceLROnPlateau))
     config = LRSchedulerConfig(**given)
+    _check_config(config)
+    return config
+
+
+def _manual_config(given: dict[str, Any]) -> LRSchedulerConfig:
+    """With manual optimization nobody watches a metric for the scheduler."""
+    ignored = [key for key in ("monitor", "strict", "reduce_on_plateau") if key in given]
+    if ignored:
+        rank_zero_warn(
+            f"The scheduler keys {ignored} have no effect with manual optimization: you step schedulers yourself.",
+            category=RuntimeWarning,
+        )
+    return LRSchedulerConfig(**{key: value for key, value in given.items() if key not in ignored})
+
+
+def _check_config(config: LRSchedulerConfig) -> None:
+    """Raises for settings of a scheduler that cannot be followed."""
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(
             f"A scheduler's interval is {config.interval!r}.{suggest_name(str(config.interval), ('step', 'epoch'))} "
@@ -260,10 +282,9 @@ def _scheduler_config(scheduler: Any, monitor: str | None, automatic: bool) -> L
             'pass "interval": "step".',
             category=RuntimeWarning,
         )
-    return config
 
 
-def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any], module: Any) -> None:
+def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any], module: LightningModule) -> None:
     for config in configs:
         scheduler = config.scheduler
         name = type(scheduler).__name__
@@ -278,8 +299,8 @@ def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any
                 f"The scheduler {name} does not follow PyTorch's LRScheduler. How to step it is not known. Override "
                 "`lr_scheduler_step(self, scheduler, metric)` in your module."
             )
-        owner = getattr(scheduler, "optimizer", None)
-        if owner is not None and not any(owner is getattr(o, "optimizer", o) for o in optimizers):
+        owner = optimizer_of(scheduler)
+        if owner is not None and not any(owner is unwrap_optimizer(o) for o in optimizers):
             raise MisconfigurationException(
                 f"The scheduler {name} belongs to an optimizer that `configure_optimizers` did not return. "
                 "It would change the learning rate of an optimizer that never steps. "
@@ -287,7 +308,7 @@ def _check_schedulers(configs: Iterable[LRSchedulerConfig], optimizers: list[Any
             )
 
 
-def _is_optimizer(obj: Any) -> bool:
+def _is_optimizer(obj: object) -> bool:
     return isinstance(obj, Optimizer) or all(hasattr(obj, part) for part in _OPTIMIZER_PARTS)
 
 
@@ -299,7 +320,7 @@ def _plateau_needs_monitor() -> MisconfigurationException:
     )
 
 
-def _unknown_shape(answer: Any, why: str) -> MisconfigurationException:
+def _unknown_shape(answer: object, why: str) -> MisconfigurationException:
     return MisconfigurationException(
         f"Unknown configuration: `configure_optimizers` returned {answer!r} ({why}). "
         "Return an optimizer; a list of optimizers; ([optimizers], [schedulers]); "
@@ -315,13 +336,24 @@ _RATES = ("base_lrs", "max_lrs", "initial_lr", "max_lr", "min_lr")
 _COPIED = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums", "base_momentum", "max_momentum")
 
 
+def optimizer_of(scheduler: Any) -> Optimizer | None:
+    """The optimizer whose learning rate a scheduler sets; None for one of another kind than torch's that names none."""
+    return getattr(scheduler, "optimizer", None)
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside of a `LightningOptimizer`, or of another that holds one as its `optimizer`; else itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def schedule_new_groups(scheduler: Any) -> None:
     """Lets groups that were added to the optimizer after the scheduler was made follow the first one, in proportion."""
-    for inner in getattr(scheduler, "_schedulers", ()):
+    for inner in scheduler._schedulers if isinstance(scheduler, (SequentialLR, ChainedScheduler)) else ():
         schedule_new_groups(inner)
-    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", None)
-    if not groups:
+    owner = optimizer_of(scheduler)
+    if owner is None or not owner.param_groups:
         return
+    groups = owner.param_groups
     first = groups[0]
     whole = first["lr"] or first.get("initial_lr")  # a warm-up may begin with 0
 
@@ -348,7 +380,7 @@ class Schedulers:
         self._configs = configs
         self._step = step
         self.any = bool(configs)
-        owners = [getattr(config.scheduler, "optimizer", None) for config in configs]
+        owners = [optimizer_of(config.scheduler) for config in configs]
         self._steps = dict.fromkeys(map(id, owners), 0)  # of the whole run, by the id of an optimizer
         self._groups = dict.fromkeys(map(id, configs), 0)  # parameter groups that each scheduler knows of
         self.open_epoch()
@@ -366,7 +398,7 @@ class Schedulers:
 
     def state(self, optimizers: list[Any]) -> dict[str, Any]:
         """In plain types, what is not in the schedulers themselves."""
-        index = {id(getattr(o, "optimizer", o)): i for i, o in enumerate(optimizers)}
+        index = {id(unwrap_optimizer(o)): i for i, o in enumerate(optimizers)}
         found = {"missed": self._missed, "moved": self._moved, "idle": self._idle}
         state: dict[str, Any] = {name: [index[o] for o in owners if o in index] for name, owners in found.items()}
         # Schedulers without an optimizer have the index -1.
@@ -374,7 +406,7 @@ class Schedulers:
 
     def load_state(self, state: dict[str, Any] | None, optimizers: list[Any], steps: int = 0) -> None:
         """Continues from what `state` gave; a file that does not count by optimizer has all `steps` of the run."""
-        owners = [id(getattr(o, "optimizer", o)) for o in optimizers]
+        owners = [id(unwrap_optimizer(o)) for o in optimizers]
         counted = (state or {}).get("steps", {})
         for owner in self._steps:
             position = owners.index(owner) if owner in owners else -1
@@ -390,7 +422,7 @@ class Schedulers:
         for config in self._configs:
             if config.interval != interval or config.reduce_on_plateau != watching:
                 continue
-            owner = id(getattr(config.scheduler, "optimizer", None))
+            owner = id(optimizer_of(config.scheduler))
             if interval == "step":
                 stood_still = owner in self._idle
                 count = self._steps.get(owner, 0)
@@ -402,7 +434,8 @@ class Schedulers:
         return due
 
     def _advance(self, config: LRSchedulerConfig, value: Any) -> None:
-        groups = len(getattr(getattr(config.scheduler, "optimizer", None), "param_groups", ()))
+        owner = optimizer_of(config.scheduler)
+        groups = 0 if owner is None else len(owner.param_groups)
         if self._groups.get(id(config)) != groups:
             self._groups[id(config)] = groups
             schedule_new_groups(config.scheduler)

@@ -7,10 +7,10 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from math import inf
-from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -19,6 +19,9 @@ from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.keywords import unexpected_keyword
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import GradClipAlgorithmType
+
+if TYPE_CHECKING:
+    from fulmen.loggers.logger import Logger
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -61,8 +64,43 @@ REMOVED = {
 }
 
 
-class Settings(SimpleNamespace):
+@dataclass
+class Settings:
     """The Trainer's arguments, checked, with defaults filled in; `val_check_time_s` is an interval given as a time."""
+
+    accumulate_grad_batches: int
+    barebones: bool
+    benchmark: bool | None
+    check_val_every_n_epoch: int | None
+    default_root_dir: str
+    detect_anomaly: bool
+    deterministic: bool | str | None
+    enable_autolog_hparams: bool
+    enable_checkpointing: bool
+    enable_model_summary: bool
+    enable_progress_bar: bool
+    fast_dev_run: int | bool
+    gradient_clip_algorithm: GradClipAlgorithmType | None
+    gradient_clip_val: int | float | None
+    inference_mode: bool
+    limit_predict_batches: int | float
+    limit_test_batches: int | float
+    limit_train_batches: int | float
+    limit_val_batches: int | float
+    log_every_n_steps: int
+    logger: Logger | Iterable[Logger] | bool
+    max_epochs: int | None
+    max_steps: int
+    max_time: timedelta | None
+    min_epochs: int | None
+    min_steps: int | None
+    num_sanity_val_steps: int | float
+    overfit_batches: int | float
+    reload_dataloaders_every_n_epochs: int
+    strict_resume: bool
+    use_distributed_sampler: bool
+    val_check_interval: int | float
+    val_check_time_s: float | None
 
 
 def check(**given: Any) -> Settings:
@@ -73,21 +111,21 @@ def check(**given: Any) -> Settings:
     values: dict[str, Any] = {name: DEFAULTS.get(name) if value is None else value for name, value in given.items()}
     for name in INTEGERS:
         if values[name] is not None or name not in MAY_BE_NONE:
-            values[name] = integer(name, values[name])
-    values |= limits(given)
+            values[name] = check_integer(name, values[name])
+    values |= read_limits(given)
     values |= validation_schedule(values)
     values["gradient_clip_algorithm"] = clip_algorithm(values["gradient_clip_val"], values["gradient_clip_algorithm"])
     values["benchmark"] = benchmark_flag(values["deterministic"], values["benchmark"])
     values["max_time"] = None if given["max_time"] is None else parse_duration(given["max_time"], "max_time")
     root = os.getcwd() if given["default_root_dir"] is None else given["default_root_dir"]
     if not isinstance(root, (str, os.PathLike)):
-        raise TypeError(_typed("default_root_dir", root, "Use a string or a path."))
+        raise TypeError(_wrong_type("default_root_dir", root, "Use a string or a path."))
     values["default_root_dir"] = os.fspath(root)
     if values["fast_dev_run"]:
         values |= development_run(values["fast_dev_run"])
     if values["barebones"]:
         values |= BAREBONES
-    return Settings(**values)
+    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
 
 
 def read_environment(init: Init) -> Init:
@@ -109,12 +147,12 @@ def read_environment(init: Init) -> Init:
                 raise TypeError(f"{error}{removed}")
             if name in by_position:
                 raise TypeError(f"Trainer.__init__() got multiple values for argument '{name}'. Pass it once, by name.")
-        init(self, **{**_presets(names), **by_position, **kwargs})
+        init(self, **{**_read_presets(names), **by_position, **kwargs})
 
     return cast("Init", init_with_presets)
 
 
-def _presets(names: Iterable[str]) -> dict[str, Any]:
+def _read_presets(names: Iterable[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         if text := os.environ.get(f"PL_TRAINER_{name.upper()}"):
@@ -140,7 +178,7 @@ def refuse_conflicts(given: Mapping[str, Any]) -> None:
     rank_zero_info(f"`Trainer(barebones=True)`: {off} This is for measuring overhead, not for training.")
 
 
-def check_flag(name: str, value: Any) -> None:
+def check_flag(name: str, value: object) -> None:
     """Raises for what is neither True nor False: a text such as "False" would switch on."""
     if value is None or isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # also those of numpy
         return
@@ -149,44 +187,54 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"`Trainer({name}=...)` received {describe_received(value)}. {fix}")
 
 
-def integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: object) -> int:
     """`value` as an int, by the rules of the argument `name`. Whole floats such as 1e5 count unless the API forbids it."""
-    smallest = INTEGERS[name]
-    if value == inf and (smallest == -1 or name == "num_sanity_val_steps"):
+    if value == inf and (INTEGERS[name] == -1 or name == "num_sanity_val_steps"):
         return -1
+    number = _whole_number(name, value)
+    _check_range(name, number)
+    return number if isinstance(number, bool) and name == "fast_dev_run" else int(number)
+
+
+def _whole_number(name: str, value: object) -> int | float:
     if isinstance(value, Mapping) and name == "accumulate_grad_batches":
         fix = f"Use `callbacks=[GradientAccumulationScheduler(scheduling={value!r})]`."
         raise TypeError(f"`{name}={value!r}` is a schedule, not a number. {fix}")
     is_whole = isinstance(value, float) and value.is_integer() and name not in STRICT
     if not isinstance(value, int) and not is_whole:
         wrong_type = MisconfigurationException if name in STRICT else TypeError
-        raise wrong_type(_typed(name, value, f"`{name}` should be an integer."))
+        raise wrong_type(_wrong_type(name, value, f"`{name}` should be an integer."))
+    assert isinstance(value, (int, float))
+    return value
+
+
+def _check_range(name: str, value: int | float) -> None:
+    smallest = INTEGERS[name]
     if value < smallest:
         too_small = ValueError if name == "accumulate_grad_batches" else MisconfigurationException
         must = "be a non-negative integer or -1 (no limit)" if smallest == -1 else f"be an int >= {smallest}"
         wrong = "is not a valid configuration" if name == "fast_dev_run" else "is too small"
         raise too_small(f"`{name}={value!r}` {wrong}. It must {must}.")
-    return value if isinstance(value, bool) and name == "fast_dev_run" else int(value)
 
 
-def limits(given: Mapping[str, Any]) -> dict[str, int | float]:
+def read_limits(given: Mapping[str, Any]) -> dict[str, int | float]:
     """How much data each verb sees: an int is a number of batches, a float up to 1.0 a fraction."""
-    values = {name: 1.0 if given[name] is None else batches(name, given[name]) for name in LIMITS}
+    values = {name: 1.0 if given[name] is None else check_batches(name, given[name]) for name in LIMITS}
     for name in LIMITS:
         if given[name] is not None and values[name] == 1:
             amount = "all batches" if isinstance(given[name], float) else "1 batch"
             rank_zero_info(f"`Trainer({name}={given[name]!r})` means {amount} of each epoch.")
-    overfit = values["overfit_batches"] = batches("overfit_batches", given["overfit_batches"])
+    overfit = values["overfit_batches"] = check_batches("overfit_batches", given["overfit_batches"])
     if overfit > 0:
         values["limit_train_batches"] = values["limit_val_batches"] = overfit
     return values
 
 
-def batches(name: str, value: Any) -> int | float:
+def check_batches(name: str, value: object) -> int | float:
     """A number of batches (int) or a fraction of them (float)."""
     fix = f"Use an int, such as `{name}=10` for ten batches, or a float, such as `{name}=0.1` for a tenth of them."
     if not isinstance(value, (int, float)):
-        raise TypeError(_typed(name, value, fix))
+        raise TypeError(_wrong_type(name, value, fix))
     if value >= 0 and (isinstance(value, int) or (value > 1 and value.is_integer())):
         return int(value)
     if not 0 <= value <= 1:
@@ -213,7 +261,7 @@ def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | Non
     if isinstance(interval, (str, timedelta, dict)):
         seconds = parse_duration(interval, "val_check_interval").total_seconds()
         interval = 1.0
-    interval = batches("val_check_interval", interval)
+    interval = check_batches("val_check_interval", interval)
     trains = given["max_steps"] != 0 and given["max_epochs"] != 0
     if interval == 0 and isinstance(interval, int) and trains and given["limit_val_batches"] != 0:
         fix = "Use `limit_val_batches=0` to switch validation off."
@@ -226,10 +274,10 @@ def validation_schedule(given: Mapping[str, Any]) -> dict[str, int | float | Non
     return {"val_check_interval": interval, "val_check_time_s": seconds, "num_sanity_val_steps": sanity}
 
 
-def clip_algorithm(value: Any, algorithm: Any) -> GradClipAlgorithmType | None:
+def clip_algorithm(value: object, algorithm: object) -> GradClipAlgorithmType | None:
     """How gradients are clipped; None when it was not said (by the norm then)."""
     if value is not None and not isinstance(value, (int, float)):
-        raise TypeError(_typed("gradient_clip_val", value, "It should be an int or a float."))
+        raise TypeError(_wrong_type("gradient_clip_val", value, "It should be an int or a float."))
     if algorithm is None:
         return None
     name = algorithm.lower() if isinstance(algorithm, str) else str(algorithm)
@@ -240,7 +288,7 @@ def clip_algorithm(value: Any, algorithm: Any) -> GradClipAlgorithmType | None:
     return GradClipAlgorithmType(name)
 
 
-def benchmark_flag(deterministic: Any, benchmark: bool | None) -> bool | None:
+def benchmark_flag(deterministic: object, benchmark: bool | None) -> bool | None:
     """What to set cuDNN's benchmark flag to: False in deterministic runs, None leaves it as it is."""
     if isinstance(deterministic, str) and deterministic != "warn":
         hint = suggest_name(deterministic, ["warn"])
@@ -262,7 +310,7 @@ def apply_torch_flags(deterministic: bool | str | None, benchmark: bool | None) 
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
-def _typed(name: str, value: Any, fix: str) -> str:
+def _wrong_type(name: str, value: object, fix: str) -> str:
     if isinstance(value, type):
         return f"`{name}` received {describe_received(value)}. {fix}"
     return f"`{name}={value!r}` is a {type(value).__name__}. {fix}"

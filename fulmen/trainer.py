@@ -19,7 +19,7 @@ from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect_checkpoint
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
-from fulmen.defaults import arrange, assemble_callbacks, assemble_loggers, assemble_profiler, send_hparams
+from fulmen.defaults import assemble_callbacks, assemble_loggers, assemble_profiler, merge_callbacks, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.engine.launch import INTERRUPTED, is_interactive
 from fulmen.engine.process_launcher import ProcessLauncher, picklable_attributes
@@ -301,7 +301,7 @@ class Trainer(TrainerProperties):
             datamodule = train_dataloaders
             train_dataloaders = None
         loaders = {"train": train_dataloaders, "val": val_dataloaders}
-        self._begin(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
+        self._attach(TrainerFn.FITTING, RunningStage.TRAINING, model, datamodule, loaders)
         self.should_stop = False
         if ckpt_path == paths.AUTO:
             auto_resume.reuse_logger_version(self)
@@ -331,9 +331,10 @@ class Trainer(TrainerProperties):
         """
         refuse_misuse(self, Trainer, Trainer.validate, unknown)
         self.validate_loop.verbose = verbose
-        return self._evaluate(
-            self.validate_loop, TrainerFn.VALIDATING, model, dataloaders, datamodule, ckpt_path, weights_only
+        results: list[dict[str, float]] = self._evaluate(
+            self.validate_loop, model, dataloaders, datamodule, ckpt_path, weights_only
         )
+        return results
 
     @hide_unknown
     def test(
@@ -358,9 +359,10 @@ class Trainer(TrainerProperties):
         """
         refuse_misuse(self, Trainer, Trainer.test, unknown)
         self.test_loop.verbose = verbose
-        return self._evaluate(
-            self.test_loop, TrainerFn.TESTING, model, dataloaders, datamodule, ckpt_path, weights_only
+        results: list[dict[str, float]] = self._evaluate(
+            self.test_loop, model, dataloaders, datamodule, ckpt_path, weights_only
         )
+        return results
 
     @hide_unknown
     def predict(
@@ -398,22 +400,25 @@ class Trainer(TrainerProperties):
         """
         refuse_misuse(self, Trainer, Trainer.predict, unknown)
         self.predict_loop.return_predictions = return_predictions is not False
-        return self._evaluate(
-            self.predict_loop, TrainerFn.PREDICTING, model, dataloaders, datamodule, ckpt_path, weights_only
+        predictions: list[Any] | None = self._evaluate(
+            self.predict_loop, model, dataloaders, datamodule, ckpt_path, weights_only
         )
+        return predictions
 
     def _evaluate(
-        self, loop: EvaluationLoop, fn: TrainerFn, model: Any, loaders: Any, datamodule: Any, ckpt_path: Any,
+        self, loop: EvaluationLoop, model: object, loaders: object, datamodule: object, ckpt_path: object,
         weights_only: bool | None,
     ) -> Any:  # fmt: skip
         if isinstance(loaders, LightningDataModule):
             datamodule = loaders
             loaders = None
-        self._begin(fn, RunningStage(fn.value), model, datamodule, {loop.kind: loaders})
+        self._attach(TrainerFn(loop.stage.value), loop.stage, model, datamodule, {loop.kind: loaders})
         run = self._run if self.strategy.launcher is None else self._launch
         return run(loop, self._chosen_path(ckpt_path, model is not None, weights_only), weights_only)
 
-    def _begin(self, fn: TrainerFn, stage: RunningStage, model: Any, datamodule: Any, loaders: dict[str, Any]) -> None:
+    def _attach(
+        self, fn: TrainerFn, stage: RunningStage, model: object, datamodule: object, loaders: dict[str, Any]
+    ) -> None:
         """Checks what was passed to a verb and attaches it; nothing has run yet."""
         name = f"Trainer.{fn.value}"
         if model is None and fn != TrainerFn.FITTING:
@@ -422,38 +427,17 @@ class Trainer(TrainerProperties):
                 raise TypeError(
                     f"`{name}()` requires a `LightningModule`: none was passed, now or in a previous run. Pass `model=`."
                 )
-        if is_compiled(model):
-            model = from_compiled(model)
-        if not isinstance(model, LightningModule):
-            raise TypeError(
-                f"`{name}()` requires a `LightningModule`, got: {describe_received(model)}. "
-                "Pass an instance of a class derived from `fulmen.LightningModule`."
-            )
-        if "_modules" not in vars(model):
-            raise TypeError(missing_super_init(model))
-        if datamodule is not None and not isinstance(datamodule, LightningDataModule):
-            raise TypeError(
-                f"`{name}(datamodule=...)` requires a `LightningDataModule`, got: {describe_received(datamodule)}. "
-                "Pass an instance of a class derived from `fulmen.LightningDataModule`."
-            )
-        if any(isinstance(loader, LightningDataModule) for loader in loaders.values()):
-            raise TypeError(f"`{name}` received a datamodule in place of loaders. Pass it as `datamodule=`.")
-        if datamodule is not None and any(loader is not None for loader in loaders.values()):
-            raise MisconfigurationException(
-                f"`{name}` received loaders and a datamodule at the same time. Pass one of the two."
-            )
-        self.state.fn = fn
-        self.state.stage = stage
-        self.state.status = TrainerStatus.RUNNING
-        self.datamodule = datamodule
-        if datamodule is not None:
-            datamodule.trainer = self
-        self.sources.attach_data(model, **loaders, datamodule=datamodule, verb=fn.value)
+        module = _check_model(name, model)
+        data = _check_data(name, datamodule, loaders)
+        self.state.begin_run(fn, stage)
+        self.datamodule = data
+        if data is not None:
+            data.trainer = self
+        self.sources.attach_data(module, **loaders, datamodule=data, verb=fn.value)
         for loop in (self.fit_loop, self.fit_loop.val_loop, self.validate_loop, self.test_loop, self.predict_loop):
-            loop.loaders = None
-        self.fit_loop.loaded_at_epoch = None
-        self.strategy._lightning_module = model
-        model.trainer = self
+            loop.drop_loaders()
+        self.strategy.lightning_module = module
+        module.trainer = self
 
     def _chosen_path(self, ckpt_path: Any, model_given: bool, weights_only: bool | None) -> Any:
         """The checkpoint to load, from the argument or a path the user set on the trainer."""
@@ -492,8 +476,7 @@ class Trainer(TrainerProperties):
         try:
             return launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
         except BaseException as error:
-            self.state.status = TrainerStatus.INTERRUPTED
-            self.state.stage = None
+            self.state.end_run(TrainerStatus.INTERRUPTED)
             if isinstance(launcher, ProcessLauncher):
                 self._tell_here(error)
             raise
@@ -638,8 +621,7 @@ class Trainer(TrainerProperties):
                 logger.finalize("success")
         self.profiler.describe()
         self.profiler.teardown(stage)
-        self.state.status = TrainerStatus.FINISHED
-        self.state.stage = None
+        self.state.end_run(TrainerStatus.FINISHED)
         self.book.close_scope()
 
     def _abort(self, loop: Any, error: BaseException) -> BaseException:
@@ -683,7 +665,7 @@ class Trainer(TrainerProperties):
         """Callbacks of the module, in the right order, with `self.log` attached; and the first hook plan."""
         module = self.lightning_module
         from_module = module.configure_callbacks()
-        self.callbacks = arrange(self.callbacks, from_module)
+        self.callbacks = merge_callbacks(self.callbacks, from_module)
         if self.state.fn == TrainerFn.FITTING:
             for callback in self.callbacks:
                 callback._enter_fit(self._identity)
@@ -862,6 +844,36 @@ class Trainer(TrainerProperties):
         if self.world_size > 1:
             self._log_dir = None
             self._log_dir = self.strategy.broadcast(self.log_dir)
+
+
+def _check_model(name: str, model: object) -> LightningModule:
+    """The module to run, out of what `torch.compile` made of it; a TypeError for anything else."""
+    if is_compiled(model):
+        model = from_compiled(model)
+    if not isinstance(model, LightningModule):
+        raise TypeError(
+            f"`{name}()` requires a `LightningModule`, got: {describe_received(model)}. "
+            "Pass an instance of a class derived from `fulmen.LightningModule`."
+        )
+    if "_modules" not in vars(model):
+        raise TypeError(missing_super_init(model))
+    return model
+
+
+def _check_data(name: str, datamodule: object, loaders: dict[str, Any]) -> LightningDataModule | None:
+    """The datamodule, if one was passed; an error for anything else, or for loaders beside it."""
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(
+            f"`{name}(datamodule=...)` requires a `LightningDataModule`, got: {describe_received(datamodule)}. "
+            "Pass an instance of a class derived from `fulmen.LightningDataModule`."
+        )
+    if any(isinstance(loader, LightningDataModule) for loader in loaders.values()):
+        raise TypeError(f"`{name}` received a datamodule in place of loaders. Pass it as `datamodule=`.")
+    if datamodule is not None and any(loader is not None for loader in loaders.values()):
+        raise MisconfigurationException(
+            f"`{name}` received loaders and a datamodule at the same time. Pass one of the two."
+        )
+    return datamodule
 
 
 _INTERNAL = frozenset([

@@ -55,6 +55,7 @@ class EvaluationLoop(Loop):
 
     def __init__(self, trainer: Trainer, stage: RunningStage, inside_fit: bool = False) -> None:
         self.trainer = trainer
+        self.stage = stage
         self.inside_fit = inside_fit
         self.infix, self.kind, self.step_name = STAGES[stage]
         self.verbose = True

@@ -14,6 +14,7 @@ from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import LightningEnum
 
 if TYPE_CHECKING:
+    from fulmen.data.combined import CombinedLoader
     from fulmen.loops.fit import FitLoop
 
 
@@ -81,6 +82,8 @@ class Loop:
     """
 
     lasting: ClassVar[tuple[str, ...]] = ()
+    loaders: CombinedLoader | None = None
+    loaded_at_epoch: int | None = None
     _made_with: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -89,12 +92,17 @@ class Loop:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*self.lasting, "_made_with")}
+        return {name: value for name, value in vars(self).items() if name in (*self.lasting, "_made_with")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         args, kwargs = state["_made_with"]
         type(self).__init__(self, *args, **kwargs)
         vars(self).update(state)
+
+    def drop_loaders(self) -> None:
+        """The next run asks for loaders of its own."""
+        self.loaders = None
+        self.loaded_at_epoch = None
 
 
 # ---------------------------------------------------------------------- what is due

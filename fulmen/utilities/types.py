@@ -141,6 +141,17 @@ class TrainerState:
     fn: TrainerFn | None = None
     stage: RunningStage | None = None
 
+    def begin_run(self, fn: TrainerFn, stage: RunningStage) -> None:
+        """A verb was called."""
+        self.fn = fn
+        self.stage = stage
+        self.status = TrainerStatus.RUNNING
+
+    def end_run(self, status: TrainerStatus) -> None:
+        """Nothing runs any more."""
+        self.status = status
+        self.stage = None
+
     @property
     def finished(self) -> bool:
         return self.status is TrainerStatus.FINISHED
