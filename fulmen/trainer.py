@@ -14,7 +14,8 @@ import torch
 
 from fulmen import settings
 from fulmen.callbacks.callback import Callback
-from fulmen.callbacks.checkpointing import Checkpoint, folder_of_run
+from fulmen.callbacks.checkpointing import Checkpoint
+from fulmen.callbacks.saved_files import folder_of_run
 from fulmen.checkpoint import paths
 from fulmen.checkpoint.snapshot import Snapshot, collect_checkpoint
 from fulmen.data.sources import Sources

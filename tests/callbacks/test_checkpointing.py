@@ -570,7 +570,7 @@ def test_a_resumed_run_writes_no_file_while_gradients_wait_for_a_step(fit, files
 def test_a_save_by_the_clock_comes_after_its_interval(fit, monkeypatch):
     """Counted from the start of training, then from the last save; the clock is turned on by 20 s in each batch."""
     now = [1000.0]
-    monkeypatch.setattr("fulmen.callbacks.checkpointing.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fulmen.callbacks.save_schedule.time.monotonic", lambda: now[0])
 
     class Turns(Callback):
         def on_train_batch_start(self, *args):
