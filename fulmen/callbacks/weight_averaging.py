@@ -160,10 +160,8 @@ class Average:
 
         def on_cpu(tensors: list[Tensor] | None) -> list[Tensor] | None:
             if tensors is not None and self.spread:
-                tensors = [
-                    gather_full(spread_like(tensor, self.spread.get(i)), keep) for i, tensor in enumerate(tensors)
-                ]
-                tensors = tensors if keep else None
+                whole = [gather_full(spread_like(tensor, self.spread.get(i)), keep) for i, tensor in enumerate(tensors)]
+                tensors = [tensor for tensor in whole if tensor is not None] if keep else None
             return tensors and [tensor.cpu() for tensor in tensors]
 
         self.values = on_cpu(self.values)

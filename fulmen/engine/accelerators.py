@@ -103,22 +103,11 @@ class _BuiltInAccelerator(Accelerator):
         devices = _read_devices(devices, kind)
         if not devices:
             return None
-        count = devices if isinstance(devices, int) else None
-        if isinstance(devices, int):
-            wanted = available if devices == -1 else list(range(devices))
-        else:
-            wanted = list(devices)
-        missing = sorted(set(wanted) - set(available))
+        wanted = _list_wanted(devices, available)
         # torchrun on a cluster that shows each process only its own GPU
         only_own = len(wanted) > 1 and len(available) == 1 and "TORCHELASTIC_RUN_ID" in os.environ
-        for wrong, why in (
-            (count is not None and count < -1, "must be a number of devices. Use -1 for all of them"),
-            (not available, "asks for devices, but this machine has none. Use `accelerator='cpu'`"),
-            (len(set(wanted)) < len(wanted), "names a device twice. Each index may appear once"),
-            (missing and not only_own, f"is too much: {missing} do not exist. Choose from {available}"),
-        ):
-            if wrong:
-                raise MisconfigurationException(f"For {kind}, `{devices=}` {why}.")
+        if problem := _find_problem(devices, wanted, available, only_own):
+            raise MisconfigurationException(f"For {kind}, `{devices=}` {problem}.")
         return available if only_own else wanted
 
     @classmethod
@@ -140,6 +129,25 @@ def _read_devices(devices: object, kind: str) -> int | list[int]:
     raise TypeError(
         f"For {kind}, `{devices=}` must be a number of devices or a list of indices. Use `devices=1` or `[0]`."
     )
+
+
+def _list_wanted(devices: int | list[int], available: list[int]) -> list[int]:
+    """The indices meant by a count, where -1 is all, or by a list."""
+    if isinstance(devices, list):
+        return devices
+    return available if devices == -1 else list(range(devices))
+
+
+def _find_problem(devices: int | list[int], wanted: list[int], available: list[int], only_own: bool) -> str:
+    """Why there are no such devices here, or an empty string."""
+    missing = sorted(set(wanted) - set(available))
+    if isinstance(devices, int) and devices < -1:
+        return "must be a number of devices. Use -1 for all of them"
+    if not available:
+        return "asks for devices, but this machine has none. Use `accelerator='cpu'`"
+    if len(set(wanted)) < len(wanted):
+        return "names a device twice. Each index may appear once"
+    return f"is too much: {missing} do not exist. Choose from {available}" if missing and not only_own else ""
 
 
 class CPUAccelerator(_BuiltInAccelerator):

@@ -72,7 +72,7 @@ class BitsandbytesPrecision(HalfPrecision):
         """What the installed version runs on."""
         # Weights of 8 bits that train are evaluated by CUDA alone; on the CPU, versions before 0.49 crash the process.
         only = self.mode == "int8-training" or not is_installed("bitsandbytes", ">=0.49")
-        return {"cuda"} if only else set(getattr(self._package, "supported_torch_devices", ("cpu", "cuda")))
+        return {"cuda"} if only else set(self._package.supported_torch_devices)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         modules = dict(module.named_modules())
@@ -149,7 +149,8 @@ class BitsandbytesPrecision(HalfPrecision):
         if kind == "Linear4bit":
             given = {**given, "compute_dtype": self.dtype}
         bias = layer.bias is not None
-        made = getattr(self._package.nn, kind)(layer.in_features, layer.out_features, bias=bias, device="meta", **given)
+        make = self._package.nn.Linear4bit if kind == "Linear4bit" else self._package.nn.Linear8bitLt
+        made = make(layer.in_features, layer.out_features, bias=bias, device="meta", **given)
         # On some CPUs it repacks weights for inference, and training fails after that (bitsandbytes 0.50).
         made.support_avx512bf16_for_cpu = False
         old = layer.weight
@@ -189,16 +190,22 @@ def _load_quantized(layer: Any, weight: torch.Tensor, state: dict[str, Any], pre
     beside = f"{key}." if is_4bit(old) else f"{prefix}SCB"
     extra = {name: value for name, value in state.items() if name.startswith(beside)}
     as_made = weight.shape == (layer.out_features, layer.in_features)
-    if weight.is_floating_point() and not as_made:
+    is_float = weight.is_floating_point()
+    if is_float and not as_made:
         return  # to torch's own complaint
-    packed = extra and (as_made or is_4bit(old)) and not is_trained_8bit(old)
-    if old.device.type == "meta" or not (packed or weight.is_floating_point()):
+    fits = is_float or (bool(extra) and _takes_packed(old, as_made))
+    if old.device.type == "meta" or not fits:
         what = f"size mismatch for {key}: {weight.dtype} of shape {tuple(weight.shape)} does not fit {layer}"
         raise RuntimeError(f"{what} on {old.device}. Use the mode that quantised it, or load weights of 16 or 32 bits.")
     set_weights(layer, weight, {name.removeprefix(prefix): value for name, value in extra.items()})
     for name in (*extra, f"{prefix}weight_format"):
         state.pop(name, None)
     state[key] = old
+
+
+def _takes_packed(weight: torch.Tensor, as_made: bool) -> bool:
+    """Can it be replaced by quantised weights, which are of the layer's shape or not?"""
+    return (as_made or is_4bit(weight)) and not is_trained_8bit(weight)
 
 
 def drop_quantized_copy(layer: Any) -> None:
@@ -208,14 +215,14 @@ def drop_quantized_copy(layer: Any) -> None:
         layer.state.SCB = None
 
 
-def is_4bit(weight: Any) -> bool:
+def is_4bit(weight: object) -> bool:
     """Is it a weight of `Linear4bit`?"""
     return hasattr(weight, "quant_type")
 
 
-def is_trained_8bit(weight: Any) -> bool:
+def is_trained_8bit(weight: object) -> bool:
     """Is it a weight of `Linear8bitLt` that stays in float16, to be trained?"""
-    return bool(getattr(weight, "has_fp16_weights", False))
+    return hasattr(weight, "has_fp16_weights") and bool(weight.has_fp16_weights)
 
 
 def set_weights(layer: Any, weight: torch.Tensor, extra: dict[str, Any]) -> None:

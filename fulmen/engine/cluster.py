@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.optional import import_optional, is_installed
-from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn, set_rank
 
 DEFAULT_ADDRESS = "127.0.0.1"
 DEFAULT_PORT = 12910
@@ -104,7 +104,8 @@ class LightningEnvironment(ClusterEnvironment):
         return self._global_rank
 
     def set_global_rank(self, rank: int) -> None:
-        self._global_rank = rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        self._global_rank = rank
+        set_rank(rank)
 
     def local_rank(self) -> int:
         return _read_int("LOCAL_RANK", 0)

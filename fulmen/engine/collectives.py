@@ -251,7 +251,7 @@ def broadcast_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
         flat = torch.cat(parts).to(comm_device(device))
         dist.broadcast(flat, 0)
         if dist.get_rank() != 0:
-            for tensor, part in zip(bucket, flat.split([part.numel() for part in parts])):
+            for tensor, part in zip(bucket, flat.split_with_sizes([part.numel() for part in parts])):
                 tensor.copy_(part.clone().view(tensor.dtype).view_as(tensor))  # a copy begins at a whole number
 
 

@@ -24,6 +24,7 @@ from fulmen.engine.precision import Precision
 from fulmen.engine.strategy import Strategy
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.storage.checkpoint_io import CheckpointIO
+from fulmen.utilities.collections import declared_batch_size
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import mode_of_module, parameter_names
@@ -174,7 +175,8 @@ class DDPStrategy(ParallelStrategy):
             return None
         nothing_of_each = lambda: sum(p.flatten()[:0].sum() for p in self._ddp_parameters)  # noqa: E731
         step = call_through_wrapper(self, nothing_of_each, self._ddp_parameters)
-        return (step if self.buffers is None else self.buffers.sync_before(step))()
+        loss: Tensor = (step if self.buffers is None else self.buffers.sync_before(step))()
+        return loss
 
     def check_gradients(self) -> None:
         """After the first backward pass whose gradients are exchanged: did it reach all parameters?
@@ -204,9 +206,9 @@ class DDPStrategy(ParallelStrategy):
 
     def process_dataloader(self, dataloader: T) -> T:
         world = self.world_size
-        size = getattr(dataloader, "batch_size", None)
+        size = declared_batch_size(dataloader)
         fits_apart = self.gradient_averager is not None and self.layer_sync is None and world > 1
-        if fits_apart and isinstance(size, int) and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
+        if fits_apart and size is not None and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
             what = f"Batch norm sees {size} samples on each of {world} devices, which is few for statistics."
             warn_once(f"{what} `Trainer(sync_batchnorm=True)` takes those of all devices together.")
         return dataloader
@@ -354,7 +356,7 @@ class GradientAverager:
                 total = flat.to(collectives.comm_device(self.device))
                 dist.all_reduce(total)
                 total /= dist.get_world_size()
-                for grad, part in zip(bucket, total.split([grad.numel() for grad in bucket])):
+                for grad, part in zip(bucket, total.split_with_sizes([grad.numel() for grad in bucket])):
                     grad.copy_(part.view_as(grad))
 
     def remove_hooks(self) -> None:

@@ -23,6 +23,7 @@ from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision, clips_by_value
 from fulmen.storage.async_io import unwrap_async_io
 from fulmen.storage.integrity import load_verified
+from fulmen.utilities.collections import declared_batch_size
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import rank_zero_info
@@ -142,7 +143,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     @property
     def zero_stage_3(self) -> bool:
         """Are parameters spread over processes?"""
-        return self.config.get("zero_optimization", {}).get("stage") == 3
+        return bool(self.config.get("zero_optimization", {}).get("stage") == 3)
 
     @property
     def deepspeed_engine(self) -> Any:
@@ -177,7 +178,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         size = self.batch_size
         if size == "auto":
             first = loader.flattened[0] if loader is not None and loader.flattened else None
-            size = getattr(first, "batch_size", None) or 1
+            size = declared_batch_size(first) or 1
         self.config.setdefault("train_micro_batch_size_per_gpu", size)
         self.config.setdefault("gradient_clipping", float(clip or 0.0))
         scaling = {
@@ -211,7 +212,10 @@ class DeepSpeedStrategy(ParallelStrategy):
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.Init(remote_device=self.remote_device, config_dict_or_path=self.config)
+        context: AbstractContextManager[Any] = deepspeed.zero.Init(
+            remote_device=self.remote_device, config_dict_or_path=self.config
+        )
+        return context
 
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         step = super().bind_step(step_name)
@@ -296,7 +300,10 @@ class DeepSpeedStrategy(ParallelStrategy):
 
 def build_config(given: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's configuration, from the arguments of the strategy."""
-    pick = lambda *names: {name: given[name] for name in names}  # noqa: E731
+
+    def pick(*names: str) -> dict[str, Any]:
+        return {name: given[name] for name in names}
+
     names: tuple[str, ...] = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
     config: dict[str, Any] = {
         "activation_checkpointing": pick(*names, "synchronize_checkpoint_boundary"),
@@ -324,7 +331,8 @@ def read_config(config: dict[str, Any] | _PATH) -> dict[str, Any]:
     if not os.path.isfile(config):
         raise MisconfigurationException(f"There is no DeepSpeed configuration at {config!r}. Pass its path, or a dict.")
     with open(config) as file:
-        return json.load(file)
+        read: dict[str, Any] = json.load(file)
+    return read
 
 
 def ds_checkpoint_dir(checkpoint_dir: _PATH, tag: str | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,17 +17,18 @@ from fulmen.engine import collectives
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.stochastic_rounding import stochastic_round
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.modules import local_part, scale_gradients, spread_like, total_norm
+from fulmen.utilities.modules import full_tensor, is_dtensor, local_part, scale_gradients, spread_like, total_norm
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 SUPPORTED_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 
 
-def is_dtensor(tensor: object) -> bool:
-    """Is it a `DTensor`? Asking does not import its module."""
-    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
-
-
-def gather_full(value: Any, keep: bool) -> Any:
+def gather_full(value: T, keep: bool) -> T | Tensor | None:
     """The full tensor on the CPU, or None without ``keep``; a collective. What is no `DTensor` comes back as it is.
 
     Arguments:
@@ -35,11 +36,11 @@ def gather_full(value: Any, keep: bool) -> Any:
     """
     if not is_dtensor(value):
         return value if keep else None
-    full = value.detach().full_tensor()
+    full = full_tensor(value.detach())
     return full.cpu() if keep else None
 
 
-def shard_like(full: Tensor, like: Any) -> Any:
+def shard_like(full: Tensor, like: DTensor) -> Tensor:
     """This process's shard of a full tensor, sharded like the `DTensor` ``like``; without a collective."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -47,7 +48,7 @@ def shard_like(full: Tensor, like: Any) -> Any:
     return spread_like(full[tuple(slice(start, start + size) for start, size in zip(offset, shape))], like)
 
 
-def global_norm(gradients: Iterable[Any]) -> Tensor:
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The L2 norm of all elements together, the same on all processes, in at least float32.
 
     One sum travels for each way of spreading, however many tensors there are.
@@ -80,8 +81,9 @@ class ShardedGradScaler(torch.amp.GradScaler):
         # Parts of 16 bits are fine here: parameters of 16 bits whose update is made in float32 have them.
         parts = []
         for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            parts.append(local_part(parameter).detach())
-            parts[-1].grad = local_part(parameter.grad)
+            part = local_part(parameter).detach()
+            part.grad = local_part(parameter.grad)
+            parts.append(part)
         found = super()._unscale_grads_(
             SimpleNamespace(param_groups=[{"params": parts}]),  # type: ignore[arg-type]
             inv_scale, found_inf, allow_fp16,
@@ -123,7 +125,7 @@ class FSDPPrecision(MixedPrecision):
         if precision.startswith("16"):
             self.dtype = torch.float16
         # What is done where weights themselves have 16 bits.
-        self.half: Any = Precision()
+        self.half = Precision()
         if precision.endswith("16-true"):
             self.half = HalfPrecision("bf16-true" if precision == "bf16-true" else "16-true")
 
@@ -134,7 +136,7 @@ class FSDPPrecision(MixedPrecision):
             self.scaler = ShardedGradScaler(device.type)
 
     @property
-    def mixed_precision_config(self) -> Any:
+    def mixed_precision_config(self) -> MixedPrecisionPolicy:
         """The `MixedPrecisionPolicy` for `fully_shard`."""
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -167,7 +169,7 @@ class FSDPPrecision(MixedPrecision):
         return super().forward_context() if self.mixed else self.half.forward_context()
 
     def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
-        if self.half.step_is_default:
+        if not isinstance(self.half, HalfPrecision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         outcome = closure()
         with sharded_stand_ins(optimizer, seed=self.half.next_seed()):

@@ -15,14 +15,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from fulmen.engine.accelerators import Accelerator
 from fulmen.engine.cluster import ClusterEnvironment
-from fulmen.engine.dtensor import is_dtensor
 from fulmen.engine.precision import Precision
 from fulmen.engine.sharded import ShardedStrategy, materialize_layers
 from fulmen.engine.strategy import StrategyRegistry
 from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator
-from fulmen.utilities.modules import mode_of_module
+from fulmen.utilities.modules import is_dtensor, mode_of_module
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class FSDPStrategy(ShardedStrategy):
             what = f"`{device_mesh=}` does not fit `sharding_strategy={name!r}`."
             raise ValueError(f"{what} 'HYBRID_SHARD' needs two numbers, copies and shards; the others none at all.")
         self.kwargs = check_options(kwargs)
-        self.cpu_offload = getattr(cpu_offload, "offload_params", cpu_offload)
+        self.cpu_offload = offloads_to_cpu(cpu_offload)
         self.mixed_precision = None if mixed_precision is None else as_mixed_precision_policy(mixed_precision)
         self.auto_wrap_policy = auto_wrap_policy
         self.activation_checkpointing_policy = activation_checkpointing_policy or activation_checkpointing
@@ -296,6 +295,15 @@ def as_mixed_precision_policy(given: MixedPrecision | MixedPrecisionPolicy | Non
         )
     cast = bool(given.cast_forward_inputs or given.cast_root_forward_inputs)
     return MixedPrecisionPolicy(given.param_dtype, given.reduce_dtype, cast_forward_inputs=cast)
+
+
+def offloads_to_cpu(offload: bool | CPUOffload | OffloadPolicy | None) -> bool | OffloadPolicy | None:
+    """What an object for torch's older wrapper says; anything else as it is."""
+    if offload is None or isinstance(offload, bool):
+        return offload
+    from torch.distributed.fsdp import CPUOffload
+
+    return offload.offload_params if isinstance(offload, CPUOffload) else offload
 
 
 # ---------------------------------------------------------------------- parts of a module

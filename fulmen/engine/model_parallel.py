@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from fulmen.engine import collectives
-from fulmen.engine.dtensor import is_dtensor, shard_like
+from fulmen.engine.dtensor import shard_like
 from fulmen.engine.sharded import ShardedStrategy, init_layer
 from fulmen.utilities.introspection import is_overridden
+from fulmen.utilities.modules import is_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -103,7 +104,8 @@ def check_gradients_averaged(module: Module, rows: int) -> None:
     Raises:
         RuntimeError: names parameters that nobody spread over the axis of the data.
     """
-    meshes = {name: getattr(p, "device_mesh", None) for name, p in module.named_parameters() if p.requires_grad}
+    learning = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    meshes = {name: p.device_mesh if is_dtensor(p) else None for name, p in learning}
     lonely = [name for name, mesh in meshes.items() if mesh is None or mesh.mesh_dim_names == ("tensor_parallel",)]
     if rows > 1 and lonely:
         shown = ", ".join(map(repr, lonely[:5])) + (f" and {len(lonely) - 5} more" if len(lonely) > 5 else "")

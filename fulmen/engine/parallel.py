@@ -28,7 +28,7 @@ from fulmen.supervision.stack_sampler import error_location
 from fulmen.supervision.watchdog import connect_watchdog, limit_seconds
 from fulmen.utilities.errors import SIGTERMException
 from fulmen.utilities.introspection import alias_property
-from fulmen.utilities.rank_zero import rank_zero_only
+from fulmen.utilities.rank_zero import set_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -138,7 +138,11 @@ class ParallelStrategy(Strategy, ABC):
         cluster: Any = self.cluster_environment
         cluster.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         cluster.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+        set_rank(self.global_rank)
+
+    def use_devices(self, devices: list[torch.device]) -> None:
+        if self.parallel_devices is None:
+            self.parallel_devices = devices
 
     def use_nodes(self, num_nodes: int, layer_sync: LayerSync | None) -> None:
         """How many machines there are, and what synchronises layers over them while fitting."""

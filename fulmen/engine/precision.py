@@ -42,7 +42,8 @@ def _closure_argument(step: Callable[..., Any]) -> str:
 
 def step_with_closure(optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any) -> Any:
     """`optimizer.step(closure)`; where the optimizer takes none, the closure runs first."""
-    way = _closure_argument(getattr(type(optimizer), "step", None) or optimizer.step)
+    kind = type(optimizer)
+    way = _closure_argument(kind.step if hasattr(kind, "step") else optimizer.step)
     if way == "by name":
         return optimizer.step(closure=closure, **kwargs)
     if way == "by position":
@@ -50,6 +51,11 @@ def step_with_closure(optimizer: Optimizer, closure: Callable[[], Any], **kwargs
     outcome = closure()
     optimizer.step(**kwargs)
     return outcome
+
+
+def _optimizes_manually(model: Module) -> bool:
+    """Is it a `LightningModule` that calls its optimizers itself?"""
+    return hasattr(model, "automatic_optimization") and not model.automatic_optimization
 
 
 def clips_by_value(algorithm: str | GradClipAlgorithmType | None) -> bool:
@@ -255,7 +261,7 @@ class MixedPrecision(Precision):
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:
         """The optimizer ran; of torch's, fused ones hold `found_inf` and may have changed nothing."""
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = optimizer.found_inf if hasattr(optimizer, "found_inf") else None
         self.last_skip = False if found_inf is None else found_inf
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -285,7 +291,7 @@ class MixedPrecision(Precision):
             raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
         self.last_skip = False
         # `training_step` returned no loss: there are no gradients to apply
-        if closure() is None and getattr(model, "automatic_optimization", True):
+        if closure() is None and not _optimizes_manually(model):
             return None
         # until `_on_step` says otherwise; one that takes no hooks is believed to step
         self.last_skip = hasattr(optimizer, "register_step_post_hook")

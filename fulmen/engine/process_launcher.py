@@ -49,7 +49,7 @@ from fulmen.supervision.reports import install_excepthook, is_consequence, mark_
 from fulmen.supervision.stack_sampler import strip_library_frames
 from fulmen.supervision.watchdog import limit_seconds, wait_for_others
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_warn, set_rank
 from fulmen.utilities.seed import seed_everything
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def add_base_class(error: BaseException, base: type[Exception], *arguments: Any)
         if not isinstance(error, Exception):
             return error
         both = type(own.__name__, (own, base), {"__module__": own.__module__, "__reduce__": reduce, "__doc__": None})
-        made: Any = both.__new__(both, *error.args)
+        made: BaseException = both.__new__(both, *error.args)
         base.__init__(made, *arguments)
         made.args = error.args
         vars(made).update(vars(error))
@@ -315,7 +315,7 @@ def _prepare_child(setup: ChildSetup) -> None:
     os.environ[PARENT] = str(setup.parent)
     end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank_zero_only.rank = setup.local_rank  # type: ignore[attr-defined]
+    set_rank(setup.local_rank)
     if setup.listener is not None and setup.local_rank != 0:  # inherited
         setup.listener.close()
         setup.listener = None

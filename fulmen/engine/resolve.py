@@ -107,12 +107,12 @@ class EngineRequest:
 
     def brought_along(self, attribute: str) -> Any:
         """A part that a strategy object was made with."""
-        return getattr(self.strategy, attribute, None) if isinstance(self.strategy, Strategy) else None
+        return self.strategy.given_parts()[attribute] if isinstance(self.strategy, Strategy) else None
 
     @property
     def needs_single_device(self) -> bool:
         """Is it a strategy for one device? One of the user's own may spread over as many as it likes."""
-        kind: Any = type(self.strategy)
+        kind: object = type(self.strategy)
         if isinstance(self.strategy, str) and self.strategy in StrategyRegistry:
             kind = StrategyRegistry[self.strategy]["strategy"]
         return isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy)
@@ -120,10 +120,10 @@ class EngineRequest:
     @property
     def start_method(self) -> str:
         """How the processes start, for those strategies that start them."""
-        chosen: Any = self.strategy
-        if isinstance(chosen, str):
-            return StrategyRegistry[chosen]["init_params"].get("start_method", "") if chosen in StrategyRegistry else ""
-        return getattr(chosen, "start_method", "")
+        if isinstance(self.strategy, Strategy):
+            return self.strategy.start_method
+        given = StrategyRegistry[self.strategy]["init_params"] if self.strategy in StrategyRegistry else {}
+        return str(given.get("start_method", ""))
 
 
 _GIVEN_TWICE = "The strategy object has its own {}, and another one comes through `{}`. Choose one of the two."
@@ -174,16 +174,22 @@ def resolve_strategy(**arguments: Any) -> Strategy:
 
 def choose_accelerator(request: EngineRequest) -> Accelerator:
     """An accelerator whose devices exist here."""
-    wish = request.brought_along("accelerator") or request.accelerator
+    wish: str | Accelerator = request.brought_along("accelerator") or request.accelerator
     if wish == "auto" and isinstance(request.strategy, SingleDeviceStrategy):
         wish = request.strategy.root_device.type
-    asked = wish if isinstance(wish, str) else wish.name()
-    if asked in ("auto", "gpu"):
-        wish = gpu_kind() or ("cpu" if asked == "auto" else "cuda")
-    kind: Any = AcceleratorRegistry[wish]["accelerator"] if isinstance(wish, str) and wish != "tpu" else wish
-    if kind == "tpu" or not kind.is_available():
+    if isinstance(wish, Accelerator):
+        _check_available(wish.name(), wish)
+        return wish
+    name = wish if wish not in ("auto", "gpu") else gpu_kind() or ("cpu" if wish == "auto" else "cuda")
+    _check_available(wish, None if name == "tpu" else AcceleratorRegistry[name]["accelerator"])
+    made: Accelerator = AcceleratorRegistry.get(name)
+    return made
+
+
+def _check_available(asked: str, kind: Accelerator | type[Accelerator] | None) -> None:
+    """Refuses an accelerator that this machine, or this version (None), does not have."""
+    if kind is None or not kind.is_available():
         raise MisconfigurationException(_missing_accelerator_message(asked))
-    return AcceleratorRegistry.get(wish) if isinstance(wish, str) else wish
 
 
 def _missing_accelerator_message(asked: str) -> str:
@@ -267,17 +273,15 @@ def _make_strategy(request: EngineRequest, devices: list[torch.device]) -> Strat
             made: Strategy = entry["strategy"](**{"device": devices[0], **entry["init_params"]})
             return made
         strategy = StrategyRegistry.get(strategy)
-    if getattr(strategy, "parallel_devices", devices) is None:
-        strategy.parallel_devices = devices  # type: ignore[union-attr]
     assert isinstance(strategy, Strategy)
+    strategy.use_devices(devices)
     return strategy
 
 
 def _make_precision(strategy: Strategy, request: EngineRequest) -> Precision:
     """The precision of that name, as the strategy computes in it."""
     name = str(request.precision or "32-true")
-    make = getattr(strategy, "precision_for", lambda name: PRECISIONS[name](strategy.root_device))
-    precision: Precision = make(name)
+    precision = strategy.precision_for(name) or PRECISIONS[name](strategy.root_device)
     if name.endswith("-mixed"):
         rank_zero_info(f"Using {'bfloat16' if name == 'bf16-mixed' else '16bit'} Automatic Mixed Precision (AMP)")
     return precision
@@ -304,14 +308,18 @@ def check_precision(
         what = f"The precision plugin autocasts on {precision.device!r}, but the device is `{device}`."
         raise MisconfigurationException(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
     need, instead = PRECISION_REQUIREMENTS.get(str(precision.precision), ("", ""))
-    known = {"FP8": (lambda _: False, "NVIDIA GPUs from compute capability 8.9 on"), **abilities.get(kind, {})}
-    can, who = known.get(need, (None, ""))
-    if can is not None and not can(device):
+    only_cuda: Ability = (lambda _: False, "NVIDIA GPUs from compute capability 8.9 on")
+    known = {"FP8": only_cuda, **abilities.get(kind, {})}
+    if who := _who_has_what_it_lacks(known.get(need), device):
         raise MisconfigurationException(f"{asked} needs {need}. `{device}` does not have it, {who} do. Use {instead}.")
-    fast, who = known.get(f"fast {need}", (None, ""))
-    if fast is not None and not fast(device):
+    if who := _who_has_what_it_lacks(known.get(f"fast {need}"), device):
         what = f"{asked}: `{device}` imitates {need}, which is slow; {who} compute in it."
         rank_zero_warn(f"{what} Use {instead}.", category=PossibleUserWarning)
+
+
+def _who_has_what_it_lacks(ability: Ability | None, device: torch.device) -> str:
+    """Which devices have an ability that this one has not; an empty string if it has it, or nobody is known to."""
+    return ability[1] if ability is not None and not ability[0](device) else ""
 
 
 def has_capability(capability: tuple[int, int], device: torch.device) -> bool:

@@ -6,8 +6,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.optim import LBFGS
 
 from fulmen.engine import collectives
 from fulmen.engine.buffers import Buffers
-from fulmen.engine.dtensor import FSDPPrecision, gather_full, is_dtensor, shard_like
+from fulmen.engine.dtensor import FSDPPrecision, gather_full, shard_like
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
 from fulmen.storage.async_io import unwrap_async_io
@@ -36,8 +35,8 @@ from fulmen.storage.sharded import (
     read_shards,
     write_shards,
 )
-from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.modules import parameter_names
+from fulmen.utilities.errors import MisconfigurationException, explain
+from fulmen.utilities.modules import is_dtensor, parameter_names
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -72,9 +71,10 @@ class ShardedStrategy(ParallelStrategy):
         return self._precision_plugin
 
     @precision_plugin.setter
-    def precision_plugin(self, precision: Any) -> None:
-        if type(precision) in (Precision, HalfPrecision, MixedPrecision):
-            precision = FSDPPrecision(precision.precision, getattr(precision, "scaler", None))
+    def precision_plugin(self, precision: Precision | None) -> None:
+        if precision is not None and type(precision) in (Precision, HalfPrecision, MixedPrecision):
+            scaler = precision.scaler if isinstance(precision, MixedPrecision) else None
+            precision = FSDPPrecision(precision.precision, scaler)
         if precision is not None and not isinstance(precision, FSDPPrecision):
             what = f"`{type(self).__name__}` works with an `FSDPPrecision`, not with `{type(precision).__name__}`."
             raise TypeError(f"{what} Use `precision='bf16-mixed'`, or build your class on `FSDPPrecision`.")
@@ -303,7 +303,7 @@ class ModuleBackup:
     def restore(self) -> None:
         from torch.distributed import _composable_state
 
-        known = getattr(_composable_state, "_module_state_mapping", {})  # of torch, beside the modules
+        known = _composable_state._module_state_mapping  # what torch keeps beside the modules
         for part, kind, names, hooks in self.changes:
             part.__class__ = kind
             known.pop(part, None)
@@ -314,7 +314,7 @@ class ModuleBackup:
                 vars(part).pop(name, None)
 
 
-def _hooks_of(part: Module) -> dict[str, dict]:
+def _hooks_of(part: Module) -> dict[str, dict[Any, Any]]:
     return {name: dict(value) for name, value in vars(part).items() if isinstance(value, dict) and "hooks" in name}
 
 
@@ -355,16 +355,35 @@ def _plain_tensors(part: Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     ]
 
 
-def init_layer(part: Any, init: Callable[[Any], Any] | None, names: list[str]) -> None:
+class _Resettable(Protocol):
+    def reset_parameters(self) -> None: ...
+
+
+class _PrivatelyResettable(Protocol):
+    def _reset_parameters(self) -> None: ...
+
+
+def _knows_first_values(part: object) -> TypeGuard[_Resettable]:
+    return hasattr(part, "reset_parameters")
+
+
+def _knows_them_privately(part: object) -> TypeGuard[_PrivatelyResettable]:
+    return hasattr(part, "_reset_parameters")  # `nn.MultiheadAttention`, `nn.Transformer`
+
+
+def init_layer(part: Module, init: Callable[[Any], Any] | None, names: list[str]) -> None:
     """Gives the tensors of a layer their first values."""
-    reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-    if init is None and reset is None:
-        what = f"`{type(part).__name__}` was made on the meta device, and it has no method `reset_parameters`:"
-        raise TypeError(
-            f"{what} nobody knows the first values of {', '.join(names)}. Define it, or make it on the CPU."
-        )
     with torch.no_grad():
-        (reset if init is None else partial(init, part))()  # type: ignore[misc]
+        if init is not None:
+            init(part)
+        elif _knows_first_values(part):
+            part.reset_parameters()
+        elif _knows_them_privately(part):
+            part._reset_parameters()
+        else:
+            what = f"`{type(part).__name__}` was made on the meta device, and it has no method `reset_parameters`:"
+            why = f"nobody knows the first values of {', '.join(names)}."
+            raise TypeError(explain(what, why, "Define it, or make it on the CPU."))
 
 
 def average_by_sum(modules: Iterable[Any]) -> None:
@@ -442,10 +461,11 @@ def _read_missing_states(
     return wanted
 
 
-def _shard_if_full(value: Any, parameter: Any) -> Any:
+def _shard_if_full(value: object, parameter: Tensor) -> object:
     """This process's shard of a full tensor of a sharded parameter's shape; other values as they are."""
-    is_full = isinstance(value, Tensor) and is_dtensor(parameter) and not is_dtensor(value)
-    return shard_like(value, parameter) if is_full and value.shape == parameter.shape else value
+    if not isinstance(value, Tensor) or is_dtensor(value) or not is_dtensor(parameter):
+        return value
+    return shard_like(value, parameter) if value.shape == parameter.shape else value
 
 
 def _gather_or_meta(tensor: Tensor, keep: bool) -> Tensor:
@@ -453,17 +473,24 @@ def _gather_or_meta(tensor: Tensor, keep: bool) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if full is None else full
 
 
-def _is_in_folder(value: Any) -> bool:
+def _is_in_folder(value: object) -> bool:
     """Is it still in the folder?"""
     return value is None or (isinstance(value, Tensor) and value.is_meta)
 
 
-def _can_read(own: Any, saved: Any) -> bool:
-    return _is_in_folder(saved) and getattr(own, "shape", None) == getattr(saved, "shape", None)
+def _can_read(own: object, saved: object) -> bool:
+    """Is it in the folder only, and of the shape that it has here? What is no tensor has none."""
+    return _is_in_folder(saved) and _shape_of(own) == _shape_of(saved)
 
 
-def _empty_like_saved(value: Any, parameter: Any) -> Any:
+def _shape_of(value: object) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _empty_like_saved(value: Tensor | None, parameter: Tensor) -> Tensor | None:
     """Where a stored tensor can be read to: spread like its parameter, if it has its shape."""
-    if value is None or value.shape != parameter.shape:
-        return None if value is None else torch.empty_like(value, device="cpu")
+    if value is None:
+        return None
+    if value.shape != parameter.shape:
+        return torch.empty_like(value, device="cpu")
     return torch.empty_like(parameter.detach(), dtype=value.dtype)

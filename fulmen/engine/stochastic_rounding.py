@@ -146,7 +146,9 @@ def _to_float32(tensors: list[Any]) -> list[Tensor]:
     if len({tensor.device for tensor in tensors}) != 1 or any(tensor.is_sparse for tensor in tensors):
         return [tensor.float() for tensor in tensors]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).float()
-    return [part.view(tensor.shape) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    return [
+        part.view(tensor.shape) for part, tensor in zip(flat.split_with_sizes([t.numel() for t in tensors]), tensors)
+    ]
 
 
 def _store_rounded(wide: list[Tensor], narrow: list[Tensor], seed: int) -> None:
@@ -155,7 +157,7 @@ def _store_rounded(wide: list[Tensor], narrow: list[Tensor], seed: int) -> None:
         pairs = [(source, target) for source, target in zip(wide, narrow) if source.device == device]
         generator = torch.Generator(device).manual_seed(seed)
         flat = stochastic_round(torch.cat([source.reshape(-1) for source, _ in pairs]), generator)
-        parts = flat.split([source.numel() for source, _ in pairs])
+        parts = flat.split_with_sizes([source.numel() for source, _ in pairs])
         views = [part.view(source.shape) for part, (source, _) in zip(parts, pairs)]
         torch._foreach_copy_([target for _, target in pairs], views)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.keywords import KeywordHints
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from torch.distributed import ProcessGroup
     from torch.nn import Module
@@ -75,6 +76,8 @@ class Strategy(KeywordHints, ABC):
     forward_is_collective = False  # do all processes have to run a forward pass together?
     collectives_blocked_reason: str | None = None  # of an error, while some process has no batch and takes no part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
+    start_method: str = ""  # how processes are started, for those strategies that start them
+    parallel_devices: list[torch.device] | None = None  # of the processes on this node, where there may be several
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
     def __init__(
@@ -102,6 +105,22 @@ class Strategy(KeywordHints, ABC):
     def use_environment(self, environment: ClusterEnvironment) -> None:
         """Who this process is among others."""
         self.cluster_environment = environment
+
+    def given_parts(self) -> dict[str, Any]:
+        """The parts it was made with, by the name of the argument."""
+        return {
+            "accelerator": self.accelerator,
+            "precision_plugin": self.precision_plugin,
+            "checkpoint_io": self.checkpoint_io,
+            "cluster_environment": self.cluster_environment,
+        }
+
+    def use_devices(self, devices: list[torch.device]) -> None:
+        """The devices of this node's processes, for a strategy that was not made with some."""
+
+    def precision_for(self, name: str) -> Precision | None:
+        """The precision of that name, where this strategy needs one of its own."""
+        return None
 
     def use_hardware(self, accelerator: Accelerator, checkpoint_io: CheckpointIO) -> None:
         """Where it runs, and where checkpoints are stored."""
@@ -208,13 +227,16 @@ class Strategy(KeywordHints, ABC):
 
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
-        return getattr(self if overrides_method(self, step_name, Strategy) else self._lightning_module, step_name)
+        owner = self if overrides_method(self, step_name, Strategy) else self._lightning_module
+        step: Callable[..., Any] = getattr(owner, step_name)
+        return step
 
     def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """The precision's context around a step; None if it has none, so that nothing is entered."""
         for name in (STEP_CONTEXTS.get(step_name, step_name) + "_context", "forward_context"):
             if overrides_method(self.precision_plugin, name, Precision):
-                return getattr(self.precision_plugin, name)
+                context: Callable[[], AbstractContextManager[Any]] = getattr(self.precision_plugin, name)
+                return context
         return None
 
     training_step = _call_module_step("training_step")
@@ -315,7 +337,8 @@ class Strategy(KeywordHints, ABC):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Weights and buffers under the names of the user's module."""
-        return self._lightning_module.state_dict()
+        state: dict[str, Any] = self._lightning_module.state_dict()
+        return state
 
     def state_to_save(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state dict of the module, or one like it, as a checkpoint holds it; all processes call this."""
@@ -331,7 +354,8 @@ class Strategy(KeywordHints, ABC):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of one optimizer."""
-        return getattr(optimizer, "optimizer", optimizer).state_dict()
+        wrapped: Optimizer = optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
+        return wrapped.state_dict()
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Puts the optimizer states of a checkpoint back; a `RuntimeError` if it holds another number of them."""
@@ -447,10 +471,14 @@ def move_optimizer_state(optimizer: Optimizer, device: torch.device) -> None:
 
 class _SkipInit(TorchFunctionMode):
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if isinstance(func, FunctionType) and func.__module__ == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 

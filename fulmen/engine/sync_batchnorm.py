@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,16 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 # torch 2.13 renamed it and warns about the old name; a build without distributed has neither.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Callable[..., Any]
+if hasattr(dist, "all_gather_single"):
+    _all_gather = dist.all_gather_single
+elif dist.is_available():
+    _all_gather = dist.all_gather_into_tensor
 
 
 class LayerSync(ABC):
@@ -63,8 +68,8 @@ class SyncBatchNorm(_BatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: dist.ProcessGroup | None = None,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.process_group = process_group
@@ -110,7 +115,7 @@ class SyncBatchNorm(_BatchNorm):
                     del layer.process_group
         return module
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         # A converted class has no place to be imported from: copies and pickles name the original.
         return super().__reduce_ex__(protocol) if self._original is None else (_blank, (self._original,), vars(self))
 
@@ -137,7 +142,7 @@ class SyncBatchNorm(_BatchNorm):
             dtype = _statistics_dtype(input)
             mean = mean.to(dtype)
             var = (m2 / total.clamp(min=1)).to(dtype)
-        result = _NormalizeWithAllRanks.apply(
+        result: Tensor = _NormalizeWithAllRanks.apply(  # type: ignore[no-untyped-call]
             own, self.weight, self.bias, mean, var, total, self.eps, self.process_group
         )
         if own is not input:  # normalised beside those that count; nothing of it is used
@@ -186,7 +191,7 @@ def merge_statistics(input: Tensor, group: dist.ProcessGroup | None, num_ranks: 
     every = own.new_empty(num_ranks * len(own))
     _all_gather(every, own, group=group)
     # Few numbers, so the wider type costs nothing; MPS has none, but no collectives either.
-    means, m2s, counts = every.double().view(num_ranks, -1).split([num_channels, num_channels, 1], dim=1)
+    means, m2s, counts = every.double().view(num_ranks, -1).split_with_sizes([num_channels, num_channels, 1], dim=1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total.clamp(min=1)
     return mean, (m2s + counts * (means - mean) ** 2).sum(0), total
@@ -209,7 +214,7 @@ class _NormalizeWithAllRanks(Function):
         var: Tensor,
         total: Tensor,
         eps: float,
-        group: Any,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         ctx.save_for_backward(input, weight, mean, var, total)
         ctx.eps = eps
@@ -260,9 +265,8 @@ def _synchronized_class(kind: Any) -> type[SyncBatchNorm]:
     # DDP refuses layers of torch's class on a CPU.
     bases = (SyncBatchNorm,) if kind is torch.nn.SyncBatchNorm else (SyncBatchNorm, kind)
     body = {"_original": kind, "_check_input_dim": kind._check_input_dim, "__module__": __name__}
-    becomes = getattr(kind, "cls_to_become", None)  # of a lazy layer, once it has seen an input
-    if becomes is not None:
-        body["cls_to_become"] = _synchronized_class(becomes)
+    if issubclass(kind, LazyModuleMixin) and kind.cls_to_become is not None:  # once it has seen an input
+        body["cls_to_become"] = _synchronized_class(kind.cls_to_become)
     return type(f"Sync{kind.__name__.removeprefix('Sync')}", bases, body)
 
 

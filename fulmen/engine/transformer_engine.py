@@ -70,7 +70,7 @@ class TransformerEnginePrecision(HalfPrecision):
             recipe = recipes.DelayedScaling(**settings)
         self.recipe = recipe
         # Newer versions know `autocast`, and deprecate the older name.
-        new = getattr(self._engine, "autocast", None)
+        new = self._engine.autocast if hasattr(self._engine, "autocast") else None
         given = {"enabled": True, "recipe" if new else "fp8_recipe": recipe}
         self._fp8: Any = partial(new or self._engine.fp8_autocast, **given)
 

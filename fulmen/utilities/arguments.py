@@ -32,7 +32,8 @@ def get_init_args(frame: FrameType) -> dict[str, Any]:
     if "__class__" not in frame.f_locals:
         return {}
     names, _, keywords, values = inspect.getargvalues(frame)
-    return {name: values[name] for name in names[1:]} | values.get(keywords or "", {})
+    further: dict[str, Any] = values.get(keywords or "", {})
+    return {name: values[name] for name in names[1:]} | further
 
 
 def collect_init_args(

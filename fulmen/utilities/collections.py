@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,14 @@ from torch import Tensor
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import warn_once
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-class AttributeDict(dict):
+# What `isinstance` takes.
+TypeOrTypes = type[Any] | tuple[type[Any], ...]
+
+
+class AttributeDict(dict[str, Any]):
     """A dict whose keys are attributes too: ``AttributeDict(lr=0.1).lr`` is 0.1."""
 
     def __getattr__(self, name: str) -> Any:
@@ -42,25 +48,36 @@ class AttributeDict(dict):
 
 def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
     """A mapping, sequence or dataclass with ``fn`` applied to what it directly holds; anything else as it is."""
+    if isinstance(data, defaultdict):
+        return defaultdict(data.default_factory, {key: fn(value) for key, value in data.items()})
     if isinstance(data, Mapping):
-        items = {key: fn(value) for key, value in data.items()}
-        return defaultdict(data.default_factory, items) if isinstance(data, defaultdict) else type(data)(items)  # type: ignore[call-arg]
+        return type(data)({key: fn(value) for key, value in data.items()})  # type: ignore[call-arg]
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*map(fn, data))
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes, range)):
         return type(data)([fn(item) for item in data])  # type: ignore[call-arg]
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         new = copy.copy(data)
-        for field in dataclasses.fields(data):
-            if hasattr(data, field.name):
-                # Frozen dataclasses are filled too: nobody else has seen the copy yet.
-                object.__setattr__(new, field.name, fn(getattr(data, field.name)))
+        for name, value in _field_values(data):
+            # Frozen dataclasses are filled too: nobody else has seen the copy yet.
+            object.__setattr__(new, name, fn(value))
         return new
     return data
 
 
+def _field_values(data: DataclassInstance) -> list[tuple[str, Any]]:
+    """The fields of a dataclass that have a value, by name."""
+    names = [field.name for field in dataclasses.fields(data)]
+    return [(name, getattr(data, name)) for name in names if hasattr(data, name)]
+
+
 def apply_to_collection(
-    data: Any, dtype: Any, function: Callable, *args: Any, wrong_dtype: Any = None, **kwargs: Any
+    data: Any,
+    dtype: TypeOrTypes,
+    function: Callable[..., Any],
+    *args: Any,
+    wrong_dtype: TypeOrTypes | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Apply a function to all elements of some types in nested mappings, sequences and dataclasses.
 
@@ -116,14 +133,14 @@ def _move_item(item: Any, device: torch.device, asynchronous: bool) -> Any:
         return type(item)([_move_item(child, device, asynchronous) for child in item])
     if type(item) is dict:
         return {key: _move_item(child, device, asynchronous) for key, child in item.items()}
-    if not isinstance(item, type) and callable(getattr(item, "to", None)):
+    if not isinstance(item, type) and hasattr(item, "to") and callable(item.to):
         moved = item.to(device)
         return item if moved is None else moved
     return map_children(item, lambda child: _move_item(child, device, asynchronous))
 
 
 def _batch_sizes(batch: Any) -> Iterator[int]:
-    children: Iterable = ()
+    children: Iterable[Any] = ()
     if isinstance(batch, Tensor):
         yield batch.size(0) if batch.ndim else 1
     elif isinstance(batch, Mapping):
@@ -131,8 +148,8 @@ def _batch_sizes(batch: Any) -> Iterator[int]:
     # An array of another library is not split into its elements.
     elif isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)) and not hasattr(batch, "__array__"):
         children = batch
-    elif dataclasses.is_dataclass(batch):
-        children = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        children = (value for _, value in _field_values(batch))
     for child in children:
         yield from _batch_sizes(child)
 
@@ -153,3 +170,9 @@ def extract_batch_size(batch: Any) -> int:
         what = f"The tensors of the batch have different first dimensions ({first} and {other});"
         warn_once(f"{what} {first} is taken as the batch size. {fix}")
     return first
+
+
+def declared_batch_size(loader: object) -> int | None:
+    """The ``batch_size`` that a loader or a batch sampler says it has; None where it says none."""
+    size = loader.batch_size if hasattr(loader, "batch_size") else None
+    return size if isinstance(size, int) else None

@@ -38,8 +38,33 @@ if os.environ.get("POSSIBLE_USER_WARNINGS", "").lower() in ("0", "off"):
     disable_possible_user_warnings()
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxother = _SHORT.maxstring = 80
+class _ShortRepr(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxother = 80
+        self.maxstring = 80
+
+
+_SHORT = _ShortRepr()
+
+
+def explain(what: str, why: str = "", fix: str = "") -> str:
+    """A message in the form of this package: what is wrong, why that matters, and how it is put right.
+
+    Args:
+        what: what was expected or received; a full stop is added where it ends without a mark.
+        why: the reason, where it is not plain.
+        fix: what to write instead.
+
+    Returns:
+        The parts that are not empty, as sentences.
+
+    Examples:
+        >>> explain("`max_epochs=-2` is negative", fix="Use -1 for no limit")
+        '`max_epochs=-2` is negative. Use -1 for no limit.'
+    """
+    parts = [part.strip() for part in (what, why, fix)]
+    return " ".join(part if part[-1] in ".:;,!?" else f"{part}." for part in parts if part)
 
 
 def describe_received(value: object) -> str:

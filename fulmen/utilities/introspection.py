@@ -10,19 +10,27 @@ import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
 
-def _plain_function(attribute: Any) -> Any:
+def _plain_function(attribute: object) -> object:
     """What stands behind bound methods, class methods and partials."""
     while isinstance(attribute, functools.partial):
         attribute = attribute.func
-    return getattr(attribute, "__func__", attribute)
+    return attribute.__func__ if isinstance(attribute, MethodType) else attribute
 
 
-def overrides_method(obj: Any, name: str, base: type) -> bool:
+def _code_of(function: Callable[..., Any]) -> CodeType | None:
+    """The code that runs behind wrappers, bound methods and partials; None where it is not Python's."""
+    found = _plain_function(function)
+    found = _plain_function(inspect.unwrap(found)) if callable(found) else found
+    return found.__code__ if isinstance(found, FunctionType) else None
+
+
+def overrides_method(obj: object, name: str, base: type) -> bool:
     """Does ``obj`` (None does not) answer to ``name``, on class or instance, with another function than ``base``'s?"""
     attribute = getattr(obj, name, None) if obj is not None else None
     return callable(attribute) and _plain_function(attribute) is not _plain_function(getattr(base, name, None))
@@ -43,14 +51,14 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     return hasattr(parent, method_name) and overrides_method(instance, method_name, parent)
 
 
-def is_generator(fn: Callable) -> bool:
+def is_generator(fn: Callable[..., Any]) -> bool:
     """Does calling ``fn`` give a generator?"""
     return inspect.isgeneratorfunction(inspect.unwrap(fn))
 
 
-def returns_nothing(fn: Callable) -> bool:
+def returns_nothing(fn: Callable[..., Any]) -> bool:
     """Is None all that ``fn`` can return, as its code says? False where there is no code to read."""
-    code = getattr(_plain_function(inspect.unwrap(fn)), "__code__", None)
+    code = _code_of(fn)
     if code is None or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
         return False
     steps = list(dis.get_instructions(code))
@@ -60,7 +68,7 @@ def returns_nothing(fn: Callable) -> bool:
     return plain and all(step.argval is None for step in steps if step.opname == "RETURN_CONST")
 
 
-def parameters_of(fn: Callable) -> list[inspect.Parameter]:
+def parameters_of(fn: Callable[..., Any]) -> list[inspect.Parameter]:
     """The parameters a caller may pass (without ``self`` for bound methods), or [] for what cannot be inspected."""
     try:
         return list(inspect.signature(fn).parameters.values())
@@ -68,14 +76,14 @@ def parameters_of(fn: Callable) -> list[inspect.Parameter]:
         return []
 
 
-def takes_argument(fn: Callable, name: str, *, explicit: bool = False) -> bool:
+def takes_argument(fn: Callable[..., Any], name: str, *, explicit: bool = False) -> bool:
     """May ``fn`` be called with the keyword ``name``? With ``explicit``, ``**kwargs`` does not count."""
     found = parameters_of(fn)
     by_name = any(p.name == name and p.kind is not p.POSITIONAL_ONLY for p in found)
     return by_name or (not explicit and any(p.kind is p.VAR_KEYWORD for p in found))
 
 
-def num_positional(fn: Callable) -> float:
+def num_positional(fn: Callable[..., Any]) -> float:
     """How many arguments ``fn`` accepts by position; infinite with ``*args``."""
     found = parameters_of(fn)
     if any(p.kind is p.VAR_POSITIONAL for p in found):
@@ -83,7 +91,7 @@ def num_positional(fn: Callable) -> float:
     return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in found)
 
 
-def match_parameters(fn: Callable, names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+def match_parameters(fn: Callable[..., Any], names: Sequence[str]) -> tuple[list[int], dict[str, int]]:
     """How ``fn`` takes arguments of these names: the places of those by position, and of those by name only.
 
     What it does not take at all is in neither. Positions count; names matter to keyword-only parameters and ``**kwargs``.
@@ -96,7 +104,7 @@ def match_parameters(fn: Callable, names: Sequence[str]) -> tuple[list[int], dic
     return others[:capacity], {name: i for i, name in enumerate(names) if name in by_name or i in left}
 
 
-def adapt_to_signature(call: Callable, fn: Callable, names: Sequence[str]) -> Callable:
+def adapt_to_signature(call: Callable[..., Any], fn: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     """``call`` for arguments of these names by position, which gets them as the signature of ``fn`` takes them.
 
     What ``fn`` does not take is left out; that of a function which cannot be inspected gets everything.
@@ -142,20 +150,28 @@ def in_library(file: str) -> bool:
     return file.startswith((*_INSTALLED, "<frozen", "<string>"))
 
 
-def texts_compared_with(function: Any, parameter: str) -> list[set[str]]:
+def texts_compared_with(function: Callable[..., Any], parameter: str) -> list[set[str]]:
     """The constant texts that a function compares its parameter with: per comparison one, or those of an `in (...)`.
 
     Read from the compiled code, because a function typed into an interpreter has no source.
     """
-    code = getattr(inspect.unwrap(_plain_function(function)), "__code__", None)
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOP")] if code else []
+    code = _code_of(function)
+    if code is None:
+        return []
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOP")]
     if any(step.argval == parameter and step.opname.startswith("STORE") for step in steps):
         return []  # it has another meaning from there on
-    found = []
-    for left, right, compare in zip(steps, steps[1:], steps[2:], strict=False):
-        loads_it = parameter in (left.argval, right.argval)
-        constants = [step.argval for step in (left, right) if step.opname == "LOAD_CONST"]
-        if loads_it and constants and compare.opname in ("COMPARE_OP", "CONTAINS_OP"):
-            values = constants[0] if isinstance(constants[0], (tuple, frozenset)) else constants
-            found.append({value for value in values if isinstance(value, str)})
-    return found
+    compared = zip(steps, steps[1:], steps[2:], strict=False)
+    pairs = [(left, right) for left, right, last in compared if last.opname in ("COMPARE_OP", "CONTAINS_OP")]
+    constants = [_constant_beside(parameter, left, right) for left, right in pairs]
+    return [{value for value in values if isinstance(value, str)} for values in constants if values is not None]
+
+
+def _constant_beside(
+    parameter: str, left: dis.Instruction, right: dis.Instruction
+) -> Sequence[object] | frozenset[object] | None:
+    """What a comparison of the parameter compares it with; None if that is no constant, or the parameter is not there."""
+    constants = [step.argval for step in (left, right) if step.opname == "LOAD_CONST"]
+    if parameter not in (left.argval, right.argval) or not constants:
+        return None
+    return constants[0] if isinstance(constants[0], (tuple, frozenset)) else constants

@@ -12,7 +12,7 @@ from fulmen.utilities.errors import is_one_letter_apart, suggest_name
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def unexpected_keyword(function: Any, name: str, known: Iterable[str]) -> TypeError:
+def unexpected_keyword(function: Callable[..., Any], name: str, known: Iterable[str]) -> TypeError:
     """The error for a keyword that the function does not take."""
     what = f"{function.__qualname__}() got an unexpected keyword argument '{name}'."
     return TypeError(what + suggest_name(name, known))
@@ -54,7 +54,7 @@ def hide_unknown(function: Function) -> Function:
     return function
 
 
-def refuse_misuse(owner: Any, cls: type, function: Any, unknown: Mapping[str, Any]) -> None:
+def refuse_misuse(owner: object, cls: type, function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
     """Raises if a method was called on its class instead of an instance, or for what landed in its ``**unknown``."""
     if not isinstance(owner, cls):
         what = f"{function.__qualname__}() was called on the class `{cls.__name__}`, not on an instance."

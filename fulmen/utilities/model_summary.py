@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from fulmen.utilities.console import get_human_readable_count as get_human_reada
 from fulmen.utilities.modules import capture_modes
 from fulmen.utilities.rank_zero import warn_once
 
+if TYPE_CHECKING:
+    from fulmen.trainer import Trainer
+
 # Makes this a package for the import system, so that deep paths below it can be served.
 __path__: list[str] = []
 
@@ -25,7 +28,7 @@ def _format_count(number: int) -> str:
     return get_human_readable_count(number).strip()
 
 
-def parse_batch_shape(batch: Any) -> str | list:
+def parse_batch_shape(batch: Any) -> str | list[Any]:
     """The shape of a tensor, the shapes in a list or tuple, ``"?"`` for anything else."""
     if hasattr(batch, "shape"):
         return list(batch.shape)
@@ -40,17 +43,22 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
             what = "A parameter has no shape yet, so the total number of parameters detected may be too small."
             warn_once(f"{what} Set `self.example_input_array`, and a forward pass will give it one.")
         else:
-            # bitsandbytes packs 4-bit weights into fewer elements and keeps the shape that they stand for.
-            packed = getattr(parameter, "quant_state", None)
-            total += math.prod(getattr(packed, "shape", None) or parameter.shape)
+            total += math.prod(_shape_in_use(parameter))
     return total
+
+
+def _shape_in_use(parameter: Tensor) -> Iterable[int]:
+    """The shape that a parameter stands for."""
+    # bitsandbytes packs 4-bit weights into fewer elements, and has this beside them once they are packed.
+    packed = parameter.quant_state if hasattr(parameter, "quant_state") else None
+    return parameter.shape if packed is None else packed.shape or parameter.shape
 
 
 class LayerSummary:
     """What is known about one module; the sizes are those of the next forward pass, then the hook is gone."""
 
-    in_size: str | list = "?"
-    out_size: str | list = "?"
+    in_size: str | list[Any] = "?"
+    out_size: str | list[Any] = "?"
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -58,7 +66,7 @@ class LayerSummary:
         scripted = isinstance(module, torch.jit.ScriptModule)
         self._handle = None if scripted else module.register_forward_hook(self._remember_sizes, with_kwargs=True)
 
-    def _remember_sizes(self, _: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def _remember_sizes(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         inputs = args or tuple(kwargs.values())
         self.in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
         self.out_size = parse_batch_shape(output)
@@ -100,13 +108,18 @@ class ModelSummary:
             raise ValueError(f"`max_depth` can be -1, 0 or > 0, got {max_depth}.")
         self._model: Any = model
         self._max_depth = math.inf if max_depth == -1 else max_depth
-        self._has_example = getattr(model, "example_input_array", None) is not None
+        self._has_example = hasattr(model, "example_input_array") and model.example_input_array is not None
         self._flops: dict[str, dict[Any, int]] = {}
         self._layer_summary = self.summarize()
         # With mixed precision the weights themselves stay in 32 bits.
-        precision = str(getattr(getattr(model, "_trainer", None), "precision", "32"))
+        precision = "32" if self._trainer is None else str(self._trainer.precision)
         bits = 32 if "mixed" in precision else int("".join(filter(str.isdigit, precision.split("-")[0])) or 32)
         self._megabytes_per_number = bits / 8 * 1e-6
+
+    @property
+    def _trainer(self) -> Trainer | None:
+        """The one that trains the model, if it is a `LightningModule` that one trains."""
+        return self._model._trainer if hasattr(self._model, "_trainer") else None
 
     def summarize(self) -> dict[str, LayerSummary]:
         """Look at the layers again; called by the constructor."""
@@ -124,13 +137,12 @@ class ModelSummary:
 
         model = self._model
         example = model.example_input_array
-        context = nullcontext()
-        trainer = getattr(model, "_trainer", None)
-        if trainer is not None:
+        context: AbstractContextManager[Any] = nullcontext()
+        if self._trainer is not None:
             example = model.on_before_batch_transfer(example, 0)
             example = model.transfer_batch_to_device(example, model.device, 0)
             example = model.on_after_batch_transfer(example, 0)
-            context = trainer.precision_plugin.forward_context()
+            context = self._trainer.precision_plugin.forward_context()
         elif (parameter := next(model.parameters(), None)) is not None:
             example = move_data_to_device(example, parameter.device)
         args, kwargs = ([], example) if isinstance(example, dict) else (example, {})
@@ -204,12 +216,16 @@ class ModelSummary:
         if self._has_example:
             table["In sizes"] = [str(size) for size in self.in_sizes]
             table["Out sizes"] = [str(size) for size in self.out_sizes]
-        in_layers = {parameter for _, part in self.named_modules for parameter in part.parameters()}
-        if rest := count_parameters(p for p in self._model.parameters() if p not in in_layers):
+        if rest := self._count_outside_layers():
             other = {" ": " ", "Name": "other params", "Params": _format_count(rest)}
             for header, cells in table.items():
                 cells.append(other.get(header, "n/a"))
         return list(table.items())
+
+    def _count_outside_layers(self) -> int:
+        """The size of parameters that no layer of the table holds."""
+        in_layers = {parameter for _, part in self.named_modules for parameter in part.parameters()}
+        return count_parameters(p for p in self._model.parameters() if p not in in_layers)
 
     def __str__(self) -> str:
         numbers = (self.total_parameters, self.trainable_parameters, self.model_size)

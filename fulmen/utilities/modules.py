@@ -6,10 +6,15 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch._dynamo.eval_frame import OptimizedModule
+    from torch.distributed.tensor import DTensor
+    from torch.optim import Optimizer
 
 
 def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: str = "/") -> dict[str, Tensor]:
@@ -48,9 +53,22 @@ def grad_norm(module: nn.Module, norm_type: float | int | str, group_separator: 
     return norms
 
 
-def _gradient_norm(gradient: Tensor, order: float) -> Any:
-    norm: Any = gradient.norm(order)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # every process asks
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Is it a `DTensor`, a tensor that is spread over processes? Asking does not import its module."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "to_local")
+
+
+def _gradient_norm(gradient: Tensor, order: float) -> Tensor:
+    norm: Tensor = gradient.norm(order)
+    return full_tensor(norm)  # every process asks
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that is spread over several processes (`DTensor`); a collective. Others come back as they are."""
+    if not is_dtensor(tensor):
+        return tensor
+    full: Tensor = tensor.full_tensor()
+    return full
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
@@ -68,21 +86,22 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
         norms = [
             torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, widest)).to(first.device) for g in gradients
         ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
-def local_part(tensor: Any) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor that is spread over several (`DTensor`); others come back as they are."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
-def spread_like(part: Tensor, like: Any) -> Any:
+def spread_like(part: Tensor, like: object) -> Tensor:
     """The tensor of which each process gives its part, spread like another one; its numbers may be of another type."""
-    if not hasattr(like, "to_local"):
+    if not is_dtensor(like):
         return part
     with torch.no_grad():
-        spread: Any = torch.empty_like(like.detach(), dtype=part.dtype)
-        spread.to_local().copy_(part)
+        spread = torch.empty_like(like.detach(), dtype=part.dtype)
+        local_part(spread).copy_(part)
     return spread
 
 
@@ -96,10 +115,13 @@ def scale_gradients(parameters: Iterable[Tensor], factor: float | Tensor) -> Non
         gradient.mul_(factor.to(gradient.device) if isinstance(factor, Tensor) else factor)
 
 
+def _read_mode(self: nn.Module) -> bool:
+    inner = self._modules.get("module")
+    return True if inner is None else inner.training
+
+
 # `training` of a module around another, ``self.module``: it has that one's mode, and none of its own to set.
-mode_of_module: Any = property(
-    lambda self: getattr(self._modules.get("module"), "training", True), lambda self, mode: None
-)
+mode_of_module: Any = property(_read_mode, lambda self, mode: None)
 
 
 def capture_modes(module: nn.Module) -> Callable[[], None]:
@@ -141,7 +163,8 @@ def module_flags(module: nn.Module) -> dict[str, Any]:
     for path, part in module.named_modules():
         of_torch = type(part).__module__.startswith("torch.")
         settings = vars(part)
-        names = [name for name in (settings if of_torch else getattr(part, "__constants__", ())) if name in settings]
+        listed = settings if of_torch else part.__constants__ if hasattr(part, "__constants__") else ()
+        names = [name for name in listed if name in settings]
         for name in ("training", *names):
             value = part.training if name == "training" else settings[name]
             if not name.startswith("_") and type(value) in (bool, int, float, type(None)):
@@ -169,7 +192,7 @@ def parameter_names(module: nn.Module, parameters: Iterable[Tensor]) -> list[str
     return [names.get(id(parameter), f"#{i}") for i, parameter in enumerate(parameters)]
 
 
-def group_names(module: nn.Module, optimizer: Any) -> list[list[str]] | None:
+def group_names(module: nn.Module, optimizer: Optimizer) -> list[list[str]] | None:
     """The names of the parameters in each group of an optimizer; None if it has some that are not the module's."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
@@ -203,19 +226,24 @@ def is_picklable(obj: object) -> bool:
     return True
 
 
-def is_compiled(model: object) -> bool:
+def is_compiled(model: object) -> TypeGuard[OptimizedModule]:
     """Is it what `torch.compile` makes of a module? Asking does not import the compiler."""
     compiler = sys.modules.get("torch._dynamo.eval_frame")
     return compiler is not None and isinstance(model, compiler.OptimizedModule)
 
 
-def from_compiled(model: Any) -> nn.Module:
+def _module_inside(model: nn.Module) -> nn.Module:
+    """What was compiled; a model that was not is that itself."""
+    return model._orig_mod if is_compiled(model) else model
+
+
+def from_compiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, with its forward and step methods compiled the same way."""
-    module: Any = model._orig_mod if is_compiled(model) else None
-    if not hasattr(module, "training_step"):
+    module = _module_inside(model)
+    if not is_compiled(model) or not hasattr(module, "training_step"):
         raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
     if "_compiler_ctx" in vars(module):
-        if module._compiler_ctx["dynamo_ctx"] is model.dynamo_ctx:
+        if vars(module)["_compiler_ctx"]["dynamo_ctx"] is model.dynamo_ctx:
             return module
         to_uncompiled(module)
     steps: dict[str, Any] = {}
@@ -223,7 +251,7 @@ def from_compiled(model: Any) -> nn.Module:
         method = getattr(module, name)
         # Left alone: a default, which only calls `forward` and must not pass for the user's own; and what the user
         # compiled, or kept from being compiled.
-        default = getattr(method, "__module__", "") == "fulmen.module"
+        default = method.__module__ == "fulmen.module"
         if not default and not hasattr(method, "_torchdynamo_orig_callable"):
             steps[name] = model.dynamo_ctx(method)
     before = {name: vars(module)[name] for name in steps if name in vars(module)}
@@ -232,9 +260,9 @@ def from_compiled(model: Any) -> nn.Module:
     return module
 
 
-def to_uncompiled(model: Any) -> nn.Module:
+def to_uncompiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, or one that was trained compiled, with its methods as they were."""
-    module = model._orig_mod if is_compiled(model) else model
+    module = _module_inside(model)
     if module is model and "_compiler_ctx" not in vars(module):
         raise ValueError(f"`{type(model).__name__}` is not compiled. Nothing needs to be undone, use it as it is.")
     before = undo_compilation(vars(module))

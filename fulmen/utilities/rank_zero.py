@@ -30,7 +30,7 @@ if not log.handlers:
     log.setLevel(log.level or logging.INFO)
 
 
-def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T]:
+def rank_zero_only(fn: Callable[..., T], default: T | None = None) -> Callable[..., T]:
     """A decorator for functions that only the first process runs, by ``rank_zero_only.rank`` at the time of the call.
 
     Args:
@@ -55,14 +55,25 @@ def rank_zero_only(fn: Callable[..., T], default: Any = None) -> Callable[..., T
     return on_rank_zero
 
 
+def set_rank(rank: int) -> None:
+    """Which process this is, for everything that only the first one does: ``rank_zero_only.rank``."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+
 # What the launcher said; the strategy corrects it once the processes know each other.
 _announced = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"))
-rank_zero_only.rank = next((int(text) for text in _announced if text.isdigit()), 0)  # type: ignore[attr-defined]
+set_rank(next((int(text) for text in _announced if text.isdigit()), 0))
+
+
+def current_rank() -> int | None:
+    """``rank_zero_only.rank``, which users may set too."""
+    rank: int | None = rank_zero_only.rank  # type: ignore[attr-defined]
+    return rank
 
 
 def is_rank_zero() -> bool:
     """Is this the first process?"""
-    rank = getattr(rank_zero_only, "rank", None)
+    rank = current_rank()
     if rank is None:
         raise RuntimeError("`rank_zero_only.rank` is None, so nobody knows which process this is. Set it to the rank.")
     return rank == 0

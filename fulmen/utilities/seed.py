@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fulmen.utilities.lazy import has_module
-from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from fulmen.utilities.rank_zero import current_rank, rank_zero_info, rank_zero_warn
 
 MAX_SEED = 2**32 - 1
 
@@ -77,12 +77,17 @@ def seed_cpu(seed: int) -> None:
 
 def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     """A ``worker_init_fn`` that gives python, numpy and torch different streams in every worker of every rank."""
-    rank = getattr(rank_zero_only, "rank", 0) if rank is None else rank
+    rank = current_rank() if rank is None else rank
     # torch seeds a worker with base + worker_id; the base is what all workers of an epoch share.
     base = torch.initial_seed() - worker_id
     digest = hashlib.blake2b(f"{base}/{worker_id}/{rank}".encode(), digest_size=32).digest()
     for_torch, for_python, for_numpy = (int.from_bytes(digest[i : i + 8], "big") for i in (0, 8, 16))
     _seed_generators(for_python, for_numpy % (MAX_SEED + 1), for_torch)
+
+
+def cuda_is_in_use() -> bool:
+    """Has this process used CUDA already? Asking does not start it."""
+    return bool(torch.cuda.is_initialized())
 
 
 @contextmanager
@@ -96,7 +101,7 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     arrays = numpy.random.get_state() if numpy is not None else None
     # Before CUDA is in use there is no state to keep, and asking would start it (which forbids forking later).
-    devices = torch.cuda.get_rng_state_all() if include_cuda and torch.cuda.is_initialized() else []
+    devices = torch.cuda.get_rng_state_all() if include_cuda and cuda_is_in_use() else []
     try:
         yield
     finally:
@@ -116,7 +121,7 @@ def generator_states(include_cuda: bool = True) -> dict[str, Any]:
         keys = torch.from_numpy(keys.astype("int64"))  # a list would cost a file more time than all of its weights
         states["numpy"] = (str(name), keys, int(position), int(has_gauss), float(cached))
     # Before CUDA is in use there is no state to keep, and asking would start it (which forbids forking later).
-    if include_cuda and torch.cuda.is_initialized():
+    if include_cuda and cuda_is_in_use():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 

@@ -60,8 +60,8 @@ def measure_flops(
     with FlopCounterMode(display=False) as counter:
         output = forward_fn()
         if loss_fn is not None:
-            loss_fn(output).backward()
-    return counter.get_total_flops()
+            torch.autograd.backward(loss_fn(output))
+    return int(counter.get_total_flops())
 
 
 class Throughput:
@@ -107,6 +107,17 @@ class Throughput:
         metrics = {name: value for name, value in last.items() if name != "flops"}
         if len(self._updates) < (self._updates.maxlen or 0):
             return metrics
+        rates = self._rates_per_second(first, last)
+        for name, value in rates.items():
+            metrics[f"device{self.separator}{name}"] = value
+            if self.world_size > 1:
+                metrics[name] = value * self.world_size
+        if self.available_flops and "flops_per_sec" in rates:
+            metrics[f"device{self.separator}mfu"] = rates["flops_per_sec"] / self.available_flops
+        return metrics
+
+    def _rates_per_second(self, first: dict[str, float], last: dict[str, float]) -> dict[str, float]:
+        """What grew between the first and the last update, and the FLOPs where all updates have them."""
         elapsed = last["time"] - first["time"]
         rates = {}
         for name, rate in (("batches", "batches"), ("samples", "samples"), ("lengths", "items")):
@@ -115,13 +126,7 @@ class Throughput:
         if all("flops" in update for update in self._updates):
             # The first entry was done before the window began.
             rates["flops_per_sec"] = (sum(update["flops"] for update in self._updates) - first["flops"]) / elapsed
-        for name, value in rates.items():
-            metrics[f"device{self.separator}{name}"] = value
-            if self.world_size > 1:
-                metrics[name] = value * self.world_size
-        if self.available_flops and "flops_per_sec" in rates:
-            metrics[f"device{self.separator}mfu"] = rates["flops_per_sec"] / self.available_flops
-        return metrics
+        return rates
 
     def reset(self) -> None:
         """Forget all updates."""
