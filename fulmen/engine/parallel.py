@@ -140,10 +140,6 @@ class ParallelStrategy(Strategy, ABC):
         cluster.set_world_size(self.num_nodes * self.num_processes)
         set_rank(self.global_rank)
 
-    def use_devices(self, devices: list[torch.device]) -> None:
-        if self.parallel_devices is None:
-            self.parallel_devices = devices
-
     def use_nodes(self, num_nodes: int, layer_sync: LayerSync | None) -> None:
         """How many machines there are, and what synchronises layers over them while fitting."""
         self.num_nodes = num_nodes

@@ -77,7 +77,6 @@ class Strategy(KeywordHints, ABC):
     collectives_blocked_reason: str | None = None  # of an error, while some process has no batch and takes no part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     start_method: str = ""  # how processes are started, for those strategies that start them
-    parallel_devices: list[torch.device] | None = None  # of the processes on this node, where there may be several
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
     def __init__(
@@ -116,7 +115,9 @@ class Strategy(KeywordHints, ABC):
         }
 
     def use_devices(self, devices: list[torch.device]) -> None:
-        """The devices of this node's processes, for a strategy that was not made with some."""
+        """The devices of this node's processes, for a strategy with `parallel_devices` that was made without."""
+        if hasattr(self, "parallel_devices") and self.parallel_devices is None:
+            self.parallel_devices = devices
 
     def precision_for(self, name: str) -> Precision | None:
         """The precision of that name, where this strategy needs one of its own."""
