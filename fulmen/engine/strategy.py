@@ -76,6 +76,7 @@ class Strategy(KeywordHints, ABC):
     forward_is_collective = False  # do all processes have to run a forward pass together?
     collectives_blocked_reason: str | None = None  # of an error, while some process has no batch and takes no part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
+    parallel_devices: list[torch.device] | None  # of the processes on this node, for strategies that may have several
     start_method: str = ""  # how processes are started, for those strategies that start them
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
 
