@@ -9,7 +9,7 @@ from fulmen.utilities.lazy import lazy_exports
 __all__ = [
     "BackboneFinetuning", "BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "DeviceStatsMonitor",
     "EMAWeightAveraging", "EarlyStopping", "GradientAccumulationScheduler", "GradientNorm", "LambdaCallback",
-    "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "NonFiniteError", "NonFiniteGuard",
+    "LearningRateMonitor", "ModelCheckpoint", "ModelPruning", "ModelSummary", "NonFiniteError", "NonFiniteGuard",
     "OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar", "RichProgressBarTheme",
     "SpikeDetection", "StochasticWeightAveraging", "TQDMProgressBar", "ThroughputMonitor", "Timer",
     "WeightAveraging",
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fulmen.callbacks.non_finite_guard import NonFiniteError, NonFiniteGuard
     from fulmen.callbacks.prediction_writer import BasePredictionWriter, LambdaCallback
     from fulmen.callbacks.progress_bar import ProgressBar
+    from fulmen.callbacks.pruning import ModelPruning
     from fulmen.callbacks.rich_bar import RichProgressBar, RichProgressBarTheme
     from fulmen.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
     from fulmen.callbacks.timer import GradientAccumulationScheduler, Timer

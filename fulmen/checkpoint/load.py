@@ -18,6 +18,7 @@ from torch import nn
 
 from fulmen.checkpoint.hparams import OMEGACONF, Missing, read_objects
 from fulmen.checkpoint.lightning_format import migrate_checkpoint
+from fulmen.checkpoint.pruned import match_pruning
 from fulmen.checkpoint.snapshot import load_weights
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import get_filesystem
@@ -230,6 +231,7 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     strict = module.strict_loading if strict is None else strict
+    match_pruning(module, checkpoint)
     load = lambda: module.load_state_dict(checkpoint["state_dict"], strict=strict)  # noqa: E731
     differences: Any = load_weights(source, module, checkpoint, strict, load) or ([], [])
     for keys, one, other in zip(differences, ("model", "checkpoint"), ("checkpoint", "model")):

@@ -23,6 +23,7 @@ from fulmen.checkpoint.lightning_format import (
     refuse_foreign,
     to_loops,
 )
+from fulmen.checkpoint.pruned import fit_pruning, match_pruning
 from fulmen.storage.integrity import DamagedCheckpointError
 from fulmen.storage.sharded import is_sharded
 from fulmen.utilities.errors import MisconfigurationException, find_nearest_name
@@ -30,7 +31,7 @@ from fulmen.utilities.introspection import is_overridden
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
@@ -126,6 +127,7 @@ class Snapshot:
         datamodule = trainer.datamodule
         module.on_load_checkpoint(content)
         strict = module.strict_loading
+        match_pruning(module, content)
         saved = set(content.get("state_dict", ()))
         load_weights(
             self.path, module, content, strict, lambda: trainer.strategy.load_model_state_dict(content, strict)
@@ -233,11 +235,12 @@ def _problems_of_layout(content: dict[str, Any], needed: list[str]) -> list[str]
     return problems
 
 
-def _problems_of_weights(saved: dict[str, Any], module: LightningModule) -> list[str]:
+def _problems_of_weights(saved: Mapping[str, Any], module: LightningModule) -> list[str]:
     own_loading = is_overridden("on_load_checkpoint", module) or is_overridden("load_state_dict", module, nn.Module)
     if own_loading or not module.strict_loading:
         return []
     own = module.state_dict()
+    saved = fit_pruning(saved, own)
     unlike = [key for key in own if key not in saved or _shape_of(saved[key]) != _shape_of(own[key])]
     what = f"of the weights of {type(module).__name__}, {unlike[:5]} are missing or of another shape"
     return [what] if unlike else []
