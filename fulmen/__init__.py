@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 serve_deep_paths()
 
 __all__ = [
-    "Callback", "LightningDataModule", "LightningModule", "SyncBatchNorm", "Trainer",
+    "Callback", "Fabric", "LightningDataModule", "LightningModule", "SyncBatchNorm", "Trainer",
     "disable_possible_user_warnings", "seed_everything",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from fulmen import accelerators as accelerators
     from fulmen import callbacks as callbacks
+    from fulmen import fabric as fabric
     from fulmen import loggers as loggers
     from fulmen import plugins as plugins
     from fulmen import profilers as profilers
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fulmen.callbacks.callback import Callback
     from fulmen.datamodule import LightningDataModule
     from fulmen.engine.sync_batchnorm import SyncBatchNorm
+    from fulmen.fabric.fabric import Fabric
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
     from fulmen.utilities.errors import disable_possible_user_warnings

@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fulmen import export
 from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
-from fulmen.engine.precision import MixedPrecision
+from fulmen.engine.precision import MixedPrecision, clips_by_value
 from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
 from fulmen.utilities.collections import apply_to_collection
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fulmen.callbacks.callback import Callback
+    from fulmen.fabric.fabric import Fabric
     from fulmen.loggers.logger import Logger
     from fulmen.optimizers import LightningOptimizer
     from fulmen.trainer import Trainer
@@ -73,17 +74,18 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     __jit_unused_properties__ = [
         "example_input_array", "current_epoch", "global_step", "global_rank", "local_rank", "logger", "loggers",
-        "automatic_optimization", "trainer", "strict_loading", "hparams", "hparams_initial", "device", "dtype", "on_gpu",
+        "automatic_optimization", "trainer", "fabric", "strict_loading", "hparams", "hparams_initial", "device", "dtype", "on_gpu",
     ]  # fmt: skip
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
     device_mesh: ClassVar[DeviceMesh | None] = None  # an instance gets one from `ModelParallelStrategy`
-    fabric: ClassVar[object | None] = None
 
     if TYPE_CHECKING:  # at run time TorchScript would try to read these
         _trainer: Trainer | None
         _book: Any
+        _fabric: Fabric | None
+        _fabric_optimizers: list[Any]
         _example_input_array: Tensor | tuple[Any, ...] | dict[str, Any] | None
         _automatic_optimization: bool
         _strict_loading: bool | None
@@ -96,7 +98,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         super().__init__(*args, **kwargs)
         # Written to __dict__: assigning to a module goes through its search for parameters, which is slow.
         self.__dict__.update(
-            _trainer=None, _book=None, _example_input_array=None, _automatic_optimization=True, _strict_loading=None,
+            _trainer=None, _book=None, _fabric=None, _fabric_optimizers=[], _example_input_array=None, _automatic_optimization=True, _strict_loading=None,
             _device=torch.device("cpu"), _dtype=torch.get_default_dtype(), _requires_grad_before_toggle={},
             _clipped_norms={},
         )  # fmt: skip
@@ -202,6 +204,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             RuntimeError: before the module was given to a trainer.
         """
         trainer = self._trainer
+        if trainer is None and self._fabric is not None:
+            return TrainerOfFabric(self._fabric)  # type: ignore[return-value]
         if trainer is None:
             # TorchScript reads every attribute there is, and does not mean this one.
             if sys._getframe(1).f_globals.get("__name__", "").startswith(("torch.jit", "torch._jit")):
@@ -221,6 +225,27 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
                 child.__dict__["_book"] = book
 
     @property
+    def fabric(self) -> Fabric | None:
+        """The `Fabric` that set this module up, if one did."""
+        return self._fabric
+
+    @fabric.setter
+    def fabric(self, fabric: Fabric | None) -> None:
+        for child in self.modules():
+            if isinstance(child, LightningModule):
+                child.__dict__["_fabric"] = fabric
+
+    def attach_fabric(self, fabric: Fabric, optimizers: list[Any]) -> None:
+        """`Fabric.setup` calls this: logging, printing and backward go to it from now on.
+
+        Arguments:
+            fabric: whose loop calls the steps of this module.
+            optimizers: what `optimizers()` returns.
+        """
+        self.fabric = fabric
+        self.__dict__["_fabric_optimizers"] = optimizers
+
+    @property
     def current_epoch(self) -> int:
         """Epochs finished so far; 0 without a trainer."""
         return self._trainer.current_epoch if self._trainer is not None else 0
@@ -233,21 +258,27 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     @property
     def global_rank(self) -> int:
         """Index of this process over all nodes; 0 without a trainer."""
-        return self._trainer.global_rank if self._trainer is not None else 0
+        owner = self._trainer if self._fabric is None else self._fabric
+        return owner.global_rank if owner is not None else 0
 
     @property
     def local_rank(self) -> int:
         """Index of this process on its node; 0 without a trainer."""
-        return self._trainer.local_rank if self._trainer is not None else 0
+        owner = self._trainer if self._fabric is None else self._fabric
+        return owner.local_rank if owner is not None else 0
 
     @property
     def logger(self) -> Logger | None:
         """The first logger of the trainer, if it has one."""
+        if self._fabric is not None:
+            return next(iter(self._fabric.loggers), None)
         return self._trainer.logger if self._trainer is not None else None
 
     @property
     def loggers(self) -> list[Logger]:
         """All loggers of the trainer."""
+        if self._fabric is not None:
+            return self._fabric.loggers
         return self._trainer.loggers if self._trainer is not None else []
 
     # ------------------------------------------------------------------ switches
@@ -427,7 +458,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """
         book = self._book
         if book is None:
-            return self._log_nowhere(name)
+            return self._log_without_book(name, value)
         arguments = (  # in the order of `LogOptions`; a plain tuple, which costs no call
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
             add_dataloader_idx, metric_attribute, rank_zero_only,
@@ -467,11 +498,13 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
                 add_dataloader_idx, batch_size, None, rank_zero_only,
             )  # fmt: skip
 
-    def _log_nowhere(self, name: str) -> None:
-        """`self.log` without a logbook: barebones, or no trainer at all."""
+    def _log_without_book(self, name: str, value: LoggedValue) -> None:
+        """`self.log` without a logbook: with Fabric, barebones, or on its own."""
         if is_dynamo_compiling():
             return  # a warning would break the graph
-        if self._trainer is not None:
+        if self._fabric is not None:
+            self._fabric.log_dict(metrics={name: value})
+        elif self._trainer is not None:
             warn_once("`self.log` does nothing: the trainer runs with `barebones=True`. Remove one of the two.")
         else:
             warn_once(
@@ -483,7 +516,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Prints on one process only, above the progress bar if there is one."""
         trainer = self._trainer
-        if trainer is None or trainer.is_global_zero:
+        if self._fabric is not None:
+            self._fabric.print(*args, **kwargs)
+        elif trainer is None or trainer.is_global_zero:
             bar = trainer.progress_bar_callback if trainer is not None else None
             (bar.print if bar is not None and bar.is_enabled else print)(*args, **kwargs)
 
@@ -509,6 +544,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         Raises:
             RuntimeError: without a trainer.
         """
+        if self._fabric is not None:
+            return self._fabric.all_gather(data, group=group, sync_grads=sync_grads)
         strategy = self.trainer.strategy
         as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
         if getattr(strategy, "world_size", 1) == 1:
@@ -550,6 +587,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             ...         self.manual_backward(self(batch).mean())
             ...         optimizer.step()
         """
+        if self._fabric is not None:
+            return self._fabric_optimizers[0] if len(self._fabric_optimizers) == 1 else self._fabric_optimizers
         trainer = self.trainer
         found: Sequence[Optimizer] = trainer.lightning_optimizers if use_pl_optimizer else trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
@@ -575,6 +614,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         Raises:
             MisconfigurationException: with automatic optimization, where the trainer calls backward itself.
         """
+        if self._fabric is not None:
+            self._fabric.backward(loss, *args, **kwargs)
+            return
         if self.automatic_optimization:
             raise MisconfigurationException(
                 "`manual_backward` was called with automatic optimization. "
@@ -655,6 +697,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         Returns:
             The norm before clipping, if it had to be known: one number on the device, ready for `self.log`.
         """
+        if self._fabric is not None:
+            return self._clip_with_fabric(optimizer, gradient_clip_val, gradient_clip_algorithm)
         value = self._agreed("gradient_clip_val", gradient_clip_val, self.trainer.gradient_clip_val)
         algorithm = gradient_clip_algorithm and gradient_clip_algorithm.lower()
         algorithm = self._agreed("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
@@ -673,6 +717,15 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         if norm is not None:
             self._clipped_norms[id(raw)] = norm  # for `GradientNorm`, so that it need not be computed twice
         return norm
+
+    def _clip_with_fabric(
+        self, optimizer: Optimizer, value: Number | None, algorithm: ClipAlgorithm | None
+    ) -> Tensor | None:
+        if not value or self._fabric is None:
+            return None
+        if clips_by_value(algorithm):
+            return self._fabric.clip_gradients(self, optimizer, clip_val=value)
+        return self._fabric.clip_gradients(self, optimizer, max_norm=value)
 
     @staticmethod
     def _agreed(name: str, given: Any, trainers: Any) -> Any:
@@ -770,7 +823,25 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.
         # Compiled methods cannot be pickled, and would go on calling this module: the copy has those of its class.
         state = undo_compilation(super().__getstate__())
-        return {**state, "_trainer": None, "_book": None, "_requires_grad_before_toggle": {}, "_clipped_norms": {}}
+        own: dict[str, Any] = {"_trainer": None, "_book": None, "_fabric": None, "_fabric_optimizers": []}
+        return {**state, **own, "_requires_grad_before_toggle": {}, "_clipped_norms": {}}
+
+
+class TrainerOfFabric:
+    """What `self.trainer` is under Fabric: who this process is, and which strategy it has; nothing else."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.global_rank = fabric.global_rank
+        self.local_rank = fabric.local_rank
+        self.node_rank = fabric.node_rank
+        self.world_size = fabric.world_size
+        self.is_global_zero = fabric.is_global_zero
+        self.strategy = fabric.strategy
+
+    def __getattr__(self, name: str) -> Any:
+        what = f"Your LightningModule code tried to access `self.trainer.{name}` but this attribute is not available"
+        fix = "Keep what the loop knows in the loop, and hand it to the module."
+        raise AttributeError(f"{what} when using Fabric with a LightningModule. {fix}", name=name)
 
 
 def missing_super_init(module: object) -> str:

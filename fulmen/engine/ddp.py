@@ -27,7 +27,7 @@ from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.collections import declared_batch_size
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator
-from fulmen.utilities.modules import mode_of_module, parameter_names
+from fulmen.utilities.modules import call_as_forward, mode_of_module, parameter_names
 from fulmen.utilities.rank_zero import warn_once
 
 if TYPE_CHECKING:
@@ -150,7 +150,14 @@ class DDPStrategy(ParallelStrategy):
             }
             self.buffers.broadcast()  # older versions of torch would not
         self._ddp_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        wrapped = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **options)
+        return self._wrap_with_ddp(self.model, options)
+
+    def setup_module(self, module: Module) -> Module:
+        """Torch's wrapper with the arguments of this strategy; weights and buffers of rank 0 are in all processes."""
+        return self._wrap_with_ddp(module, self._ddp_kwargs)
+
+    def _wrap_with_ddp(self, module: Module, options: dict[str, Any]) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(module, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
         if hook is not None:
             hook = hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(hook)
@@ -202,6 +209,8 @@ class DDPStrategy(ParallelStrategy):
             yield
 
     def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
+        if enabled and isinstance(module, parallel.DistributedDataParallel) and module is not self.model:
+            return module.no_sync()
         return self._without_sync() if enabled and self.gradient_averager is not None else nullcontext()
 
     def process_dataloader(self, dataloader: T) -> T:
@@ -226,7 +235,6 @@ def call_through_wrapper(
 ) -> Callable[..., Any]:
     """The step, called through the forward pass of the wrapper: that is where DDP prepares for the backward pass.
 
-    The wrapper calls the module; for that one call `module.forward` is the step. One entry of a dictionary changes.
     The wrapper itself is not kept: it holds the process group, whose threads have to end before the process does.
 
     Arguments:
@@ -234,30 +242,17 @@ def call_through_wrapper(
         reduced: the parameters whose gradients the wrapper waits for, to name those that got none.
     """
     module: Any = strategy.lightning_module
-    own = vars(module)
-    user_forward = own.get("forward")  # of an instance, such as a compiled one
-
-    def put_back() -> None:
-        own.pop("forward", None)
-        if user_forward is not None:
-            own["forward"] = user_forward
-
-    def redirected(*args: Any, **kwargs: Any) -> Any:
-        put_back()
-        return step(*args, **kwargs)
+    call = call_as_forward(module, lambda *args, **kwargs: strategy.model(*args, **kwargs), step)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        own["forward"] = redirected
         try:
-            return strategy.model(*args, **kwargs)
+            return call(*args, **kwargs)
         except RuntimeError as error:
             indices = re.search(r"did not receive grad for rank \d+: ([\d\s]+)", str(error))
             if "Expected to have finished reduction" not in str(error):
                 raise
             missing = [reduced[int(index)] for index in indices[1].split()] if indices else []
             raise RuntimeError(unused_parameters_message(parameter_names(module, missing))) from error
-        finally:
-            put_back()
 
     return run
 

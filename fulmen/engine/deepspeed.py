@@ -230,10 +230,10 @@ class DeepSpeedStrategy(ParallelStrategy):
         return closure_loss
 
     def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Module | None = None, **kwargs: Any
+        self, optimizer: Optimizer, closure: Callable[[], Any] | None = None, model: Module | None = None, **kwargs: Any
     ) -> Any:
         """The engine clips and steps."""
-        outcome = closure()
+        outcome = None if closure is None else closure()
         self.model.step(**kwargs)
         return outcome
 

@@ -14,7 +14,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from fulmen.engine import collectives
-from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision
+from fulmen.engine.precision import HalfPrecision, MixedPrecision, Precision, check_finite_norm
 from fulmen.engine.stochastic_rounding import stochastic_round
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import full_tensor, is_dtensor, local_part, scale_gradients, spread_like, total_norm
@@ -157,8 +157,11 @@ class FSDPPrecision(MixedPrecision):
     def convert_input(self, data: Any) -> Any:
         return self.half.convert_input(data)
 
+    def convert_forward_input(self, data: Any) -> Any:
+        return super().convert_forward_input(data) if self.mixed else self.half.convert_input(data)
+
     def convert_output(self, data: Any) -> Any:
-        return self.half.convert_output(data)
+        return super().convert_output(data) if self.mixed else self.half.convert_output(data)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         return self.half.tensor_init_context()
@@ -168,10 +171,12 @@ class FSDPPrecision(MixedPrecision):
     def forward_context(self) -> AbstractContextManager[Any]:
         return super().forward_context() if self.mixed else self.half.forward_context()
 
-    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+    ) -> Any:
         if not isinstance(self.half, HalfPrecision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)
-        outcome = closure()
+        outcome = None if closure is None else closure()
         with sharded_stand_ins(optimizer, seed=self.half.next_seed()):
             optimizer.step(**kwargs)
         return outcome
@@ -191,8 +196,16 @@ class FSDPPrecision(MixedPrecision):
     def gradient_norm(self, optimizer: Optimizer) -> Tensor:
         return global_norm(p.grad for p in self.main_params(optimizer) if p.grad is not None)
 
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor:
+    def clip_grad_by_norm(
+        self, optimizer: Optimizer, clip_val: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
         norm = self.gradient_norm(optimizer)
+        if norm_type != 2.0:
+            gradients = [p.grad for p in self.main_params(optimizer) if p.grad is not None]
+            total: Any = torch.nn.utils.get_total_norm(gradients, norm_type)
+            norm = total.full_tensor() if is_dtensor(total) else total
+        if error_if_nonfinite:
+            check_finite_norm(norm)
         scale_gradients(self.main_params(optimizer), (clip_val / (norm + 1e-6)).clamp(max=1.0))
         return norm
 

@@ -46,7 +46,8 @@ class Launcher(Protocol):
 class ResultOwner(Protocol):
     """Whose run is launched: it knows how results travel from the process of rank 0 to the one that launched it."""
 
-    strategy: Strategy
+    @property
+    def strategy(self) -> Strategy: ...
 
     def pack_results(self) -> Any: ...
 

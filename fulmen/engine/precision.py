@@ -40,8 +40,10 @@ def _closure_argument(step: Callable[..., Any]) -> str:
     return "by position" if num_positional(step) > 1 else "not at all"
 
 
-def step_with_closure(optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any) -> Any:
+def step_with_closure(optimizer: Optimizer, closure: Callable[[], Any] | None, **kwargs: Any) -> Any:
     """`optimizer.step(closure)`; where the optimizer takes none, the closure runs first."""
+    if closure is None:
+        return optimizer.step(**kwargs)
     kind = type(optimizer)
     way = _closure_argument(kind.step if hasattr(kind, "step") else optimizer.step)
     if way == "by name":
@@ -56,6 +58,19 @@ def step_with_closure(optimizer: Optimizer, closure: Callable[[], Any], **kwargs
 def _optimizes_manually(model: Module) -> bool:
     """Is it a `LightningModule` that calls its optimizers itself?"""
     return hasattr(model, "automatic_optimization") and not model.automatic_optimization
+
+
+def check_finite_norm(norm: Tensor) -> None:
+    """Raises a RuntimeError for a norm of gradients that is infinite or not a number (sync)."""
+    if not bool(norm.isfinite()):
+        what = f"The norm of the gradients is {float(norm)}, so they cannot be clipped."
+        raise RuntimeError(f"{what} Look for the loss that diverged, or pass `error_if_nonfinite=False`.")
+
+
+def convert_to_default_dtype(data: Any) -> Any:
+    """Floating-point tensors of a collection in torch's default dtype."""
+    dtype = torch.get_default_dtype()
+    return apply_to_collection(data, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def clips_by_value(algorithm: str | GradClipAlgorithmType | None) -> bool:
@@ -85,6 +100,10 @@ class Precision:
     def convert_input(self, data: Any) -> Any:
         """A batch in the dtype the model computes in."""
         return data
+
+    def convert_forward_input(self, data: Any) -> Any:
+        """Arguments of `forward` in the dtype it computes in, where a loop of the user's own calls the model."""
+        return self.convert_input(data)
 
     def convert_output(self, data: Any) -> Any:
         """What the model returned, in the dtype that callers outside of the model expect."""
@@ -120,13 +139,18 @@ class Precision:
         """The loss that is handed on after `backward`."""
         return tensor
 
+    def watch_optimizer(self, optimizer: Optimizer) -> None:
+        """An optimizer will be stepped by `optimizer_step`."""
+
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Takes the loss scale out of the gradients, before anybody looks at them."""
 
     def update_loss_scale(self) -> None:
         """Lets the loss scale grow or shrink by what was found since the last time; called when a batch is done."""
 
-    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+    ) -> Any:
         """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
         return step_with_closure(optimizer, closure, **kwargs)
 
@@ -148,9 +172,11 @@ class Precision:
         """Clamps every element to [-clip_val, clip_val]."""
         torch.nn.utils.clip_grad_value_(self.main_params(optimizer), clip_value=clip_val)
 
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
-        """Scales all gradients together so that their L2 norm is at most `clip_val`."""
-        return torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+    def clip_grad_by_norm(
+        self, optimizer: Optimizer, clip_val: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor | None:
+        """Scales all gradients together so that their norm (L2, or of order `norm_type`) is at most `clip_val`."""
+        return torch.nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val, norm_type, error_if_nonfinite)
 
     def main_params(self, optimizer: Optimizer) -> list[Tensor]:
         """The parameters the optimizer updates."""
@@ -240,16 +266,27 @@ class MixedPrecision(Precision):
     def connect(
         self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[LRSchedulerConfig]
     ) -> tuple[Module, list[Optimizer], list[LRSchedulerConfig]]:
-        for optimizer in optimizers if self.scaler is not None else ():
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
-            if hasattr(optimizer, "register_step_post_hook"):
-                self._hooks.append(optimizer.register_step_post_hook(self._on_step))
+        for optimizer in optimizers:
+            self.watch_optimizer(optimizer)
         self.hold_scale = False
         self.last_skip = False
         self._skips = 0
         self._steps = 0
         return model, optimizers, lr_schedulers
+
+    def watch_optimizer(self, optimizer: Optimizer) -> None:
+        if self.scaler is None:
+            return
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
+        if hasattr(optimizer, "register_step_post_hook"):
+            self._hooks.append(optimizer.register_step_post_hook(self._on_step))
+
+    def convert_forward_input(self, data: Any) -> Any:
+        return apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
+
+    def convert_output(self, data: Any) -> Any:
+        return convert_to_default_dtype(data)
 
     def hold_loss_scale(self) -> None:
         """Until the next run, the loss scale changes in `update_loss_scale` only.
@@ -284,14 +321,16 @@ class MixedPrecision(Precision):
             self.scaler.unscale_(optimizer)
             self._unscaled.add(id(optimizer))
 
-    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+    ) -> Any:
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
         self.last_skip = False
         # `training_step` returned no loss: there are no gradients to apply
-        if closure() is None and not _optimizes_manually(model):
+        if closure is not None and closure() is None and model is not None and not _optimizes_manually(model):
             return None
         # until `_on_step` says otherwise; one that takes no hooks is believed to step
         self.last_skip = hasattr(optimizer, "register_step_post_hook")
@@ -354,8 +393,7 @@ class HalfPrecision(Precision):
         return apply_to_collection(data, Tensor, lambda t: t.to(self.dtype) if t.is_floating_point() else t)
 
     def convert_output(self, data: Any) -> Any:
-        dtype = torch.get_default_dtype()
-        return apply_to_collection(data, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return convert_to_default_dtype(data)
 
     @contextmanager
     def forward_context(self) -> Generator[None]:
@@ -369,10 +407,12 @@ class HalfPrecision(Precision):
 
     tensor_init_context = module_init_context = forward_context
 
-    def optimizer_step(self, optimizer: Optimizer, model: Module, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+    ) -> Any:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(_LBFGS_REFUSED.format(self.precision, "which is made in float32"))
-        outcome = closure()
+        outcome = None if closure is None else closure()
         step_in_float32(optimizer, seed=self.next_seed(), **kwargs)
         return outcome
 
@@ -385,10 +425,16 @@ class HalfPrecision(Precision):
         """States that are loaded keep their 32 bits with float16 weights."""
         return float32_stand_ins(optimizer) if self.dtype == torch.float16 else nullcontext()
 
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> Tensor | None:
+    def clip_grad_by_norm(
+        self, optimizer: Optimizer, clip_val: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor | None:
+        if norm_type != 2.0:
+            return Precision.clip_grad_by_norm(self, optimizer, clip_val, norm_type, error_if_nonfinite)
         # A norm in float16 is infinite beyond 65,504, and clipping to it would erase the gradients.
         parameters = [p for p in self.main_params(optimizer) if p.grad is not None]
         norm = self.gradient_norm(optimizer)
+        if error_if_nonfinite:
+            check_finite_norm(norm)
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_val, norm)
         return norm
 

@@ -22,8 +22,10 @@ from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
 from fulmen.engine.transformer_engine import TransformerEnginePrecision
 from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.utilities.errors import (
-    MisconfigurationException,
+    InvalidChoiceError,
+    InvalidPluginError,
     PossibleUserWarning,
+    UnavailableError,
     describe_received,
     find_nearest_name,
     suggest_name,
@@ -138,20 +140,20 @@ CONFLICTS: tuple[tuple[Callable[[EngineRequest], Any], type[Exception], str], ..
     (lambda request: request.precision and Precision in request.plugins,
      ValueError, "`precision={request.precision!r}` and a plugin both say in which numbers to compute. Choose one of the two."),
     (lambda request: request.sync_batchnorm and not isinstance(request.plugins.get(LayerSync), (TorchSyncBatchNorm, NoneType)),
-     MisconfigurationException, "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
+     InvalidChoiceError, "`sync_batchnorm=True` and a plugin both say how to synchronise layers. Choose one of the two."),
     (lambda request: request.brought_along("accelerator") and request.accelerator != "auto",
-     MisconfigurationException, _GIVEN_TWICE.format("accelerator", "accelerator")),
+     InvalidChoiceError, _GIVEN_TWICE.format("accelerator", "accelerator")),
     (lambda request: (own := request.brought_along("precision_plugin")) and request.precision not in (None, own.precision),
-     MisconfigurationException, _GIVEN_TWICE.format("precision", "precision")),
+     InvalidChoiceError, _GIVEN_TWICE.format("precision", "precision")),
     *((lambda request, part=part, kind=kind: request.brought_along(part) and kind in request.plugins,
-       MisconfigurationException, _GIVEN_TWICE.format(part, "plugins")) for part, kind in PLUGIN_PARTS.items()),
-    (lambda request: request.devices in (0, "0", [], ()), MisconfigurationException,
+       InvalidChoiceError, _GIVEN_TWICE.format(part, "plugins")) for part, kind in PLUGIN_PARTS.items()),
+    (lambda request: request.devices in (0, "0", [], ()), InvalidChoiceError,
      "`devices={request.devices!r}` is not a valid input: it asks for no device at all. Use `devices=1`, or 'auto'."),
     (lambda request: isinstance(request.strategy, str) and request.strategy not in ("auto", *StrategyRegistry),
-     MisconfigurationException, "`strategy={request.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
+     InvalidChoiceError, "`strategy={request.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
     (lambda request: request.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
      "`strategy={request.strategy!r}` starts processes by {request.start_method!r}, which this platform cannot. Use 'ddp'."),
-    (lambda request: request.start_method == "popen" and is_interactive(), MisconfigurationException,
+    (lambda request: request.start_method == "popen" and is_interactive(), UnavailableError,
      "`strategy={request.strategy!r}` runs the script again for each device, and in a notebook or interpreter there is none. "
      "Use `strategy='ddp_notebook'`."),
 )
@@ -189,7 +191,7 @@ def choose_accelerator(request: EngineRequest) -> Accelerator:
 def _check_available(asked: str, kind: Accelerator | type[Accelerator] | None) -> None:
     """Refuses an accelerator that this machine, or this version (None), does not have."""
     if kind is None or not kind.is_available():
-        raise MisconfigurationException(_missing_accelerator_message(asked))
+        raise UnavailableError(_missing_accelerator_message(asked))
 
 
 def _missing_accelerator_message(asked: str) -> str:
@@ -206,12 +208,12 @@ def choose_devices(request: EngineRequest, accelerator: Accelerator) -> list[tor
     parsed = accelerator.parse_devices(wish)
     found = accelerator.get_parallel_devices(parsed) if parsed else []
     if not found:
-        raise MisconfigurationException(
+        raise InvalidChoiceError(
             f"`devices={request.devices!r}` names no {accelerator.name()} device. Use `devices=1`."
         )
     if request.needs_single_device and (len(found) > 1 or request.num_nodes > 1):
         what = f"`devices={request.devices!r}` with `num_nodes={request.num_nodes}` are several devices"
-        raise MisconfigurationException(
+        raise InvalidChoiceError(
             f"{what}, and `strategy={request.strategy!r}` trains on one. Use 'ddp', or `devices=1`."
         )
     wish = request.strategy
@@ -259,7 +261,7 @@ def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices:
 def check_accelerator(accelerator: Accelerator, device: torch.device) -> None:
     """Refuses an accelerator of another kind than the strategy's device."""
     if {device.type, accelerator.name()} in ({"cpu", "cuda"}, {"cpu", "mps"}, {"cuda", "mps"}):
-        raise MisconfigurationException(
+        raise InvalidChoiceError(
             f"The strategy is on `{device}`, but the accelerator is {accelerator.name()!r}. Choose one of the two."
         )
 
@@ -306,12 +308,12 @@ def check_precision(
         raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
     if isinstance(precision, MixedPrecision) and precision.device not in (kind, ""):
         what = f"The precision plugin autocasts on {precision.device!r}, but the device is `{device}`."
-        raise MisconfigurationException(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
+        raise InvalidChoiceError(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
     need, instead = PRECISION_REQUIREMENTS.get(str(precision.precision), ("", ""))
     only_cuda: Ability = (lambda _: False, "NVIDIA GPUs from compute capability 8.9 on")
     known = {"FP8": only_cuda, **abilities.get(kind, {})}
     if who := _who_has_what_it_lacks(known.get(need), device):
-        raise MisconfigurationException(f"{asked} needs {need}. `{device}` does not have it, {who} do. Use {instead}.")
+        raise InvalidChoiceError(f"{asked} needs {need}. `{device}` does not have it, {who} do. Use {instead}.")
     if who := _who_has_what_it_lacks(known.get(f"fast {need}"), device):
         what = f"{asked}: `{device}` imitates {need}, which is slow; {who} compute in it."
         rank_zero_warn(f"{what} Use {instead}.", category=PossibleUserWarning)
@@ -384,9 +386,9 @@ def _plugins_by_kind(plugins: Any) -> dict[type, Any]:
         if kind is None:
             what = f"`plugins` received {describe_received(plugin)}; that" if isinstance(plugin, type) else repr(plugin)
             kinds = ", ".join(kind.__name__ for kind in PLUGINS)
-            raise MisconfigurationException(f"{what} is not a plugin. Pass an object of one of {kinds} in `plugins`.")
+            raise InvalidPluginError(f"{what} is not a plugin. Pass an object of one of {kinds} in `plugins`.")
         if kind in found:
-            raise MisconfigurationException(
+            raise InvalidChoiceError(
                 f"`plugins` has two of the kind {kind.__name__}: {found[kind]!r} and {plugin!r}. Pass one."
             )
         found[kind] = plugin

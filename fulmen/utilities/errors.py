@@ -13,6 +13,18 @@ class MisconfigurationException(Exception):
     """The user's code or arguments ask for something that cannot work."""
 
 
+class InvalidChoiceError(MisconfigurationException, ValueError):
+    """An argument that says which machine to use has a value that cannot be."""
+
+
+class InvalidPluginError(MisconfigurationException, TypeError):
+    """What was given as a part of the machine is none."""
+
+
+class UnavailableError(MisconfigurationException, RuntimeError):
+    """What was asked for exists, but not here."""
+
+
 class SIGTERMException(SystemExit):
     """Raised inside the loops when the process was told to end; plug-ins may react in ``on_exception``."""
 

@@ -232,14 +232,46 @@ def is_compiled(model: object) -> TypeGuard[OptimizedModule]:
     return compiler is not None and isinstance(model, compiler.OptimizedModule)
 
 
-def _module_inside(model: nn.Module) -> nn.Module:
-    """What was compiled; a model that was not is that itself."""
-    return model._orig_mod if is_compiled(model) else model
+def unwrap_compiled(module: object) -> Any:
+    """The module inside of `torch.compile(module)`; others as they are."""
+    return module._orig_mod if is_compiled(module) else module
+
+
+def call_as_forward(module: nn.Module, call: Callable[..., Any], step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`, called through the forward pass of a module: where wrappers and their hooks take part.
+
+    For one call `module.forward` is the step. One entry of a dictionary changes.
+
+    Arguments:
+        module: the innermost one, without wrappers.
+        call: calls the module, through wrappers.
+        step: is called with the arguments that reach the module.
+    """
+    own = vars(module)
+    user_forward = own.get("forward")  # of an instance, such as a compiled one
+
+    def put_back() -> None:
+        own.pop("forward", None)
+        if user_forward is not None:
+            own["forward"] = user_forward
+
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        put_back()
+        return step(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        own["forward"] = redirected
+        try:
+            return call(*args, **kwargs)
+        finally:
+            put_back()
+
+    return run
 
 
 def from_compiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, with its forward and step methods compiled the same way."""
-    module = _module_inside(model)
+    module: nn.Module = unwrap_compiled(model)
     if not is_compiled(model) or not hasattr(module, "training_step"):
         raise ValueError(f"Expected `torch.compile(module)` of a `LightningModule`, not a `{type(model).__name__}`.")
     if "_compiler_ctx" in vars(module):
@@ -262,7 +294,7 @@ def from_compiled(model: nn.Module) -> nn.Module:
 
 def to_uncompiled(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile(module)`, or one that was trained compiled, with its methods as they were."""
-    module = _module_inside(model)
+    module: nn.Module = unwrap_compiled(model)
     if module is model and "_compiler_ctx" not in vars(module):
         raise ValueError(f"`{type(model).__name__}` is not compiled. Nothing needs to be undone, use it as it is.")
     before = undo_compilation(vars(module))

@@ -18,6 +18,8 @@ FACADES = {
     "LightningModule",
     "LightningDataModule",
     "Fabric",
+    "_FabricModule",
+    "Precision",
     "Strategy",
     "ParallelStrategy",
     "Callback",
