@@ -183,7 +183,7 @@ class Fabric(FabricProcess):
         """See `pack_results`."""
 
     @contextmanager
-    def entered(self) -> Generator[None]:
+    def enter_process(self) -> Generator[None]:
         """In a process that was launched: the environment is set up, and inside nothing is launched again."""
         self._strategy.setup_environment()
         self._launched = True

@@ -46,5 +46,5 @@ def _call_first(run: Callable[[], Any]) -> Any:
 
 def _run_launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In each of the processes."""
-    with fabric.entered(), record_arguments():
+    with fabric.enter_process(), record_arguments():
         return function(*args, **kwargs)

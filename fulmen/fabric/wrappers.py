@@ -284,7 +284,7 @@ def needs_own_backward(strategy: Strategy) -> bool:
 def refuse_layer_calls(method: Callable[..., Any], original: nn.Module, name: str) -> Callable[..., Any]:
     """The method, which raises a RuntimeError as soon as it calls a layer: the strategy's wrapper would not know."""
 
-    def refuse(*_: Any) -> None:
+    def refuse_call(*_: Any) -> None:
         what = f"You are calling the method `{type(original).__name__}.{name}()` from outside the model."
         why = "It runs layers that the selected strategy has to prepare."
         fix = f"Mark it after `fabric.setup()`: `fabric_model.mark_forward_method({name!r})`."
@@ -294,7 +294,7 @@ def refuse_layer_calls(method: Callable[..., Any], original: nn.Module, name: st
     def call_watched(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as hooks:
             for layer in original.modules():
-                hooks.callback(layer.register_forward_pre_hook(refuse).remove)
+                hooks.callback(layer.register_forward_pre_hook(refuse_call).remove)
             return method(*args, **kwargs)
 
     return call_watched
@@ -465,7 +465,7 @@ def is_wrapped(obj: object) -> bool:
 def unwrap_objects(collection: object) -> Any:
     """A collection with the user's own modules, optimizers and loaders instead of wrappers and compiled modules."""
 
-    def unwrap(obj: object) -> object:
+    def unwrap_object(obj: object) -> object:
         inner = unwrap_compiled(obj)
         if isinstance(inner, _FabricModule):
             return unwrap_compiled(inner.module)
@@ -474,4 +474,4 @@ def unwrap_objects(collection: object) -> Any:
         return inner.dataloader if isinstance(inner, _FabricDataLoader) else inner
 
     kinds = (_FabricModule, _FabricOptimizer, _FabricDataLoader, nn.Module)
-    return apply_to_collection(collection, kinds, unwrap)
+    return apply_to_collection(collection, kinds, unwrap_object)

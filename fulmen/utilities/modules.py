@@ -255,18 +255,18 @@ def call_as_forward(module: nn.Module, call: Callable[..., Any], step: Callable[
         if user_forward is not None:
             own["forward"] = user_forward
 
-    def redirected(*args: Any, **kwargs: Any) -> Any:
+    def run_redirected(*args: Any, **kwargs: Any) -> Any:
         put_back()
         return step(*args, **kwargs)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        own["forward"] = redirected
+    def run_step(*args: Any, **kwargs: Any) -> Any:
+        own["forward"] = run_redirected
         try:
             return call(*args, **kwargs)
         finally:
             put_back()
 
-    return run
+    return run_step
 
 
 def from_compiled(model: nn.Module) -> nn.Module:
