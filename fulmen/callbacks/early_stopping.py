@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
-_STATE = ("wait_count", "stopped_epoch", "best_score", "stopping_reason_message")
-
 
 class EarlyStoppingReason(Enum):
     """Which rule ended training."""
@@ -126,12 +124,7 @@ class EarlyStopping(Callback):
             return
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
-            asked_by = f"`{type(self).__name__}(monitor={self.monitor!r})`"
-            message = explain_missing_metric(trainer.book, asked_by, self.monitor, metrics)
-            if self.strict:
-                raise RuntimeError(message)
-            if self.verbose:
-                rank_zero_warn(message, category=RuntimeWarning)
+            self._complain_of_missing(trainer)
             return
         # sync: the rules need the number
         reason, told = self._apply_rules(torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze())
@@ -140,8 +133,8 @@ class EarlyStopping(Callback):
             self.stopping_reason = reason
             self.stopping_reason_message = told
         rank = trainer.global_rank if trainer.world_size > 1 else None
-        if told and self.verbose and not (rank and self.log_rank_zero_only):
-            log.info(rank_prefixed_message(told, None if self.log_rank_zero_only else rank))
+        if told and self.verbose:
+            self._say(told, rank)
         if trainer.strategy.reduce_boolean_decision(stop, all=False):
             self._requests_stop = True
             self._set_should_stop = self._set_should_stop or not trainer.should_stop
@@ -149,6 +142,19 @@ class EarlyStopping(Callback):
             self.stopped_epoch = trainer.current_epoch
         elif self._requests_stop:
             self._withdraw_request(trainer)
+
+    def _say(self, told: str, rank: int | None) -> None:
+        if not (rank and self.log_rank_zero_only):
+            log.info(rank_prefixed_message(told, None if self.log_rank_zero_only else rank))
+
+    def _complain_of_missing(self, trainer: Trainer) -> None:
+        """Nobody logged what is monitored."""
+        asked_by = f"`{type(self).__name__}(monitor={self.monitor!r})`"
+        message = explain_missing_metric(trainer.book, asked_by, self.monitor, trainer.callback_metrics)
+        if self.strict:
+            raise RuntimeError(message)
+        if self.verbose:
+            rank_zero_warn(message, category=RuntimeWarning)
 
     def _withdraw_request(self, trainer: Trainer) -> None:
         """Training went on below `min_epochs` or `min_steps`, and there is no reason to stop any more."""
@@ -226,12 +232,17 @@ class EarlyStopping(Callback):
         return reason.PATIENCE_EXHAUSTED, told
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in _STATE}
+        state = {
+            "wait_count": self.wait_count, "stopped_epoch": self.stopped_epoch, "best_score": self.best_score,
+            "stopping_reason_message": self.stopping_reason_message,
+        }  # fmt: skip
         # `patience` is there for those who read it; a resumed run takes the one of its script.
         return {**state, "patience": self.patience, "stopping_reason": self.stopping_reason.value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.wait_count = state_dict["wait_count"]
+        self.stopped_epoch = state_dict["stopped_epoch"]
+        self.best_score = state_dict["best_score"]
         # Files of older versions do not say why training stopped.
-        for name in _STATE:
-            setattr(self, name, state_dict.get(name) if name == "stopping_reason_message" else state_dict[name])
+        self.stopping_reason_message = state_dict.get("stopping_reason_message")
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))

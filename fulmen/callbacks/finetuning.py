@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from fulmen.callbacks.callback import Callback
-from fulmen.optimizers import schedule_new_groups
+from fulmen.optimizers import optimizer_of, schedule_new_groups
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -252,7 +252,7 @@ class BackboneFinetuning(BaseFinetuning):
 def _extend_schedulers(trainer: Trainer, optimizer: Optimizer) -> None:
     """Schedulers of the optimizer learn of its new groups."""
     for config in trainer.lr_scheduler_configs:
-        if getattr(config.scheduler, "optimizer", None) is optimizer:
+        if optimizer_of(config.scheduler) is optimizer:
             schedule_new_groups(config.scheduler)
 
 

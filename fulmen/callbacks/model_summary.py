@@ -11,6 +11,7 @@ from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
+    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
 
@@ -31,15 +32,18 @@ class ModelSummary(Callback):
         self._max_depth = max_depth
         self._summarize_kwargs = summarize_kwargs
 
-    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._max_depth:
             return
         # On every process: the forward pass of an example may need all of them.
         summary = summaries.ModelSummary(pl_module, self._max_depth)
         if trainer.is_global_zero:
-            numbers = ("total_parameters", "trainable_parameters", "model_size", "total_training_modes", "total_flops")
-            given = {name: getattr(summary, name) for name in numbers}
-            self.summarize(summary_data=summary.columns(), **given, **self._summarize_kwargs)
+            self.summarize(
+                summary_data=summary.columns(), total_parameters=summary.total_parameters,
+                trainable_parameters=summary.trainable_parameters, model_size=summary.model_size,
+                total_training_modes=summary.total_training_modes, total_flops=summary.total_flops,
+                **self._summarize_kwargs,
+            )  # fmt: skip
 
     @staticmethod
     def summarize(

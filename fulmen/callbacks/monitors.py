@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.optim import Optimizer
@@ -22,6 +22,7 @@ from fulmen.utilities.introspection import overrides_method
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.throughput import Throughput, get_available_flops
+from fulmen.utilities.types import GradClipAlgorithmType
 
 if TYPE_CHECKING:
     from fulmen.trainer import Trainer
@@ -140,7 +141,7 @@ class GradientNorm(Callback):
         self._norms: dict[int, torch.Tensor | None] = {}  # by the id of an optimizer; None: clipping will say
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        by_norm = getattr(trainer.gradient_clip_algorithm, "value", "norm") == "norm"
+        by_norm = trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
         own = overrides_method(pl_module, "configure_gradient_clipping", LightningModule)
         norm = pl_module._clipped_norms.pop(id(optimizer), None)  # manual optimization has clipped already
         if norm is None and not (trainer.gradient_clip_val and by_norm and not own):
@@ -193,15 +194,29 @@ class DeviceStatsMonitor(Callback):
     on_test_batch_end = _logs_stats("on_test_batch_end")
 
 
+# Seconds on the host, or an event of CUDA.
+Timestamp: TypeAlias = "float | torch.cuda.Event"
+
+
 class _StageThroughput:
     """The batches of one stage: ``waiting`` until a row is due, then in ``throughput``."""
 
-    def __init__(self, throughput: Throughput, start: Any, num_batches: int) -> None:
+    def __init__(self, throughput: Throughput, start: Timestamp, num_batches: int) -> None:
         self.throughput = throughput
         self.batch_start = start
         self.num_batches = num_batches  # of all passes: the x axis of evaluations
         self.waiting: list[tuple[Any, Any, dict[str, int]]] = []  # start, end, counts
         self.totals: dict[str, Any] = {"time": 0.0}
+
+    def restart_clock(self, now: Timestamp) -> None:
+        """What came since the last batch does not count."""
+        self.batch_start = now
+
+    def add_batch(self, end: Timestamp, counts: dict[str, int]) -> None:
+        """A batch is done, and the next one begins."""
+        self.waiting.append((self.batch_start, end, counts))
+        self.batch_start = end
+        self.num_batches += 1
 
     def compute_metrics(self, flops: int | None) -> dict[str, float]:
         """The metrics up to the last batch."""
@@ -240,7 +255,7 @@ class ThroughputMonitor(Callback):
         self._throughputs: dict[str, _StageThroughput] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        dtype = getattr(trainer.precision_plugin, "dtype", torch.float32)
+        dtype = trainer.precision_plugin.dtype
         self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
         self._throughputs = {}
         if not hasattr(pl_module, "flops_per_batch"):
@@ -254,7 +269,7 @@ class ThroughputMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         if "train" in self._throughputs:
-            self._throughputs["train"].batch_start = _take_timestamp(trainer)
+            self._throughputs["train"].restart_clock(_take_timestamp(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any,
                            batch_idx: int, *_: Any, **__: Any) -> None:  # fmt: skip
@@ -267,10 +282,7 @@ class ThroughputMonitor(Callback):
         if self.length_fn is not None:
             counts["lengths"] = self.length_fn(batch)
         pace = self._throughputs[stage]
-        end = _take_timestamp(trainer)
-        pace.waiting.append((pace.batch_start, end, counts))
-        pace.batch_start = end
-        pace.num_batches += 1
+        pace.add_batch(_take_timestamp(trainer), counts)
         if _log_due(trainer, batch_idx) and (not training or trainer.optimization.stepped):
             metrics = pace.compute_metrics(getattr(pl_module, "flops_per_batch", None))
             metrics = {f"{stage}{pace.throughput.separator}{name}": value for name, value in metrics.items()}
@@ -281,7 +293,7 @@ class ThroughputMonitor(Callback):
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
 
-def _take_timestamp(trainer: Trainer) -> Any:
+def _take_timestamp(trainer: Trainer) -> Timestamp:
     """Now, as seconds on the host, or as an event that CUDA reaches when the work before it is done."""
     if trainer.strategy.root_device.type != "cuda":
         return time.perf_counter()
@@ -326,7 +338,7 @@ class SpikeDetection(Callback):
 
     def __init__(
         self, mode: str = "min", window: int = 10, warmup: int = 1, atol: float | None = None, rtol: float | None = 2.0,
-        exclude_batches_path: str | os.PathLike | None = None, finite_only: bool = True,
+        exclude_batches_path: str | os.PathLike[str] | None = None, finite_only: bool = True,
     ) -> None:  # fmt: skip
         if mode not in ("min", "max"):
             raise ValueError(f"`SpikeDetection(mode={mode!r})` is not known. Use 'min' or 'max'.")
@@ -366,22 +378,30 @@ class SpikeDetection(Callback):
                            batch_idx: int) -> None:  # fmt: skip
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         value = math.nan if loss is None else float(loss)  # sync: training goes on only if the number is good
-        mean = self.running_mean
-        worse_by = value - mean if self.mode == "min" else mean - value
-        far = worse_by > 0 and worse_by >= (self.atol or 0) and worse_by >= abs(mean) * (self.rtol or 0)
-        far = far or (self.finite_only and not math.isfinite(value))
-        spike = loss is not None and batch_idx >= self.warmup and far
+        spike = loss is not None and batch_idx >= self.warmup and self._is_far(value)
         if trainer.strategy.reduce_boolean_decision(spike, all=False):
-            self.bad_batches += [batch_idx - 1, batch_idx]
-            path = os.path.join(self.exclude_batches_path or os.getcwd(), "skip_batches.json")
-            if trainer.is_global_zero:
-                ensure_dir(os.path.dirname(path))
-                atomic_write(path, json.dumps(self.bad_batches, indent=4).encode())
-            details = f"the loss is {value} after a mean of {mean}; batches to skip are in `{path}`."
+            path = self._note_spike(batch_idx, writes=trainer.is_global_zero)
+            details = f"the loss is {value} after a mean of {self.running_mean}; batches to skip are in `{path}`."
             raise TrainingSpikeException(batch_idx, details)
         self.last_val = value
         if math.isfinite(value):
             self._recent.append(value)
+
+    def _is_far(self, value: float) -> bool:
+        """Is it worse than the mean by both distances, or no finite number?"""
+        mean = self.running_mean
+        worse_by = value - mean if self.mode == "min" else mean - value
+        far = worse_by > 0 and worse_by >= (self.atol or 0) and worse_by >= abs(mean) * (self.rtol or 0)
+        return far or (self.finite_only and not math.isfinite(value))
+
+    def _note_spike(self, batch_idx: int, writes: bool) -> str:
+        """Adds this batch and the one before to those to skip. Returns the path of the file that lists them."""
+        self.bad_batches += [batch_idx - 1, batch_idx]
+        path = os.path.join(self.exclude_batches_path or os.getcwd(), "skip_batches.json")
+        if writes:
+            ensure_dir(os.path.dirname(path))
+            atomic_write(path, json.dumps(self.bad_batches, indent=4).encode())
+        return path
 
 
 def _require_logger(callback: Callback, trainer: Trainer) -> None:

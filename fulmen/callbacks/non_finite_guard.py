@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +154,7 @@ class NonFiniteGuard(Callback):
         self._checks.append(_Check(*self._at, trainer.global_step, ~torch.isfinite(loss.detach()).all()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        scaled = trainer.precision_plugin.scaler is not None
         parameters = [] if scaled else [p for group in optimizer.param_groups for p in group["params"]]
         parameters = [p for p in parameters if p.grad is not None and p.grad.numel() > 0]
         if parameters:
@@ -164,7 +164,12 @@ class NonFiniteGuard(Callback):
                 each = trainer.strategy.reduce(each.float(), reduce_op="max").bool()
             names = [self._names.get(id(p), "a parameter outside of the module") for p in parameters]
             self._checks.append(_Check(*self._at, trainer.global_step, each.any(), names, each))
-        if self.policy == "skip" and (fault := self._read_checks(trainer)) is not None:
+        if self.policy == "skip":
+            self._skip_if_faulty(trainer, optimizer)
+
+    def _skip_if_faulty(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        fault = self._read_checks(trainer)
+        if fault is not None:
             trainer.optimization.drop_step(optimizer)
             self._undo_accumulated()
             self._step_dropped = True
@@ -242,8 +247,7 @@ class NonFiniteGuard(Callback):
             return None
         fault = self._first_fault(looks, flags) if True in flags else None
         if several:  # all leave out the step for what one has found
-            if fault is not None:
-                fault.rank = trainer.global_rank
+            fault = None if fault is None else replace(fault, rank=trainer.global_rank)
             fault = min(filter(None, strategy.exchange_objects(fault)), key=lambda found: not found.loss)
         assert fault is not None
         self._in_a_row += 1
@@ -260,14 +264,15 @@ class NonFiniteGuard(Callback):
     @staticmethod
     def _first_fault(looks: list[_Check], flags: list[bool]) -> Fault:
         first = looks[flags.index(True)]
-        fault = Fault(first.epoch, first.batch_idx, first.step, loss=first.each is None)
         same_step = (look for look in looks[flags.index(True) :] if look.each is not None and look.step == first.step)
+        bad: list[str] = []
         if (gradients := next(same_step, None)) is not None and gradients.each is not None:
             each = gradients.each.tolist()  # sync: once a fault
             bad = [name for name, is_bad in zip(gradients.names, each) if is_bad]
-            fault.parameter = bad[-1] if bad else None
-            fault.num_parameters = len(bad)
-        return fault
+        return Fault(
+            first.epoch, first.batch_idx, first.step, loss=first.each is None,
+            parameter=bad[-1] if bad else None, num_parameters=len(bad),
+        )  # fmt: skip
 
     def _refuse_dead_scale(self, trainer: Trainer) -> None:
         """Under a loss scaler: raises when no step is made any more, whatever the scale."""

@@ -66,7 +66,7 @@ class BasePredictionWriter(Callback):
             what = f"`{type(self).__name__}` does not know the samples that `predict_step(dataloader_iter)` takes."
             raise NotImplementedError(f"{what} Write `predict_step(batch, batch_idx)`.")
 
-    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: Any,
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, batch_indices: list[int] | None,
                            batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # fmt: skip
         """Stores the prediction of one batch.
 
@@ -81,8 +81,8 @@ class BasePredictionWriter(Callback):
         """
         raise NotImplementedError
 
-    def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence,
-                           batch_indices: Sequence | None) -> None:  # fmt: skip
+    def write_on_epoch_end(self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any],
+                           batch_indices: Sequence[Any] | None) -> None:  # fmt: skip
         """Stores all predictions at once.
 
         Args:

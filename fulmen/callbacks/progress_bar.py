@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import functools
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +14,23 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from fulmen.callbacks.callback import Callback
+from fulmen.metrics.values import count_elements
 from fulmen.utilities.console import escape_unencodable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
+    from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
 SECONDS_BETWEEN_REDRAWS = 0.1
 SHORTEST_BAR = 8  # columns; where a line has no room for it, metrics stand on lines of their own below
+
+
+def _constant(value: str) -> Any:
+    """A property, which subclasses override, with this value."""
+    return property(lambda self: value)
 
 
 class ProgressBar(Callback):
@@ -54,7 +60,7 @@ class ProgressBar(Callback):
             raise TypeError(f"`{type(self).__name__}` is not attached to a trainer yet; pass it in `callbacks=[...]`.")
         return self._trainer
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
         if not trainer.is_global_zero:
             self.disable()
@@ -71,7 +77,9 @@ class ProgressBar(Callback):
         """Print without disturbing the bar; arguments are those of the built-in function."""
         builtins.print(*args, **kwargs)
 
-    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, int | str | float | dict]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """What is shown beside the bar; called only when it is redrawn. Override it to add, change or drop values."""
         logged = trainer.book.arrived_bar_metrics() if self._peeking else trainer.progress_bar_metrics
         versions = list(dict.fromkeys(logger.version for logger in trainer.loggers if logger.version not in (None, "")))
@@ -93,11 +101,11 @@ class ProgressBar(Callback):
         """Forget the loader: the next call of `has_dataloader_changed` says True."""
         self._current_eval_dataloader_idx = None
 
-    sanity_check_description = property(lambda self: "Sanity Checking")
-    train_description = property(lambda self: "Training")
-    validation_description = property(lambda self: "Validation")
-    test_description = property(lambda self: "Testing")
-    predict_description = property(lambda self: "Predicting")
+    sanity_check_description: str = _constant("Sanity Checking")
+    train_description: str = _constant("Training")
+    validation_description: str = _constant("Validation")
+    test_description: str = _constant("Testing")
+    predict_description: str = _constant("Predicting")
 
     # Batches of an epoch or of the current loader; inf when nobody knows.
     total_train_batches = property(lambda self: self._train_batches())
@@ -148,6 +156,18 @@ class Track:
     first: int = 0  # where `started` was taken: a resumed epoch does not begin at 0
     started: float = field(default_factory=monotonic)
 
+    def begin_loader(self, loader: int, loaders: int, total: float) -> None:
+        """The next of several loaders; the clock goes on: the speed is that of all loaders together."""
+        self.loader = loader
+        self.loaders = loaders
+        self.total = total
+        self.first -= self.done
+        self.done = self.drawn = 0
+
+    def leave_out(self, seconds: float) -> None:
+        """Work stood still for so long; its speed shall not suffer."""
+        self.started += seconds
+
     seconds = property(lambda self: monotonic() - self.started)
     rate = property(lambda self: (self.done - self.first) / max(self.seconds, 1e-9), doc="Batches per second.")
 
@@ -194,7 +214,7 @@ class TerminalProgressBar(ProgressBar):
         self._enabled = False
         self._redraw_at = inf
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._redraw_at = 0.0 if self.is_enabled and self._has_terminal() else inf
 
@@ -215,14 +235,9 @@ class TerminalProgressBar(ProgressBar):
         self._show_track(track, metrics)
         self._redraw_at = monotonic() + self._seconds_between_redraws
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = self._train
-        keep = None
-        if last and last.done and self._leave:
-            self._finish_track(last)
-            self._train = None
-        elif last and last.done and self._line_per_epoch and self._drawing:
-            keep = self._keep_line(last)
+        keep = self._leave_track(last) if last and last.done else None
         if self._train is None:
             self._open_bar("train")
         done = trainer.progress.batch  # not 0 when a run resumes inside an epoch
@@ -234,48 +249,63 @@ class TerminalProgressBar(ProgressBar):
         if self._drawing and not (last and last.seconds < SECONDS_BETWEEN_REDRAWS):
             self._draw_track(self._train)
 
+    def _leave_track(self, last: Track) -> Callable[[], None] | None:
+        """Closes the bar of a finished epoch, or says how to write its line above the bar that is used again."""
+        if self._leave:
+            self._finish_track(last)
+            self._train = None
+        elif self._line_per_epoch and self._drawing:
+            return self._keep_line(last)
+        return None
+
     on_train_start = on_train_epoch_start
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         track = self._train
         track.done = batch_idx + 1
         if monotonic() >= self._redraw_at and track.done - track.drawn >= self._batches_between_redraws:
             self._draw_training(trainer, pl_module, exactly=False)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.is_enabled:
             self._draw_training(trainer, pl_module, exactly=True)
 
-    def _draw_training(self, trainer: Trainer, pl_module: Any, exactly: bool) -> None:
+    def _draw_training(self, trainer: Trainer, pl_module: LightningModule, exactly: bool) -> None:
         self._peeking = not exactly
         metrics = {name: _as_number(value) for name, value in self.get_metrics(trainer, pl_module).items()}
         self._peeking = False
         show = self._draw_track if self._drawing else print_line
         show(self._train, metrics)
 
-    def _start_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
+    def _start_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = trainer.stage.value
         kind = "validation" if stage == "validate" else stage
         self._open_bar(kind)
-        self._evaluation = Track(kind, getattr(self, f"{kind}_description"))
+        self._evaluation = Track(kind, self._describe(kind))
         self._begin_loader(trainer, 0)
         if self._drawing and not self._train:
             self._draw_track(self._evaluation)
 
+    def _describe(self, kind: str) -> str:
+        if kind == "test":
+            return self.test_description
+        if kind == "predict":
+            return self.predict_description
+        return self.validation_description if kind == "validation" else self.sanity_check_description
+
     def _begin_loader(self, trainer: Trainer, dataloader_idx: int) -> None:
         self.has_dataloader_changed(dataloader_idx)
         track = self._evaluation
-        own = track.kind in ("test", "predict")
-        sizes = getattr(trainer, f"num_{track.kind}_batches") if own else self._val_batches
-        track.loader = dataloader_idx
-        track.loaders = len(sizes)
-        track.total = self._current_size(sizes)
-        # The clock goes on: the speed is that of all loaders together.
-        track.first -= track.done
-        track.done = track.drawn = 0
+        if track.kind == "test":
+            sizes = trainer.num_test_batches
+        else:
+            sizes = trainer.num_predict_batches if track.kind == "predict" else self._val_batches
+        track.begin_loader(dataloader_idx, len(sizes), self._current_size(sizes))
         self._begin_track(track)
 
-    def _end_evaluation(self, trainer: Trainer, pl_module: Any) -> None:
+    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         track = self._evaluation
         self._evaluation = None
         self.reset_dataloader_idx_tracker()
@@ -288,25 +318,31 @@ class TerminalProgressBar(ProgressBar):
     on_sanity_check_start = on_test_start = on_predict_start = _start_evaluation
     on_sanity_check_end = on_test_end = on_predict_end = _end_evaluation
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return self._begin_loader(trainer, 0)  # its length is known only now
         if self._train and self._drawing and self._train.drawn != self._train.done:
             self._draw_training(trainer, pl_module, exactly=False)
         self._start_evaluation(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         seconds = self._evaluation.seconds
         self._end_evaluation(trainer, pl_module)
         if self._train:
-            self._train.started += seconds  # training stood still, its speed shall not suffer
+            self._train.leave_out(seconds)
             if self._drawing:
                 self._draw_training(trainer, pl_module, exactly=True)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if dataloader_idx != self._current_eval_dataloader_idx:
             self._begin_loader(trainer, dataloader_idx)
@@ -347,7 +383,7 @@ def wrap_items(items: Sequence[str], delimiter: str, width: int, length: Callabl
 
 def _as_number(value: Any) -> Any:
     """A number instead of a tensor or array that holds one; an override of `get_metrics` may give them."""
-    if not hasattr(value, "item") or math.prod(getattr(value, "shape", ())) != 1:
+    if not hasattr(value, "item") or count_elements(value) != 1:
         return value
     return value.item()  # sync: only for what the override itself left on a device
 

@@ -21,7 +21,10 @@ from fulmen.utilities.console import escape_unencodable
 from fulmen.utilities.optional import import_optional
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn, Task
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn, Task
+
+    from fulmen.trainer import Trainer
 
 
 @dataclass
@@ -97,7 +100,7 @@ class RichProgressBar(TerminalProgressBar):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_console": None, "progress": None, "_ids": {}}
 
-    def configure_columns(self, trainer: Any) -> list[ProgressColumn]:
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """The columns left of the metrics; override it to show others."""
         from rich.progress import BarColumn, TextColumn
 
@@ -119,7 +122,7 @@ class RichProgressBar(TerminalProgressBar):
         if self._console_kwargs:
             reconfigure(**self._console_kwargs)
         console = self._console = get_console()
-        return console.is_interactive or console.is_jupyter
+        return bool(console.is_interactive or console.is_jupyter)
 
     def _open_bar(self, kind: str) -> None:
         if not self.is_enabled or self._console is None:  # None: enabled after the run had begun
@@ -204,12 +207,12 @@ class RichProgressBar(TerminalProgressBar):
             self.progress.stop()
 
 
-def _make_display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console: Any, shown: bool) -> Any:
+def _make_display(columns: list[ProgressColumn], theme: RichProgressBarTheme, console: Console, shown: bool) -> Any:
     from rich.console import Group
     from rich.jupyter import JupyterMixin
     from rich.progress import Progress, TextColumn
 
-    class Cell(JupyterMixin):
+    class Cell(JupyterMixin):  # type: ignore[misc]
         """What a notebook shows, and replaces."""
 
         def __init__(self, parts: Iterable[Any]) -> None:
@@ -218,7 +221,7 @@ def _make_display(columns: list[ProgressColumn], theme: RichProgressBarTheme, co
         def __rich__(self) -> Group:
             return Group(*self.parts)
 
-    class Display(Progress):
+    class Display(Progress):  # type: ignore[misc]
         is_open = False
         cell: Any = None  # the handle of what a notebook shows
 
@@ -235,7 +238,8 @@ def _make_display(columns: list[ProgressColumn], theme: RichProgressBarTheme, co
 
         def refresh(self) -> None:
             if not (shown and console.is_jupyter):
-                return super().refresh()
+                super().refresh()
+                return
             from IPython.display import display
 
             # A lock, because several threads may print.
@@ -263,7 +267,7 @@ def _make_display(columns: list[ProgressColumn], theme: RichProgressBarTheme, co
     return Display(*columns, metrics, console=console, auto_refresh=False, speed_estimate_period=1)
 
 
-def _lay_out(progress: Any, console: Any, theme: RichProgressBarTheme, tasks: list[Task]) -> list[Any]:
+def _lay_out(progress: Progress, console: Console, theme: RichProgressBarTheme, tasks: list[Task]) -> list[Any]:
     """A line per task; where it has no room for the shortest bar, the metrics stand on lines below."""
     from rich.cells import cell_len
     from rich.measure import Measurement

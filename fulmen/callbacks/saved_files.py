@@ -21,7 +21,7 @@ from fulmen.storage.filesystem import get_filesystem, is_remote
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from fulmen.callbacks.callback import Callback
+    from fulmen.callbacks.checkpointing import ModelCheckpoint
     from fulmen.trainer import Trainer
 
 
@@ -120,7 +120,7 @@ class UnfinishedSaves:
         except Exception as error:
             files.take_back(filepath, before, error, trainer.global_step, on_error)
 
-    def announce(self, trainer: Trainer, callback: Callback) -> None:
+    def announce(self, trainer: Trainer, callback: ModelCheckpoint) -> None:
         """Tells loggers of the callback's files that are there by now."""
         io = background_io(trainer)
         if io is not None and io.is_writing:

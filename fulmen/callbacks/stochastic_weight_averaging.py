@@ -265,11 +265,9 @@ def _check_arguments(
     swa_lrs: float | list[float], swa_epoch_start: int | float, annealing_epochs: int, annealing_strategy: str
 ) -> None:
     rates = swa_lrs if isinstance(swa_lrs, list) else [swa_lrs]
-    if not rates or min(rate if isinstance(rate, float) else 0.0 for rate in rates) <= 0:
+    if not rates or not all(isinstance(rate, float) and rate > 0 for rate in rates):
         raise _wrong_argument("swa_lrs", swa_lrs, "a positive float, or a list of them")
-    kind = type(swa_epoch_start)
-    is_epoch = kind is int and swa_epoch_start >= 1
-    if not is_epoch and not (kind is float and 0 <= swa_epoch_start <= 1):
+    if not _is_epoch_or_part(swa_epoch_start):
         expected = "an integer of 1 or more, or a float between 0 and 1"
         raise _wrong_argument("swa_epoch_start", swa_epoch_start, expected)
     if type(annealing_epochs) is not int or annealing_epochs < 0:
@@ -277,6 +275,11 @@ def _check_arguments(
     if annealing_strategy not in ("cos", "linear"):
         near = suggest_name(str(annealing_strategy), ("cos", "linear"))
         raise _wrong_argument("annealing_strategy", annealing_strategy, "'cos' or 'linear'", near)
+
+
+def _is_epoch_or_part(start: int | float) -> bool:
+    """Is it the number of an epoch, from 1, or a part of all epochs?"""
+    return start >= 1 if type(start) is int else type(start) is float and 0 <= start <= 1
 
 
 def _check_optimizers(trainer: Trainer, rates: float | list[float]) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from math import inf
 from time import time
-from typing import Any
+from typing import Any, TextIO
 
 from fulmen.callbacks.progress_bar import SHORTEST_BAR, TerminalProgressBar, Track, leaves_lines, wrap_items
 from fulmen.utilities.console import escape_unencodable
@@ -96,19 +96,18 @@ def __getattr__(name: str) -> Any:
 
 def _bar_property(kind: str) -> property:
     """A bar as users read it, up to date; they may configure it, or put another in its place."""
-    attribute = f"_{kind}_progress_bar"
 
-    def read(self: TQDMProgressBar) -> Any:
-        bar = getattr(self, attribute)
+    def read_bar(self: TQDMProgressBar) -> Any:
+        bar = self._bars.get(kind)
         if bar is None:
-            what = f"The `{type(self).__name__}.{attribute}` reference has not been set yet."
+            what = f"The `{type(self).__name__}._{kind}_progress_bar` reference has not been set yet."
             raise TypeError(f"{what} The bar is made when its loop starts.")
         for track in filter(None, (self._train, self._evaluation)):
-            if _bar_attribute(track.kind) == attribute:
+            if _kind_of_bar(track.kind) == kind:
                 self._update_count(track)
         return bar
 
-    return property(read, lambda self, bar: setattr(self, attribute, bar))
+    return property(read_bar, lambda self, bar: self._bars.update({kind: bar}))
 
 
 class TQDMProgressBar(TerminalProgressBar):
@@ -128,10 +127,6 @@ class TQDMProgressBar(TerminalProgressBar):
 
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
-    _train_progress_bar: Any = None
-    _val_progress_bar: Any = None
-    _test_progress_bar: Any = None
-    _predict_progress_bar: Any = None
     train_progress_bar = _bar_property("train")
     val_progress_bar = _bar_property("val")
     test_progress_bar = _bar_property("test")
@@ -147,9 +142,10 @@ class TQDMProgressBar(TerminalProgressBar):
         super().__init__(refresh_rate, leave)
         self._batches_between_redraws = refresh_rate
         self._process_position = process_position
+        self._bars: dict[str, Any] = {}  # by "train", "val", "test" and "predict"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.endswith("_progress_bar")}
+        return {**self.__dict__, "_bars": {}}
 
     def init_sanity_tqdm(self) -> Any:
         """Override the `init_*_tqdm` methods to make the bars differently."""
@@ -184,33 +180,37 @@ class TQDMProgressBar(TerminalProgressBar):
     def _open_bar(self, kind: str) -> None:
         self._redirect_streams(False)
         # One is made even when nothing is drawn, because users configure it in their hooks.
-        setattr(self, _bar_attribute(kind), getattr(self, f"init_{kind.removesuffix('_check')}_tqdm")())
+        makers = {
+            "sanity_check": self.init_sanity_tqdm, "train": self.init_train_tqdm, "validation": self.init_validation_tqdm,
+            "test": self.init_test_tqdm, "predict": self.init_predict_tqdm,
+        }  # fmt: skip
+        self._bars[_kind_of_bar(kind)] = makers[kind]()
         self._redirect_streams(self._drawing)
 
     def _begin_track(self, track: Track) -> None:
-        bar = getattr(self, _bar_attribute(track.kind))
+        bar = self._bars[_kind_of_bar(track.kind)]
         loader = "" if track.kind == "train" else f" DataLoader {track.loader}"
         bar.set_description(track.name + loader, refresh=False)
         bar.total = None if track.total == inf else track.total
         if hasattr(bar, "container"):
             bar.reset(total=bar.total)  # a notebook's widget learns the total only here
-        elif below := getattr(self._train_progress_bar, "lines_below", 0) if track.kind == "validation" else 0:
+        elif below := getattr(self._bars.get("train"), "lines_below", 0) if track.kind == "validation" else 0:
             bar.pos = -(2 * self._process_position + 1 + below)
         self._update_count(track)
 
     def _update_count(self, track: Track) -> None:
-        bar = getattr(self, _bar_attribute(track.kind))
+        bar = self._bars[_kind_of_bar(track.kind)]
         if self.is_enabled:
             bar.n = track.done
             bar.initial = track.first
 
     def _keep_line(self, track: Track) -> Callable[[], None]:
-        bar = getattr(self, _bar_attribute(track.kind))
+        bar = self._bars[_kind_of_bar(track.kind)]
         text = "\n".join(_layout_lines(bar))
         return lambda: type(bar).write(text, file=bar.fp)
 
     def _show_track(self, track: Track, metrics: dict[str, Any] | None) -> None:
-        bar = getattr(self, _bar_attribute(track.kind))
+        bar = self._bars[_kind_of_bar(track.kind)]
         self._update_count(track)
         bar.last_print_t = time()  # else `close` believes there is nothing to clear
         bar.start_t = bar.last_print_t - track.seconds
@@ -219,7 +219,7 @@ class TQDMProgressBar(TerminalProgressBar):
         bar.refresh()
 
     def _close_bar(self, kind: str) -> None:
-        getattr(self, _bar_attribute(kind)).close()
+        self._bars[_kind_of_bar(kind)].close()
         kind_of_bar = _tqdm_class()
         if not any(isinstance(bar, kind_of_bar) for bar in kind_of_bar._instances):  # another trainer's may be open
             self._redirect_streams(False)
@@ -236,14 +236,15 @@ class TQDMProgressBar(TerminalProgressBar):
                 setattr(sys, name, stream.stream)
 
 
-def _bar_attribute(kind: str) -> str:
-    return "_val_progress_bar" if kind in ("sanity_check", "validation") else f"_{kind}_progress_bar"
+def _kind_of_bar(kind: str) -> str:
+    """By the kind of a track: the sanity check and validation have one bar."""
+    return "val" if kind in ("sanity_check", "validation") else kind
 
 
 class _AboveBars:
     """A stream that makes room for each complete line by moving the bars on ``screen`` down."""
 
-    def __init__(self, stream: Any, screen: Any) -> None:
+    def __init__(self, stream: TextIO, screen: TextIO) -> None:
         self.stream = stream
         self.screen = screen
         self.line = ""

@@ -11,7 +11,7 @@ from fulmen.storage.sharded import META, is_dcp_folder, is_sharded, read_dcp_fol
 
 
 def consolidate(
-    folder: str | os.PathLike, output_file: str | os.PathLike | None = None, weights_only: bool | None = None
+    folder: str | os.PathLike[str], output_file: str | os.PathLike[str] | None = None, weights_only: bool | None = None
 ) -> str:
     """Writes a checkpoint that is a folder as one file, which every strategy loads. Returns its path.
 

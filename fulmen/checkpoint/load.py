@@ -62,9 +62,9 @@ else:
 
 def load_from_checkpoint(
     cls: Any,
-    checkpoint_path: str | os.PathLike | IO[bytes],
+    checkpoint_path: str | os.PathLike[str] | IO[bytes],
     map_location: Any = None,
-    hparams_file: str | os.PathLike | None = None,
+    hparams_file: str | os.PathLike[str] | None = None,
     strict: bool | None = None,
     weights_only: bool | None = None,
     **kwargs: Any,
@@ -95,7 +95,7 @@ def load_from_checkpoint(
     return built.to(weights[0].device)
 
 
-def _load_existing_hparams(path: str | os.PathLike) -> dict[str, Any] | None:
+def _load_existing_hparams(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         return load_hparams(path)
     except FileNotFoundError:
@@ -104,7 +104,7 @@ def _load_existing_hparams(path: str | os.PathLike) -> dict[str, Any] | None:
         return None
 
 
-def read_checkpoint(path: str | os.PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
+def read_checkpoint(path: str | os.PathLike[str] | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
     """The content of a file, brought up to date."""
     if isinstance(path, (str, os.PathLike)):
         checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
@@ -239,7 +239,7 @@ def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: 
             rank_zero_warn(f"Keys of the {one} that the {other} does not have: {list(keys)}")
 
 
-def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
+def load_hparams(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Constructor arguments from a .yaml, .yml or .csv file, as loggers write them.
 
     A CSV file has the columns "key" and "value"; values are read as Python literals where possible.
@@ -258,7 +258,7 @@ def load_hparams(path: str | os.PathLike) -> dict[str, Any]:
         return {row["key"]: _parse_literal(row["value"]) for row in csv.DictReader(file)}
 
 
-def load_hparams_from_yaml(config_yaml: str | os.PathLike, use_omegaconf: bool = True) -> dict[str, Any]:
+def load_hparams_from_yaml(config_yaml: str | os.PathLike[str], use_omegaconf: bool = True) -> dict[str, Any]:
     """The mapping in a YAML file; names of functions and classes in it are refused.
 
     Args:

@@ -24,17 +24,17 @@ _OF_BROKEN_RUN = object()  # like "last", without a warning if there is none
 
 
 def resolve_path(
-    ckpt_path: str | os.PathLike | None,
+    ckpt_path: str | os.PathLike[str] | None,
     *,
     verb: str,
     callbacks: Sequence[Any],
-    root_dir: str | os.PathLike,
+    root_dir: str | os.PathLike[str],
     model_given: bool,
     fast_dev_run: bool = False,
     folder_of: Callable[[Any], str] | None = None,
     verify: Verify | None = None,
     requeued: bool = False,
-) -> str | os.PathLike | None:
+) -> str | os.PathLike[str] | None:
     """The file to load, or None to keep the weights there are; a `ValueError` if the name leads to nothing.
 
     `folder_of` tells where a `ModelCheckpoint` without `dirpath` is going to write. What `verify` finds damaged is
@@ -83,7 +83,7 @@ def _newest_of_requeued_jobs(verb: str, root_dir: str) -> str:
     return max(saved, key=_last_number)
 
 
-def _check_path(ckpt_path: str | os.PathLike, verb: str) -> str | os.PathLike:
+def _check_path(ckpt_path: str | os.PathLike[str], verb: str) -> str | os.PathLike:
     """What is not the name of a file, such as "auto", which is looked for when the processes have met."""
     path = os.fspath(ckpt_path)
     if path == AUTO and verb != "fit":

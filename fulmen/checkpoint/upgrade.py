@@ -13,7 +13,7 @@ from fulmen.checkpoint.load import keep_available_device
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 
 
-def upgrade(path: str | os.PathLike, map_to_cpu: bool = False, weights_only: bool | None = None) -> str | None:
+def upgrade(path: str | os.PathLike[str], map_to_cpu: bool = False, weights_only: bool | None = None) -> str | None:
     """Rewrites a file in today's layout and returns the version it was of; None if there is nothing to do.
 
     The file as it was is kept beside it, with ``.bak`` behind its name.

@@ -85,6 +85,8 @@ class Precision:
     """
 
     precision: Any = "32-true"
+    dtype: torch.dtype = torch.float32  # that the model computes in
+    scaler: torch.amp.GradScaler | None = None  # of the loss
     skipped: Any = False  # was the last optimizer step left out, because its gradients were not finite?
     last_skip: Any = False  # the same, as a tensor where only the device knows
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_params
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import log, rank_zero_only
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class CometLogger(ServiceLogger):
@@ -57,7 +60,8 @@ class CometLogger(ServiceLogger):
     @property
     def version(self) -> str | None:
         """The key of the experiment; None until there is one."""
-        return self._start_options["experiment_key"]
+        key: str | None = self._start_options["experiment_key"]
+        return key
 
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
@@ -72,7 +76,7 @@ class CometLogger(ServiceLogger):
         self.experiment.log_metrics(as_numbers(others, self._prefix), step=step, epoch=metrics.get("epoch"))
 
     @rank_zero_only
-    def log_graph(self, model: Any, input_array: Any = None) -> None:
+    def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:
         self.experiment.set_model_graph(model)
 
     @rank_zero_only

@@ -116,7 +116,7 @@ class CSVLogger(FolderLogger):
     """
 
     def __init__(
-        self, save_dir: str | os.PathLike, name: str | None = "lightning_logs", version: int | str | None = None,
+        self, save_dir: str | os.PathLike[str], name: str | None = "lightning_logs", version: int | str | None = None,
         prefix: str = "", flush_logs_every_n_steps: int = 100,
     ) -> None:  # fmt: skip
         if flush_logs_every_n_steps < 1:
@@ -159,7 +159,8 @@ class CSVLogger(FolderLogger):
         if self._experiment is None:
             return None
         self._save_now()
-        return self._experiment.state_dict()
+        state: dict[str, Any] = self._experiment.state_dict()
+        return state
 
     @rank_zero_only
     def resume_from(self, state: Any, step: int) -> None:

@@ -13,15 +13,20 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from fulmen.metrics.values import count_elements
 from fulmen.storage.filesystem import atomic_write, get_filesystem, is_remote
 from fulmen.utilities.keywords import KeywordHints
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, warn_once
 from fulmen.utilities.seed import isolate_rng
 
+if TYPE_CHECKING:
+    from fulmen.callbacks.checkpointing import ModelCheckpoint
+
+T = TypeVar("T")
 Params = dict[str, Any] | argparse.Namespace
 # Of hyper-parameters: arrays with more elements are abbreviated, what is nested deeper (in itself, say) is shown as text.
 MAX_ELEMENTS = 100
@@ -49,6 +54,7 @@ class Logger(KeywordHints, ABC):
     log_dir = property(lambda self: None, doc="The folder of this version, for loggers that write files.")
     save_dir = property(lambda self: None, doc="The folder under which checkpoints of this run are put.")
     group_separator = property(lambda self: "/", doc="What separates the parts of a metric's name.")
+    opens_first: bool = False  # does its library have to see the writers that are made afterwards?
     log_dir_is_run_dir = False  # whether `trainer.log_dir` means `log_dir` rather than `save_dir`
 
     @abstractmethod
@@ -69,7 +75,7 @@ class Logger(KeywordHints, ABC):
         """The run is over; ``status`` is "success", "failed" or "finished" (interrupted, to be continued)."""
         self.save()
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """A checkpoint was written; the callback, a `ModelCheckpoint`, knows which."""
 
     def state_dict(self) -> Any:
@@ -95,7 +101,7 @@ class DummyExperiment:
         return self
 
 
-def rank_zero_experiment(fn: Callable) -> Callable:
+def rank_zero_experiment(fn: Callable[..., T]) -> Callable[..., T]:
     """For an ``experiment`` property: the real object in the first process, one that ignores everything elsewhere."""
     return rank_zero_only(fn, default=DummyExperiment())
 
@@ -142,7 +148,9 @@ class FolderLogger(ExperimentLogger):
     log_dir_is_run_dir = True
     _written_at = float("-inf")
 
-    def __init__(self, save_dir: str | os.PathLike, name: str | None, version: int | str | None, prefix: str) -> None:
+    def __init__(
+        self, save_dir: str | os.PathLike[str], name: str | None, version: int | str | None, prefix: str
+    ) -> None:
         super().__init__(prefix)
         self._save_dir = os.fspath(save_dir)
         self._name = name or ""
@@ -154,6 +162,16 @@ class FolderLogger(ExperimentLogger):
         """Writes into the folder of this version; `claimed` if it is made already, or other loggers share it."""
         self._version = version
         self.claimed = claimed
+
+    @property
+    def version_if_known(self) -> int | str | None:
+        """The version, if it was given or looked for already."""
+        return self._version
+
+    @property
+    def is_open(self) -> bool:
+        """Does it write already?"""
+        return self._experiment is not None
 
     # Not attributes: subclasses define them as properties.
     name = property(lambda self: self._name, doc="The level of folders below `save_dir`.")
@@ -191,7 +209,7 @@ class ServiceLogger(ExperimentLogger):
         self._sent: dict[str, float] = {}  # path -> time of the last change that was sent
         self._to_send_at_end: Any = None
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         if self._log_model == "all" or (self._log_model and checkpoint_callback.save_top_k == -1):  # all are kept
             self._send_new_checkpoints(checkpoint_callback)
         elif self._log_model:
@@ -203,12 +221,15 @@ class ServiceLogger(ExperimentLogger):
             self._send_new_checkpoints(self._to_send_at_end)
 
     @rank_zero_only
-    def _send_new_checkpoints(self, callback: Any) -> None:
+    def _send_new_checkpoints(self, callback: ModelCheckpoint) -> None:
         scores = {callback.last_model_path: callback.current_score, callback.best_model_path: callback.best_model_score}
         scores.update(callback.best_k_models)
         times = {path: os.path.getmtime(path) for path in scores if os.path.isfile(path)}
-        names = ("monitor", "mode", "save_last", "save_top_k", "save_weights_only")
-        settings = {type(callback).__name__: {name: getattr(callback, name, None) for name in names}}
+        of_callback = {
+            "monitor": callback.monitor, "mode": callback.mode, "save_last": callback.save_last,
+            "save_top_k": callback.save_top_k, "save_weights_only": callback.save_weights_only,
+        }  # fmt: skip
+        settings = {type(callback).__name__: of_callback}
         for path in sorted(times, key=times.__getitem__):
             if self._sent.get(path, -1.0) < times[path]:
                 about = {"score": plain_value(scores[path]), "original_filename": os.path.basename(path), **settings}
@@ -250,17 +271,17 @@ def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool =
     return numbers
 
 
-def _flatten_items(items: Any) -> Iterator[Any]:
+def _flatten_items(items: list[Any]) -> Iterator[Any]:
     for item in items:
         yield from _flatten_items(item) if isinstance(item, list) else (item,)
 
 
-def as_dict(params: Any) -> dict[str, Any]:
+def as_dict(params: object) -> dict[str, Any]:
     """Hyper-parameters as a dictionary, whatever they came as: a mapping, a `Namespace`, a dataclass, a configuration."""
     return dict(_as_container(params) or {})
 
 
-def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
+def flatten_params(params: object, depth: int = MAX_DEPTH) -> dict[str, Any]:
     """Nested dictionaries as one level: ``{"a": {"b": 1}}`` becomes ``{"a/b": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in as_dict(params).items():
@@ -272,7 +293,7 @@ def flatten_params(params: Any, depth: int = MAX_DEPTH) -> dict[str, Any]:
     return flat
 
 
-def plain_params(params: Any, leaf: Callable[[Any], Any] | None = None, depth: int = MAX_DEPTH) -> Any:
+def plain_params(params: object, leaf: Callable[[Any], Any] | None = None, depth: int = MAX_DEPTH) -> Any:
     """The same made of dictionaries with texts as keys, lists, tuples, and what `leaf` makes of the rest."""
     leaf = leaf or plain_value
     value = _as_container(params)
@@ -293,7 +314,7 @@ def plain_value(value: Any) -> bool | int | float | str | None:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     try:
-        if callable(getattr(value, "item", None)) and math.prod(getattr(value, "shape", ())) == 1:
+        if hasattr(value, "item") and callable(value.item) and count_elements(value) == 1:
             number = value.item()
             return number if isinstance(number, (bool, int, float)) else str(number)
         if callable(value) and hasattr(value, "__qualname__"):
@@ -315,13 +336,13 @@ def _as_container(value: Any) -> Any:
             return to_container(value, resolve=True)
         except Exception:  # of what cannot be resolved here, the reference is shown
             return to_container(value)
-    if hasattr(value, "tolist") and 1 < math.prod(getattr(value, "shape", ())) <= MAX_ELEMENTS:
+    if hasattr(value, "tolist") and 1 < count_elements(value) <= MAX_ELEMENTS:
         with contextlib.suppress(Exception):  # a tensor without memory
             return value.tolist()
     return value
 
 
-def claim_versions(loggers: Iterable[Any]) -> list[Any]:
+def claim_versions(loggers: Iterable[Logger]) -> list[int | str | None]:
     """Makes the folders of loggers that count their versions, so that no run that starts meanwhile takes the same.
 
     Returns the versions of all loggers that have a folder. Where another run was faster, the next number is taken, which
@@ -330,19 +351,23 @@ def claim_versions(loggers: Iterable[Any]) -> list[Any]:
     folders = [one for one in loggers if isinstance(one, FolderLogger)]
     plain = [one for one in folders if not one.claimed and _is_plain(one) and not is_remote(expand(one.root_dir))]
     for root in dict.fromkeys(expand(one.root_dir) for one in plain):
-        alike = [one for one in plain if expand(one.root_dir) == root]
-        opened = any(one._experiment is not None for one in alike)
-        seen = any(one._version is not None for one in alike)
-        first = number = next((one._version for one in alike if one._version is not None), alike[0].version)
-        while (
-            not opened and isinstance(number, int) and not _claim_folder(os.path.join(root, f"version_{number}"), seen)
-        ):
-            number += 1
-        for one in alike:
-            one.use_version(number, claimed=True)
-        if number != first:
-            rank_zero_info(f"Another run has taken version_{first} in {root}: this one logs to version_{number}.")
-    return [one._version for one in folders]
+        _claim_version(root, [one for one in plain if expand(one.root_dir) == root])
+    return [one.version_if_known for one in folders]
+
+
+def _claim_version(root: str, alike: list[FolderLogger]) -> None:
+    """Makes one folder for all loggers that count their versions in this one."""
+    opened = any(one.is_open for one in alike)
+    known = [one.version_if_known for one in alike if one.version_if_known is not None]
+    first = number = known[0] if known else alike[0].version
+    while isinstance(number, int) and not opened:
+        if _claim_folder(os.path.join(root, f"version_{number}"), seen=bool(known)):
+            break
+        number += 1
+    for one in alike:
+        one.use_version(number, claimed=True)
+    if number != first:
+        rank_zero_info(f"Another run has taken version_{first} in {root}: this one logs to version_{number}.")
 
 
 def _claim_folder(folder: str, seen: bool) -> bool:
@@ -361,9 +386,9 @@ def _claim_folder(folder: str, seen: bool) -> bool:
 
 def _is_plain(logger: FolderLogger) -> bool:
     """Does it write where this class says?"""
-    return all(
-        getattr(type(logger), name) is getattr(FolderLogger, name) for name in ("version", "root_dir", "log_dir")
-    )
+    kind = type(logger)
+    plain = FolderLogger
+    return kind.version is plain.version and kind.root_dir is plain.root_dir and kind.log_dir is plain.log_dir
 
 
 def expand(path: str) -> str:

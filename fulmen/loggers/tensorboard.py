@@ -28,9 +28,9 @@ class TensorBoardLogger(FolderLogger):
     """
 
     def __init__(
-        self, save_dir: str | os.PathLike, name: str | None = "lightning_logs", version: int | str | None = None,
+        self, save_dir: str | os.PathLike[str], name: str | None = "lightning_logs", version: int | str | None = None,
         log_graph: bool = False, default_hp_metric: bool = True, prefix: str = "",
-        sub_dir: str | os.PathLike | None = None, **kwargs: Any,
+        sub_dir: str | os.PathLike[str] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         # Whichever of the two packages that write event files is installed.
         self._import_wandb = "torch.utils.tensorboard" if is_installed("tensorboard") else "tensorboardX"
@@ -66,7 +66,9 @@ class TensorBoardLogger(FolderLogger):
                 raise ValueError(f"{what} Log a number, or a dictionary of numbers.") from error
 
     @rank_zero_only
-    def log_hyperparams(self, params: Params, metrics: dict | float | None = None, step: int | None = None) -> None:
+    def log_hyperparams(
+        self, params: Params, metrics: dict[str, Any] | float | None = None, step: int | None = None
+    ) -> None:
         """Adds a row to the hyper-parameter table, with first values of its metrics (a number means ``hp_metric``)."""
         params = as_dict(params)
         self.hparams.update(params)

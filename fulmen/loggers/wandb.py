@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, plain_params, plain_value
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from torch import nn
 
 
 class WandbLogger(ServiceLogger):
@@ -31,8 +35,8 @@ class WandbLogger(ServiceLogger):
     save_dir = property(lambda self: self._save_dir, doc="The folder under which checkpoints are put.")
 
     def __init__(
-        self, name: str | None = None, save_dir: str | os.PathLike = ".", version: str | None = None,
-        offline: bool = False, dir: str | os.PathLike | None = None, id: str | None = None,
+        self, name: str | None = None, save_dir: str | os.PathLike[str] = ".", version: str | None = None,
+        offline: bool = False, dir: str | os.PathLike[str] | None = None, id: str | None = None,
         anonymous: bool | None = None, project: str | None = None, log_model: Literal["all"] | bool = False,
         experiment: Any = None, prefix: str = "", checkpoint_name: str | None = None,
         add_file_policy: Literal["mutable", "immutable"] = "mutable", **kwargs: Any,
@@ -72,7 +76,8 @@ class WandbLogger(ServiceLogger):
     @property
     def version(self) -> str | None:
         """The id of the run; None until there is one."""
-        return self._experiment.id if self._experiment is not None else self._init_options["id"]
+        version: str | None = self._experiment.id if self._experiment is not None else self._init_options["id"]
+        return version
 
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
@@ -84,14 +89,17 @@ class WandbLogger(ServiceLogger):
         axis = {} if step is None else {self._step_name: step}
         self.experiment.log({**as_numbers(metrics, self._prefix, keep_arrays=True), **axis})  # they become histograms
 
-    def watch(self, model: Any, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True) -> None:
+    def watch(
+        self, model: nn.Module, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True
+    ) -> None:
         """Sends histograms of gradients and/or parameters ("gradients", "parameters", "all") and the graph."""
         self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
 
     @rank_zero_only
     def log_table(
-        self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, step: int | None = None
-    ) -> None:
+        self, key: str, columns: list[str] | None = None, data: list[list[Any]] | None = None,
+        dataframe: DataFrame | None = None, step: int | None = None,
+    ) -> None:  # fmt: skip
         """Logs texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
         self.log_metrics({key: _import_wandb().Table(columns=columns, data=data, dataframe=dataframe)}, step)
 
@@ -110,7 +118,9 @@ class WandbLogger(ServiceLogger):
         self._log_media("Video", key, videos, step, kwargs)
 
     @rank_zero_only
-    def _log_media(self, kind: str, key: str, items: list[Any], step: int | None, options: dict[str, list]) -> None:
+    def _log_media(
+        self, kind: str, key: str, items: list[Any], step: int | None, options: dict[str, list[Any]]
+    ) -> None:
         if not isinstance(items, list):
             raise TypeError(f"`{key}` must be logged as a list, not as a `{type(items).__name__}`.")
         for name, values in options.items():
@@ -129,7 +139,7 @@ class WandbLogger(ServiceLogger):
     @rank_zero_only
     def download_artifact(
         artifact: str,
-        save_dir: str | os.PathLike | None = None,
+        save_dir: str | os.PathLike[str] | None = None,
         artifact_type: str | None = None,
         use_artifact: bool = True,
     ) -> str:
@@ -137,7 +147,8 @@ class WandbLogger(ServiceLogger):
         wandb = _import_wandb()
         record = wandb.run is not None and use_artifact
         found = wandb.run.use_artifact(artifact) if record else wandb.Api().artifact(artifact, type=artifact_type)
-        return found.download(root=None if save_dir is None else os.fspath(save_dir))
+        folder: str = found.download(root=None if save_dir is None else os.fspath(save_dir))
+        return folder
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Any:
         """Records that the run uses an artifact, and returns it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Complex, Real
 from typing import TypeVar
@@ -45,6 +46,11 @@ def check_value(name: str, value: object) -> None:
             "logged. A number, a tensor with one element or a torchmetrics `Metric` is expected. Log the parts one by "
             "one with `self.log_dict`, or text with `self.logger.experiment`."
         )
+
+
+def count_elements(value: object) -> int:
+    """How many elements a tensor or an array of another library has; 1 for anything else."""
+    return math.prod(getattr(value, "shape", ()))
 
 
 def _is_number(value: object) -> bool:

@@ -12,12 +12,14 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from enum import Enum
+from typing import TYPE_CHECKING, Any
 
 from fulmen.storage.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from fulmen.module import LightningModule
 
 
 class Profiler(ABC):
@@ -31,10 +33,10 @@ class Profiler(ABC):
 
     active = True  # False tells the Trainer that it need not name its actions at all
 
-    def __init__(self, dirpath: str | os.PathLike | None = None, filename: str | None = None) -> None:
+    def __init__(self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None) -> None:
         self.dirpath = dirpath
         self.filename = filename
-        self.module: torch.nn.Module | None = None  # set by the Trainer before `setup`
+        self.module: LightningModule | None = None  # set by the Trainer before `setup`
         self._stage: str | None = None
         self._local_rank: int | None = None
 
@@ -73,7 +75,7 @@ class Profiler(ABC):
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
         """A run begins: ``stage`` is "fit", "validate", "test" or "predict"; the rank is None for a single process."""
-        self._stage = getattr(stage, "value", stage)
+        self._stage = str(stage.value) if isinstance(stage, Enum) else stage
         self._local_rank = local_rank
         self.dirpath = self.dirpath or log_dir
 
@@ -130,7 +132,7 @@ class SimpleProfiler(Profiler):
     """
 
     def __init__(
-        self, dirpath: str | os.PathLike | None = None, filename: str | None = None, extended: bool = True
+        self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None, extended: bool = True
     ) -> None:
         super().__init__(dirpath, filename)
         self.current_actions: dict[str, float] = {}
@@ -183,7 +185,7 @@ class AdvancedProfiler(Profiler):
     """
 
     def __init__(
-        self, dirpath: str | os.PathLike | None = None, filename: str | None = None,
+        self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None,
         line_count_restriction: float = 1.0, dump_stats: bool = False,
     ) -> None:  # fmt: skip
         import cProfile
@@ -232,7 +234,7 @@ class AdvancedProfiler(Profiler):
         self.profiled_actions.clear()
         self._running.clear()
 
-    def __reduce__(self) -> tuple:  # profiles cannot travel to another process
+    def __reduce__(self) -> tuple[Any, ...]:  # profiles cannot travel to another process
         return (type(self), (self.dirpath, self.filename, self.line_count_restriction, self.dump_stats))
 
 

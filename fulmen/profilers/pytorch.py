@@ -6,6 +6,7 @@ import functools
 import inspect
 import os
 from contextlib import ExitStack
+from math import inf
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class PyTorchProfiler(Profiler):
     }  # fmt: skip
 
     def __init__(
-        self, dirpath: str | os.PathLike | None = None, filename: str | None = None,
+        self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None,
         group_by_input_shapes: bool = False, emit_nvtx: bool = False, export_to_chrome: bool = True,
         row_limit: int = 20, sort_by_key: str | None = None, record_module_names: bool = True,
         table_kwargs: dict[str, Any] | None = None, **profiler_kwargs: Any,
@@ -62,23 +63,13 @@ class PyTorchProfiler(Profiler):
         if self._sort_by_key not in (columns := self.AVAILABLE_SORT_KEYS):
             hint = suggest_name(self._sort_by_key, columns)
             raise MisconfigurationException(f"`{sort_by_key=}` is not a column.{hint} Use one of {sorted(columns)}.")
-        allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
-        for key in set(table_kwargs or ()) - allowed:
-            own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
-            raise KeyError(f"`table_kwargs` has the invalid key {key!r}.{own} Allowed are {sorted(allowed)}.")
+        _check_table_kwargs(table_kwargs or {})
         self._table_kwargs = {**(table_kwargs or {}), "row_limit": row_limit}
         self._export_to_flame_graph = profiler_kwargs.pop("export_to_flame_graph", False)
         self._metric = profiler_kwargs.pop("metric", "self_cpu_time_total")
         self._default_schedule = "schedule" not in profiler_kwargs
-        schedule = profiler_kwargs.setdefault("schedule", _default_schedule)
-        if schedule is not None and not (callable(schedule) and isinstance(schedule(0), ProfilerAction)):
-            got = repr(schedule(0)) if callable(schedule) else repr(schedule)
-            what = f"`schedule` must be a function that returns a `torch.profiler.ProfilerAction`, but this is {got}."
-            raise MisconfigurationException(f"{what} Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`.")
-        known_options = inspect.signature(torch.profiler.profile).parameters
-        if unknown := sorted(set(profiler_kwargs) - set(known_options)):
-            rank_zero_warn(f"`torch.profiler.profile` of this version of PyTorch does not know {unknown}: ignored.")
-        self._profiler_kwargs = {key: value for key, value in profiler_kwargs.items() if key in known_options}
+        _check_schedule(profiler_kwargs.setdefault("schedule", _default_schedule))
+        self._profiler_kwargs = _keep_known_options(profiler_kwargs)
         self._profiler_kwargs.update({"record_shapes": True} if group_by_input_shapes else {})
         self._profiler_kwargs.update({"with_stack": True} if self._export_to_flame_graph else {})
         self.profiler: torch.profiler.profile | torch.autograd.profiler.emit_nvtx | None = None
@@ -100,7 +91,7 @@ class PyTorchProfiler(Profiler):
         if self.profiler is None and not self._finished and (everything or self._is_step(action_name)):
             self._begin_recording()
         if self.profiler is not None and action_name not in self._labels:
-            self._labels[action_name] = record_function(f"[pl][profile]{action_name}").__enter__()
+            self._labels[action_name] = _open_label(f"[pl][profile]{action_name}")
 
     def stop(self, action_name: str) -> None:
         if label := self._labels.pop(action_name, None):
@@ -114,7 +105,8 @@ class PyTorchProfiler(Profiler):
         self._finish_recording()
         if self.function_events is None:
             return ""
-        averages = self.function_events.key_averages(group_by_input_shapes=self._group_by_input_shapes)
+        by_shape = self._group_by_input_shapes
+        averages = self.function_events.key_averages(group_by_input_shapes=by_shape)
         return self._write_report({"records": averages.table(sort_by=self._sort_by_key, **self._table_kwargs)})
 
     def teardown(self, stage: str | None) -> None:
@@ -128,17 +120,20 @@ class PyTorchProfiler(Profiler):
 
     def _num_steps(self) -> float:
         """How many steps the run has at most, as far as the Trainer knows."""
-        trainer = getattr(self.module, "_trainer", None)
+        trainer = None if self.module is None else self.module._trainer
         if trainer is None or self._stage is None:
-            return float("inf")
+            return inf
         if self._stage == "fit":
             return trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
-        return sum(getattr(trainer, f"num_{'val' if self._stage == 'validate' else self._stage}_batches"))
+        if self._stage == "validate":
+            return sum(trainer.num_val_batches)
+        return sum(trainer.num_test_batches if self._stage == "test" else trainer.num_predict_batches)
 
     def _begin_recording(self) -> None:
         if self._emit_nvtx:
             self._open.enter_context(torch.cuda.profiler.profile())
-            self.profiler = self._open.enter_context(torch.autograd.profiler.emit_nvtx())
+            marks = torch.autograd.profiler.emit_nvtx()
+            self.profiler = self._open.enter_context(marks)
         else:
             options = {"on_trace_ready": self._export_trace, **self._profiler_kwargs}
             if self._default_schedule and self._num_steps() < WAIT + WARMUP + ACTIVE:
@@ -173,8 +168,39 @@ class PyTorchProfiler(Profiler):
         return {**self.__dict__, "profiler": None, "function_events": None, "_open": ExitStack(), "_labels": {}}
 
 
+def _check_table_kwargs(table_kwargs: dict[str, Any]) -> None:
+    """Raises for what the table of events does not take."""
+    allowed = set(inspect.signature(EventList.table).parameters) - {"self", "sort_by", "row_limit"}
+    for key in set(table_kwargs) - allowed:
+        own = " It is an argument of `PyTorchProfiler` itself." if key in ("row_limit", "sort_by") else ""
+        raise KeyError(f"`table_kwargs` has the invalid key {key!r}.{own} Allowed are {sorted(allowed)}.")
+
+
+def _check_schedule(schedule: object) -> None:
+    """Raises for what gives no actions of torch's profiler; None is no schedule."""
+    if schedule is not None and not (callable(schedule) and isinstance(schedule(0), ProfilerAction)):
+        got = repr(schedule(0)) if callable(schedule) else repr(schedule)
+        what = f"`schedule` must be a function that returns a `torch.profiler.ProfilerAction`, but this is {got}."
+        raise MisconfigurationException(f"{what} Use `torch.profiler.schedule(wait=…, warmup=…, active=…)`.")
+
+
+def _keep_known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that the profiler of this version of PyTorch takes; a warning names the others."""
+    known = inspect.signature(torch.profiler.profile).parameters
+    if unknown := sorted(set(options) - set(known)):
+        rank_zero_warn(f"`torch.profiler.profile` of this version of PyTorch does not know {unknown}: ignored.")
+    return {key: value for key, value in options.items() if key in known}
+
+
 def _default_schedule(step: int) -> ProfilerAction:  # a function of this file, because that of torch cannot be pickled
-    return torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)(step)
+    action: ProfilerAction = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)(step)
+    return action
+
+
+def _open_label(text: str) -> record_function:
+    """Names in the trace what runs from now on, until its `__exit__`."""
+    label: record_function = record_function(text).__enter__()
+    return label
 
 
 def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:
@@ -182,7 +208,7 @@ def _label_modules(root: torch.nn.Module, until: ExitStack) -> None:
     running: list[record_function] = []
 
     def enter(text: str, *_: Any) -> None:
-        running.append(record_function(text).__enter__())
+        running.append(_open_label(text))
 
     def leave(*_: Any) -> None:
         if running:
