@@ -103,7 +103,8 @@ class DummyExperiment:
 
 def rank_zero_experiment(fn: Callable[..., T]) -> Callable[..., T]:
     """For an ``experiment`` property: the real object in the first process, one that ignores everything elsewhere."""
-    return rank_zero_only(fn, default=DummyExperiment())
+    stand_in: Any = DummyExperiment()
+    return rank_zero_only(fn, default=stand_in)
 
 
 class DummyLogger(DummyExperiment, Logger):

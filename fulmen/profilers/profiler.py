@@ -19,7 +19,7 @@ from fulmen.storage.filesystem import ensure_dir, get_filesystem
 from fulmen.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
-    from fulmen.module import LightningModule
+    from torch import nn
 
 
 class Profiler(ABC):
@@ -36,7 +36,7 @@ class Profiler(ABC):
     def __init__(self, dirpath: str | os.PathLike[str] | None = None, filename: str | None = None) -> None:
         self.dirpath = dirpath
         self.filename = filename
-        self.module: LightningModule | None = None  # set by the Trainer before `setup`
+        self.module: nn.Module | None = None  # set by the Trainer before `setup`
         self._stage: str | None = None
         self._local_rank: int | None = None
 

@@ -14,6 +14,7 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerAction
 
+from fulmen.module import LightningModule
 from fulmen.profilers.profiler import Profiler
 from fulmen.storage.filesystem import ensure_dir
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
@@ -120,7 +121,7 @@ class PyTorchProfiler(Profiler):
 
     def _num_steps(self) -> float:
         """How many steps the run has at most, as far as the Trainer knows."""
-        trainer = None if self.module is None else self.module._trainer
+        trainer = self.module._trainer if isinstance(self.module, LightningModule) else None
         if trainer is None or self._stage is None:
             return inf
         if self._stage == "fit":
