@@ -492,6 +492,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         if hasattr(dictionary, "compute_groups"):
             # a MetricCollection: the members themselves, not copies, under their prefixed names
             items = dictionary.items(keep_base=False, copy_state=False)  # type: ignore[call-arg]
+        if self._fabric is not None:
+            self._fabric.log_dict(metrics=dict(items))
+            return
         for name, value in items:
             self.log(
                 name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,

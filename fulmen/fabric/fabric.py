@@ -17,9 +17,9 @@ from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.strategy import SingleDeviceStrategy
 from fulmen.fabric import checkpoint
 from fulmen.fabric.arguments import as_list, choose_strategy, is_using_cli, load_callbacks
-from fulmen.fabric.launch import check_function, do_nothing, launch_function
+from fulmen.fabric.launch import check_function, do_nothing, launch_function, watch_script
 from fulmen.fabric.process import FabricProcess
-from fulmen.fabric.validation import check_loaders, check_module, check_optimizers, warn_of_foreign_parameters
+from fulmen.fabric.validation import check_loaders, check_module, check_optimizers, check_parameters
 from fulmen.fabric.wrappers import (
     _FabricDataLoader,
     _FabricModule,
@@ -34,7 +34,6 @@ from fulmen.utilities.errors import PossibleUserWarning
 from fulmen.utilities.introspection import parameters_of, takes_argument
 from fulmen.utilities.modules import is_compiled, unwrap_compiled
 from fulmen.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
-from fulmen.utilities.seed import seed_everything
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -91,26 +90,27 @@ class Fabric(FabricProcess):
         callbacks: list[Any] | Any | None = None,
         loggers: Logger | list[Logger] | None = None,
     ) -> None:
-        strategy = choose_strategy(
+        chosen = choose_strategy(
             plugins, accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes,
             precision=precision,
         )  # fmt: skip
-        super().__init__(strategy)
+        super().__init__(chosen)
         self._callbacks = [*as_list(callbacks), *load_callbacks()]
         self._loggers = as_list(loggers)
         self._models_setup = 0
         self._last_module: _FabricModule | None = None
         self._launching = False
-        self._prepares_backward = needs_own_backward(self._strategy)
+        # Until a module is set up, several processes would not exchange what a backward pass makes.
+        several = not isinstance(chosen, SingleDeviceStrategy)
+        self._prepares_backward = several or needs_own_backward(chosen)
         if type(self).run is not Fabric.run:
             if is_using_cli():
                 what = f"Overriding `{type(self).__name__}.run()` and launching from the CLI is not allowed."
                 raise TypeError(f"{what} Run the script normally, or change it to use `fabric = Fabric(...)` directly.")
             self.run = partial(self._launch_run, self.run)  # type: ignore[method-assign]
         if is_using_cli():
-            # The processes exist, and everything may be used right away.
-            self._strategy.setup_environment()
-            self._launched = True
+            with self.enter_process():  # they exist, and everything may be used right away
+                watch_script(self)
 
     @property
     def loggers(self) -> list[Logger]:
@@ -176,12 +176,6 @@ class Fabric(FabricProcess):
             raise RuntimeError(f"{what} Call it once, before everything that needs several processes.")
         return launch_function(self, function, args if first is None else (first, *args), kwargs)
 
-    def pack_results(self) -> None:
-        """Nothing but the result of the function travels back to the process that launched others."""
-
-    def unpack_results(self, packed: object) -> None:
-        """See `pack_results`."""
-
     @contextmanager
     def enter_process(self) -> Generator[None]:
         """In a process that was launched: the environment is set up, and inside nothing is launched again."""
@@ -228,7 +222,7 @@ class Fabric(FabricProcess):
         self._check_launched()
         check_module(module)
         check_optimizers(optimizers)
-        warn_of_foreign_parameters(module, optimizers)
+        check_parameters(module, optimizers)
         compiled = module if _reapply_compile and is_compiled(module) else None
         original: Any = module if compiled is None else unwrap_compiled(module)
         prepared = self._prepare_module(original, list(optimizers), move_to_device)
@@ -476,11 +470,6 @@ class Fabric(FabricProcess):
         rank_zero_deprecation("`Fabric.sharded_model()` is deprecated in favor of `Fabric.init_module()`.")
         self._check_launched()
         return self._strategy.module_sharded_context()
-
-    @staticmethod
-    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
-        """Seeds Python, NumPy and torch; unlike the function of that name it also seeds loader workers by default."""
-        return seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
 
     # ------------------------------------------------------------------ checkpoints
 

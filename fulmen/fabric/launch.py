@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import sys
 from collections.abc import Callable
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fulmen.data.loaders import record_arguments
@@ -46,5 +50,71 @@ def _call_first(run: Callable[[], Any]) -> Any:
 
 def _run_launched(fabric: Fabric, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In each of the processes."""
-    with fabric.enter_process(), record_arguments():
-        return function(*args, **kwargs)
+    strategy = fabric.strategy
+    with fabric.enter_process():
+        if function is do_nothing:
+            watch_script(fabric)
+            return None
+        strategy.start_watchdog(FabricRun(fabric, "in the launched function"))
+        try:
+            with record_arguments():
+                result = function(*args, **kwargs)
+            strategy.finish_saving()
+            if strategy.report_to_parent is None:  # else once the result is on its way
+                strategy.stop_watchdog()
+            return result
+        except BaseException as error:
+            reason = strategy.abort(error)
+            strategy.stop_watchdog()
+            if reason is not error:
+                raise reason from error
+            raise
+
+
+def watch_script(fabric: Fabric) -> None:
+    """From here to the end of the script, a process that fails is found out, and the others end with it."""
+    strategy = fabric.strategy
+    strategy.start_watchdog(FabricRun(fabric, "after `fabric.launch()`"))
+    if strategy.watchdog is None:
+        return
+    show_error = sys.excepthook
+
+    def leave_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        reason = strategy.abort(error)
+        strategy.stop_watchdog()
+        show_error(type(reason), reason, reason.__traceback__)
+
+    sys.excepthook = leave_others
+    atexit.register(strategy.stop_watchdog)
+
+
+class FabricRun:
+    """What the watchdog may ask of a loop of the user's own: a `fulmen.supervision.protocols.SupervisedRun`.
+
+    Arguments:
+        position: where the run is, as far as anybody but the user knows.
+    """
+
+    def __init__(self, fabric: Fabric, position: str) -> None:
+        self.fabric = fabric
+        self.position = position
+
+    def describe_position(self) -> str:
+        return self.position
+
+    def notify_exception(self, error: BaseException) -> None:
+        """Nobody is told: callbacks of Fabric hear what the loop calls."""
+
+    def finalize_loggers(self) -> None:
+        for logger in self.fabric.loggers:
+            with contextlib.suppress(Exception):
+                logger.finalize("failed")
+
+    def handles_signal(self, number: int) -> bool:
+        return False
+
+    def request_stop(self, number: int) -> bool:
+        return False
+
+    def is_saving_last(self) -> bool:
+        return False

@@ -12,6 +12,7 @@ from torch import Tensor
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.keywords import KeywordHints
+from fulmen.utilities.seed import seed_everything
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -149,6 +150,17 @@ class FabricProcess(KeywordHints):
             if rank == 0:
                 self._strategy.barrier_without_timeout(name)
         self.barrier()
+
+    @staticmethod
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+        """Seeds Python, NumPy and torch; unlike the function of that name it also seeds loader workers by default."""
+        return seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
+
+    def pack_results(self) -> None:
+        """Nothing but the result of the function travels back to the process that launched others."""
+
+    def unpack_results(self, packed: object) -> None:
+        """See `pack_results`."""
 
     def _check_launched(self) -> None:
         if not self._launched and not isinstance(self._strategy, SingleDeviceStrategy):

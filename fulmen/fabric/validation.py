@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from fulmen.fabric.wrappers import _FabricDataLoader, _FabricOptimizer, is_wrapped
-from fulmen.utilities.errors import PossibleUserWarning, describe_received
-from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.errors import describe_received
 
 
 def check_module(module: object) -> None:
@@ -38,15 +37,15 @@ def check_optimizers(optimizers: Iterable[Any], allow_meta: bool = True) -> None
             raise RuntimeError(f"{what} {why} {fix}")
 
 
-def warn_of_foreign_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Warns of an optimizer that has no parameter of the module."""
+def check_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Raises a ValueError for an optimizer that has no parameter of the module."""
     own = {id(parameter) for parameter in module.parameters()}
     for optimizer in optimizers:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [p for group in vars(optimizer).get("param_groups", ()) for p in group["params"]]
         if own and parameters and not any(id(parameter) in own for parameter in parameters):
             what = f"None of the parameters of the optimizer `{type(optimizer).__name__}` belongs to the"
             fix = f"`{type(module).__name__}` it is set up with. Create it from `module.parameters()`."
-            rank_zero_warn(f"{what} {fix}", category=PossibleUserWarning)
+            raise ValueError(f"{what} {fix}")
 
 
 def check_loaders(loaders: Sequence[Any]) -> None:
