@@ -22,8 +22,6 @@ from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
 from fulmen.defaults import assemble_callbacks, assemble_loggers, assemble_profiler, merge_callbacks, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
-from fulmen.engine.launch import INTERRUPTED, is_interactive
-from fulmen.engine.process_launcher import ProcessLauncher, picklable_attributes
 from fulmen.engine.resolve import announce_accelerator, resolve_strategy
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
@@ -39,14 +37,14 @@ from fulmen.metrics.logbook import LogBook
 from fulmen.metrics.values import fetch_numbers
 from fulmen.module import LightningModule, missing_super_init
 from fulmen.optimizers import LightningOptimizer, read_optimizers
-from fulmen.supervision.watchdog import exit_if_asleep, limit_seconds
 from fulmen.trainer_properties import TrainerProperties
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
-from fulmen.utilities.errors import MisconfigurationException, describe_received
+from fulmen.utilities.console import is_interactive
+from fulmen.utilities.errors import INTERRUPTED, MisconfigurationException, describe_received
 from fulmen.utilities.introspection import adapt_to_signature, overrides_method
 from fulmen.utilities.keywords import hide_unknown, refuse_misuse
-from fulmen.utilities.modules import from_compiled, is_compiled
+from fulmen.utilities.modules import from_compiled, is_compiled, picklable_attributes
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import isolate_rng
 from fulmen.utilities.seed import seed_everything as seed_everything  # imported from here by many scripts
@@ -478,8 +476,9 @@ class Trainer(TrainerProperties):
             return launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
         except BaseException as error:
             self.state.end_run(TrainerStatus.INTERRUPTED)
-            if isinstance(launcher, ProcessLauncher):
-                self._tell_here(error)
+            if launcher.runs_elsewhere:
+                with launcher.end_if_asleep():
+                    self._tell_here(error)
             raise
 
     def _tell_here(self, error: BaseException) -> None:
@@ -487,12 +486,11 @@ class Trainer(TrainerProperties):
         told = KeyboardInterrupt() if isinstance(error, SystemExit) and error.code == INTERRUPTED else error
         self._elsewhere = True
         try:
-            with exit_if_asleep(limit_seconds(self.strategy.watchdog_timeout_s)):
-                for callback in self.callbacks:
-                    if not isinstance(callback, Checkpoint):
-                        callback.on_exception(self, self.lightning_module, told)
-                if self.datamodule is not None:
-                    self.datamodule.on_exception(told)
+            for callback in self.callbacks:
+                if not isinstance(callback, Checkpoint):
+                    callback.on_exception(self, self.lightning_module, told)
+            if self.datamodule is not None:
+                self.datamodule.on_exception(told)
         finally:
             self._elsewhere = False
 

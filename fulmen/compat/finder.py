@@ -93,7 +93,7 @@ class ViewModule(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name == "__all__":
-            public = (getattr(module, "__all__", None) or vars(module) for module in self._home_modules())
+            public = (module.__all__ if hasattr(module, "__all__") else vars(module) for module in self._home_modules())
             return sorted({name for names in public for name in names if not name.startswith("_")})
         if not name.startswith("__"):  # the import system asks for several of those before anything should be imported
             # A path of the table goes before a module that one of the homes happens to import.

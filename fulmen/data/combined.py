@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from fulmen.data.loader_state import LoaderPass, dataset_of, describe_loader
+from fulmen.data.sample_order import batch_sampler_of, sampler_of
 from fulmen.data.tensor_batches import iterate_batches
 from fulmen.utilities.collections import map_children
 from fulmen.utilities.errors import suggest_name
@@ -21,26 +22,25 @@ _CONTAINERS = (list, tuple, dict, OrderedDict, defaultdict)
 _END = object()
 
 
-def _tree_flatten(tree: Any, leaves: list[Any]) -> Any:
+def _tree_flatten(tree: object, leaves: list[Any]) -> Any:
     """Append the loaders of a container to ``leaves``; returns the container with the index of each in its place."""
-    container = type(tree) in _CONTAINERS or (isinstance(tree, tuple) and hasattr(tree, "_fields"))
-    # A list of numbers or strings is a loader, and so is what is empty.
-    plain = container and not isinstance(tree, dict) and all(isinstance(item, (int, float, str)) for item in tree)
-    if container and len(tree) and not plain:
+    if _is_container(tree):
         return map_children(tree, lambda item: _tree_flatten(item, leaves))
     leaves.append(tree)
     return len(leaves) - 1
 
 
+def _is_container(tree: object) -> bool:
+    """Does it hold loaders? A list of numbers or strings is a loader, and so is what is empty."""
+    if type(tree) not in _CONTAINERS and not (isinstance(tree, tuple) and hasattr(tree, "_fields")):
+        return False
+    assert isinstance(tree, (list, tuple, dict))
+    plain = not isinstance(tree, dict) and all(isinstance(item, (int, float, str)) for item in tree)
+    return len(tree) > 0 and not plain
+
+
 def _tree_unflatten(spec: object, values: Sequence[Any]) -> Any:
     return values[spec] if type(spec) is int else map_children(spec, lambda item: _tree_unflatten(item, values))
-
-
-def _attribute_of_each(name: str) -> property:
-    """The attribute of each iterable (None for those without), in the shape of ``iterables``."""
-    return property(
-        lambda combined: combined.tree_unflatten([getattr(each, name, None) for each in combined.flattened])
-    )
 
 
 def loader_length(loader: Iterable[Any]) -> int | float:
@@ -99,8 +99,15 @@ class CombinedLoader:
         self._iterables = self.tree_unflatten(flattened)
         self._flattened = list(flattened)
 
-    sampler = _attribute_of_each("sampler")
-    batch_sampler = _attribute_of_each("batch_sampler")
+    @property
+    def sampler(self) -> Any:
+        """The sampler of each iterable (None for those without), in the shape of ``iterables``."""
+        return self.tree_unflatten([sampler_of(each) for each in self._flattened])
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The batch sampler of each iterable (None for those without), in the shape of ``iterables``."""
+        return self.tree_unflatten([batch_sampler_of(each) for each in self._flattened])
 
     @property
     def limits(self) -> list[int | float] | None:
@@ -222,7 +229,7 @@ class CombinedLoader:
         found = {
             position: dataset_of(loader)
             for position, loader in enumerate(self._flattened)
-            if not _has_state(loader) and not getattr(loader, "num_workers", 0)
+            if not _has_state(loader) and not (hasattr(loader, "num_workers") and loader.num_workers)
         }
         return {at: data for at, data in found.items() if isinstance(data, IterableDataset) and _has_state(data)}
 
@@ -240,7 +247,8 @@ class CombinedLoader:
         if not found:
             self.record_state(-1)
             found = [self._history.pop()[1]]
-        return found[-1]
+        states, datasets = found[-1]
+        return states, datasets
 
     def state_dict(self, done: int | None = None) -> list[dict[str, Any]]:
         """The states of those iterables that have one; as of so many batches, where they were read ahead."""

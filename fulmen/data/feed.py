@@ -14,6 +14,11 @@ from fulmen.utilities.seed import isolate_rng
 _END = object()
 
 
+# What fetches a batch, and what makes a function of it that is measured.
+Fetch = Callable[[], Any]
+Profile = Callable[[Fetch], Fetch]
+
+
 class Shortfall(NamedTuple):
     """The batches that a loader gave, and how many it had promised."""
 
@@ -35,7 +40,11 @@ class Feed:
     """
 
     def __init__(
-        self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None, counted: bool = True
+        self,
+        loaders: CombinedLoader,
+        transfer: Callable[[Any, int], Any],
+        profile: Profile | None = None,
+        counted: bool = True,
     ) -> None:
         self.loaders = loaders
         self.transfer = transfer
@@ -180,7 +189,7 @@ class JoinFeed(Feed):
     """
 
     def __init__(
-        self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None, counts: list[int | float],
+        self, loaders: CombinedLoader, transfer: Callable[[Any, int], Any], profile: Profile | None, counts: list[int | float],
         count_true: Callable[[bool], int],
     ) -> None:  # fmt: skip
         super().__init__(loaders, transfer, profile, counted=inf not in counts)
@@ -230,7 +239,9 @@ class IteratorFeed(Feed):
     it is yielded with the index of the batch that was pulled last, and the loader of the next one.
     """
 
-    def __init__(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None = None) -> None:
+    def __init__(
+        self, loaders: CombinedLoader, transfer: Callable[[Any, int], Any], profile: Profile | None = None
+    ) -> None:
         super().__init__(loaders, lambda batch, _: batch, profile)
         self.batch: Any = None  # that was pulled last
         self.batch_idx = 0

@@ -14,17 +14,19 @@ import pickle
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, TypeGuard
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from fulmen.data.sample_order import SharedOrder, sharded_samplers
+from fulmen.data.sample_order import ForwardsAttributes, SharedOrder, sharded_samplers
 from fulmen.data.tensor_batches import iterate_batches
 from fulmen.supervision import loader_workers
+from fulmen.utilities.collections import declared_batch_size
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states, python_state, same_states, set_generator_states
 
@@ -44,7 +46,7 @@ def describe_loader(loader: object) -> str:
     return f"`{type(loader).__name__}`" + (f" over `{type(data).__name__}`" if data is not loader else "")
 
 
-def is_map_style(loader: object) -> TypeGuard[DataLoader]:
+def is_map_style(loader: object) -> TypeGuard[DataLoader[Any]]:
     """Is it a loader whose samplers choose what is read?"""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
@@ -53,7 +55,7 @@ def dataset_and_batch_size(loader: object) -> tuple[int | None, int | None]:
     """The number of samples, and of samples in a batch; None where no indices are read."""
     if not is_map_style(loader):
         return None, None
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
+    size = loader.batch_size or declared_batch_size(loader.batch_sampler)
     return len(loader.dataset), 1 if loader.batch_sampler is None else size  # type: ignore[arg-type]
 
 
@@ -124,7 +126,7 @@ class WorkerRngTracker:
 
     SLOT_BYTES = 1 << 15  # of a pickled state: about 15,500
 
-    def __init__(self, loader: DataLoader, initial_states: list[Any] | None = None, skipped: int = 0) -> None:
+    def __init__(self, loader: DataLoader[Any], initial_states: list[Any] | None = None, skipped: int = 0) -> None:
         self.num_workers = loader.num_workers
         self.collate_fn = loader.collate_fn
         self.worker_init_fn = loader.worker_init_fn
@@ -157,7 +159,7 @@ class WorkerRngTracker:
         self.awaits_filler = worker_id < self.num_fillers
         self.last_states = generator_states(include_cuda=False)
 
-    def __call__(self, samples: Any) -> Any:
+    def __call__(self, samples: list[Any]) -> Any:
         if self.awaits_filler:
             self.awaits_filler = False
             set_generator_states(self.last_states)
@@ -207,14 +209,14 @@ class WorkerRngTracker:
 
 def _tracker_of(iterator: object) -> WorkerRngTracker | None:
     """The tracker in the workers of an iterator; None if a class of the user made them without it."""
-    collate_fn = getattr(iterator, "_collate_fn", None)
+    collate_fn = iterator._collate_fn if isinstance(iterator, _BaseDataLoaderIter) else None
     return collate_fn if isinstance(collate_fn, WorkerRngTracker) else None
 
 
 # ---------------------------------------------------------------------- samplers and loaders
 
 
-class ResumedSampler:
+class ResumedSampler(ForwardsAttributes):
     """A sampler or batch sampler that gives what is left of one pass, and all of every later one.
 
     Arguments:
@@ -225,8 +227,10 @@ class ResumedSampler:
         prefetched: how many more were drawn when the generators were where they belong now.
     """
 
+    _forwards_to = "order"
+
     def __init__(
-        self, order: Any, skip: int, first_draw: RngSnapshot | None, lazy: bool, num_fillers: int = 0, prefetched: int = 0
+        self, order: Collection[Any], skip: int, first_draw: RngSnapshot | None, lazy: bool, num_fillers: int = 0, prefetched: int = 0
     ) -> None:  # fmt: skip
         self.order = order
         self.skip = skip
@@ -293,11 +297,6 @@ class ResumedSampler:
 
     def __len__(self) -> int:
         return len(self.order)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "order":  # asked for while a copy is being made
-            raise AttributeError(name)
-        return getattr(self.order, name)
 
 
 class PeekedLoader:
@@ -368,7 +367,7 @@ class LoaderPass:
 
     def _running_iterator(self) -> Any:
         """That of workers which stay from one pass to the next, or None."""
-        return getattr(self.loader, "_iterator", None)
+        return self.loader._iterator if hasattr(self.loader, "_iterator") else None
 
     def _restore_generators(self, running: bool) -> RngSnapshot:
         """Everything random is as it was when the iterator was made, and noted."""
@@ -398,7 +397,7 @@ class LoaderPass:
     def _resume_sampler(self, lazy: bool, num_fillers: int = 0) -> dict[str, ResumedSampler]:
         """By its name, the part of the loader that chooses what is read, continued."""
         name = "sampler" if self.loader.batch_sampler is None else "batch_sampler"
-        order = getattr(self.loader, name)
+        order = self.loader.sampler if name == "sampler" else self.loader.batch_sampler
         if "together" in self.saved:  # several processes drew the order of this epoch
             sampler = self.loader.sampler if name == "sampler" else order.sampler
             shared = SharedOrder(sampler, self.saved["together"])
@@ -480,7 +479,9 @@ class LoaderPass:
     def pass_state(self, done: int, inside: bool, prefetched: int = 0) -> dict[str, Any]:
         """In plain types, what `saved` takes; `inside` of an epoch of which so many batches are done, or between two."""
         running = self._running_iterator()
-        persistent = running is not None and getattr(self.loader, "persistent_workers", False)
+        persistent = (
+            running is not None and hasattr(self.loader, "persistent_workers") and self.loader.persistent_workers
+        )
         state: dict[str, Any] = {"own": _get_states(self.generators), "persistent": persistent}
         for sampler in sharded_samplers(self.loader):
             state |= {"seed": sampler.seed, "epoch": sampler.epoch}

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils.data import (
@@ -26,13 +26,18 @@ from torch.utils.data import (
 
 from fulmen.data.combined import CombinedLoader, loader_length
 from fulmen.data.loader_state import dataset_of, is_map_style
-from fulmen.data.sample_order import ShardedSampler, samplers_of
+from fulmen.data.sample_order import ForwardsAttributes, ShardedSampler, sampler_of, samplers_of, tell_epoch
 from fulmen.data.tensor_batches import in_memory_dataset
 from fulmen.utilities.errors import MisconfigurationException, PossibleUserWarning, describe_received
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import suggested_max_num_workers
 from fulmen.utilities.rank_zero import rank_zero_warn, warn_user
 from fulmen.utilities.seed import pl_worker_init_function
+
+if TYPE_CHECKING:
+    from fulmen.engine.strategy import Strategy
+
+T = TypeVar("T")
 
 # Where an object keeps the arguments it was made with.
 _RECORD_KEY = "_fulmen_arguments"
@@ -134,9 +139,9 @@ def warn_about_settings(loader: object, *, stage: str, reloaded: bool = False) -
         _warn_possible(f"{what} `reload_dataloaders_every_n_epochs` replaces it. Use `pin_memory=False`.")
 
 
-def _spawns_workers(loader: DataLoader) -> bool:
+def _spawns_workers(loader: DataLoader[Any]) -> bool:
     context = loader.multiprocessing_context or multiprocessing
-    return context.get_start_method() == "spawn"
+    return bool(context.get_start_method() == "spawn")
 
 
 @contextmanager
@@ -157,7 +162,7 @@ def _all_subclasses(cls: type) -> set[Any]:
     return set(cls.__subclasses__()).union(*map(_all_subclasses, cls.__subclasses__()))
 
 
-def _record_calls(init: Callable) -> Callable:
+def _record_calls(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def recording_init(self: Any, *args: Any, **kwargs: Any) -> None:
         # Only the constructor the user called counts, not those it calls in turn.
@@ -176,7 +181,9 @@ def _init_parameters(cls: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(cls.__init__).parameters.values())[1:]
 
 
-def _bind_by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def _bind_by_name(
+    init: Callable[..., None], base: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
     """The arguments of a call as keywords; what is passed on as ``*args`` is taken to go to the base class."""
     try:
         found = inspect.signature(init).bind(*args, **kwargs)
@@ -191,7 +198,7 @@ def _bind_by_name(init: Callable, base: type, args: tuple, kwargs: dict[str, Any
     return named
 
 
-def rebuild_loader(loader: DataLoader, **order: Any) -> DataLoader:
+def rebuild_loader(loader: DataLoader[Any], **order: Any) -> DataLoader[Any]:
     """A loader of the same class from the same arguments, but with this ``sampler`` or ``batch_sampler``.
 
     The arguments of subclasses are those `record_arguments` saw, else the attributes of the same names. In the same
@@ -203,19 +210,20 @@ def rebuild_loader(loader: DataLoader, **order: Any) -> DataLoader:
     clashing: dict[str, Any] = {"shuffle": False}
     if "batch_sampler" in order:
         clashing |= {"sampler": None, "batch_size": 1, "drop_last": False}
-    given = _init_arguments(loader)
-    for name, default in clashing.items():
-        if name in given or (name != "sampler" and getattr(loader, name, default) != default):
-            order[name] = default
-    return _rebuild_object(loader, **order)
+    given = {*_init_arguments(loader)}
+    if loader.batch_size != 1:
+        given.add("batch_size")
+    if loader.drop_last:
+        given.add("drop_last")
+    return _rebuild_object(loader, **{**order, **{name: value for name, value in clashing.items() if name in given}})
 
 
-def _rebuild_error(obj: Any, problem: str, fix: str) -> Exception:
+def _rebuild_error(obj: object, problem: str, fix: str) -> Exception:
     error = MisconfigurationException if isinstance(obj, DataLoader) else TypeError
     return error(f"`{type(obj).__name__}` has to be made again, but {problem}. {fix}")
 
 
-def _rebuild_object(obj: Any, **changes: Any) -> Any:
+def _rebuild_object(obj: T, **changes: Any) -> T:
     arguments = {**_init_arguments(obj), **changes}
     try:
         again = type(obj)(**arguments)
@@ -228,12 +236,13 @@ def _rebuild_object(obj: Any, **changes: Any) -> Any:
     return again
 
 
-def _init_arguments(obj: Any) -> dict[str, Any]:
+def _init_arguments(obj: object) -> dict[str, Any]:
     """The constructor arguments of a loader or batch sampler, from the record or from attributes."""
     cls = type(obj)
     base = _torch_base(obj)
-    if cls is not base and vars(obj).get(_RECORD_KEY) is not None:
-        return vars(obj)[_RECORD_KEY]
+    recorded: dict[str, Any] | None = vars(obj).get(_RECORD_KEY)
+    if cls is not base and recorded is not None:
+        return recorded
     own = [p for p in _init_parameters(cls) if p.kind not in _VARIADIC]
     if missing := [p.name for p in own if p.default is p.empty and not hasattr(obj, p.name)]:
         fix = f"Make it inside a `*_dataloader` hook, or keep them: `self.{missing[0]} = {missing[0]}` in `__init__`."
@@ -245,16 +254,16 @@ def _init_arguments(obj: Any) -> dict[str, Any]:
     return {name: getattr(obj, name) for name in names}
 
 
-def _derived_arguments(loader: DataLoader) -> set[str]:
+def _derived_arguments(loader: DataLoader[Any]) -> set[str]:
     """Attributes for what a loader made itself, which it would not take back together."""
     custom = loader.batch_size is None and loader.batch_sampler is not None
     derived = {"batch_size", "sampler", "drop_last"} if custom else {"batch_sampler"}
     return derived | ({"sampler"} if isinstance(loader.dataset, IterableDataset) else set())
 
 
-def inner_sampler(loader: DataLoader) -> Any:
+def inner_sampler(loader: DataLoader[Any]) -> Any:
     """The sampler that decides the order of samples."""
-    return loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
+    return loader.sampler if loader.batch_sampler is None else sampler_of(loader.batch_sampler)
 
 
 def disable_shuffling(loader: Iterable[Any]) -> Iterable[Any]:
@@ -267,8 +276,10 @@ def disable_shuffling(loader: Iterable[Any]) -> Iterable[Any]:
     return rebuild_loader(loader, sampler=SequentialSampler(loader.dataset))  # type: ignore[arg-type]
 
 
-class IndexRecorder:
+class IndexRecorder(ForwardsAttributes):
     """A batch sampler that notes which samples it chose, ahead of what workers deliver, until that is asked for."""
+
+    _forwards_to = "batch_sampler"
 
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
@@ -292,11 +303,6 @@ class IndexRecorder:
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "batch_sampler":  # asked for while a copy is being made
-            raise AttributeError(name)
-        return getattr(self.batch_sampler, name)
 
 
 def keep_last_batch(loader: Iterable[Any]) -> Iterable[Any]:
@@ -326,8 +332,7 @@ def set_epoch(loader: object, epoch: int) -> None:
     """Tell every sampler of the loader that cares which epoch begins."""
     for leaf in _flatten_loaders(loader):
         for sampler in samplers_of(leaf):
-            if hasattr(sampler, "set_epoch") and callable(sampler.set_epoch):
-                sampler.set_epoch(epoch)
+            tell_epoch(sampler, epoch)
 
 
 def seed_workers(loader: object, rank: int) -> None:
@@ -346,12 +351,12 @@ def shutdown_workers(source: object) -> None:
         if isinstance(leaf, DataLoader):
             iterator = leaf._iterator
             leaf._iterator = None
-        if callable(shutdown := getattr(iterator, "_shutdown_workers", None)):
-            shutdown()
+        if hasattr(iterator, "_shutdown_workers") and callable(iterator._shutdown_workers):
+            iterator._shutdown_workers()
 
 
 def has_len_all_ranks(
-    dataloader: Any, strategy: Any, allow_zero_length_dataloader_with_multiple_devices: bool = False
+    dataloader: Iterable[Any], strategy: Strategy, allow_zero_length_dataloader_with_multiple_devices: bool = False
 ) -> bool:
     """Does the loader have a length on every process? An error if that is zero on this one and not on all of them."""
     length = loader_length(dataloader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -14,10 +14,38 @@ from fulmen.utilities.seed import generator_states, isolate_rng, seed_cpu, set_g
 CHUNK = 4096  # indices that are drawn at once
 
 
+class ForwardsAttributes:
+    """Has, beside its own attributes, those of the object that it wraps."""
+
+    _forwards_to: str  # the name of the attribute that holds the object
+
+    def __getattr__(self, name: str) -> Any:
+        own = vars(self)
+        if self._forwards_to not in own:  # asked for while a copy is being made
+            raise AttributeError(name)
+        return getattr(own[self._forwards_to], name)
+
+
+def sampler_of(owner: object) -> Any:
+    """The sampler of a loader or of a batch sampler; None if it has none."""
+    return getattr(owner, "sampler", None)
+
+
+def batch_sampler_of(loader: object) -> Any:
+    """The batch sampler of a loader; None if it has none."""
+    return getattr(loader, "batch_sampler", None)
+
+
 def sampler_generators(sampler: object) -> list[torch.Generator]:
     """The random generators that a sampler, or the one inside of a batch sampler, has for itself."""
-    found = (getattr(part, "generator", None) for part in (sampler, getattr(sampler, "sampler", None)))
+    found = [part.generator for part in (sampler, sampler_of(sampler)) if hasattr(part, "generator")]
     return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def tell_epoch(sampler: object, epoch: int) -> None:
+    """Tells a sampler, if it cares, which epoch begins."""
+    if hasattr(sampler, "set_epoch") and callable(sampler.set_epoch):
+        sampler.set_epoch(epoch)
 
 
 def shared_order(
@@ -62,7 +90,7 @@ def _set_states(generators: list[torch.Generator], states: list[torch.Tensor]) -
 class SharedOrder:
     """One pass over a sampler in the order that several processes drew, read by one of them."""
 
-    def __init__(self, sampler: Any, seed: int) -> None:
+    def __init__(self, sampler: Collection[Any], seed: int) -> None:
         self.sampler = sampler
         self.seed = seed
 
@@ -73,7 +101,7 @@ class SharedOrder:
         return len(self.sampler)
 
 
-class ShardedSampler(DistributedSampler):
+class ShardedSampler(ForwardsAttributes, DistributedSampler[Any]):
     """This process's part of the order of a sampler or batch sampler, which all processes draw identically.
 
     Arguments:
@@ -83,6 +111,8 @@ class ShardedSampler(DistributedSampler):
         seed: the random numbers that ``order`` draws follow from this and the epoch.
         chunk_size: how many are drawn at once.
     """
+
+    _forwards_to = "order"
 
     def __init__(
         self, order: Any, num_replicas: int, rank: int, padded: bool, block_size: int = 1, seed: int = 0,
@@ -98,7 +128,7 @@ class ShardedSampler(DistributedSampler):
         self.chunk_size = chunk_size
         self.epoch = 0
         self.shuffle = False
-        self.drop_last = getattr(order, "drop_last", False)
+        self.drop_last = bool(order.drop_last) if hasattr(order, "drop_last") else False
         self.restore_rng: Callable[[], None] | None = None  # for the next pass, in place of the seed
 
     def resume_from(self, seed: int | None, restore_rng: Callable[[], None] | None) -> None:
@@ -107,8 +137,7 @@ class ShardedSampler(DistributedSampler):
         self.restore_rng = self.restore_rng if restore_rng is None else restore_rng
 
     def __iter__(self) -> Iterator[Any]:
-        if callable(set_epoch := getattr(self.order, "set_epoch", None)):
-            set_epoch(self.epoch)
+        tell_epoch(self.order, self.epoch)
         round_size = self.num_replicas * self.block_size
         chunk_size = round_size * max(1, self.chunk_size // round_size)
         restore_rng = self.restore_rng
@@ -127,16 +156,11 @@ class ShardedSampler(DistributedSampler):
             return (rounds + 1) * self.block_size
         return rounds * self.block_size + max(0, min(left - self.rank * self.block_size, self.block_size))
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "order":  # asked for while a copy is being made
-            raise AttributeError(name)
-        return getattr(self.order, name)
-
 
 def samplers_of(loader: object) -> list[Any]:
     """The sampler and batch sampler of a loader, and the sampler inside of that, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    found = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    batch_sampler = batch_sampler_of(loader)
+    found = (sampler_of(loader), batch_sampler, sampler_of(batch_sampler))
     return list({id(sampler): sampler for sampler in found if sampler is not None}.values())
 
 

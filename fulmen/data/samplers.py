@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DistributedSampler
 from fulmen.data.combined import loader_length
 from fulmen.data.loader_state import PeekedLoader, dataset_of, is_map_style
 from fulmen.data.loaders import inner_sampler, rebuild_loader, shutdown_workers
-from fulmen.data.sample_order import ShardedSampler, sampler_generators
+from fulmen.data.sample_order import ForwardsAttributes, ShardedSampler, sampler_generators
 from fulmen.data.tensor_batches import iterate_batches
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states
@@ -54,7 +54,7 @@ def _knows_its_rank(sampler: object) -> bool:
     return hasattr(sampler, "num_replicas") and hasattr(sampler, "rank")
 
 
-class RoundRobinLoader(PeekedLoader):
+class RoundRobinLoader(ForwardsAttributes, PeekedLoader):
     """A loader without indices, which every process reads in full, using one batch in ``num_replicas``.
 
     One that gives each process other batches has split its data itself, and all of them are used. What comes first
@@ -63,6 +63,8 @@ class RoundRobinLoader(PeekedLoader):
     Arguments:
         exchange: gives the objects of all processes, as a list.
     """
+
+    _forwards_to = "loader"
 
     def __init__(
         self, loader: Iterable[Any], num_replicas: int, rank: int, exchange: Callable[[Any], list[Any]]
@@ -98,11 +100,9 @@ class RoundRobinLoader(PeekedLoader):
         return len(range(self.rank, int(length), self.num_replicas)) if self.batches_are_shared else int(length)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # asked for while a copy is being made
-            raise AttributeError(name)
         if name == "load_state_dict":  # it will begin elsewhere
             self.peeked = None
-        return getattr(self.loader, name)
+        return super().__getattr__(name)
 
     def discard_peeked(self) -> None:
         self.peeked = None

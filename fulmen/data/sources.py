@@ -85,6 +85,7 @@ class Sources:
     def prepare_data(self, module: Any, datamodule: Any = None, *, local_rank: int = 0, global_rank: int = 0) -> None:
         """Let datamodule and module prepare their data, in one process of each node or of all, as each of them wants."""
         for owner, base in ((datamodule, self.datamodule_base), (module, self.module_base)):
-            rank = local_rank if getattr(owner, "prepare_data_per_node", True) else global_rank
-            if rank == 0 and overrides_method(owner, "prepare_data", base):
-                owner.prepare_data()
+            if overrides_method(owner, "prepare_data", base):
+                rank = local_rank if owner.prepare_data_per_node else global_rank
+                if rank == 0:
+                    owner.prepare_data()

@@ -42,19 +42,25 @@ def in_memory_dataset(loader: object) -> TensorDataset | None:
 
 
 def _cut_batches(
-    batches: Iterator[list[int]], dataset: Dataset, subsets: list[Sequence[int]], tensors: tuple[Tensor, ...]
+    batches: Iterator[list[int]], dataset: Dataset[Any], subsets: list[Sequence[int]], tensors: tuple[Tensor, ...]
 ) -> Iterator[list[Tensor]]:
     for indices in batches:
         rows = _select_rows(indices, subsets, len(tensors[0]))
         if rows is None:  # anything unusual, wrong indices included, is left to the dataset
-            several = getattr(dataset, "__getitems__", None)
-            yield default_collate(several(indices) if several else [dataset[index] for index in indices])
+            yield default_collate(_read_samples(dataset, indices))
         elif isinstance(rows, slice):
             yield [tensor[rows].clone() for tensor in tensors]
         else:
             # Twice as fast as `torch.tensor(rows)`.
             where = torch.frombuffer(array("q", rows), dtype=torch.int64)
             yield [tensor.index_select(0, where.to(tensor.device)) for tensor in tensors]
+
+
+def _read_samples(dataset: Dataset[Any], indices: list[int]) -> list[Any]:
+    """As the `DataLoader` does it: together, where the dataset can."""
+    if hasattr(dataset, "__getitems__") and dataset.__getitems__:
+        return list(dataset.__getitems__(indices))
+    return [dataset[index] for index in indices]
 
 
 def _select_rows(indices: object, subsets: list[Sequence[int]], size: int) -> list[int] | slice | None:
@@ -72,7 +78,7 @@ def _select_rows(indices: object, subsets: list[Sequence[int]], size: int) -> li
     return indices
 
 
-def _is_plain(loader: object) -> TypeGuard[DataLoader]:
+def _is_plain(loader: object) -> TypeGuard[DataLoader[Any]]:
     """Does this loader fetch, collate and yield in the one way that is reproduced here?"""
     return (
         type(loader) is DataLoader
@@ -94,7 +100,7 @@ def _is_sliceable(tensor: Tensor) -> bool:
 
 def _compact_indices(indices: Any) -> Sequence[int]:
     """The indices of a subset side by side in memory, where random access is several times faster than in a list."""
-    if getattr(indices, "ndim", 0) == 1 and str(indices.dtype).rpartition(".")[-1] in ("int32", "int64"):
+    if hasattr(indices, "ndim") and indices.ndim == 1 and str(indices.dtype).rpartition(".")[-1] in ("int32", "int64"):
         indices = indices.tolist()
     plain = type(indices) in (list, tuple, range) and set(map(type, indices)) == {int}
     return array("q", indices) if plain else indices

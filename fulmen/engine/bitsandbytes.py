@@ -45,6 +45,8 @@ class BitsandbytesPrecision(HalfPrecision):
         ignore_modules: names, as in `named_modules`, of what stays as it is, with everything inside.
     """
 
+    replaces_layers = True
+
     def __init__(
         self,
         mode: Literal["nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"],
@@ -73,6 +75,11 @@ class BitsandbytesPrecision(HalfPrecision):
         # Weights of 8 bits that train are evaluated by CUDA alone; on the CPU, versions before 0.49 crash the process.
         only = self.mode == "int8-training" or not is_installed("bitsandbytes", ">=0.49")
         return {"cuda"} if only else set(self._package.supported_torch_devices)
+
+    def check_device(self, device: torch.device) -> None:
+        if device.type not in (served := self.device_types):
+            what = f"`BitsandbytesPrecision({self.mode!r})` with the installed bitsandbytes does not run on `{device}`"
+            raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         modules = dict(module.named_modules())

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -19,12 +20,13 @@ import torch
 from fulmen.supervision.processes import process_state
 from fulmen.supervision.reports import write_stderr
 from fulmen.supervision.watchdog import on_parent_exit
+from fulmen.utilities.console import is_interactive as is_interactive
+from fulmen.utilities.errors import INTERRUPTED as INTERRUPTED
 
 if TYPE_CHECKING:
     from fulmen.engine.strategy import Strategy
 
 GRACE_SECONDS = 5.0  # between asking a process to end and killing it
-INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, by convention
 PARENT = "FULMEN_PARENT"  # the environment variable with the id of the process that started this one
 _KNOWN_PARENT = "FULMEN_KNOWN_PARENT"  # the same, once this process watches over it
 
@@ -37,8 +39,13 @@ ReportError = Callable[
 class Launcher(Protocol):
     """Starts the processes of a run."""
 
+    runs_elsewhere: bool  # is the process that calls `launch` none of those of the run?
+
     @property
     def is_interactive_compatible(self) -> bool: ...
+
+    def end_if_asleep(self) -> AbstractContextManager[None]:
+        """Inside, this process is ended if what is told of a failed run falls asleep."""
 
     def launch(self, function: Callable[..., Any], *args: Any, owner: ResultOwner) -> Any: ...
 
@@ -59,11 +66,6 @@ class RunningProcess(NamedTuple):
 
     pid: int
     poll: Callable[[], int | None]
-
-
-def is_interactive() -> bool:
-    """Does a person type into this interpreter, who wants to continue after an interrupt?"""
-    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 def divide_cpu_threads(count: int) -> None:

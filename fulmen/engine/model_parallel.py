@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,14 +131,19 @@ def materialize_module(module: Module, device: torch.device, first: bool) -> Non
 
 def _materialize_layer(part: Module, names: list[str], device: torch.device, first: bool) -> None:
     """Initialises the tensors of those names on rank 0, at full size; sharded ones get their shard of the result."""
-    own = dict(part._parameters)
-    sharded: dict[str, Any] = {name: own[name] for name in names if is_dtensor(own.get(name))}
+    own = dict(part.named_parameters(recurse=False))
+    sharded = {name: parameter for name, parameter in own.items() if name in names and is_dtensor(parameter)}
     full = {name: Parameter(torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in sharded.items()}
-    part._parameters.update(full)
+    _hold_parameters(part, full)
     if names and first:
         init_layer(part, None, names)
-    part._parameters.update(sharded)
+    _hold_parameters(part, {name: own[name] for name in sharded})
     collectives.broadcast_tensors(full.values(), device)
     with torch.no_grad():
         for name, tensor in sharded.items():
             tensor.copy_(shard_like(full[name].detach(), tensor))
+
+
+def _hold_parameters(part: Module, parameters: Mapping[str, Parameter]) -> None:
+    for name, parameter in parameters.items():
+        part.register_parameter(name, parameter)

@@ -26,7 +26,7 @@ from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.supervision.reports import mark_reported, report_mark, write_stderr
 from fulmen.supervision.stack_sampler import error_location
 from fulmen.supervision.watchdog import connect_watchdog, limit_seconds
-from fulmen.utilities.errors import SIGTERMException
+from fulmen.utilities.errors import SIGTERMException, with_cause
 from fulmen.utilities.introspection import alias_property
 from fulmen.utilities.rank_zero import set_rank
 
@@ -237,9 +237,7 @@ class ParallelStrategy(Strategy, ABC):
             if report_mark(error) is None:  # the processes have not met
                 write_stderr(f"Rank {self.global_rank} failed at {error_location(error)}: SystemExit: {error.code}")
             if not error.code:
-                cause = error
-                error = SystemExit(1)
-                error.__cause__ = cause
+                error = with_cause(SystemExit(1), error)
             mark_reported(error)
         return error
 

@@ -89,11 +89,15 @@ class Precision:
     scaler: torch.amp.GradScaler | None = None  # of the loss
     skipped: Any = False  # was the last optimizer step left out, because its gradients were not finite?
     last_skip: Any = False  # the same, as a tensor where only the device knows
+    replaces_layers = False  # does it put other layers into the model, so that a checkpoint holds what those store?
 
     @property
     def step_is_default(self) -> bool:
         """Whether applying the update is nothing but `optimizer.step()` after the gradients are finished."""
         return not overrides_method(self, "optimizer_step", Precision)
+
+    def check_device(self, device: torch.device) -> None:
+        """Refuses a device that it does not run on."""
 
     def convert_module(self, module: Module) -> Module:
         """The module in the dtype of its weights."""
@@ -257,6 +261,11 @@ class MixedPrecision(Precision):
     @property
     def step_is_default(self) -> bool:
         return self.scaler is None and not overrides_method(self, "optimizer_step", MixedPrecision)
+
+    def check_device(self, device: torch.device) -> None:
+        if self.device not in (device.type, ""):
+            what = f"The precision plugin autocasts on {self.device!r}, but the device is `{device}`."
+            raise InvalidChoiceError(f"{what} Write `MixedPrecision({self.precision!r}, {device.type!r})`.")
 
     @property
     def skipped(self) -> bool:

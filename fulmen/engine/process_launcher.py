@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import multiprocessing
 import os
 import pickle
@@ -31,7 +30,6 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from fulmen.engine import collectives
 from fulmen.engine.launch import (
     GRACE_SECONDS,
-    INTERRUPTED,
     PARENT,
     ResultOwner,
     RunningProcess,
@@ -40,15 +38,15 @@ from fulmen.engine.launch import (
     divide_cpu_threads,
     end_with_parent,
     exit_now,
-    is_interactive,
     set_environment,
     terminate_processes,
     wait_for_exits,
 )
 from fulmen.supervision.reports import install_excepthook, is_consequence, mark_reported, report_mark
 from fulmen.supervision.stack_sampler import strip_library_frames
-from fulmen.supervision.watchdog import limit_seconds, wait_for_others
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.supervision.watchdog import exit_if_asleep, limit_seconds, wait_for_others
+from fulmen.utilities.console import is_interactive
+from fulmen.utilities.errors import INTERRUPTED, MisconfigurationException, with_cause
 from fulmen.utilities.rank_zero import rank_zero_warn, set_rank
 from fulmen.utilities.seed import seed_everything
 
@@ -80,6 +78,12 @@ class ChildSetup:
     parent: int
     forked: bool
 
+    def close_inherited_listener(self) -> None:
+        """Only the first process listens."""
+        if self.listener is not None and self.local_rank != 0:
+            self.listener.close()
+            self.listener = None
+
 
 class ProcessLauncher:
     """Runs a function in new processes, one for each device of this node, and carries its results back.
@@ -91,6 +95,8 @@ class ProcessLauncher:
         ValueError: the platform has no such start method.
     """
 
+    runs_elsewhere = True
+
     def __init__(self, strategy: ParallelStrategy, start_method: str) -> None:
         known = multiprocessing.get_all_start_methods()
         if start_method not in known:
@@ -98,6 +104,10 @@ class ProcessLauncher:
             raise ValueError(f"{what} Use 'popen', or one of {known}.")
         self.strategy = strategy
         self.start_method = start_method
+
+    def end_if_asleep(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, this process is ended if what is told of a failed run falls asleep."""
+        return exit_if_asleep(limit_seconds(self.strategy.watchdog_timeout_s))
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -241,7 +251,7 @@ def _first_failure(children: list[BaseProcess], folder: Path) -> BaseException:
         origin, report = min(reports.items(), key=lambda item: item[1]["echo"])
         error = report["error"] or RuntimeError(f"Rank {origin} raised {report['text']}")
         error = add_base_class(error, ProcessRaisedException, report["traceback"], origin, children[origin].pid)
-        error.__cause__ = RemoteTraceback(f"\n\nof rank {origin}:\n{report['traceback']}")
+        error = with_cause(error, RemoteTraceback(f"\n\nof rank {origin}:\n{report['traceback']}"))
     if any(report["reported"] for report in reports.values()):
         mark_reported(error, by_this_process=False)
         install_excepthook()
@@ -316,9 +326,7 @@ def _prepare_child(setup: ChildSetup) -> None:
     end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     set_rank(setup.local_rank)
-    if setup.listener is not None and setup.local_rank != 0:  # inherited
-        setup.listener.close()
-        setup.listener = None
+    setup.close_inherited_listener()
     if setup.forked:
         # What is garbage here has its threads in the other process, and hangs or crashes this one when it is collected.
         gc.freeze()
@@ -332,7 +340,7 @@ def _report_error(folder: Path, rank: int, error: BaseException, trace: str, ech
     """Writes for the launcher why a process ends; an echo if that is what another did."""
     report = {"error": error, "text": f"{type(error).__name__}: {error}", "traceback": trace, "echo": echo}
     report["reported"] = report_mark(error) is not None
-    error.__traceback__ = error.__context__ = error.__cause__ = None
+    with_cause(error.with_traceback(None), None).__context__ = None
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -388,22 +396,6 @@ def find_unpicklable(value: object, name: str, depth: int = 8) -> str | None:
         children = [(f"{name}.{key}", child) for key, child in (state or {}).items()]
     found = (find_unpicklable(child, where, depth - 1) for where, child in children if depth)
     return next((where for where in found if where), name)
-
-
-def picklable_attributes(obj: object, beside: tuple[object, ...]) -> dict[str, Any]:
-    """The attributes of an object that can be pickled and lead to none of the objects `beside` it."""
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, part: object) -> None:
-            if any(part is other for other in beside):
-                raise pickle.PicklingError("stays where it is")
-
-    found = {}
-    for name, value in vars(obj).items():
-        with contextlib.suppress(Exception):
-            Pickler(io.BytesIO()).dump(value)
-            found[name] = value
-    return found
 
 
 def _unpickle_file(path: Path) -> Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -12,15 +13,12 @@ from typing import Any
 import torch
 
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
-from fulmen.engine.bitsandbytes import BitsandbytesPrecision
 from fulmen.engine.cluster import ClusterEnvironment, detect_environment
-from fulmen.engine.launch import is_interactive
-from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
 from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
-from fulmen.engine.transformer_engine import TransformerEnginePrecision
 from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.utilities.console import is_interactive
 from fulmen.utilities.errors import (
     InvalidChoiceError,
     InvalidPluginError,
@@ -47,8 +45,8 @@ PRECISIONS: dict[str, Callable[[torch.device], Precision]] = {
     "bf16-true": lambda device: HalfPrecision("bf16-true"),
     "16-mixed": lambda device: MixedPrecision("16-mixed", device.type),
     "bf16-mixed": lambda device: MixedPrecision("bf16-mixed", device.type),
-    "transformer-engine": lambda device: TransformerEnginePrecision(weights_dtype=torch.bfloat16),
-    "transformer-engine-float16": lambda device: TransformerEnginePrecision(weights_dtype=torch.float16),
+    "transformer-engine": lambda device: _make_transformer_engine(torch.bfloat16),
+    "transformer-engine-float16": lambda device: _make_transformer_engine(torch.float16),
 }
 ALIASES = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 # What people write after the names in torch and elsewhere; no name, but a hint.
@@ -106,6 +104,11 @@ class EngineRequest:
         self.strategy = _check_known("strategy", spelled, names, Strategy)
         self.precision = parse_precision(self.precision)
         self.plugins = _plugins_by_kind(self.plugins)
+
+    def replace_auto_strategy(self, several: bool) -> None:
+        """The devices are known: on one or several, "auto" means another strategy."""
+        if self.strategy == "auto":
+            self.strategy = ("ddp_fork" if is_interactive() else "ddp") if several else "single_device"
 
     def brought_along(self, attribute: str) -> Any:
         """A part that a strategy object was made with."""
@@ -168,9 +171,7 @@ def resolve_strategy(**arguments: Any) -> Strategy:
             raise error(message.format(request=request))
     chosen = choose_accelerator(request)
     devices = choose_devices(request, chosen)
-    if request.strategy == "auto":
-        several = len(devices) > 1 or request.num_nodes > 1
-        request.strategy = ("ddp_fork" if is_interactive() else "ddp") if several else "single_device"
+    request.replace_auto_strategy(several=len(devices) > 1 or request.num_nodes > 1)
     return assemble_strategy(request, chosen, devices)
 
 
@@ -217,7 +218,8 @@ def choose_devices(request: EngineRequest, accelerator: Accelerator) -> list[tor
             f"{what}, and `strategy={request.strategy!r}` trains on one. Use 'ddp', or `devices=1`."
         )
     wish = request.strategy
-    if accelerator.name() == "mps" and (isinstance(wish, ParallelStrategy) or str(wish).startswith(("ddp", "fsdp"))):
+    distributed = wish.is_distributed if isinstance(wish, Strategy) else wish.startswith(("ddp", "fsdp"))
+    if accelerator.name() == "mps" and distributed:
         raise ValueError(f"`strategy={wish!r}` needs collectives, which MPS has not. Use 'auto', or the CPU.")
     return found
 
@@ -240,10 +242,9 @@ def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices:
     strategy = _make_strategy(request, devices)
     cluster = brought["cluster_environment"] or request.plugins.get(ClusterEnvironment)
     strategy.use_environment(cluster or detect_environment())
-    if isinstance(strategy, ParallelStrategy):
-        default_sync = TorchSyncBatchNorm() if request.sync_batchnorm else None
-        strategy.use_nodes(request.num_nodes, request.plugins.get(LayerSync) or default_sync)
-        strategy.configure_launcher()
+    default_sync = TorchSyncBatchNorm() if request.sync_batchnorm else None
+    strategy.use_nodes(request.num_nodes, request.plugins.get(LayerSync) or default_sync)
+    strategy.configure_launcher()
     check_accelerator(accelerator, strategy.root_device)
     strategy.use_hardware(
         accelerator, brought["checkpoint_io"] or request.plugins.get(CheckpointIO) or TorchCheckpointIO()
@@ -251,9 +252,7 @@ def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices:
     if isinstance(strategy, SingleDeviceStrategy):
         _warn_of_other_processes()
     precision = brought["precision_plugin"] or request.plugins.get(Precision) or _make_precision(strategy, request)
-    # They put other layers into the model; a checkpoint holds what those store.
-    replaces_layers = isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision))
-    strategy.use_precision(precision, restore_after_setup=replaces_layers)
+    strategy.use_precision(precision, restore_after_setup=precision.replaces_layers)
     check_precision(strategy.precision_plugin, strategy.root_device)
     return strategy
 
@@ -280,6 +279,12 @@ def _make_strategy(request: EngineRequest, devices: list[torch.device]) -> Strat
     return strategy
 
 
+def _make_transformer_engine(weights_dtype: torch.dtype) -> Precision:
+    """Its file is imported when it is chosen."""
+    kind: type[Precision] = pkgutil.resolve_name("fulmen.engine.transformer_engine:TransformerEnginePrecision")
+    return kind(weights_dtype=weights_dtype)  # type: ignore[call-arg]
+
+
 def _make_precision(strategy: Strategy, request: EngineRequest) -> Precision:
     """The precision of that name, as the strategy computes in it."""
     name = str(request.precision or "32-true")
@@ -303,12 +308,7 @@ def check_precision(
     """Refuses what the device cannot compute in, and warns of what it only imitates."""
     kind = device.type
     asked = f"`precision={precision.precision!r}`"
-    if isinstance(precision, BitsandbytesPrecision) and kind not in (served := precision.device_types):
-        what = f"`BitsandbytesPrecision({precision.mode!r})` with the installed bitsandbytes does not run on `{device}`"
-        raise RuntimeError(f"{what}, only on {', '.join(sorted(served))}. Choose another mode or accelerator.")
-    if isinstance(precision, MixedPrecision) and precision.device not in (kind, ""):
-        what = f"The precision plugin autocasts on {precision.device!r}, but the device is `{device}`."
-        raise InvalidChoiceError(f"{what} Write `MixedPrecision({precision.precision!r}, {kind!r})`.")
+    precision.check_device(device)
     need, instead = PRECISION_REQUIREMENTS.get(str(precision.precision), ("", ""))
     only_cuda: Ability = (lambda _: False, "NVIDIA GPUs from compute capability 8.9 on")
     known = {"FP8": only_cuda, **abilities.get(kind, {})}

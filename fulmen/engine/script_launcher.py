@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import subprocess
@@ -42,6 +43,7 @@ class ScriptLauncher:
     """
 
     is_interactive_compatible = False
+    runs_elsewhere = False
 
     def __init__(self, strategy: ParallelStrategy) -> None:
         self.strategy = strategy
@@ -54,6 +56,10 @@ class ScriptLauncher:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "children": []}
+
+    def end_if_asleep(self) -> contextlib.AbstractContextManager[None]:
+        """This process is one of those of the run, whose watchdog sees to that."""
+        return contextlib.nullcontext()
 
     def launch(self, function: Callable[..., Any], *args: Any, owner: ResultOwner | None = None) -> Any:
         """What `function` returns in this process; nothing has to travel to the `owner`.

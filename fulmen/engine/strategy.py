@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fulmen.engine.cluster import ClusterEnvironment
     from fulmen.engine.collectives import ReduceOp
     from fulmen.engine.launch import Launcher, ReportError
+    from fulmen.engine.sync_batchnorm import LayerSync
     from fulmen.module import LightningModule
     from fulmen.supervision.protocols import SupervisedRun
     from fulmen.supervision.watchdog import Watchdog
@@ -78,6 +79,7 @@ class Strategy(KeywordHints, ABC):
     collectives_blocked_reason: str | None = None  # of an error, while some process has no batch and takes no part
     restore_checkpoint_after_setup = False  # can weights only be loaded once the model is wrapped?
     parallel_devices: list[torch.device] | None  # of the processes on this node, for strategies that may have several
+    is_distributed = False  # do several processes train the model together?
     start_method: str = ""  # how processes are started, for those strategies that start them
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
     setup_is_joint = False  # can a module and its optimizer only be set up together?
@@ -123,6 +125,12 @@ class Strategy(KeywordHints, ABC):
         """The devices of this node's processes, for a strategy with `parallel_devices` that was made without."""
         if hasattr(self, "parallel_devices") and self.parallel_devices is None:
             self.parallel_devices = devices
+
+    def use_nodes(self, num_nodes: int, layer_sync: LayerSync | None) -> None:
+        """How many machines there are, and what synchronises layers over them while fitting."""
+
+    def configure_launcher(self) -> None:
+        """Chooses who starts the processes of a run."""
 
     def precision_for(self, name: str) -> Precision | None:
         """The precision of that name, where this strategy needs one of its own."""

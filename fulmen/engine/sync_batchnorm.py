@@ -98,11 +98,11 @@ class SyncBatchNorm(_BatchNorm):
     @contextmanager
     def shadow_step(cls) -> Generator[None]:
         """Inside, layers take part in the collectives of other ranks, with a batch that does not count."""
-        SyncBatchNorm._in_shadow_step = True
+        cls._in_shadow_step = True
         try:
             yield
         finally:
-            SyncBatchNorm._in_shadow_step = False
+            cls._in_shadow_step = False
 
     @staticmethod
     def revert(module: Module) -> Module:

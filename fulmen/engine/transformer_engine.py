@@ -39,6 +39,8 @@ class TransformerEnginePrecision(HalfPrecision):
     FP8 takes tensors whose last size is a multiple of 16 and whose other sizes multiply to a multiple of 8: batches too.
     """
 
+    replaces_layers = True
+
     def __init__(
         self,
         *,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fulmen.checkpoint import paths
 from fulmen.engine.cluster import ClusterEnvironment, SLURMEnvironment
-from fulmen.engine.launch import INTERRUPTED, is_interactive
-from fulmen.utilities.errors import SIGTERMException
-from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from fulmen.utilities.console import is_interactive
+from fulmen.utilities.errors import INTERRUPTED, SIGTERMException
+from fulmen.utilities.rank_zero import current_rank, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,7 +182,7 @@ class Signals:
         self._write_line("Ctrl-C: the run ends after the current step. Press it again to stop at once.")
 
     def _write_line(self, text: str) -> None:
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if current_rank() == 0:
             with contextlib.suppress(OSError):  # there may be no stderr
                 os.write(2, f"{text}\n".encode())  # a logger may be in the middle of a line, and is not entered twice
 

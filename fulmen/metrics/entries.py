@@ -22,6 +22,7 @@ from fulmen.metrics.torchmetrics_state import (
 from fulmen.metrics.values import Value, check_value, copy_to_host, reduced_dtype
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.rank_zero import warn_once
+from fulmen.utilities.types import DTYPES
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -238,8 +239,12 @@ class Entry:
     def copy_values(self, other: Entry) -> None:
         """Continues with the values of an entry that this one replaces."""
         if type(other) is type(self):
-            for name in ("empty", "newest", "total", "weight", "final", "dtype"):
-                setattr(self, name, getattr(other, name))
+            self.empty = other.empty
+            self.newest = other.newest
+            self.total = other.total
+            self.weight = other.weight
+            self.final = other.final
+            self.dtype = other.dtype
 
     def state_dict(self, module: nn.Module | None) -> dict[str, Any]:
         """In plain types; tensors on the CPU, beside whether they are from another device (sync)."""
@@ -258,7 +263,7 @@ class Entry:
             setattr(self, name, value.to(device) if on_device else value)
         self.empty = False
         self.weight = state["weight"]
-        self.dtype = state["dtype"] and getattr(torch, state["dtype"])
+        self.dtype = state["dtype"] and DTYPES[state["dtype"]]
 
 
 class Sum(Entry):
@@ -295,7 +300,8 @@ class Extreme(Entry):
     def merge_totals(cls, total: Value, value: Value) -> Value:
         if isinstance(total, Tensor) and isinstance(value, Tensor):
             return cls.of_tensors(total, value.to(total))
-        return cls.of_numbers(total, value)  # sync, if one is a tensor: a name logged as a tensor and as a number
+        extreme: Value = cls.of_numbers(total, value)
+        return extreme  # sync, if one is a tensor: a name logged as a tensor and as a number
 
     def merge_ranks(self, totals: list[float], weight: float) -> float | None:
         return next((total for total in totals if total != total), type(self).of_numbers(totals))
@@ -361,7 +367,7 @@ class MetricEntry(Entry):
         if never:
             warn_once(f"{what} since its last reset, so its value means nothing. {fix}")
         try:
-            value = metric.compute()
+            value: Value | None = metric.compute()
         except Exception as error:
             if never:
                 raise ValueError(f"{what}, and its `compute()` fails without data: {error} {fix}") from error

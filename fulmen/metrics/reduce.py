@@ -13,6 +13,8 @@ from fulmen.metrics.entries import Entry, EntryKey, EntryPart, MetricEntry, entr
 from fulmen.metrics.values import Value, fetch_numbers
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from fulmen.loops.fit import FitLoop
     from fulmen.trainer import Trainer
 
@@ -140,12 +142,13 @@ def _by_collective(entries: list[Entry]) -> dict[tuple[Any, str], list[Entry]]:
     return found
 
 
-def _reduce_values(trainer: Trainer, values: list[Value], group: Any, op: str) -> torch.Tensor:
+def _reduce_values(trainer: Trainer, values: list[Value], group: ProcessGroup | None, op: str) -> torch.Tensor:
     """The values over the ranks of the group, as one tensor in float64."""
     strategy = trainer.strategy
     parts = [torch.as_tensor(v, dtype=torch.float64).detach().to(strategy.root_device) for v in values]
     with strategy.allow_collectives():  # those without a batch take part in this
-        return strategy.reduce(torch.stack([part.reshape(()) for part in parts]), group, op)
+        reduced: torch.Tensor = strategy.reduce(torch.stack([part.reshape(()) for part in parts]), group, op)
+        return reduced
 
 
 def count_true(trainer: Trainer, value: bool) -> int:

@@ -6,9 +6,10 @@ torchmetrics is never imported here: an object can only be one of its metrics if
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypedDict, TypeGuard
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,13 @@ def metric_state(metric: Metric) -> MetricState:
     def on_host(value: StateValue) -> StateValue:
         return [item.detach().cpu() for item in value] if isinstance(value, list) else value.detach().cpu()
 
-    values = {name: on_host(getattr(metric, name)) for name in metric._defaults}
+    values = {name: on_host(value) for name, value in read_attributes(metric, metric._defaults).items()}
     return {"values": values, "updates": metric._update_count}
+
+
+def read_attributes(metric: Metric, names: Iterable[str]) -> dict[str, Any]:
+    """The attributes of a metric by name: its states are some of them."""
+    return {name: getattr(metric, name) for name in names}
 
 
 def metric_states(metric: Metric) -> list[MetricState]:
@@ -76,10 +82,8 @@ def load_metric_state(metric: Metric, state: MetricState) -> None:
 
 def capture_metrics(module: nn.Module) -> Callable[[], None]:
     """Remembers what all metrics in a module have seen; the returned function makes them forget the rest."""
-    kept = [
-        (metric, {name: copy_of(getattr(metric, name)) for name in (*metric._defaults, *_BOOKKEEPING)})
-        for metric in metrics_in(module)
-    ]
+    found = [(metric, read_attributes(metric, (*metric._defaults, *_BOOKKEEPING))) for metric in metrics_in(module)]
+    kept = [(metric, {name: copy_of(value) for name, value in values.items()}) for metric, values in found]
 
     def restore() -> None:
         for metric, states in kept:
@@ -125,7 +129,7 @@ def _merge_values(
     if len(values) == 1:
         return values[0]
     stacked = torch.stack([value for value in values if isinstance(value, Tensor)])
-    if getattr(reduction, "__name__", "") == "dim_zero_mean":
+    if isinstance(reduction, FunctionType) and reduction.__name__ == "dim_zero_mean":
         shape = (-1, *[1] * (stacked.dim() - 1))
         return (stacked * torch.tensor(weights).view(shape)).sum(0) / max(sum(weights), 1)
     return stacked if reduction is None else reduction(stacked)

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.utilities.rank_zero import log, rank_zero_info, rank_zero_warn
+from fulmen.utilities.types import _PATH
 
 
 class Job(NamedTuple):
@@ -76,7 +77,7 @@ class AsyncCheckpointIO(CheckpointIO):
 
     # ------------------------------------------------------------------ the four verbs
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Copies the checkpoint and returns; the file appears later, complete.
 
         Args:
@@ -102,18 +103,18 @@ class AsyncCheckpointIO(CheckpointIO):
         self.write_again(path)
 
     def load_checkpoint(
-        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Reads a file, after all was written."""
         self.wait()
         return self.checkpoint_io.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
-    def verify_checkpoint(self, path: str | os.PathLike) -> None:
+    def verify_checkpoint(self, path: _PATH) -> None:
         """Looks at a file, after all was written."""
         self.wait()
         self.checkpoint_io.verify_checkpoint(path)
 
-    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+    def remove_checkpoint(self, path: _PATH) -> None:
         """Removes a file after what is being written: until then it may be the only good one."""
         self.after_writing(partial(self.checkpoint_io.remove_checkpoint, path), path, exists=False)
 
@@ -143,14 +144,14 @@ class AsyncCheckpointIO(CheckpointIO):
         """Is something still to be written or done?"""
         return bool(self._jobs)
 
-    def write_again(self, path: str | os.PathLike) -> None:
+    def write_again(self, path: _PATH) -> None:
         """The newest copy under one more path; nothing where no copy was made, as on other ranks."""
         if self._newest is not None:
             self.after_writing(partial(self._newest, path), path, exists=True)
             if not self._copied:
                 self.wait()
 
-    def after_writing(self, act: Callable[[], Any], path: str | os.PathLike, exists: bool) -> None:
+    def after_writing(self, act: Callable[[], Any], path: _PATH, exists: bool) -> None:
         """Does something to the file of that path when all that was asked for before is done; at once if that is so."""
         job = Job(os.fspath(path), exists, act)
         with self._lock:
@@ -163,7 +164,7 @@ class AsyncCheckpointIO(CheckpointIO):
         if idle:
             act()
 
-    def will_exist(self, path: str | os.PathLike) -> bool | None:
+    def will_exist(self, path: _PATH) -> bool | None:
         """Whether a file exists when all is done; None if nothing is being done to it."""
         with self._lock:
             return next((job.exists for job in reversed(self._jobs) if job.path == os.fspath(path)), None)
@@ -198,9 +199,7 @@ class AsyncCheckpointIO(CheckpointIO):
             with self._lock:
                 self._jobs.popleft()
 
-    def _write_copy(
-        self, copy: dict[str, Any], ready: list[Any], options: dict[str, Any], path: str | os.PathLike
-    ) -> None:
+    def _write_copy(self, copy: dict[str, Any], ready: list[Any], options: dict[str, Any], path: _PATH) -> None:
         for event in ready:
             event.synchronize()  # sync, of this thread alone: the copy of that device has arrived
         self.checkpoint_io.save_checkpoint(copy, path, **options)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 import uuid
 import zlib
@@ -98,6 +99,9 @@ def finish_interrupted_rename(path: str) -> None:
         remove_leftovers(os.path.dirname(os.path.abspath(path)))
 
 
+_NO_WAITING = 0 if sys.platform == "win32" else os.O_NONBLOCK
+
+
 def _finish_rename(path: str, writer: re.Match[str]) -> bool:
     new = path.removesuffix(".old")
     target = os.path.join(os.path.dirname(path), writer["target"])
@@ -114,7 +118,7 @@ def _finish_rename(path: str, writer: re.Match[str]) -> bool:
 
 def _writer_is_alive(path: str, writer: re.Match[str]) -> bool:
     with suppress(FileNotFoundError):  # a link that leads nowhere
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | _NO_WAITING)  # a pipe would wait for a writer
         try:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

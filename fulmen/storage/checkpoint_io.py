@@ -20,6 +20,7 @@ from fulmen.storage.filesystem import atomic_write, ensure_dir, get_filesystem, 
 from fulmen.storage.integrity import DamagedCheckpointError, damage_error, load_verified, save_with_digest, verify_file
 from fulmen.storage.sharded import META, check_shards, is_dcp_folder, is_sharded, read_all
 from fulmen.utilities.errors import suggest_name
+from fulmen.utilities.types import _PATH
 
 
 class CheckpointIO(ABC):
@@ -42,7 +43,7 @@ class CheckpointIO(ABC):
     """
 
     @abstractmethod
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Called on one process.
 
         Args:
@@ -53,7 +54,7 @@ class CheckpointIO(ABC):
 
     @abstractmethod
     def load_checkpoint(
-        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Called on all processes, with a path that ``save_checkpoint`` was given before.
 
@@ -67,10 +68,10 @@ class CheckpointIO(ABC):
         """
 
     @abstractmethod
-    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+    def remove_checkpoint(self, path: _PATH) -> None:
         """Called on one process; a path that is already gone is no error."""
 
-    def verify_checkpoint(self, path: str | os.PathLike) -> None:
+    def verify_checkpoint(self, path: _PATH) -> None:
         """Raises `DamagedCheckpointError` if this cannot be loaded. By default nothing is looked at."""
 
     def teardown(self) -> None:
@@ -90,7 +91,7 @@ class TorchCheckpointIO(CheckpointIO):
         >>> io.remove_checkpoint("some/model.ckpt")
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Write the file so that a kill at any instant leaves the old content or the new, never a part."""
         if storage_options is not None:
             fix = "Leave them out, or pass a `CheckpointIO` of your own in `plugins`."
@@ -111,7 +112,7 @@ class TorchCheckpointIO(CheckpointIO):
             raise OSError(f"The checkpoint {path!r} has {found:,} of the {size:,} bytes that were written. Save again.")
 
     def load_checkpoint(
-        self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read a file or an http(s) URL; without ``map_location`` onto the CPU, whatever device it was written on.
 
@@ -126,13 +127,14 @@ class TorchCheckpointIO(CheckpointIO):
                 check_shards(path)
                 return read_all(path, weights_only)
             with _open_for_reading(path) as file:
-                return load_verified(file, path, where, weights_only)
+                loaded: dict[str, Any] = load_verified(file, path, where, weights_only)
+                return loaded
         except DamagedCheckpointError as error:
             beside = None if url else self._good_neighbour(path)
             found = f" The newest good one beside it is {beside!r}." if beside else ""
             raise DamagedCheckpointError(f"{error}{found}") from error
 
-    def verify_checkpoint(self, path: str | os.PathLike) -> None:
+    def verify_checkpoint(self, path: _PATH) -> None:
         """Reads a file or folder, without loading it; `DamagedCheckpointError` if it is not whole and unchanged."""
         path = os.fspath(path)
         if os.path.islink(local_path(path)) and not os.path.exists(local_path(path)):
@@ -152,10 +154,10 @@ class TorchCheckpointIO(CheckpointIO):
             for other in sorted(filter(get_filesystem(path).exists, others), key=modified_ns, reverse=True):
                 with contextlib.suppress(DamagedCheckpointError, OSError):
                     self.verify_checkpoint(other)
-                    return other
+                    return str(other)
         return None
 
-    def remove_checkpoint(self, path: str | os.PathLike) -> None:
+    def remove_checkpoint(self, path: _PATH) -> None:
         if not is_remote(path):
             remove_whole(local_path(path))
             return

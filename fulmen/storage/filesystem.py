@@ -13,23 +13,24 @@ from typing import IO, Any
 
 from fulmen.storage.atomic import flush_folder, flush_to_disk, lock_file, temporary_name
 from fulmen.utilities.optional import import_optional
+from fulmen.utilities.types import _PATH
 
 _LOCAL_SCHEMES = ("file://", "local://")
 
 
-def is_remote(path: str | os.PathLike) -> bool:
+def is_remote(path: _PATH) -> bool:
     """Does the path name another place than this machine's file system (``s3://…``, ``memory://…``)?"""
     text = os.fspath(path)
     return "://" in text and not text.startswith(_LOCAL_SCHEMES)
 
 
-def local_path(path: str | os.PathLike) -> str:
+def local_path(path: _PATH) -> str:
     """A local path without ``file://``."""
     text = os.fspath(path)
     return text.split("://", 1)[1] if text.startswith(_LOCAL_SCHEMES) else text
 
 
-def _on_path(fn: Callable) -> Callable:
+def _on_path(fn: Callable[..., Any]) -> Callable[..., Any]:
     """``fn`` as a method whose path may begin with ``file://``."""
     return lambda self, path, *args, **kwargs: fn(local_path(path), *args, **kwargs)
 
@@ -59,11 +60,11 @@ class LocalFiles:
     makedirs = _on_path(os.makedirs)
     open = _on_path(_open_regular)
 
-    def ls(self, path: str | os.PathLike, detail: bool = False) -> list[str]:
+    def ls(self, path: _PATH, detail: bool = False) -> list[str]:
         """Full paths, sorted; the details fsspec could give are not known here."""
         return sorted(entry.path for entry in os.scandir(local_path(path)))
 
-    def rm(self, path: str | os.PathLike, recursive: bool = False) -> None:
+    def rm(self, path: _PATH, recursive: bool = False) -> None:
         target = local_path(path)
         if os.path.isdir(target) and not os.path.islink(target):
             shutil.rmtree(target) if recursive else os.rmdir(target)
@@ -71,19 +72,19 @@ class LocalFiles:
             os.remove(target)
 
 
-def get_filesystem(path: str | os.PathLike) -> Any:
+def get_filesystem(path: _PATH) -> Any:
     """The file system that holds ``path``: ours for local paths, fsspec's (imported now) for URLs."""
     if is_remote(path):
         return import_optional("fsspec", f"to reach `{path}`").core.url_to_fs(os.fspath(path))[0]
     return LocalFiles()
 
 
-def ensure_dir(path: str | os.PathLike) -> None:
+def ensure_dir(path: _PATH) -> None:
     """Make the folder and its parents unless they exist."""
     get_filesystem(path).makedirs(os.fspath(path), exist_ok=True)
 
 
-def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]], Any]) -> Any:
+def atomic_write(path: _PATH, content: bytes | Callable[[IO[bytes]], Any]) -> Any:
     """Write a file so that, whenever the process dies, ``path`` holds the old content or the new one, never a part.
 
     ``content`` may be a function that writes into an open file, and what it returns is returned; nothing is left behind
@@ -111,7 +112,7 @@ def atomic_write(path: str | os.PathLike, content: bytes | Callable[[IO[bytes]],
     return written
 
 
-def modified_ns(path: str | os.PathLike) -> int:
+def modified_ns(path: _PATH) -> int:
     """When a file or folder was written last, in nanoseconds since 1970."""
     if is_remote(path):
         return int(get_filesystem(path).modified(os.fspath(path)).timestamp() * 1e9)

@@ -110,7 +110,7 @@ def _digest_differs(file: IO[bytes], size: int) -> bool | None:
     tail = file.read()  # the end of the archive's directory, which has 20 bytes before the length of the comment
     digest = tail[-_DIGEST.size :]
     if len(digest) == _DIGEST.size and _DIGEST.unpack(digest)[:2] == (len(_MARK) + 64, _MARK):
-        return hash_prefix(file, content).encode() != _DIGEST.unpack(digest)[2]
+        return bool(hash_prefix(file, content).encode() != _DIGEST.unpack(digest)[2])
     directory = tail[max(tail.rfind(b"PK\5\6"), 0) :]
     return True if _MARK in tail or directory[20:22] == _DIGEST.pack(len(_MARK) + 64, b"", b"")[:2] else None
 

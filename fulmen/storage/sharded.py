@@ -15,13 +15,19 @@ import re
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fulmen.storage.filesystem import get_filesystem, is_regular, is_remote, local_path
 from fulmen.storage.integrity import DamagedCheckpointError, damage_error, hash_prefix, load_verified, verify_file
+from fulmen.utilities.types import _PATH, DTYPES
+
+if TYPE_CHECKING:
+    import io
+
+    from torch.distributed.checkpoint.planner import ReadItem
 
 META = "meta.pt"
 CHECKSUMS = "checksums.json"
@@ -31,7 +37,7 @@ OPTIMIZER = "optimizer_{}.state."
 WEIGHTS = {"state_dict": MODEL, "current_model_state": "current_model."}
 
 
-class ShardedStateDict(dict):
+class ShardedStateDict(dict[str, Any]):
     """A state dict whose tensors are on the meta device as long as they are in the folder ``path``."""
 
     def __init__(self, path: str = "", weights_only: bool | None = None, prefix: str = MODEL) -> None:
@@ -41,12 +47,12 @@ class ShardedStateDict(dict):
         self.prefix = prefix
 
 
-def is_sharded(path: str | os.PathLike) -> bool:
+def is_sharded(path: _PATH) -> bool:
     """Is it such a folder?"""
     return not is_remote(path) and os.path.isfile(os.path.join(local_path(path), META))
 
 
-def is_dcp_folder(path: str | os.PathLike) -> bool:
+def is_dcp_folder(path: _PATH) -> bool:
     """Is it a folder that `torch.distributed.checkpoint` wrote, but no trainer?"""
     parts = not is_remote(path) and os.path.isfile(os.path.join(local_path(path), ".metadata"))
     return parts and not is_sharded(path)
@@ -72,7 +78,7 @@ def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
     tensors |= flatten_optimizer_states(checkpoint.get("optimizer_states", []))
     # What all have, such as buffers, is that of rank 0.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    with _plain_errors(f"write the checkpoint {folder!r}", dcp):
+    with _plain_errors(f"write the checkpoint {folder!r}"):
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
 
 
@@ -120,11 +126,11 @@ def _measure_part(folder: str, name: str, full: bool = True) -> tuple[int, str]:
         return size, hash_prefix(file, size) if full else ""
 
 
-def read_outline(path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+def read_outline(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
     folder = local_path(path)
     with _open_part(folder, META) as file:
-        checkpoint = load_verified(file, os.path.join(path, META), "cpu", weights_only)
+        checkpoint: dict[str, Any] = load_verified(file, os.path.join(path, META), "cpu", weights_only)
     found = {kind: ShardedStateDict(folder, weights_only, prefix) for kind, prefix in WEIGHTS.items()}
     states = checkpoint.get("optimizer_states", [])
     for name, entry in _reader_and_planner(found["state_dict"])[0].read_metadata().state_dict_metadata.items():
@@ -139,12 +145,13 @@ def read_outline(path: str | os.PathLike, weights_only: bool | None = None) -> d
     return checkpoint | {kind: weights for kind, weights in found.items() if weights or kind == "state_dict"}
 
 
-def _allocate_tensor(entry: Any, device: str = "cpu") -> Any:
+def _allocate_tensor(entry: object, device: str = "cpu") -> Tensor | None:
     """Where a stored tensor can be read to; None for other objects."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    is_tensor = isinstance(entry, TensorStorageMetadata)
-    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device) if is_tensor else None
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
 
 
 def read_shards(wanted: dict[str, Any], source: ShardedStateDict, alone: bool = False) -> None:
@@ -157,7 +164,7 @@ def read_shards(wanted: dict[str, Any], source: ShardedStateDict, alone: bool = 
 
     reader, planner = _reader_and_planner(source)
     options = {"no_dist": True} if alone and "no_dist" in inspect.signature(dcp.load).parameters else {}
-    with warnings.catch_warnings(), _plain_errors(f"read the checkpoint {source.path!r}", dcp):
+    with warnings.catch_warnings(), _plain_errors(f"read the checkpoint {source.path!r}"):
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that no group exists is known
         dcp.load(wanted, storage_reader=reader, planner=planner, **options)
 
@@ -181,7 +188,7 @@ def _reader_and_planner(source: ShardedStateDict) -> tuple[Any, Any]:
             return metadata
 
     class Planner(dcp.DefaultLoadPlanner):
-        def load_bytes(self, read_item: Any, value: Any) -> None:
+        def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
             load_verified(value, source.path, "cpu", weights_only=True)
             value.seek(0)
             super().load_bytes(read_item, value)
@@ -189,17 +196,19 @@ def _reader_and_planner(source: ShardedStateDict) -> tuple[Any, Any]:
     return Reader(source.path), dcp.DefaultLoadPlanner() if trusted else Planner()
 
 
+_PATHS = {kind.__name__: kind for kind in (pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath)}
+
+
 class _OnlyMetadata(pickle.Unpickler):
     """Refuses every name but those that describe tensors and where they are."""
 
     def find_class(self, module: str, name: str) -> Any:
         home = "torch.distributed.checkpoint"
-        plain = module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "PurePosixPath")
         known = (f"{home}.filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout")
-        if f"{module}.{name}" in known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if f"{module}.{name}" in known or (module == "torch" and name in DTYPES):
             return super().find_class(module, name)
-        if plain:
-            return getattr(pathlib, name)
+        if module.startswith("pathlib") and name in _PATHS:
+            return _PATHS[name]
         if module == f"{home}.metadata" and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:
@@ -209,18 +218,20 @@ class _OnlyMetadata(pickle.Unpickler):
 
 
 @contextmanager
-def _plain_errors(what: str, dcp: Any) -> Generator[None]:
+def _plain_errors(what: str) -> Generator[None]:
     """What went wrong on any process, as an `Exception`; on all of them the same one."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
-    except dcp.api.CheckpointException as error:
+    except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
         kind = next((kind for kind in (OSError, pickle.UnpicklingError) if isinstance(first, kind)), RuntimeError)
         kind = OSError if "unexpected pos" in str(first) else kind  # what torch says when a disk is full
         raise kind(f"Rank {rank} could not {what}: {type(first).__name__}: {first}") from error
 
 
-def read_all(path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+def read_all(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder as one dict, as it would be in a file; read by this process alone, onto the CPU."""
     checkpoint = read_outline(path, weights_only)
     kinds = [kind for kind in WEIGHTS if kind in checkpoint]
@@ -239,7 +250,7 @@ def read_all(path: str | os.PathLike, weights_only: bool | None = None) -> dict[
     return checkpoint
 
 
-def read_dcp_folder(path: str | os.PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+def read_dcp_folder(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
     """What `torch.distributed.checkpoint` wrote without a trainer, nested as it was; read by this process alone."""
     from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 

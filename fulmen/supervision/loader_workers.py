@@ -69,7 +69,7 @@ def inspect_worker(frame: FrameType) -> WorkerStatus:
         return WorkerStatus(False, "the dataset")
     pid = iterator["_workers"][number].pid
     dataset = type(iterator["_dataset"])
-    reads = getattr(dataset, "__iter__" if hasattr(dataset, "__iter__") else "__getitem__", None)
+    reads = _reading_method(dataset)
     place = ""
     if inspect.isfunction(reads):
         place = f" ({os.path.basename(reads.__code__.co_filename)}:{reads.__code__.co_firstlineno})"
@@ -82,6 +82,13 @@ def inspect_worker(frame: FrameType) -> WorkerStatus:
     own = next((entry for entry in stack if not in_library(entry.file)), stack[0])
     location = f"{os.path.basename(own.file)}:{own.line} in {own.function}"
     return WorkerStatus(own is stack[0], f"{named} and is in {location}")
+
+
+def _reading_method(dataset: type) -> object:
+    """What gives the samples of a dataset of this class."""
+    if hasattr(dataset, "__iter__"):
+        return dataset.__iter__
+    return dataset.__getitem__ if hasattr(dataset, "__getitem__") else None
 
 
 def describe_exited_worker(frame: FrameType, seconds: float) -> str:
@@ -100,7 +107,8 @@ def describe_exited_worker(frame: FrameType, seconds: float) -> str:
 
 def iterator_attributes(frame: FrameType) -> dict[str, Any]:
     """Those of the iterator of a loader whose method this frame is; one without workers has fewer."""
-    return vars(frame.f_locals["self"])
+    iterator: object = frame.f_locals["self"]
+    return vars(iterator)
 
 
 def read_worker_stack(pid: int) -> list[WorkerFrame]:

@@ -109,7 +109,7 @@ def mark_reported(error: BaseException, by_this_process: bool = True, is_consequ
 
 def report_mark(error: BaseException) -> ReportMark | None:
     """None if it has not been printed, by this process or another."""
-    return getattr(error, "_fulmen_report", None)
+    return error._fulmen_report if hasattr(error, "_fulmen_report") else None
 
 
 def is_consequence(error: BaseException) -> bool:

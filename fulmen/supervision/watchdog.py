@@ -37,7 +37,7 @@ from fulmen.supervision.stack_sampler import (
     strip_library_frames,
     truncate_middle,
 )
-from fulmen.utilities.errors import MisconfigurationException, SIGTERMException
+from fulmen.utilities.errors import MisconfigurationException, SIGTERMException, with_cause
 
 if TYPE_CHECKING:
     from fulmen.supervision.protocols import ChildProcesses, SupervisedProcess, SupervisedRun
@@ -464,8 +464,7 @@ def wait_for_others() -> RuntimeError | None:
 def consequence_of(verdict: Verdict, error: BaseException) -> BaseException:
     """What this process raises, in which the failure of another rank has caused an error."""
     told = verdict.kind is FailureKind.EXIT
-    reason: BaseException = SIGTERMException(verdict.exit_code) if told else RuntimeError(verdict.reason)
-    reason.__cause__ = error
+    reason = with_cause(SIGTERMException(verdict.exit_code) if told else RuntimeError(verdict.reason), error)
     mark_reported(reason, is_consequence=True)
     return reason
 

@@ -56,12 +56,12 @@ def collect_init_args(
     return path_args
 
 
-def lightning_hasattr(model: Any, attribute: str) -> bool:
+def lightning_hasattr(model: object, attribute: str) -> bool:
     """Does the module have the attribute, or its hyper-parameters, or its trainer's datamodule or theirs?"""
     return any(_find_holders(model, attribute))
 
 
-def lightning_getattr(model: Any, attribute: str) -> Any:
+def lightning_getattr(model: object, attribute: str) -> Any:
     """The attribute from where `lightning_hasattr` looks; the last of the places wins."""
     holder = [None, *_find_holders(model, attribute)][-1]
     if holder is None:
@@ -69,7 +69,7 @@ def lightning_getattr(model: Any, attribute: str) -> Any:
     return holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute)
 
 
-def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
+def lightning_setattr(model: object, attribute: str, value: Any) -> None:
     """Sets the attribute in all places that have it."""
     holders = list(_find_holders(model, attribute))
     if not holders:
@@ -81,17 +81,18 @@ def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
             setattr(holder, attribute, value)
 
 
-def _find_holders(model: Any, attribute: str) -> Iterator[Any]:
-    datamodule = getattr(getattr(model, "_trainer", None), "datamodule", None)
-    for owner in (model, datamodule):
-        if owner is not None and hasattr(owner, attribute):
+def _find_holders(model: object, attribute: str) -> Iterator[Any]:
+    trainer = model._trainer if hasattr(model, "_trainer") else None
+    owners = [model] if trainer is None or trainer.datamodule is None else [model, trainer.datamodule]
+    for owner in owners:
+        if hasattr(owner, attribute):
             yield owner
-        hparams = getattr(owner, "hparams", None)
+        hparams = owner.hparams if hasattr(owner, "hparams") else None
         has_it = attribute in hparams if isinstance(hparams, Mapping) else hasattr(hparams, attribute)
         if hparams is not None and has_it:
             yield hparams
 
 
-def _missing_attribute(model: Any, attribute: str) -> AttributeError:
+def _missing_attribute(model: object, attribute: str) -> AttributeError:
     places = "it, its `hparams`, its datamodule and the `hparams` of that"
     return AttributeError(f"`{attribute}` is not an attribute of {type(model).__name__}. Looked for in {places}.")

@@ -48,10 +48,8 @@ class AttributeDict(dict[str, Any]):
 
 def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
     """A mapping, sequence or dataclass with ``fn`` applied to what it directly holds; anything else as it is."""
-    if isinstance(data, defaultdict):
-        return defaultdict(data.default_factory, {key: fn(value) for key, value in data.items()})
     if isinstance(data, Mapping):
-        return type(data)({key: fn(value) for key, value in data.items()})  # type: ignore[call-arg]
+        return _map_values(data, fn)
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*map(fn, data))
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes, range)):
@@ -63,6 +61,11 @@ def map_children(data: Any, fn: Callable[[Any], Any]) -> Any:
             object.__setattr__(new, name, fn(value))
         return new
     return data
+
+
+def _map_values(data: Mapping[Any, Any], fn: Callable[[Any], Any]) -> Mapping[Any, Any]:
+    items = {key: fn(value) for key, value in data.items()}
+    return defaultdict(data.default_factory, items) if isinstance(data, defaultdict) else type(data)(items)  # type: ignore[call-arg]
 
 
 def _field_values(data: DataclassInstance) -> list[tuple[str, Any]]:

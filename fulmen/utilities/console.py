@@ -1,4 +1,4 @@
-"""What is printed for people: tables, counts, a Rich console, and text that a terminal can show."""
+"""What is printed for people (tables, counts, text that a terminal can show), and whether one sits there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def get_human_readable_count(number: int) -> str:
     return f"{text} {' KMBT'[power]}"
 
 
+def is_interactive() -> bool:
+    """Does a person type into this interpreter, who wants to continue after an interrupt?"""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
 def get_rich_console() -> Any:
     """A console on the standard output; in a log file tables keep their full width and have no colours."""
     from rich import get_console
@@ -36,7 +41,7 @@ def get_rich_console() -> Any:
     return Console(file=sys.stdout, width=160)  # nobody can say how wide the page is
 
 
-def escape_unencodable(text: str, stream: Any) -> str:
+def escape_unencodable(text: str, stream: object) -> str:
     """The text with escapes for what a stream cannot encode: a name of a metric shall not end a run."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
+    encoding = (stream.encoding if hasattr(stream, "encoding") else None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

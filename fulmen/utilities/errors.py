@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import reprlib
+import signal
 import warnings
 from collections.abc import Iterable
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status after Ctrl-C, by convention
 
 
 class MisconfigurationException(Exception):
@@ -77,6 +80,12 @@ def explain(what: str, why: str = "", fix: str = "") -> str:
     """
     parts = [part.strip() for part in (what, why, fix)]
     return " ".join(part if part[-1] in ".:;,!?" else f"{part}." for part in parts if part)
+
+
+def with_cause(error: BaseException, cause: BaseException | None) -> BaseException:
+    """The error, as `raise error from cause` would raise it."""
+    error.__cause__ = cause
+    return error
 
 
 def describe_received(value: object) -> str:

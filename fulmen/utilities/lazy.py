@@ -83,7 +83,7 @@ def missing_name(module: Any, name: str, known: Iterable[str], asked_from: Frame
     hint = "" if name.startswith("__") else suggest_name(name, known)
     here = asked_from.f_code.co_code[asked_from.f_lasti] if asked_from.f_lasti >= 0 else None
     if here == opcode.opmap["IMPORT_FROM"]:
-        path = getattr(module, "__file__", None)
+        path = module.__file__ if hasattr(module, "__file__") else None
         text = f"cannot import name {name!r} from {module.__name__!r} ({path or 'unknown location'}){where}.{hint}"
         return ImportError(text, name=module.__name__, path=path)
     return AttributeError(f"module {module.__name__!r} has no attribute {name!r}{where}.{hint}", name=name)
@@ -97,6 +97,7 @@ def missing_module(name: str, asked_from: FrameType) -> ModuleNotFoundError | No
     package, _, last = name.rpartition(".")
     if asked_from.f_code.co_name != "_find_and_load_unlocked":
         return None
-    known = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(package), "__path__", []))]
+    parent = sys.modules.get(package)  # a package: Python itself complains about what lies below a module
+    known = [] if parent is None else [module.name for module in pkgutil.iter_modules(parent.__path__)]
     hint = suggest_name(name, [f"{package}.{module}" for module in known if find_nearest_name(last, [module])])
     return ModuleNotFoundError(f"No module named {name!r}.{hint}", name=name) if hint else None

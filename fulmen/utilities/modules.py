@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import sys
@@ -224,6 +226,22 @@ def is_picklable(obj: object) -> bool:
     except Exception:  # objects raise whatever they like while being pickled
         return False
     return True
+
+
+def picklable_attributes(obj: object, beside: tuple[object, ...]) -> dict[str, Any]:
+    """The attributes of an object that can be pickled and lead to none of the objects `beside` it."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, part: object) -> None:
+            if any(part is other for other in beside):
+                raise pickle.PicklingError("stays where it is")
+
+    found = {}
+    for name, value in vars(obj).items():
+        with contextlib.suppress(Exception):
+            Pickler(io.BytesIO()).dump(value)
+            found[name] = value
+    return found
 
 
 def is_compiled(model: object) -> TypeGuard[OptimizedModule]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal, Protocol, SupportsFloat, TypedDict
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -34,6 +35,9 @@ PrecisionName = Literal[
 PrecisionInput = PrecisionName | Literal[64, 32, 16, "64", "32", "16", "bf16"]
 ProfilerName = Literal["simple", "advanced", "pytorch", "xla"]
 ClipAlgorithmName = Literal["norm", "value"]
+
+# Types of numbers by the names that they have in torch.
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 # One iterable of batches, or any nesting of lists, tuples and dicts of them, which are iterables, too.
 TRAIN_DATALOADERS = Iterable[Any]
