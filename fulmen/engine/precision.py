@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fulmen.engine.stochastic_rounding import float32_stand_ins, step_in_float32
 from fulmen.utilities.collections import apply_to_collection
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.errors import InvalidChoiceError, MisconfigurationException
 from fulmen.utilities.introspection import num_positional, overrides_method, takes_argument
 from fulmen.utilities.modules import total_norm
 
