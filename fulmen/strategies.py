@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fulmen.engine.fsdp import FSDPStrategy
     from fulmen.engine.model_parallel import ModelParallelStrategy
     from fulmen.engine.parallel import ParallelStrategy
-    from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
+    from fulmen.engine.strategy import Strategy
+    from fulmen.engine.strategy_registry import SingleDeviceStrategy, StrategyRegistry
 else:
     __getattr__, __dir__ = lazy_exports(__name__)
 

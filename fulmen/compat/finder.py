@@ -59,7 +59,7 @@ engine.precision: plugins.precision.amp plugins.precision.double plugins.precisi
 engine.bitsandbytes: plugins.precision.bitsandbytes
 engine.transformer_engine: plugins.precision.transformer_engine
 engine.sync_batchnorm: plugins.layer_sync  plugins: plugins.precision
-engine.strategy: strategies.registry strategies.strategy strategies.single_device
+engine.strategy: strategies.strategy  engine.strategy_registry: strategies.registry strategies.single_device
 engine.fsdp: strategies.fsdp  engine.model_parallel: strategies.model_parallel  engine.deepspeed: strategies.deepspeed
 engine.dtensor: engine.dtensors plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed utilities.deepspeed
 engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers

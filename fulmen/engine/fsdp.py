@@ -17,7 +17,7 @@ from fulmen.engine.accelerators import Accelerator
 from fulmen.engine.cluster import ClusterEnvironment
 from fulmen.engine.precision import Precision
 from fulmen.engine.sharded import ShardedStrategy, materialize_layers
-from fulmen.engine.strategy import StrategyRegistry
+from fulmen.engine.strategy_registry import StrategyRegistry
 from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.errors import MisconfigurationException, suggest_name
 from fulmen.utilities.introspection import is_generator

@@ -15,7 +15,8 @@ import torch
 from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
 from fulmen.engine.cluster import ClusterEnvironment, detect_environment
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from fulmen.engine.strategy import SingleDeviceStrategy, Strategy, StrategyRegistry
+from fulmen.engine.strategy import Strategy
+from fulmen.engine.strategy_registry import SingleDeviceStrategy, StrategyRegistry
 from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
 from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 from fulmen.utilities.console import is_interactive

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fulmen.data.loaders import seed_workers
 from fulmen.data.samplers import order_seed, shard_samples
 from fulmen.engine.parallel import ParallelStrategy
-from fulmen.engine.strategy import SingleDeviceStrategy
+from fulmen.engine.strategy_registry import SingleDeviceStrategy
 from fulmen.fabric import checkpoint
 from fulmen.fabric.arguments import as_list, choose_strategy, is_using_cli, load_callbacks
 from fulmen.fabric.launch import check_function, do_nothing, launch_function, watch_script

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from fulmen.engine.strategy import SingleDeviceStrategy, Strategy
+from fulmen.engine.strategy import Strategy
+from fulmen.engine.strategy_registry import SingleDeviceStrategy
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.keywords import KeywordHints
 from fulmen.utilities.seed import seed_everything

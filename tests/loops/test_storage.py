@@ -10,7 +10,7 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint
-from fulmen.engine.strategy import SingleDeviceStrategy
+from fulmen.engine.strategy_registry import SingleDeviceStrategy
 from fulmen.plugins import CheckpointIO
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*starts again", "ignore:.*same callbacks", "ignore:.*no validation")

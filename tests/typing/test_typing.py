@@ -18,7 +18,7 @@ import fulmen
 from fulmen import Callback, LightningDataModule, LightningModule, Trainer
 from fulmen.engine.accelerators import AcceleratorRegistry
 from fulmen.engine.resolve import ALIASES, PRECISIONS
-from fulmen.engine.strategy import StrategyRegistry
+from fulmen.engine.strategy_registry import StrategyRegistry
 from fulmen.utilities import types
 
 ROOT = Path(fulmen.__file__).parents[1]
