@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fulmen.data.loaders import record_arguments
-from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.errors import MisconfigurationException, explain
 from fulmen.utilities.introspection import overrides_method
 from fulmen.utilities.rank_zero import warn_once
 
@@ -45,9 +45,9 @@ class Source:
                 return getattr(self.owner, self.hook_name)()
         owner = type(self.owner).__name__
         what = f"`{self.hook_name}` must be implemented for `Trainer.{self.verb}`, and `{owner}` does not do so."
-        why = " Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
+        why = "Beside a datamodule, the loaders of the module are not used." if self.beside_module else ""
         fix = f"Write `def {self.hook_name}(self): return DataLoader(...)`, or give loaders to `Trainer.{self.verb}`."
-        raise MisconfigurationException(f"{what}{why} {fix}")
+        raise MisconfigurationException(explain(what, why, fix))
 
 
 class Sources:

@@ -25,7 +25,7 @@ from fulmen.engine.strategy import Strategy
 from fulmen.engine.sync_batchnorm import SyncBatchNorm
 from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.collections import declared_batch_size
-from fulmen.utilities.errors import MisconfigurationException, suggest_name
+from fulmen.utilities.errors import MisconfigurationException, explain, suggest_name
 from fulmen.utilities.introspection import is_generator
 from fulmen.utilities.modules import call_as_forward, mode_of_module, parameter_names
 from fulmen.utilities.rank_zero import warn_once
@@ -268,7 +268,7 @@ def unused_parameters_message(names: list[str]) -> str:
     what = f"The loss of `training_step` does not depend on the parameters {shown or '(not known which)'}."
     why = "DDP waits for the gradient of every parameter."
     fix = "Remove or freeze them (`requires_grad_(False)`), or use `strategy='ddp_find_unused_parameters_true'`."
-    return f"{what} {why} {fix}"
+    return explain(what, why, fix)
 
 
 class GradientAverager:

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 import fulmen
-from fulmen.utilities.errors import LightningDeprecationWarning, PossibleUserWarning, find_nearest_name, suggest_name
+from fulmen.utilities.errors import (
+    LightningDeprecationWarning,
+    PossibleUserWarning,
+    explain,
+    find_nearest_name,
+    suggest_name,
+)
 from fulmen.utilities.optional import import_optional, is_installed
 from fulmen.utilities.rank_zero import (
     WarningCache,
@@ -31,6 +37,12 @@ def as_rank_one(monkeypatch):
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(Path(fulmen.__file__).parents[1]), **environment}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+
+
+def test_a_message_has_its_parts_as_sentences():
+    assert explain("`x=3` is odd", "Pairs are needed.", "Use 2") == "`x=3` is odd. Pairs are needed. Use 2."
+    assert explain("Is `x` there?", fix="  Look: ") == "Is `x` there? Look:"
+    assert explain("`x` is missing.") == "`x` is missing."
 
 
 def test_the_closest_spelling_is_suggested_in_any_case():
