@@ -43,6 +43,11 @@ def _tree_unflatten(spec: object, values: Sequence[Any]) -> Any:
     return values[spec] if type(spec) is int else map_children(spec, lambda item: _tree_unflatten(item, values))
 
 
+def _asked_of_each(read: Callable[[object], Any]) -> property:
+    """What each iterable has (None for those without), in the shape of ``iterables``."""
+    return property(lambda combined: combined.tree_unflatten([read(each) for each in combined.flattened]))
+
+
 def loader_length(loader: Iterable[Any]) -> int | float:
     """The number of batches a loader says it has; infinite when it does not say."""
     if isinstance(loader, CombinedLoader):
@@ -99,15 +104,8 @@ class CombinedLoader:
         self._iterables = self.tree_unflatten(flattened)
         self._flattened = list(flattened)
 
-    @property
-    def sampler(self) -> Any:
-        """The sampler of each iterable (None for those without), in the shape of ``iterables``."""
-        return self.tree_unflatten([sampler_of(each) for each in self._flattened])
-
-    @property
-    def batch_sampler(self) -> Any:
-        """The batch sampler of each iterable (None for those without), in the shape of ``iterables``."""
-        return self.tree_unflatten([batch_sampler_of(each) for each in self._flattened])
+    sampler = _asked_of_each(sampler_of)
+    batch_sampler = _asked_of_each(batch_sampler_of)
 
     @property
     def limits(self) -> list[int | float] | None:
