@@ -3,6 +3,10 @@
 #   make demo    train, test and predict on real handwritten digits; writes runs/demo/demo.png
 #   make test    the test suite             make test ARGS="-k resume"
 #   make test-slow  what takes longer: thousands of kills, damages and endings
+#   make test-services  Weights & Biases, MLflow and Comet, offline, from an environment of their own; installs them
+#   make test-pythons   the core of the suite on every Python from 3.10 on that is here; installs torch for each
+#   make test-dist  builds the archives, and trains from them where nothing else is installed
+#   make dist    wheel and source archive in dist/
 #   make check   lint, format, types, layers
 #   make bench   every row of benchmarks/README.md
 #   make bench-exact  evaluation on 1..4 processes, every size and batch size
@@ -19,7 +23,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-again check format bench bench-exact bench-kill bench-interchange docs clean
+.PHONY: help demo test test-slow test-again test-services test-pythons test-dist dist check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,6 +47,23 @@ test-slow: $(STAMPS)/test
 # What failed last, one at a time.
 test-again: $(STAMPS)/test
 	@$(PY) -m pytest -n 0 --last-failed --last-failed-no-failures none $(ARGS)
+
+# The clients bring many packages, so they get an environment of their own.
+test-services:
+	@$(MAKE) --no-print-directory VENV=.venv-services test-services-here
+
+.PHONY: test-services-here
+test-services-here: $(STAMPS)/test,services
+	@$(PY) -m pytest -n 0 tests/loggers/test_services.py tests/loggers/test_service_files.py $(ARGS)
+
+test-pythons:
+	@$(PYTHON) -m trials.pythons $(ARGS)
+
+test-dist: $(STAMPS)/test,dist
+	@$(PY) -m pytest -n 0 tests/console/test_dist.py $(ARGS)
+
+dist: $(STAMPS)/dist
+	@rm -rf dist && $(PY) -m build --outdir dist
 
 check: $(STAMPS)/check
 	@$(PY) -m ruff check .
@@ -70,5 +91,5 @@ docs: $(STAMPS)/docs
 	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
 
 clean:
-	rm -rf $(VENV) runs site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-services .venv-3.* dist runs site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

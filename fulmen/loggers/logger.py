@@ -218,7 +218,11 @@ class ServiceLogger(ExperimentLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if status == "success" and self._to_send_at_end is not None and self._experiment is not None:
+        if status == "success":
+            self._send_last_checkpoints()
+
+    def _send_last_checkpoints(self) -> None:
+        if self._to_send_at_end is not None and self._experiment is not None:
             self._send_new_checkpoints(self._to_send_at_end)
 
     @rank_zero_only
@@ -230,7 +234,7 @@ class ServiceLogger(ExperimentLogger):
             "monitor": callback.monitor, "mode": callback.mode, "save_last": callback.save_last,
             "save_top_k": callback.save_top_k, "save_weights_only": callback.save_weights_only,
         }  # fmt: skip
-        settings = {type(callback).__name__: of_callback}
+        settings = {"Checkpoint": of_callback}
         for path in sorted(times, key=times.__getitem__):
             if self._sent.get(path, -1.0) < times[path]:
                 about = {"score": plain_value(scores[path]), "original_filename": os.path.basename(path), **settings}

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from fulmen.loggers.logger import Params, ServiceLogger, as_numbers, flatten_params, plain_value
 from fulmen.storage.filesystem import local_path
+from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -27,6 +28,8 @@ class MLFlowLogger(ServiceLogger):
     Args:
         tracking_uri: the server, ``sqlite:///<file>`` or ``file:<folder>``; defaults to ``MLFLOW_TRACKING_URI``, then to
             ``file:<save_dir>``, or ``sqlite:///<save_dir>/mlflow.db`` for clients that no longer write folders.
+        log_model: True sends the checkpoints that exist when the run ends, "all" each one when it is written; each in a
+            folder of its own, with ``metadata.yaml`` and ``aliases.txt``.
         run_id: a run to continue; ``experiment_name`` is then ignored.
         synchronous: wait for the server at each call; needs mlflow 2.8.
     """
@@ -71,7 +74,11 @@ class MLFlowLogger(ServiceLogger):
             self._experiment_id = client.get_run(self._run_id).info.experiment_id
             return client
         found = client.get_experiment_by_name(self._experiment_name)
-        known = found.experiment_id if found is not None and found.lifecycle_stage != "deleted" else None
+        if found is not None and found.lifecycle_stage == "deleted":
+            what = f"The MLflow experiment {self._experiment_name!r} was deleted, and MLflow keeps its name."
+            restore = f"Run `mlflow experiments restore --experiment-id {found.experiment_id}`"
+            raise MisconfigurationException(f"{what} {restore}, or pass another `experiment_name`.")
+        known = None if found is None else found.experiment_id
         self._experiment_id = known or client.create_experiment(self._experiment_name, self._artifact_location)
         tags = {**(self.tags or {}), **({"mlflow.runName": self._run_name} if self._run_name else {})}
         self._run_id = client.create_run(self._experiment_id, tags=resolve_tags(tags)).info.run_id
@@ -135,15 +142,16 @@ class MLFlowLogger(ServiceLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        super().finalize(status)
+        self._send_last_checkpoints()  # of a run that failed, too
         outcome = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}.get(status)
         if self._experiment is not None and outcome:
             self.experiment.set_terminated(self.run_id, outcome)
 
     def _send_checkpoint(self, path: str, aliases: list[str], about: dict[str, Any]) -> None:
-        folder = f"model/checkpoints/{Path(path).stem}"
+        folder = Path(path).stem
         self.experiment.log_artifact(self.run_id, path, folder)
-        self.experiment.log_dict(self.run_id, {"aliases": aliases, **about}, f"{folder}/metadata.yaml")
+        self.experiment.log_dict(self.run_id, about, f"{folder}/metadata.yaml")
+        self.experiment.log_text(self.run_id, str(aliases), f"{folder}/aliases.txt")
 
 
 def _writes_folders() -> bool:

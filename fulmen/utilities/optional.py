@@ -25,12 +25,23 @@ def _parse_release(version: str) -> list[int]:
     return numbers + [0] * (3 - len(numbers))
 
 
+def _installed_version(package: str) -> str:
+    """The version of what brings the package: mlflow-skinny, say, brings ``mlflow`` too."""
+    try:
+        return importlib.metadata.version(_distribution_name(package))
+    except importlib.metadata.PackageNotFoundError:
+        others = importlib.metadata.packages_distributions().get(package.partition(".")[0], [])
+        if not others:
+            raise
+        return importlib.metadata.version(others[0])
+
+
 @functools.cache
 def is_installed(package: str, minimum: str = "") -> bool:
     """Can ``package`` be imported, in a version such as ``">=10.2.2"``? The package itself is not imported."""
     try:
         found = importlib.util.find_spec(package) is not None
-        version = importlib.metadata.version(_distribution_name(package)) if found and minimum else ""
+        version = _installed_version(package) if found and minimum else ""
     except (ImportError, ValueError):  # a parent is missing, or nobody knows the version
         return False
     return found and _parse_release(version) >= _parse_release(minimum.lstrip("> ="))

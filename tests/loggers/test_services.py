@@ -50,7 +50,7 @@ def test_without_the_client_the_error_says_what_to_install(logger_class, package
 
 # ---------------------------------------------------------------------------------------------- Weights & Biases
 
-needs_wandb = pytest.mark.skipif(not installed("wandb"), reason="wandb is not installed: `pip install wandb`")
+needs_wandb = pytest.mark.skipif(not installed("wandb"), reason="wandb is not installed: run `make test-services`")
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_wandb_sends_checkpoints_when_asked(offline_wandb, tmp_path, checkpoints
     assert best.name == f"model-{at_end.version}"
     assert best.metadata["score"] == 0.25
     assert best.metadata["original_filename"] == "a.ckpt"
-    assert best.metadata["ModelCheckpoint"]["monitor"] == "val_loss"
+    assert best.metadata["Checkpoint"]["monitor"] == "val_loss"
     assert list(best.manifest.entries) == ["model.ckpt"]
     assert (best_aliases, worse_aliases) == (["latest", "best"], ["latest"])
 
@@ -160,9 +160,7 @@ def test_wandb_leaves_other_ranks_alone(offline_wandb, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- MLflow
 
-needs_mlflow = pytest.mark.skipif(
-    not installed("mlflow"), reason="mlflow is not installed: `pip install mlflow-skinny`"
-)
+needs_mlflow = pytest.mark.skipif(not installed("mlflow"), reason="mlflow is not installed: run `make test-services`")
 
 
 @needs_mlflow
@@ -213,10 +211,12 @@ def test_mlflow_keeps_checkpoints_with_what_is_known_about_them(tmp_path, monkey
     logger = MLFlowLogger("exp", save_dir=str(tmp_path / "ml"), log_model="all")
     logger.after_save_checkpoint(checkpoints)
     logger.finalize("success")
-    folder = logger.experiment.download_artifacts(logger.run_id, "model/checkpoints/a", str(tmp_path))
+    folder = logger.experiment.download_artifacts(logger.run_id, "a", str(tmp_path))
     with open(f"{folder}/metadata.yaml") as file:
         about = yaml.safe_load(file)
-    assert about["aliases"] == ["latest", "best"]
+        assert set(about) == {"Checkpoint", "original_filename", "score"}
+    with open(f"{folder}/aliases.txt") as file:
+        assert file.read() == "['latest', 'best']"
     assert about["score"] == 0.25
     with open(f"{folder}/a.ckpt", "rb") as file:
         assert file.read() == b"a.ckpt"
@@ -252,7 +252,9 @@ def test_mlflow_servers_have_no_local_folder(monkeypatch):
 
 # ----------------------------------------------------------------------------------------------------------- Comet
 
-needs_comet = pytest.mark.skipif(not installed("comet_ml"), reason="comet_ml is not installed: `pip install comet-ml`")
+needs_comet = pytest.mark.skipif(
+    not installed("comet_ml"), reason="comet_ml is not installed: run `make test-services`"
+)
 
 
 @needs_comet
