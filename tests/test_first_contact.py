@@ -25,7 +25,7 @@ def run_script(tmp_path):
         path.write_text(code)
         environment = {**os.environ, "PYTHONPATH": str(Path(pl.__file__).parents[1]), **environment}
         done = subprocess.run(
-            [sys.executable, *options, str(path)], capture_output=True, text=True, env=environment, timeout=120
+            [sys.executable, *options, str(path)], capture_output=True, text=True, env=environment, timeout=1200
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr

@@ -47,7 +47,7 @@ def test_bars_are_shown_and_replaced_without_ipywidgets(tmp_path, monkeypatch):
                 replaced.append(index)
             return super().process_message(message, cell, index)
 
-    Client(notebook, timeout=120, kernel_name="python3").execute()
+    Client(notebook, timeout=1200, kernel_name="python3").execute()
     shown = [[out["data"]["text/plain"] for out in cell.outputs if "data" in out] for cell in notebook.cells]
     assert [[re.match(r"Epoch (\d)/1 .* 5/5 .*loss: ", text)[1] for text in texts] for texts in shown[1:3]] == [
         ["0", "1"],

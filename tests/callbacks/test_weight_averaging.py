@@ -828,7 +828,7 @@ def test_the_other_ones_file_is_continued(tmp_path, kind, writer, reader):
         ours = package == "fulmen"
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]) if ours else ""}
         command = [sys.executable if ours else REFERENCE, "-c", SCRIPT, package, kind, "4", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
         assert done.returncode == 0, done.stderr[-3000:]
         return next(line for line in done.stdout.splitlines() if line.startswith("STATE "))
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and 
 
 def test_a_kill_at_any_moment_of_a_save_costs_nothing_that_was_saved_and_leaves_nothing_over():
     command = [sys.executable, "-W", "ignore", "-m", "trials.kill", "--trials", "100", "--naive", "8"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "100 trials, seed 0: 0 unreadable, 0 lost, 0 orphans" in done.stdout
     rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("all ")]

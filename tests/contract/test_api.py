@@ -45,7 +45,7 @@ def compared(shared: Path) -> list[dict]:
         answer = Path(folder) / "names.json"
         tiers = [word for tier in REQUIRED for word in ("--tier", str(tier))]
         command = [sys.executable, str(tool), str(record), "fulmen", *tiers, "--json", str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(answer.read_text())
 

@@ -25,7 +25,7 @@ def answer(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     command += ["--compare", str(recordings)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     folder = tmp_path_factory.mktemp("hooks")
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -75,7 +75,7 @@ def kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     notebook = nbformat.v4.new_notebook()
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client = nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(tmp_path)}})
 
     def run(source: str) -> str:
         cell = nbformat.v4.new_code_cell(source)

@@ -85,5 +85,5 @@ def test_a_group_of_one_over_nccl_gives_the_numbers_of_one_device(strategy, prec
             precision,
         ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0 and "AS ONE 6" in done.stdout, done.stderr[-3000:]

@@ -49,7 +49,7 @@ def together(folder, kind):
     runs = [context.Process(target=run, args=(n, str(folder), start, kind, told)) for n in range(RUNS)]
     for process in runs:
         process.start()
-    said = sorted(told.get(timeout=120) for _ in runs)
+    said = sorted(told.get(timeout=1200) for _ in runs)
     for process in runs:
         process.join(60)
     return said

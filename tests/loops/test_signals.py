@@ -81,7 +81,7 @@ def run(signal_name: str, place: str, folder: Path) -> tuple[int, list[str], lis
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, signal_name, place],
         cwd=folder, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=600,
+        timeout=1200,
     )  # fmt: skip
     files = list(folder.rglob("metrics.csv"))
     return done.returncode, done.stdout.splitlines(), list(csv.DictReader(files[0].open())) if files else []
@@ -315,7 +315,7 @@ def test_the_traceback_of_a_training_step_fits_on_the_screen(tmp_path):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], env={**os.environ, "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+        capture_output=True, text=True, timeout=1200, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
     frames = [line for line in done.stderr.splitlines() if line.lstrip().startswith("File ")]

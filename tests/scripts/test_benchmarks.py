@@ -30,7 +30,7 @@ TRIALS = ("exact", "preempt")
 def run(name: str, *arguments: str) -> str:
     folder = "trials" if name in TRIALS else "benchmarks"
     command = [sys.executable, "-m", f"{folder}.{name}", "--quick", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

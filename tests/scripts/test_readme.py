@@ -22,7 +22,7 @@ def test_the_four_steps_run_as_printed(tmp_path: Path) -> None:
         block + "\nprint('RESULTS', results[0]['test_loss'], len(predictions), predictions[0].shape[0])\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     loss, batches, rows = done.stdout.split("RESULTS ")[1].split()
     assert float(loss) < 0.05
@@ -36,7 +36,7 @@ def test_the_script_for_two_devices_runs_as_printed(tmp_path: Path) -> None:
     one = "pl.Trainer(accelerator='cpu', devices=1, logger=False).validate(model, val, verbose=False)"
     script.write_text(block + f"        print('ONE', {one})\n")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     numbers = [float(number) for number in re.findall(r"'val_loss': ([\d.e-]+)", done.stdout)]
     assert "297 codes" in done.stdout and len(numbers) == 3  # of both processes, and of one alone

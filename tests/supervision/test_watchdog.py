@@ -116,9 +116,10 @@ class Run:
 
     @property
     def report(self) -> list[str]:
-        """The output from where the failure is named."""
+        """The output from where the failure is named; a rank that was slow to start may have been reported before."""
         lines = self.output.splitlines()
-        return lines[next((i for i, line in enumerate(lines) if re.match(r"Rank \d ", line)), len(lines)) :]
+        failure = re.compile(r"Rank \d (?!keeps others waiting)")
+        return lines[next((i for i, line in enumerate(lines) if failure.match(line)), len(lines)) :]
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def run(tmp_path):
                     time.sleep(1)
                     began = time.monotonic()
                     os.killpg(process.pid, send) if to_all else process.send_signal(send)
-                code = process.wait(timeout=600)
+                code = process.wait(timeout=1200)
                 while any(map(alive, family)) and time.monotonic() < began + 600:
                     time.sleep(0.05)
                 assert not any(map(alive, family)), (tmp_path / "output").read_text()

@@ -40,7 +40,7 @@ extraPaths = ["{ROOT}", "{Path(torch.__file__).parents[1]}"]
 def run_checker(checker: str, folder: Path, *files: Path) -> str:
     """What a type checker says, started in an empty folder; skips where it does not run."""
     (folder / "pyproject.toml").write_text(CONFIGURATION)
-    started = subprocess.run([sys.executable, "-m", checker, "--version"], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([sys.executable, "-m", checker, "--version"], capture_output=True, text=True, timeout=1200)
     if started.returncode != 0:
         pytest.skip(f"{checker} does not run here: {(started.stdout + started.stderr)[-200:]}")
     command = [sys.executable, "-m", checker, *map(str, files)]

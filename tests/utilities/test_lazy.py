@@ -87,7 +87,7 @@ def test_the_package_trains_from_an_archive_and_without_sources(make_tree, tmp_p
     script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": tree, "PYTHONSAFEPATH": "1"}
     command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["file"].startswith(tree + os.sep)
