@@ -8,7 +8,7 @@ from fulmen.utilities.lazy import lazy_exports
 
 __all__ = [
     "Accelerator", "AcceleratorRegistry", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator",
-    "find_usable_cuda_devices",
+    "XLAAccelerator", "find_usable_cuda_devices",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MPSAccelerator,
         find_usable_cuda_devices,
     )
+    from fulmen.engine.xla import XLAAccelerator
 else:
     __getattr__, __dir__ = lazy_exports(__name__)
 

@@ -9,7 +9,7 @@ from fulmen.utilities.lazy import lazy_exports
 __all__ = [
     "AsyncCheckpointIO", "BitsandbytesPrecision", "CheckpointIO", "ClusterEnvironment", "DeepSpeedPrecision",
     "DoublePrecision", "FSDPPrecision", "HalfPrecision", "LayerSync", "MixedPrecision", "Precision",
-    "TorchCheckpointIO", "TorchSyncBatchNorm", "TransformerEnginePrecision",
+    "TorchCheckpointIO", "TorchSyncBatchNorm", "TransformerEnginePrecision", "XLACheckpointIO", "XLAPrecision",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
     from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
     from fulmen.engine.transformer_engine import TransformerEnginePrecision
+    from fulmen.engine.xla import XLACheckpointIO, XLAPrecision
     from fulmen.storage.async_io import AsyncCheckpointIO
     from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
 else:

@@ -8,7 +8,7 @@ from fulmen.utilities.lazy import lazy_exports
 
 __all__ = [
     "DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "ParallelStrategy",
-    "SingleDeviceStrategy", "Strategy", "StrategyRegistry",
+    "SingleDeviceStrategy", "SingleDeviceXLAStrategy", "Strategy", "StrategyRegistry", "XLAStrategy",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fulmen.engine.parallel import ParallelStrategy
     from fulmen.engine.strategy import Strategy
     from fulmen.engine.strategy_registry import SingleDeviceStrategy, StrategyRegistry
+    from fulmen.engine.xla import SingleDeviceXLAStrategy, XLAStrategy
 else:
     __getattr__, __dir__ = lazy_exports(__name__)
 

@@ -64,6 +64,44 @@ engine.fsdp: strategies.fsdp  engine.model_parallel: strategies.model_parallel  
 engine.dtensor: engine.dtensors plugins.precision.fsdp  engine.deepspeed: plugins.precision.deepspeed utilities.deepspeed
 engine.parallel: strategies.parallel  engine.ddp: strategies.ddp  engine.launch: strategies.launchers
 engine.script_launcher: strategies.launchers  engine.process_launcher: strategies.launchers
+engine.xla: accelerators.xla plugins.environments plugins.environments.xla plugins.io plugins.io.xla plugins.precision.xla
+engine.xla: strategies.single_xla strategies.xla
+
+engine.accelerators: fabric.accelerators.accelerator fabric.accelerators.cpu fabric.accelerators.cuda
+engine.accelerators: fabric.accelerators.mps fabric.accelerators.registry  engine.xla: fabric.accelerators.xla
+loggers.fabric: fabric.loggers fabric.loggers.csv_logs fabric.loggers.logger fabric.loggers.tensorboard
+fabric.plugins: fabric.plugins.precision
+fabric.collectives: fabric.plugins.collectives fabric.plugins.collectives.collective
+fabric.collectives: fabric.plugins.collectives.single_device fabric.plugins.collectives.torch_collective
+engine.cluster: fabric.plugins.environments fabric.plugins.environments.cluster_environment
+engine.cluster: fabric.plugins.environments.kubeflow fabric.plugins.environments.lightning
+engine.cluster: fabric.plugins.environments.lsf fabric.plugins.environments.mpi fabric.plugins.environments.slurm
+engine.cluster: fabric.plugins.environments.torchelastic
+engine.xla: fabric.plugins.environments fabric.plugins.environments.xla
+storage.checkpoint_io: fabric.plugins.io fabric.plugins.io.checkpoint_io fabric.plugins.io.torch_io
+engine.xla: fabric.plugins.io fabric.plugins.io.xla fabric.plugins.precision.xla
+engine.precision: fabric.plugins.precision.amp fabric.plugins.precision.double fabric.plugins.precision.half
+engine.precision: fabric.plugins.precision.precision
+engine.bitsandbytes: fabric.plugins.precision.bitsandbytes  engine.deepspeed: fabric.plugins.precision.deepspeed
+engine.dtensor: fabric.plugins.precision.fsdp
+engine.transformer_engine: fabric.plugins.precision.transformer_engine
+fabric.strategy: fabric.strategies.registry fabric.strategies.parallel fabric.strategies.single_device
+fabric.strategy: fabric.strategies.strategy
+fabric.ddp: fabric.strategies.ddp fabric.strategies.dp  fabric.deepspeed: fabric.strategies.deepspeed
+fabric.sharded: fabric.strategies.fsdp fabric.strategies.model_parallel
+fabric.xla: fabric.strategies.single_xla fabric.strategies.xla fabric.strategies.xla_fsdp
+engine.launch: fabric.strategies.launchers  engine.script_launcher: fabric.strategies.launchers
+engine.process_launcher: fabric.strategies.launchers
+utilities.collections: fabric.utilities.apply_func fabric.utilities.data
+utilities.modules: fabric.utilities.data  data.loaders: fabric.utilities.data
+checkpoint.consolidate: fabric.utilities.consolidate_checkpoint
+storage.filesystem: fabric.utilities.cloud_io
+fabric.distributed: fabric.utilities.distributed
+utilities.types: fabric.utilities.enums fabric.utilities.types
+utilities.errors: fabric.utilities.exceptions fabric.utilities.warnings fabric.utilities.rank_zero
+utilities.rank_zero: fabric.utilities.rank_zero  utilities.seed: fabric.utilities.seed
+callbacks.monitors: fabric.utilities.spike
+utilities.throughput: fabric.utilities.throughput  fabric.throughput: fabric.utilities.throughput
 """
 
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "doctor": Command(
         "say what is installed here, what is missing and what is wrong", "fulmen.console.doctor:run_doctor"
     ),
+    "fabric": Command("run a script that uses Fabric on several processes", "fulmen.fabric.cli:main"),
     "consolidate": Command("make one file from a sharded checkpoint", "fulmen.checkpoint.consolidate:main"),
     "upgrade": Command("bring checkpoints of older versions up to date", "fulmen.checkpoint.upgrade:main"),
 }

@@ -179,10 +179,15 @@ class CUDAAccelerator(_BuiltInAccelerator):
             rank_zero_info(f"{torch.cuda.get_device_name(device)!r} has Tensor Cores: {fix}.")
 
     def setup(self, trainer: Trainer) -> None:
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # numbers the GPUs as `nvidia-smi` does
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-        rank_zero_info(f"LOCAL_RANK: {trainer.local_rank} - CUDA_VISIBLE_DEVICES: [{visible}]")
+        self.set_nvidia_flags(trainer.local_rank)
         self.teardown()
+
+    @staticmethod
+    def set_nvidia_flags(local_rank: int) -> None:
+        """Numbers the GPUs as `nvidia-smi` does, and says which ones this process sees."""
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+        rank_zero_info(f"LOCAL_RANK: {local_rank} - CUDA_VISIBLE_DEVICES: [{visible}]")
 
     def teardown(self) -> None:
         torch.cuda.empty_cache()

@@ -152,10 +152,6 @@ class DDPStrategy(ParallelStrategy):
         self._ddp_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return self._wrap_with_ddp(self.model, options)
 
-    def setup_module(self, module: Module) -> Module:
-        """Torch's wrapper with the arguments of this strategy; weights and buffers of rank 0 are in all processes."""
-        return self._wrap_with_ddp(module, self._ddp_kwargs)
-
     def _wrap_with_ddp(self, module: Module, options: dict[str, Any]) -> DistributedDataParallel:
         wrapped = DistributedDataParallel(module, device_ids=self.determine_ddp_device_ids(), **options)
         hook = self._ddp_comm_hook
@@ -209,8 +205,6 @@ class DDPStrategy(ParallelStrategy):
             yield
 
     def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
-        if enabled and isinstance(module, parallel.DistributedDataParallel) and module is not self.model:
-            return module.no_sync()
         return self._without_sync() if enabled and self.gradient_averager is not None else nullcontext()
 
     def process_dataloader(self, dataloader: T) -> T:

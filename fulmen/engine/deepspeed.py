@@ -181,6 +181,10 @@ class DeepSpeedStrategy(ParallelStrategy):
             size = declared_batch_size(first) or 1
         self.config.setdefault("train_micro_batch_size_per_gpu", size)
         self.config.setdefault("gradient_clipping", float(clip or 0.0))
+        self.add_precision_config()
+
+    def add_precision_config(self) -> None:
+        """What the precision decides goes into the configuration, unless it is there."""
         scaling = {
             "loss_scale": self.loss_scale, "initial_scale_power": self.initial_scale_power,
             "loss_scale_window": self.loss_scale_window, "hysteresis": self.hysteresis,

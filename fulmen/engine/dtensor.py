@@ -172,7 +172,7 @@ class FSDPPrecision(MixedPrecision):
         return super().forward_context() if self.mixed else self.half.forward_context()
 
     def optimizer_step(
-        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+        self, optimizer: Optimizer, model: Module | None = None, closure: Callable[[], Any] | None = None, **kwargs: Any
     ) -> Any:
         if not isinstance(self.half, HalfPrecision):
             return super().optimizer_step(optimizer, model, closure, **kwargs)

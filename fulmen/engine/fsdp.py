@@ -150,7 +150,6 @@ class FSDPStrategy(ShardedStrategy):
     def wrap_model(self, trainer: Trainer) -> None:
         """Layer by layer: the values of rank 0, then everybody's part of them."""
         module = self._lightning_module
-        units = select_modules(module, self.auto_wrap_policy)
         whole = trainer.state.fn != "fit" or (module.automatic_optimization and not is_generator(module.training_step))
         if whole:
             self.model = StepModule(module)
@@ -158,14 +157,19 @@ class FSDPStrategy(ShardedStrategy):
         else:
             roots = list(callable_children(module))
             check_parameters_in_layers(module, roots)
+        self.shard_module(module, roots)
+        self.record_sharded_modules()
+
+    def shard_module(self, module: Module, roots: list[Module]) -> None:
+        """Shards the parts that the policy chooses, each on its own, and the rest of each of the ``roots``."""
         # Batch norm stays in float32, so it is a part of its own.
         norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.affine]
+        units = select_modules(module, self.auto_wrap_policy)
         parts = list(dict.fromkeys([*(norms if self.narrows_parameters else []), *units, *roots]))
         check_tied_parameters(module, parts)
         for part in select_modules(module, self.activation_checkpointing_policy):
             vars(part)["forward"] = partial(recompute, part.forward, use_reentrant=False)
         self.shard_parts(parts, roots)
-        self.record_sharded_modules()
 
     @property
     def narrows_parameters(self) -> bool:

@@ -70,13 +70,21 @@ class ModelParallelStrategy(ShardedStrategy):
         return {"num_replicas": data.size(), "rank": data.get_local_rank()}
 
     def setup_environment(self) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-
         module = self._lightning_module
         if not is_overridden("configure_model", module):
             what = f"`{type(module).__name__}` has no `configure_model`, and only it can say how layers are spread:"
             raise TypeError(f"{what} `parallelize_module(self.layer, self.device_mesh['tensor_parallel'], ...)`.")
         super().setup_environment()
+        module.device_mesh = self.make_mesh()
+
+    def make_mesh(self) -> DeviceMesh:
+        """The mesh, once the processes have met.
+
+        Raises:
+            RuntimeError: its sizes do not multiply to the number of processes.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
         sizes = [self._data_parallel_size, self._tensor_parallel_size]
         automatic = [self.num_nodes, self.num_processes]
         data, tensor = (own if size == "auto" else size for size, own in zip(sizes, automatic))
@@ -85,7 +93,7 @@ class ModelParallelStrategy(ShardedStrategy):
             raise RuntimeError(f"{what}, {self.world_size}. Choose two numbers whose product it is.")
         if self._device_mesh is None:
             self._device_mesh = init_device_mesh(self.root_device.type, (data, tensor), mesh_dim_names=MESH_AXES)
-        module.device_mesh = self._device_mesh
+        return self._device_mesh
 
     def wrap_model(self, trainer: Trainer) -> None:
         """Layers get their values, and what no process would exchange is found."""

@@ -136,7 +136,7 @@ class Precision:
         return tensor
 
     def backward(
-        self, tensor: Tensor, model: LightningModule, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+        self, tensor: Tensor, model: LightningModule, optimizer: Optimizer | None = None, *args: Any, **kwargs: Any
     ) -> None:
         """Backpropagates through the module's own `backward`."""
         model.backward(tensor, *args, **kwargs)
@@ -155,7 +155,7 @@ class Precision:
         """Lets the loss scale grow or shrink by what was found since the last time; called when a batch is done."""
 
     def optimizer_step(
-        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+        self, optimizer: Optimizer, model: Module | None = None, closure: Callable[[], Any] | None = None, **kwargs: Any
     ) -> Any:
         """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
         return step_with_closure(optimizer, closure, **kwargs)
@@ -333,7 +333,7 @@ class MixedPrecision(Precision):
             self._unscaled.add(id(optimizer))
 
     def optimizer_step(
-        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+        self, optimizer: Optimizer, model: Module | None = None, closure: Callable[[], Any] | None = None, **kwargs: Any
     ) -> Any:
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
@@ -419,7 +419,7 @@ class HalfPrecision(Precision):
     tensor_init_context = module_init_context = forward_context
 
     def optimizer_step(
-        self, optimizer: Optimizer, model: Module, closure: Callable[[], Any] | None, **kwargs: Any
+        self, optimizer: Optimizer, model: Module | None = None, closure: Callable[[], Any] | None = None, **kwargs: Any
     ) -> Any:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(_LBFGS_REFUSED.format(self.precision, "which is made in float32"))

@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
 import torch
 
-from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator
+from fulmen.engine.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator, Registry
 from fulmen.engine.cluster import ClusterEnvironment, detect_environment
 from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from fulmen.engine.strategy import Strategy
@@ -96,20 +96,26 @@ class EngineRequest:
     precision: int | str | None = None
     plugins: Any = None  # one or several; then by their kind
     sync_batchnorm: bool = False
+    registry: Registry = field(default_factory=lambda: StrategyRegistry)  # what names of strategies mean
+    single_device: type[SingleDeviceStrategy] = SingleDeviceStrategy  # what "auto" means for one device
 
     def __post_init__(self) -> None:
         accelerators = ("auto", "gpu", "tpu", *AcceleratorRegistry)
         self.accelerator = _check_known("accelerator", self.accelerator, accelerators, Accelerator)
-        names = ("auto", *StrategyRegistry, *UNSUPPORTED_STRATEGIES)
+        names = tuple(dict.fromkeys(("auto", *self.registry, *UNSUPPORTED_STRATEGIES)))
         spelled = {name.lower(): name for name in names}.get(str(self.strategy).lower(), self.strategy)
         self.strategy = _check_known("strategy", spelled, names, Strategy)
         self.precision = parse_precision(self.precision)
         self.plugins = _plugins_by_kind(self.plugins)
 
-    def replace_auto_strategy(self, several: bool) -> None:
+    def replace_auto_strategy(self, devices: list[torch.device]) -> None:
         """The devices are known: on one or several, "auto" means another strategy."""
-        if self.strategy == "auto":
-            self.strategy = ("ddp_fork" if is_interactive() else "ddp") if several else "single_device"
+        if self.strategy != "auto":
+            return
+        if len(devices) > 1 or self.num_nodes > 1:
+            self.strategy = "ddp_fork" if is_interactive() else "ddp"
+        else:
+            self.strategy = "single_device" if "single_device" in self.registry else self.single_device(devices[0])
 
     def brought_along(self, attribute: str) -> Any:
         """A part that a strategy object was made with."""
@@ -119,8 +125,8 @@ class EngineRequest:
     def needs_single_device(self) -> bool:
         """Is it a strategy for one device? One of the user's own may spread over as many as it likes."""
         kind: object = type(self.strategy)
-        if isinstance(self.strategy, str) and self.strategy in StrategyRegistry:
-            kind = StrategyRegistry[self.strategy]["strategy"]
+        if isinstance(self.strategy, str) and self.strategy in self.registry:
+            kind = self.registry[self.strategy]["strategy"]
         return isinstance(kind, type) and issubclass(kind, SingleDeviceStrategy)
 
     @property
@@ -128,7 +134,7 @@ class EngineRequest:
         """How the processes start, for those strategies that start them."""
         if isinstance(self.strategy, Strategy):
             return self.strategy.start_method
-        given = StrategyRegistry[self.strategy]["init_params"] if self.strategy in StrategyRegistry else {}
+        given = self.registry[self.strategy]["init_params"] if self.strategy in self.registry else {}
         return str(given.get("start_method", ""))
 
 
@@ -153,7 +159,7 @@ CONFLICTS: tuple[tuple[Callable[[EngineRequest], Any], type[Exception], str], ..
        InvalidChoiceError, _GIVEN_TWICE.format(part, "plugins")) for part, kind in PLUGIN_PARTS.items()),
     (lambda request: request.devices in (0, "0", [], ()), InvalidChoiceError,
      "`devices={request.devices!r}` is not a valid input: it asks for no device at all. Use `devices=1`, or 'auto'."),
-    (lambda request: isinstance(request.strategy, str) and request.strategy not in ("auto", *StrategyRegistry),
+    (lambda request: isinstance(request.strategy, str) and request.strategy not in ("auto", *request.registry),
      InvalidChoiceError, "`strategy={request.strategy!r}` is not part of this version of fulmen. Use 'ddp', or 'auto'."),
     (lambda request: request.start_method not in ("", "popen", *multiprocessing.get_all_start_methods()), ValueError,
      "`strategy={request.strategy!r}` starts processes by {request.start_method!r}, which this platform cannot. Use 'ddp'."),
@@ -172,7 +178,7 @@ def resolve_strategy(**arguments: Any) -> Strategy:
             raise error(message.format(request=request))
     chosen = choose_accelerator(request)
     devices = choose_devices(request, chosen)
-    request.replace_auto_strategy(several=len(devices) > 1 or request.num_nodes > 1)
+    request.replace_auto_strategy(devices)
     return assemble_strategy(request, chosen, devices)
 
 
@@ -270,11 +276,11 @@ def _make_strategy(request: EngineRequest, devices: list[torch.device]) -> Strat
     """The strategy of that name, or the object itself, which knows its devices."""
     strategy = request.strategy
     if isinstance(strategy, str):
-        entry = StrategyRegistry[strategy]
+        entry = request.registry[strategy]
         if request.needs_single_device:
             made: Strategy = entry["strategy"](**{"device": devices[0], **entry["init_params"]})
             return made
-        strategy = StrategyRegistry.get(strategy)
+        strategy = request.registry.get(strategy)
     assert isinstance(strategy, Strategy)
     strategy.use_devices(devices)
     return strategy

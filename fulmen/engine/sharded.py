@@ -112,7 +112,7 @@ class ShardedStrategy(ParallelStrategy):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
         """With ``empty_init``, modules are made on the meta device: layers get values when they are spread."""
-        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.module_init_context():
+        with torch.device("meta") if empty_init else nullcontext(), self.precision.module_init_context():
             yield
 
     @contextmanager
@@ -255,23 +255,7 @@ class ShardedStrategy(ParallelStrategy):
             return
         if storage_options is not None:
             raise TypeError(f"`{storage_options=}`: sharded checkpoints have no options. Leave them out.")
-        if is_remote(filepath):
-            what = f"{os.fspath(filepath)!r} is no local path, and sharded checkpoints are folders on a file system."
-            raise ValueError(f"{what} Use a path that all processes see, or write full checkpoints.")
-        path = os.path.abspath(local_path(filepath))
-        beside = self.broadcast(temporary_name(path))
-        with ExitStack() as stack:
-            self.on_rank_zero(lambda: stack.enter_context(locked_folder(beside)), f"make the folder {beside!r}")
-            write_shards(checkpoint, beside)  # an error of one process is raised in all of them
-            written = self.exchange_objects(hash_own_parts(beside, self.global_rank))
-
-            def finish() -> None:
-                sums = {name: measured for own in written for name, measured in own.items()}
-                atomic_write(os.path.join(beside, CHECKSUMS), json.dumps(sums).encode())
-                self.checkpoint_io.save_checkpoint(checkpoint, os.path.join(beside, META))
-                replace_folder(beside, path)
-
-            self.on_rank_zero(finish, f"write the checkpoint {path!r}")
+        write_folder(self, filepath, lambda folder: write_shards(checkpoint, folder), checkpoint)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         finish_interrupted_rename(local_path(checkpoint_path))
@@ -285,6 +269,34 @@ class ShardedStrategy(ParallelStrategy):
         if problems := [found for found in self.exchange_objects(problem) if found]:
             raise DamagedCheckpointError(problems[0])
         return read_outline(checkpoint_path, weights_only)
+
+
+def write_folder(
+    strategy: ShardedStrategy, filepath: _PATH, write_own_part: Callable[[str], None], rest: dict[str, Any]
+) -> None:
+    """Writes a checkpoint as a folder, which is there as a whole or not at all; all processes call this.
+
+    Arguments:
+        write_own_part: writes this process's part of the tensors into the folder it is given.
+        rest: what rank 0 writes beside them, as it is when that is done.
+    """
+    if is_remote(filepath):
+        what = f"{os.fspath(filepath)!r} is no local path, and sharded checkpoints are folders on a file system."
+        raise ValueError(f"{what} Use a path that all processes see, or write full checkpoints.")
+    path = os.path.abspath(local_path(filepath))
+    beside = strategy.broadcast(temporary_name(path))
+    with ExitStack() as stack:
+        strategy.on_rank_zero(lambda: stack.enter_context(locked_folder(beside)), f"make the folder {beside!r}")
+        write_own_part(beside)  # an error of one process is raised in all of them
+        written = strategy.exchange_objects(hash_own_parts(beside, strategy.global_rank))
+
+        def finish() -> None:
+            sums = {name: measured for own in written for name, measured in own.items()}
+            atomic_write(os.path.join(beside, CHECKSUMS), json.dumps(sums).encode())
+            strategy.checkpoint_io.save_checkpoint(rest, os.path.join(beside, META))
+            replace_folder(beside, path)
+
+        strategy.on_rank_zero(finish, f"write the checkpoint {path!r}")
 
 
 class ModuleBackup:

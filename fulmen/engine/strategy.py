@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fulmen.engine.accelerators import Accelerator
+from fulmen.engine.accelerators import Accelerator, Registry
 from fulmen.engine.precision import Precision
 from fulmen.storage.async_io import AsyncCheckpointIO
 from fulmen.storage.checkpoint_io import CheckpointIO
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.nn import Module
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
 
     from fulmen.engine.buffers import Buffers
     from fulmen.engine.cluster import ClusterEnvironment
@@ -82,9 +81,6 @@ class Strategy(KeywordHints, ABC):
     is_distributed = False  # do several processes train the model together?
     start_method: str = ""  # how processes are started, for those strategies that start them
     lightning_restore_optimizer = True  # are optimizer states taken from the checkpoint's own list?
-    setup_is_joint = False  # can a module and its optimizer only be set up together?
-    has_own_backward = False  # does only `backward_loss` know how to backpropagate?
-    backward_is_prepared = False  # is `backward_loss` running?
 
     def __init__(
         self,
@@ -107,6 +103,11 @@ class Strategy(KeywordHints, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # Without what a run put in.
         return {**vars(self), "run_backward": self._precision_backward, "transfer": _move_batch}
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Registry) -> None:
+        """Adds this class to a registry, under its `strategy_name`."""
+        strategy_registry.register(cls.strategy_name, cls, description=cls.__name__)
 
     def use_environment(self, environment: ClusterEnvironment) -> None:
         """Who this process is among others."""
@@ -234,86 +235,12 @@ class Strategy(KeywordHints, ABC):
         With ``empty_init`` weights are left uninitialised, because a checkpoint will fill them.
         """
         skip = _SkipInit() if empty_init else nullcontext()
-        with self.root_device, self.precision_plugin.module_init_context(), skip:
+        with self.root_device, self.precision.module_init_context(), skip:
             yield
 
     def model_sharded_context(self) -> AbstractContextManager[Any]:
         """Entered around `configure_model`."""
         return nullcontext()
-
-    # ------------------------------------------------------------------ any number of modules, without a Trainer
-
-    def setup_module(self, module: Module) -> Module:
-        """What is called in place of a module of a loop of the user's own: a wrapper, if the strategy has one."""
-        return module
-
-    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """What steps in place of an optimizer of a loop of the user's own."""
-        self.precision_plugin.watch_optimizer(optimizer)
-        return optimizer
-
-    def setup_module_and_optimizers(
-        self, module: Module, optimizers: list[Optimizer], scheduler: LRScheduler | None = None
-    ) -> tuple[Module, list[Optimizer], LRScheduler | None]:
-        """Both at once, for strategies where one needs the other."""
-        return self.setup_module(module), [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
-
-    def module_to_device(self, module: Module) -> None:
-        """Moves a module to the root device."""
-        module.to(self.root_device)
-
-    @contextmanager
-    def module_init_context(self, empty_init: bool | None = None) -> Generator[None]:
-        """Modules created inside are made where, in the numbers, and as far as the strategy wants them."""
-        with self.tensor_init_context(empty_init), self.module_sharded_context():
-            yield
-
-    def module_sharded_context(self) -> AbstractContextManager[Any]:
-        """The part of `module_init_context` that concerns sharding."""
-        return nullcontext()
-
-    def backward_loss(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
-        """Backpropagates a loss of a loop of the user's own, scaled where the precision scales."""
-        precision = self.precision_plugin
-        scaled = precision.pre_backward(tensor, module)  # type: ignore[arg-type]
-        self.backward_is_prepared = True
-        try:
-            scaled.backward(*args, **kwargs)
-        finally:
-            self.backward_is_prepared = False
-        precision.post_backward(scaled, module)  # type: ignore[arg-type]
-
-    def clip_gradients_norm(
-        self, module: Module, optimizer: Optimizer, max_norm: float, norm_type: float, error_if_nonfinite: bool
-    ) -> Tensor:
-        """Scales the gradients of an optimizer together; returns their norm before."""
-        self.precision_plugin.unscale_gradients(optimizer)
-        norm = self.precision_plugin.clip_grad_by_norm(optimizer, max_norm, norm_type, error_if_nonfinite)
-        assert norm is not None
-        return norm
-
-    def clip_gradients_value(self, module: Module, optimizer: Optimizer, clip_val: float) -> None:
-        """Clamps each element of the gradients of an optimizer."""
-        self.precision_plugin.unscale_gradients(optimizer)
-        self.precision_plugin.clip_grad_by_value(optimizer, float(clip_val))
-
-    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        """Weights and buffers of a module that was set up, as `save_state` takes them."""
-        return module.state_dict()
-
-    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Puts weights back into a module that was set up."""
-        module.load_state_dict(state_dict, strict=strict)
-
-    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The state of an optimizer that was set up, as `save_state` takes it."""
-        return optimizer.state_dict()
-
-    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Puts the state of an optimizer that was set up back."""
-        with self.precision_plugin.state_context(optimizer):
-            optimizer.load_state_dict(state)
-        move_optimizer_state(optimizer, self.root_device)
 
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""

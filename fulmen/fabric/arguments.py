@@ -10,7 +10,8 @@ from fulmen.engine.accelerators import Accelerator
 from fulmen.engine.cluster import ClusterEnvironment
 from fulmen.engine.precision import Precision
 from fulmen.engine.resolve import gpu_kind, parse_precision, resolve_strategy
-from fulmen.engine.strategy import Strategy
+from fulmen.engine.strategy import Strategy as EngineStrategy
+from fulmen.fabric.strategy import STRATEGY_REGISTRY, SingleDeviceStrategy, Strategy
 from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.errors import describe_received
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -54,7 +55,17 @@ def choose_strategy(plugins: object, **arguments: Any) -> Strategy:
         what = "You passed `Fabric(accelerator='cpu', precision='16-mixed')` but AMP with fp16 is not supported on CPU."
         rank_zero_warn(f"{what} Using `precision='bf16-mixed'` instead.")
         precision = "bf16-mixed"
-    return resolve_strategy(**{**chosen, "precision": precision}, plugins=plugins)
+    wish = chosen["strategy"]
+    if isinstance(wish, EngineStrategy) and not isinstance(wish, Strategy):
+        name = type(wish).__name__
+        what = f"`Fabric(strategy={name}(...))` received a strategy for `Trainer`, which is handed a Trainer."
+        raise ValueError(f"{what} Use `fulmen.fabric.strategies.{name}`.")
+    strategy = resolve_strategy(
+        **{**chosen, "precision": precision}, plugins=plugins, registry=STRATEGY_REGISTRY,
+        single_device=SingleDeviceStrategy,
+    )  # fmt: skip
+    assert isinstance(strategy, Strategy)
+    return strategy
 
 
 def _is_cpu(accelerator: str | Accelerator) -> bool:

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from fulmen.engine.strategy import Strategy
 from fulmen.utilities.errors import suggest_name
+from fulmen.utilities.types import Stateful
 
 if TYPE_CHECKING:
-    from fulmen.utilities.types import _PATH
+    from fulmen.fabric.strategy import Strategy
 
     Filter = Callable[[str, Any], bool]
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """What has a state."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
-
-
-@dataclass
-class Loaded:
-    """What a checkpoint had: the values to put into the user's state, and what was not asked for."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    rest: dict[str, Any] = field(default_factory=dict)
 
 
 def check_filter(state: dict[str, Any], filter: object) -> None:
@@ -57,15 +39,19 @@ def check_filter(state: dict[str, Any], filter: object) -> None:
             raise TypeError(f"{what} Pass a function of `(name, value)`.")
 
 
-def save_state(strategy: Strategy, path: _PATH, state: dict[str, Any], filters: dict[str, Filter]) -> None:
-    """Writes a state, whose objects are not wrapped."""
+def check_raw_target(target: object) -> None:
+    """Raises a TypeError unless a file may be the state dict of it."""
+    if not isinstance(target, (nn.Module, Optimizer)):
+        what = f"`fabric.load_raw` received a {type(target).__name__}."
+        raise TypeError(f"{what} Pass a module or an optimizer; `fabric.load` takes dictionaries.")
+
+
+def collect_states(strategy: Strategy, state: dict[str, Any], filters: dict[str, Filter]) -> dict[str, Any]:
+    """The states of the objects in a state, in their place, with the entries that the filters keep."""
     if not isinstance(state, dict):
         what = f"`fabric.save` received a {type(state).__name__} as the state."
         raise TypeError(f"{what} Pass a dictionary: `fabric.save(path, {{'model': model}})`.")
-    converted = {
-        name: _filter_entries(convert_state(strategy, value), filters.get(name)) for name, value in state.items()
-    }
-    strategy.save_checkpoint(converted, path)
+    return {name: _filter_entries(convert_state(strategy, value), filters.get(name)) for name, value in state.items()}
 
 
 def convert_state(strategy: Strategy, value: object) -> Any:
@@ -89,23 +75,21 @@ def _filter_entries(value: object, keeps: Filter | None) -> Any:
     return {name: entry for name, entry in value.items() if keeps(name, entry)}
 
 
-def load_state(
-    strategy: Strategy, path: _PATH, state: dict[str, Any] | None, strict: bool, weights_only: bool | None
-) -> Loaded:
-    """Loads a checkpoint into a state, whose objects are not wrapped.
+def load_states(strategy: Strategy, state: dict[str, Any], content: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """Loads the content of a checkpoint into a state: into its objects, and in place of its values.
+
+    Returns:
+        What was not asked for.
 
     Raises:
-        KeyError: it lacks a name of the state.
+        KeyError: the content lacks a name of the state; nothing was loaded then.
     """
-    content = strategy.load_checkpoint(path, weights_only=weights_only)
-    if not state:
-        return Loaded(rest=content)
     if strict:
         check_names(state, content)
-    values: dict[str, Any] = {}
+    rest = dict(content)
     for name in [name for name in state if name in content]:
-        values |= _load_entry(strategy, name, state[name], content.pop(name), strict)
-    return Loaded(values, content)
+        state[name] = _load_entry(strategy, state[name], rest.pop(name), strict)
+    return rest
 
 
 def check_names(state: dict[str, Any], content: dict[str, Any]) -> None:
@@ -117,22 +101,26 @@ def check_names(state: dict[str, Any], content: dict[str, Any]) -> None:
             raise KeyError(f"{what}{hint} To disable strict loading, set `strict=False`.")
 
 
-def _load_entry(strategy: Strategy, name: str, target: object, saved: Any, strict: bool) -> dict[str, Any]:
-    """Loads one entry; what no object takes is returned, under its name."""
+def _load_entry(strategy: Strategy, target: Any, saved: Any, strict: bool) -> Any:
+    """Loads one entry, and returns what stands in the state then: the same object, or the value."""
+    if isinstance(target, (nn.Module, Optimizer, Stateful)):
+        load_object(strategy, target, saved, strict)
+        return target
+    if type(target) is dict and isinstance(saved, dict) and holds_objects(target):
+        for name in [name for name in target if name in saved]:
+            target[name] = _load_entry(strategy, target[name], saved[name], strict)
+        return target
+    return saved
+
+
+def load_object(strategy: Strategy, target: nn.Module | Optimizer | Stateful, saved: Any, strict: bool) -> None:
+    """Loads the state of one object."""
     if isinstance(target, nn.Module):
         strategy.load_module_state_dict(target, saved, strict=strict)
     elif isinstance(target, Optimizer):
         strategy.load_optimizer_state(target, saved)
-    elif isinstance(target, Stateful):
-        target.load_state_dict(saved)
-    elif type(target) is dict and isinstance(saved, dict) and holds_objects(target):
-        inner: dict[str, Any] = {}
-        for key in [key for key in target if key in saved]:
-            inner |= _load_entry(strategy, key, target[key], saved[key], strict)
-        return {name: inner}
     else:
-        return {name: saved}
-    return {}
+        target.load_state_dict(saved)
 
 
 def holds_objects(value: object) -> bool:
@@ -142,22 +130,10 @@ def holds_objects(value: object) -> bool:
     return isinstance(value, Stateful)
 
 
-def put_values(state: dict[str, Any], values: dict[str, Any]) -> None:
-    """Writes loaded values into the user's state; into dictionaries that also hold objects, one by one."""
-    for name, value in values.items():
-        if isinstance(value, dict) and type(state[name]) is dict and holds_objects(state[name]):
+def put_values(state: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Writes the values of a loaded state into the user's own; into dictionaries that also hold objects, one by one."""
+    for name, value in loaded.items():
+        if type(state[name]) is dict and holds_objects(state[name]):
             put_values(state[name], value)
-        else:
+        elif not holds_objects(state[name]):
             state[name] = value
-
-
-def load_raw(strategy: Strategy, path: _PATH, target: object, strict: bool, weights_only: bool | None) -> None:
-    """Loads a file that is the state of one object."""
-    content = strategy.load_checkpoint(path, weights_only=weights_only)
-    if isinstance(target, nn.Module):
-        strategy.load_module_state_dict(target, content, strict=strict)
-    elif isinstance(target, Optimizer):
-        strategy.load_optimizer_state(target, content)
-    else:
-        what = f"`fabric.load_raw` received a {type(target).__name__}."
-        raise TypeError(f"{what} Pass a module or an optimizer; `fabric.load` takes dictionaries.")

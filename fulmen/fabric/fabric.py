@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from fulmen.data.loaders import seed_workers
 from fulmen.data.samplers import order_seed, shard_samples
 from fulmen.engine.parallel import ParallelStrategy
-from fulmen.engine.strategy_registry import SingleDeviceStrategy
 from fulmen.fabric import checkpoint
 from fulmen.fabric.arguments import as_list, choose_strategy, is_using_cli, load_callbacks
 from fulmen.fabric.launch import check_function, do_nothing, launch_function, watch_script
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from fulmen.engine.accelerators import Accelerator
     from fulmen.engine.cluster import ClusterEnvironment
     from fulmen.engine.precision import Precision
-    from fulmen.engine.strategy import Strategy
+    from fulmen.fabric.strategy import Strategy
     from fulmen.loggers.logger import Logger
     from fulmen.storage.checkpoint_io import CheckpointIO
     from fulmen.utilities.types import _PATH
@@ -101,8 +100,7 @@ class Fabric(FabricProcess):
         self._last_module: _FabricModule | None = None
         self._launching = False
         # Until a module is set up, several processes would not exchange what a backward pass makes.
-        several = not isinstance(chosen, SingleDeviceStrategy)
-        self._prepares_backward = several or needs_own_backward(chosen)
+        self._prepares_backward = self.needs_launch or needs_own_backward(chosen)
         if type(self).run is not Fabric.run:
             if is_using_cli():
                 what = f"Overriding `{type(self).__name__}.run()` and launching from the CLI is not allowed."
@@ -170,8 +168,7 @@ class Fabric(FabricProcess):
         return self._launch(run, None, args, kwargs)
 
     def _launch(self, function: Callable[..., Any], first: Fabric | None, args: Any, kwargs: dict[str, Any]) -> Any:
-        several = not isinstance(self._strategy, SingleDeviceStrategy)
-        if self._launching or (several and self._launched and function is do_nothing):
+        if self._launching or (self.needs_launch and self._launched and function is do_nothing):
             what = "`fabric.launch()` was called in a process that was launched already."
             raise RuntimeError(f"{what} Call it once, before everything that needs several processes.")
         return launch_function(self, function, args if first is None else (first, *args), kwargs)
@@ -376,7 +373,8 @@ class Fabric(FabricProcess):
         if strategy.has_own_backward and model is None and self._models_setup > 1:
             what = "When using multiple models with this strategy, you need to pass the model:"
             raise ValueError(f"{what} `fabric.backward(loss, model=model)`.")
-        strategy.backward_loss(tensor, unwrap_compiled(module.forward_module), *args, **kwargs)
+        with strategy.preparing_backward():
+            strategy.backward(tensor, unwrap_compiled(module.forward_module), *args, **kwargs)
 
     def clip_gradients(
         self,
@@ -496,7 +494,7 @@ class Fabric(FabricProcess):
             5
         """
         checkpoint.check_filter(state, filter)
-        checkpoint.save_state(self._strategy, path, unwrap_objects(state), filter or {})
+        self._strategy.save_checkpoint(path, unwrap_objects(state), filter=filter)
         self.barrier()
 
     def load(
@@ -516,11 +514,12 @@ class Fabric(FabricProcess):
         Raises:
             KeyError: the checkpoint lacks a name of the state; nothing was loaded then.
         """
-        found = checkpoint.load_state(self._strategy, path, unwrap_objects(state), strict, weights_only)
+        unwrapped = unwrap_objects(state)
+        rest = self._strategy.load_checkpoint(path, unwrapped, strict, weights_only)
         self.barrier()
         if state is not None:
-            checkpoint.put_values(state, found.values)
-        return found.rest
+            checkpoint.put_values(state, unwrapped)
+        return rest
 
     def load_raw(
         self, path: _PATH, obj: nn.Module | Optimizer, strict: bool = True, *, weights_only: bool | None = None
@@ -533,7 +532,9 @@ class Fabric(FabricProcess):
             strict: whether the names have to be those of the module.
             weights_only: as for `load`.
         """
-        checkpoint.load_raw(self._strategy, path, unwrap_objects(obj), strict, weights_only)
+        target = unwrap_objects(obj)
+        checkpoint.check_raw_target(target)
+        self._strategy.load_checkpoint(path, target, strict, weights_only)
 
     # ------------------------------------------------------------------ callbacks and loggers
 

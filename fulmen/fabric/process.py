@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from fulmen.engine.strategy import Strategy
-from fulmen.engine.strategy_registry import SingleDeviceStrategy
+from fulmen.fabric.ddp import DataParallelStrategy
+from fulmen.fabric.strategy import SingleDeviceStrategy, Strategy
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.keywords import KeywordHints
 from fulmen.utilities.seed import seed_everything
@@ -124,7 +124,7 @@ class FabricProcess(KeywordHints):
         """
         self._check_launched()
         return apply_to_collection(
-            self._as_tensors(data), Tensor, self._strategy.reduce, group=group, reduce_op=reduce_op
+            self._as_tensors(data), Tensor, self._strategy.all_reduce, group=group, reduce_op=reduce_op
         )
 
     def _as_tensors(self, data: object) -> Any:
@@ -163,8 +163,13 @@ class FabricProcess(KeywordHints):
     def unpack_results(self, packed: object) -> None:
         """See `pack_results`."""
 
+    @property
+    def needs_launch(self) -> bool:
+        """Do processes have to meet, before they can exchange anything?"""
+        return not isinstance(self._strategy, (SingleDeviceStrategy, DataParallelStrategy))
+
     def _check_launched(self) -> None:
-        if not self._launched and not isinstance(self._strategy, SingleDeviceStrategy):
+        if not self._launched and self.needs_launch:
             what = "To use Fabric with more than one device, you must call `.launch()` before setting up modules,"
             fix = "Call `fabric.launch()` first, or `fabric.launch(function)` where processes are spawned."
             raise RuntimeError(f"{what} loaders, or exchanging anything. {fix}")

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from fulmen.data.loaders import set_epoch
 from fulmen.data.tensor_batches import iterate_batches
 from fulmen.engine.precision import MixedPrecision, Precision
-from fulmen.engine.strategy import Strategy
+from fulmen.fabric.strategy import Strategy
 from fulmen.utilities.collections import apply_to_collection, move_data_to_device
 from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.modules import call_as_forward, unwrap_compiled
@@ -271,14 +271,14 @@ def changes_numbers(precision: Precision) -> bool:
 
 
 def needs_own_backward(strategy: Strategy) -> bool:
-    """Are gradients wrong unless `backward_loss` makes them?"""
+    """Are gradients wrong unless the strategy makes them?"""
     if not isinstance(strategy, Strategy) or not isinstance(strategy.precision, Precision):
         return False
     precision = strategy.precision
     base = MixedPrecision if isinstance(precision, MixedPrecision) else Precision
     scales = isinstance(precision, MixedPrecision) and precision.scaler is not None
     changed = any(overrides_method(precision, name, base) for name in ("pre_backward", "backward", "post_backward"))
-    return scales or changed or strategy.has_own_backward or overrides_method(strategy, "backward_loss", Strategy)
+    return scales or changed or strategy.has_own_backward or overrides_method(strategy, "backward", Strategy)
 
 
 def refuse_layer_calls(method: Callable[..., Any], original: nn.Module, name: str) -> Callable[..., Any]:

@@ -183,18 +183,19 @@ class FolderLogger(ExperimentLogger):
     def version(self) -> int | str:
         """The number or text given, else one more than the highest ``version_N`` there is."""
         if self._version is None:
-            root = expand(self.root_dir)
+            root = expand(self.versions_dir)
             files = get_filesystem(root)
             paths = "\n".join(files.ls(root, detail=False)) if files.isdir(root) else ""
             self._version = max(map(int, re.findall(r"version_(\d+)/?$", paths, re.MULTILINE)), default=-1) + 1
         return self._version
 
     root_dir = property(lambda self: os.path.join(self.save_dir, self.name), doc="The folder of all versions.")
+    versions_dir = property(lambda self: self.root_dir, doc="Where the folders of versions are looked for and made.")
 
     @property
     def log_dir(self) -> str:
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        return expand(os.path.join(self.root_dir, version, *([self.sub_dir] if self.sub_dir else [])))
+        return expand(os.path.join(self.versions_dir, version, *([self.sub_dir] if self.sub_dir else [])))
 
 
 class ServiceLogger(ExperimentLogger):

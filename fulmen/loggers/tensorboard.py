@@ -48,10 +48,14 @@ class TensorBoardLogger(FolderLogger):
     def _open_experiment(self) -> Any:
         self._found = self._event_files()
         writer = importlib.import_module(self._import_wandb).SummaryWriter(log_dir=self.log_dir, **self._writer_kwargs)
-        path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
-        if self.hparams or not get_filesystem(path).isfile(path):  # it is there even if there is nothing in it
-            write_yaml(path, self.hparams)
+        self._write_hparams()
         return writer
+
+    def _write_hparams(self) -> None:
+        """The file is there even if there is nothing in it."""
+        path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)
+        if self.hparams or not get_filesystem(path).isfile(path):
+            write_yaml(path, self.hparams)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -73,8 +77,7 @@ class TensorBoardLogger(FolderLogger):
         params = as_dict(params)
         self.hparams.update(params)
         writer = self.experiment  # makes the folder
-        if self.hparams:
-            write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
+        self._write_hparams()
         if metrics is None and not self._default_hp_metric:
             return
         if metrics is None:

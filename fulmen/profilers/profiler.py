@@ -241,5 +241,9 @@ class AdvancedProfiler(Profiler):
 class XLAProfiler(PassThroughProfiler):
     """Stands for the profiler of TPUs, which are not supported."""
 
+    STEP_FUNCTIONS = {"validation_step", "test_step", "predict_step"}
+    RECORD_FUNCTIONS = {"training_step", "backward", *STEP_FUNCTIONS}
+    port: int
+
     def __init__(self, port: int = 9012) -> None:
         raise NotImplementedError('`XLAProfiler`: TPUs are not supported. Use `profiler="pytorch"` or another one.')

@@ -70,12 +70,17 @@ def flatten_optimizer_states(states: list[dict[str, Any]], take: bool = True) ->
 
 def write_shards(checkpoint: dict[str, Any], folder: str) -> None:
     """This process's part of the tensors of a checkpoint, which are taken out of it. All processes call it."""
-    import torch.distributed.checkpoint as dcp
-
     tensors = {
         f"{prefix}{key}": value for kind, prefix in WEIGHTS.items() for key, value in checkpoint.pop(kind, {}).items()
     }
     tensors |= flatten_optimizer_states(checkpoint.get("optimizer_states", []))
+    write_tensors(tensors, folder)
+
+
+def write_tensors(tensors: dict[str, Any], folder: str) -> None:
+    """This process's part of tensors, which may be nested, with other values between them. All processes call it."""
+    import torch.distributed.checkpoint as dcp
+
     # What all have, such as buffers, is that of rank 0.
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     with _plain_errors(f"write the checkpoint {folder!r}"):
@@ -129,8 +134,7 @@ def _measure_part(folder: str, name: str, full: bool = True) -> tuple[int, str]:
 def read_outline(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, with its tensors on the meta device."""
     folder = local_path(path)
-    with _open_part(folder, META) as file:
-        checkpoint: dict[str, Any] = load_verified(file, os.path.join(path, META), "cpu", weights_only)
+    checkpoint = read_meta(path, weights_only)
     found = {kind: ShardedStateDict(folder, weights_only, prefix) for kind, prefix in WEIGHTS.items()}
     states = checkpoint.get("optimizer_states", [])
     for name, entry in _reader_and_planner(found["state_dict"])[0].read_metadata().state_dict_metadata.items():
@@ -250,15 +254,39 @@ def read_all(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
     return checkpoint
 
 
-def read_dcp_folder(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-    """What `torch.distributed.checkpoint` wrote without a trainer, nested as it was; read by this process alone."""
+def read_dcp_folder(
+    path: _PATH, weights_only: bool | None = None, wanted: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `torch.distributed.checkpoint` wrote without a trainer, nested as it was.
+
+    Arguments:
+        weights_only: False also reads objects whose code runs then; only for folders you trust.
+        wanted: tensors to be filled, under their names in `list_shards`; what else is under them is read onto the CPU.
+            All processes call this then. Without, this process alone reads everything.
+    """
     from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 
     source = ShardedStateDict(local_path(path), weights_only)
     metadata = _reader_and_planner(source)[0].read_metadata()
-    wanted = {name: _allocate_tensor(entry) for name, entry in metadata.state_dict_metadata.items()}
-    read_shards(wanted, source, alone=True)
-    return wanted if metadata.planner_data is None else unflatten_state_dict(wanted, metadata.planner_data)
+    alone = wanted is None
+    if wanted is None:
+        wanted = {name: _allocate_tensor(entry) for name, entry in metadata.state_dict_metadata.items()}
+    read_shards(wanted, source, alone=alone)
+    nesting = metadata.planner_data
+    return wanted if nesting is None else unflatten_state_dict(wanted, {name: nesting[name] for name in wanted})
+
+
+def list_shards(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    """What is in a folder, by name: tensors on the meta device, and None for other objects."""
+    reader, _ = _reader_and_planner(ShardedStateDict(local_path(path), weights_only))
+    return {name: _allocate_tensor(entry, "meta") for name, entry in reader.read_metadata().state_dict_metadata.items()}
+
+
+def read_meta(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    """What a checkpoint holds beside the shards of its folder."""
+    with _open_part(local_path(path), META) as file:
+        found: dict[str, Any] = load_verified(file, os.path.join(path, META), "cpu", weights_only)
+    return found
 
 
 def number_parameters(state: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, Protocol, SupportsFloat, TypedDict
+from typing import Any, Literal, Protocol, SupportsFloat, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ TRAIN_DATALOADERS = Iterable[Any]
 EVAL_DATALOADERS = Iterable[Any]
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """What has a state that a checkpoint can hold."""
 

@@ -19,6 +19,8 @@ FACADES = {
     "LightningDataModule",
     "Fabric",
     "_FabricModule",
+    "Collective",
+    "TorchCollective",
     "Precision",
     "Strategy",
     "ParallelStrategy",
