@@ -109,7 +109,10 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
             weights_only: handed to `torch.load`; False unpickles anything, for files you trust.
             kwargs: arguments of the constructor, before all others.
         """
-        return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, None, weights_only, **kwargs)
+        datamodule: Self = load_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, None, weights_only, **kwargs
+        )
+        return datamodule
 
     def __str__(self) -> str:
         """The sizes of the datasets behind the loaders, as far as these can be made now."""

@@ -166,7 +166,8 @@ def _default_logger(root_dir: str) -> Logger:
 
 def run_dir(logger: Logger) -> str | None:
     """Where a logger puts the files of this run."""
-    return logger.log_dir if logger.log_dir_is_run_dir else logger.save_dir
+    folder: str | None = logger.log_dir if logger.log_dir_is_run_dir else logger.save_dir
+    return folder
 
 
 def send_hparams(trainer: Trainer) -> None:

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from fulmen.module import LightningModule
 
 
-def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+def to_onnx(
+    module: LightningModule,
+    file_path: str | os.PathLike[str] | IO[bytes] | None = None,
+    input_sample: Any = None,
+    **kwargs: Any,
+) -> Any:
     """Write the module in eval mode as an ONNX file; without a path only return what `torch.onnx.export` returns.
 
     `input_sample` (default: `module.example_input_array`) is a tensor, a tuple of positional arguments or a dict of
@@ -33,13 +38,13 @@ def to_onnx(module: LightningModule, file_path: Any = None, input_sample: Any = 
     positional, named = _inputs(module, input_sample, "to_onnx")
     if named:
         kwargs["kwargs"] = {**named, **(kwargs.get("kwargs") or {})}
-    target = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
+    target: Any = os.fspath(file_path) if isinstance(file_path, os.PathLike) else file_path
     with _evaluating(module):
         return onnx.export(module, positional, target, **kwargs)
 
 
 def to_torchscript(
-    module: LightningModule, file_path: Any = None, method: str | None = "script", example_inputs: Any = None,
+    module: LightningModule, file_path: str | os.PathLike[str] | None = None, method: str | None = "script", example_inputs: Any = None,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
     """The module as TorchScript, in eval mode, and as a file if a path is given.

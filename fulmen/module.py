@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from types import FunctionType
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 import torch
@@ -18,6 +19,7 @@ from fulmen.checkpoint.load import ClassOnlyMethod, load_from_checkpoint
 from fulmen.engine.precision import MixedPrecision, clips_by_value
 from fulmen.hooks import CheckpointHooks, DataHooks, ModelHooks
 from fulmen.hparams import HyperparametersMixin
+from fulmen.optimizers import unwrap_optimizer
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException, describe_received
 from fulmen.utilities.modules import undo_compilation
@@ -107,7 +109,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         super().__init_subclass__(**kwargs)
         init = vars(cls).get("__init__")
         # A constructor that names no other one has forgotten the base class, and what torch says then hides it.
-        if "__init__" not in getattr(getattr(init, "__code__", None), "co_names", ("__init__",)):
+        if isinstance(init, FunctionType) and "__init__" not in init.__code__.co_names:
             cls.__init__ = _explain_missing_init(cls, init)  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------ where it runs
@@ -551,7 +553,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             return self._fabric.all_gather(data, group=group, sync_grads=sync_grads)
         strategy = self.trainer.strategy
         as_tensor = apply_to_collection(data, (bool, int, float), lambda v: torch.tensor(v, device=self.device))
-        if getattr(strategy, "world_size", 1) == 1:
+        if strategy.world_size == 1:
             return as_tensor
         if self.trainer.evaluating:  # where processes have other batches
             found: list[Tensor] = []
@@ -702,21 +704,23 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """
         if self._fabric is not None:
             return self._clip_with_fabric(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        value = self._agreed("gradient_clip_val", gradient_clip_val, self.trainer.gradient_clip_val)
+        value = self._choose_setting("gradient_clip_val", gradient_clip_val, self.trainer.gradient_clip_val)
         algorithm = gradient_clip_algorithm and gradient_clip_algorithm.lower()
-        algorithm = self._agreed("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
-        if getattr(algorithm, "value", algorithm) not in ("norm", "value"):
+        algorithm = (
+            self._choose_setting("gradient_clip_algorithm", algorithm, self.trainer.gradient_clip_algorithm) or "norm"
+        )
+        algorithm = algorithm.value if isinstance(algorithm, GradClipAlgorithmType) else algorithm
+        if algorithm not in ("norm", "value"):
             raise MisconfigurationException(
                 f"`gradient_clip_algorithm={algorithm!r}` is invalid. Use 'norm' or 'value'."
             )
         if not value:
             return None
-        raw = getattr(optimizer, "optimizer", optimizer)
+        raw = unwrap_optimizer(optimizer)
         precision = self.trainer.strategy.precision_plugin
         if not self.automatic_optimization and isinstance(precision, MixedPrecision):
             precision.unscale_gradients(raw)  # the step comes later, and will not do it again
-        kind = GradClipAlgorithmType(getattr(algorithm, "value", algorithm))
-        norm = precision.clip_gradients(raw, value, kind)
+        norm = precision.clip_gradients(raw, value, GradClipAlgorithmType(algorithm))
         if norm is not None:
             self._clipped_norms[id(raw)] = norm  # for `GradientNorm`, so that it need not be computed twice
         return norm
@@ -731,7 +735,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         return self._fabric.clip_gradients(self, optimizer, max_norm=value)
 
     @staticmethod
-    def _agreed(name: str, given: Any, trainers: Any) -> Any:
+    def _choose_setting(name: str, given: Any, trainers: Any) -> Any:
         """The module's choice or the trainer's, if they do not contradict each other."""
         if given is None:
             return trainers
@@ -746,10 +750,10 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         """Only the parameters of this optimizer require gradients, until `untoggle_optimizer`."""
         before = dict(self._requires_grad_before_toggle)  # of another one, that is still toggled
         for other in self.trainer.optimizers if len(self.trainer.optimizers) > 1 else ():
-            for parameter in _parameters(other):
+            for parameter in _parameters_of(other):
                 before.setdefault(parameter, parameter.requires_grad)
                 parameter.requires_grad = False
-        for parameter in _parameters(optimizer):
+        for parameter in _parameters_of(optimizer):
             parameter.requires_grad = before.get(parameter, parameter.requires_grad)
         self.__dict__["_requires_grad_before_toggle"] = before
 
@@ -820,12 +824,15 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             >>> Net.load_from_checkpoint("net.ckpt").layer.in_features
             16
         """
-        return load_from_checkpoint(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs)
+        module: Self = load_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+        )
+        return module
 
     def __getstate__(self) -> dict[str, Any]:
         # A trainer holds processes, files and loaders: a copied or pickled module starts unattached.
         # Compiled methods cannot be pickled, and would go on calling this module: the copy has those of its class.
-        state = undo_compilation(super().__getstate__())
+        state = undo_compilation(super().__getstate__())  # type: ignore[no-untyped-call]
         own: dict[str, Any] = {"_trainer": None, "_book": None, "_fabric": None, "_fabric_optimizers": []}
         return {**state, **own, "_requires_grad_before_toggle": {}, "_clipped_norms": {}}
 
@@ -852,7 +859,7 @@ def missing_super_init(module: object) -> str:
     return f"`{type(module).__name__}.__init__` does not call `super().__init__()`. Make that its first line."
 
 
-def _explain_missing_init(cls: type, init: Any) -> Any:
+def _explain_missing_init(cls: type, init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that says so when it did not reach that of `torch.nn.Module`."""
 
     @wraps(init)
@@ -869,5 +876,5 @@ def _explain_missing_init(cls: type, init: Any) -> Any:
     return checked_init
 
 
-def _parameters(optimizer: Any) -> list[Tensor]:
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -25,12 +25,13 @@ from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.engine.resolve import announce_accelerator, resolve_strategy
 from fulmen.engine.strategy import Strategy
 from fulmen.hparams import drop_unpicklable
-from fulmen.loggers.logger import FolderLogger, claim_versions
+from fulmen.loggers.logger import FolderLogger, Logger, claim_versions
 from fulmen.loops import auto_resume, checks
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
 from fulmen.loops.hook_plan import HookPlan
 from fulmen.loops.predict import PredictionLoop
+from fulmen.loops.progress import Loop
 from fulmen.loops.signals import Signals
 from fulmen.loops.supervised_run import TrainerRun
 from fulmen.metrics.logbook import LogBook
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from fulmen.engine.cluster import ClusterEnvironment
     from fulmen.engine.precision import Precision
     from fulmen.engine.sync_batchnorm import LayerSync
-    from fulmen.loggers.logger import Logger
     from fulmen.profilers.profiler import Profiler
     from fulmen.storage.checkpoint_io import CheckpointIO
     from fulmen.utilities.types import (
@@ -438,7 +438,9 @@ class Trainer(TrainerProperties):
         self.strategy.lightning_module = module
         module.trainer = self
 
-    def _chosen_path(self, ckpt_path: Any, model_given: bool, weights_only: bool | None) -> Any:
+    def _chosen_path(
+        self, ckpt_path: object, model_given: bool, weights_only: bool | None
+    ) -> str | os.PathLike[str] | None:
         """The checkpoint to load, from the argument or a path the user set on the trainer."""
         if not isinstance(ckpt_path, (str, os.PathLike, type(None))):
             what = f"`Trainer.{self.state.fn.value}(ckpt_path=...)` received {describe_received(ckpt_path)}."  # type: ignore[union-attr]
@@ -466,7 +468,7 @@ class Trainer(TrainerProperties):
 
     # ------------------------------------------------------------------ in other processes
 
-    def _launch(self, loop: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
+    def _launch(self, loop: Loop, ckpt_path: str | os.PathLike[str] | None, weights_only: bool | None) -> Any:
         """`_run` in as many processes as there are devices."""
         for logger in self.loggers:
             _ = logger.version  # looked for once: all processes, this one too, mean the same folder
@@ -541,7 +543,7 @@ class Trainer(TrainerProperties):
 
     # ------------------------------------------------------------------ one run
 
-    def _run(self, loop: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
+    def _run(self, loop: Loop, ckpt_path: str | os.PathLike[str] | None, weights_only: bool | None) -> Any:
         """Everything around a loop, in order."""
         fit = self.state.fn == TrainerFn.FITTING
         # The caller may have switched gradients off: a generator that waits inside of `no_grad` does it, too.
@@ -583,7 +585,7 @@ class Trainer(TrainerProperties):
             return loop.run()
 
     @contextmanager
-    def _lifecycle(self, loop: Any) -> Generator[None]:
+    def _lifecycle(self, loop: Loop) -> Generator[None]:
         """Teardown whatever happens; on an exception nothing that was saved or logged is lost."""
         try:
             yield
@@ -605,7 +607,7 @@ class Trainer(TrainerProperties):
             self.signals.restore_handlers()
         self.signals.exit_if_pending()
 
-    def _finish(self, loop: Any) -> None:
+    def _finish(self, loop: Loop) -> None:
         """The end of a run that went well."""
         self.strategy.finish_saving()
         self._close(loop)
@@ -623,7 +625,7 @@ class Trainer(TrainerProperties):
         self.state.end_run(TrainerStatus.FINISHED)
         self.book.close_scope()
 
-    def _abort(self, loop: Any, error: BaseException) -> BaseException:
+    def _abort(self, loop: Loop, error: BaseException) -> BaseException:
         """The end of a run that failed: everybody is told, logs are closed, workers end."""
         self.state.status = TrainerStatus.INTERRUPTED
         error = self.strategy.abort(error)
@@ -651,7 +653,7 @@ class Trainer(TrainerProperties):
             for callback in reversed(self.callbacks):
                 told.callback(callback.on_exception, self, self.lightning_module, error)
 
-    def _close(self, loop: Any) -> None:
+    def _close(self, loop: Loop) -> None:
         self.strategy.teardown()
         loop.teardown()
         if self.lightning_module is not None:
@@ -692,7 +694,7 @@ class Trainer(TrainerProperties):
                 drop_unpicklable(owner)
         module.__dict__["_device"] = self.strategy.root_device
         with isolate_rng():
-            for logger in sorted(self.loggers, key=lambda logger: not getattr(logger, "opens_first", False)):
+            for logger in sorted(self.loggers, key=_opens_late):
                 _ = getattr(logger, "experiment", None)
         self._share_log_dir()
         self.strategy.barrier("pre_setup")
@@ -709,9 +711,7 @@ class Trainer(TrainerProperties):
 
     def compile_hooks(self) -> HookPlan:
         """A fresh plan of who listens to which hook; cheap, made whenever that may have changed."""
-        self.hooks = HookPlan(
-            self, self.lightning_module, self.callbacks, self.strategy, self.book, Callback, Strategy, self.profiler
-        )
+        self.hooks = HookPlan(self, self.lightning_module, self.callbacks, self.strategy, self.book, self.profiler)
         return self.hooks
 
     # ------------------------------------------------------------------ what the loops ask for
@@ -843,6 +843,11 @@ class Trainer(TrainerProperties):
         if self.world_size > 1:
             self._log_dir = None
             self._log_dir = self.strategy.broadcast(self.log_dir)
+
+
+def _opens_late(logger: Logger) -> bool:
+    """Is it opened after those whose libraries watch what others write?"""
+    return not (isinstance(logger, Logger) and logger.opens_first)
 
 
 def _check_model(name: str, model: object) -> LightningModule:

@@ -123,7 +123,7 @@ class TrainerProperties:
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The loss scaler of ``precision="16-mixed"``, None with others."""
-        return getattr(self.precision_plugin, "scaler", None)
+        return self.precision_plugin.scaler
 
     @property
     def num_nodes(self) -> int:

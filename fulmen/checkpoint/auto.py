@@ -81,8 +81,9 @@ def find_latest_checkpoint(
         _set_aside(path, why, aside)
     # One whose damage hides how many steps it has seen is to be named too.
     since = modified_ns(found.path) if found is not None else 0
-    for candidate in (*unknown, *known):
-        if candidate.written_ns > since and candidate.path not in aside and candidate != found:
+    newer = [each for each in (*unknown, *known) if each.written_ns > since and each != found]
+    for candidate in newer:
+        if candidate.path not in aside:
             with _skipping_unreadable(candidate.path, aside):
                 content = read(candidate.path)
                 if candidate in unknown:

@@ -12,12 +12,15 @@ import io
 import sys
 from collections import OrderedDict
 from collections.abc import Container
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fulmen.utilities.rank_zero import warn_once
+
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION
 
 CHAPTER = "hparams"  # in the chapter "fulmen": {key of the checkpoint: {name: {"type": ..., "pickle": bytes}}}
 OMEGACONF = "omegaconf"  # the type of hyper-parameters that were a `DictConfig`
@@ -54,13 +57,14 @@ class Missing(NamedTuple):
     why: str
 
 
-def is_plain(value: Any, around: tuple[int, ...] = ()) -> bool:
+def is_plain(value: object, around: tuple[int, ...] = ()) -> bool:
     """Is it made of what `torch.load(weights_only=True)` reads in every process, whatever classes this one allows?"""
     kind = type(value)
     if kind in PLAIN:
-        return not getattr(value, "__dict__", None)  # a tensor may carry anything
+        return not (isinstance(value, Tensor) and vars(value))  # it may carry anything
     if kind not in (dict, OrderedDict, list, tuple, set) or id(value) in around:
         return False
+    assert isinstance(value, (dict, list, tuple, set))
     items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
     return all(is_plain(item, (*around, id(value))) for item in items)
 
@@ -97,7 +101,11 @@ def _pickle_entry(value: object) -> dict[str, Any]:
 
 
 def read_objects(
-    checkpoint: dict[str, Any], key: str, weights_only: bool | None, map_location: Any = None, skip: Container = ()
+    checkpoint: dict[str, Any],
+    key: str,
+    weights_only: bool | None,
+    map_location: MAP_LOCATION = None,
+    skip: Container[str] = (),
 ) -> dict[str, Missing]:
     """Puts the stored objects among the hyper-parameters under `key`, but for the names in `skip`.
 
@@ -120,7 +128,7 @@ def read_objects(
     return missing
 
 
-def _load_object(pickled: bytes, weights_only: bool | None, map_location: Any) -> Any:
+def _load_object(pickled: bytes, weights_only: bool | None, map_location: MAP_LOCATION) -> Any:
     allowed = [entry for found in _refused_classes(pickled) if _is_data(found) for entry in _to_allow(found)]
     known = torch.serialization.get_safe_globals()
     as_data = None if weights_only is None else True
@@ -145,7 +153,7 @@ def _to_allow(path: str) -> list[Any]:
         found = getattr(importlib.import_module(module.removesuffix("._local")), name)
     except (ImportError, AttributeError):  # of a package, or a version of it, that is not installed here
         return []
-    known_as = f"{getattr(found, '__module__', '')}.{getattr(found, '__name__', '')}"
+    known_as = f"{found.__module__}.{found.__name__}"
     entries = [found if known_as == path else (found, path)]
     if path == "numpy.dtype":  # each type of numbers is a class of its own
         entries += {type(found(code)) for code in "?bhilqBHILQefdgFDGSUVmM"}

@@ -154,7 +154,9 @@ def as_attributes(loop: Mapping[str, Any]) -> SimpleNamespace:
     return root
 
 
-def _read_position(epoch: dict, batch: dict, validation: dict, validated: dict) -> str:
+def _read_position(
+    epoch: dict[str, int], batch: dict[str, int], validation: dict[str, int], validated: dict[str, int]
+) -> str:
     if epoch["started"] == epoch["completed"]:
         return "EPOCH_START"
     if epoch["processed"] > epoch["completed"]:

@@ -29,6 +29,9 @@ from fulmen.utilities.introspection import parameters_of
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_warn
 
+if TYPE_CHECKING:
+    from torch.serialization import MAP_LOCATION
+
 # What files of a command line interface name as the function that rebuilds the object. Others are refused, or opening a
 # file could run any code; nor is one of these called: the class gets its arguments directly.
 INSTANTIATORS = {f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning")}
@@ -37,10 +40,10 @@ INSTANTIATORS = {f"{package}.cli.instantiate_module" for package in ("lightning.
 OLD_KEYS = ("hparams", "module_arguments")
 
 
-class _ClassOnlyMethod(classmethod):
+class _ClassOnlyMethod(classmethod):  # type: ignore[type-arg]  # takes arguments for type checkers only
     """A class method that must not be called on an instance, where users would expect it to change that instance."""
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Callable:
+    def __get__(self, instance: object, owner: type | None = None) -> Callable[..., Any]:
         if instance is None:
             return super().__get__(None, owner)
 
@@ -63,7 +66,7 @@ else:
 def load_from_checkpoint(
     cls: Any,
     checkpoint_path: str | os.PathLike[str] | IO[bytes],
-    map_location: Any = None,
+    map_location: MAP_LOCATION = None,
     hparams_file: str | os.PathLike[str] | None = None,
     strict: bool | None = None,
     weights_only: bool | None = None,
@@ -104,7 +107,9 @@ def _load_existing_hparams(path: str | os.PathLike[str]) -> dict[str, Any] | Non
         return None
 
 
-def read_checkpoint(path: str | os.PathLike[str] | IO[bytes], map_location: Any, weights_only: bool | None) -> dict:
+def read_checkpoint(
+    path: str | os.PathLike[str] | IO[bytes], map_location: MAP_LOCATION, weights_only: bool | None
+) -> dict[str, Any]:
     """The content of a file, brought up to date."""
     if isinstance(path, (str, os.PathLike)):
         checkpoint = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
@@ -122,7 +127,7 @@ def keep_available_device(storage: Any, location: str) -> Any:
 
 
 def _build_object(
-    cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict, missing: dict[str, Missing],
+    cls: type, stored: dict[str, Any], kwargs: dict[str, Any], checkpoint: dict[str, Any], missing: dict[str, Missing],
     trusted: bool,
 ) -> Any:  # fmt: skip
     """The new object, from the arguments its constructor accepts."""
@@ -176,7 +181,10 @@ def _class_to_build(cls: type, instantiator: str | None, class_path: str | None)
 def _container_of_hparams(kind: type | str | None) -> Callable[[dict[str, Any]], Any]:
     """What makes one argument of a dict of hyper-parameters; files name it, those of Lightning by a class."""
     if kind == OMEGACONF:
-        return import_optional(OMEGACONF, "for its hyper-parameters").OmegaConf.create
+        create: Callable[[dict[str, Any]], Any] = import_optional(
+            OMEGACONF, "for its hyper-parameters"
+        ).OmegaConf.create
+        return create
     return AttributeDict if kind is None or isinstance(kind, str) else kind
 
 
@@ -222,7 +230,7 @@ def _imported_subclass(cls: type, class_path: str) -> type:
     raise ValueError(f"{what} If you trust the file, import that class first.")
 
 
-def _restore_module(module: Any, checkpoint: dict, strict: bool | None, source: Any) -> None:
+def _restore_module(module: Any, checkpoint: dict[str, Any], strict: bool | None, source: object) -> None:
     """The weights of a new module, after its own hooks had their turn."""
     own = getattr(module, "_strict_loading", None)
     if strict is not None and own is not None and strict != own:
@@ -280,8 +288,8 @@ def load_hparams_from_yaml(config_yaml: str | os.PathLike[str], use_omegaconf: b
 def _plain_loader(yaml: Any) -> Any:
     """Numbers, texts and their collections, tuples too; names of functions and classes are refused."""
 
-    class Loader(yaml.FullLoader):
-        yaml_multi_constructors: ClassVar[dict] = {}
+    class Loader(yaml.FullLoader):  # type: ignore[misc]  # known only where the package is installed
+        yaml_multi_constructors: ClassVar[dict[str, Any]] = {}
 
     return Loader
 

@@ -83,7 +83,7 @@ def _newest_of_requeued_jobs(verb: str, root_dir: str) -> str:
     return max(saved, key=_last_number)
 
 
-def _check_path(ckpt_path: str | os.PathLike[str], verb: str) -> str | os.PathLike:
+def _check_path(ckpt_path: str | os.PathLike[str], verb: str) -> str | os.PathLike[str]:
     """What is not the name of a file, such as "auto", which is looked for when the processes have met."""
     path = os.fspath(ckpt_path)
     if path == AUTO and verb != "fit":
@@ -107,7 +107,8 @@ def find_best_checkpoint(callbacks: Iterable[Any], verb: str, fast_dev_run: bool
     if not judges or not judges[0].best_model_path:
         why = "`ModelCheckpoint` has not saved anything" if judges else "the trainer has no `ModelCheckpoint`"
         raise _nothing_to_load(verb, "best", why)
-    return judges[0].best_model_path
+    best: str = judges[0].best_model_path
+    return best
 
 
 def find_newest_good(candidates: Iterable[str], verify: Verify | None = None) -> str | None:

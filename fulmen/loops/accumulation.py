@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import scale_gradients
 from fulmen.utilities.rank_zero import rank_zero_info, warn_once
+
+if TYPE_CHECKING:
+    from fulmen.engine.strategy import Strategy
 
 # A number of samples, tokens, ... that a loss was summed over; None for the mean of a batch.
 Weight = Tensor | float | None
@@ -27,7 +30,6 @@ class AccumulationWindow:
     """
 
     __slots__ = ("divisor", "expected", "held", "total")
-    saved: ClassVar[tuple[str, ...]] = ("held", "divisor", "total", "expected")
 
     def __init__(self) -> None:
         self.held = self.expected = 0  # losses so far, and with the last one those that were to come
@@ -36,11 +38,11 @@ class AccumulationWindow:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of an open window."""
-        return {name: getattr(self, name) for name in self.saved}
+        return {"held": self.held, "divisor": self.divisor, "total": self.total, "expected": self.expected}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` gave, also with another number of processes."""
-        for name in state.keys() & self.saved:
+        for name in state.keys() & self.state_dict().keys():
             setattr(self, name, state[name])
 
     def count_active(self, opens: bool, exhausted: bool, num_active: int) -> None:
@@ -56,7 +58,8 @@ class AccumulationWindow:
         self.held += 1
         self.expected = expected
         self.total = self.total + (1 if weight is None else weight)
-        return loss / self.divisor
+        share: Tensor = loss / self.divisor
+        return share
 
     def first_divisor(self, weight: Weight, expected: int, loss: Tensor) -> Any:
         """What the losses of a window are divided by at once."""
@@ -85,9 +88,8 @@ class DistributedWindow(AccumulationWindow):
     """
 
     __slots__ = ("batches", "exhausted", "parameters", "partial", "strategy", "weighted")
-    saved = (*AccumulationWindow.saved, "batches", "partial", "weighted")
 
-    def __init__(self, strategy: Any, parameters: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, strategy: Strategy, parameters: Callable[[], Iterable[Any]]) -> None:
         super().__init__()
         self.strategy = strategy
         self.parameters = parameters
@@ -95,6 +97,10 @@ class DistributedWindow(AccumulationWindow):
         self.batches = 0  # of all processes, while they are counted
         self.exhausted = False  # has this rank no batch of its own for the current step?
         self.partial = False  # was a batch of the window not on all ranks?
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"batches": self.batches, "partial": self.partial, "weighted": self.weighted}
+        return {**super().state_dict(), **state}
 
     def count_active(self, opens: bool, exhausted: bool, num_active: int) -> None:
         if opens:
@@ -116,7 +122,8 @@ class DistributedWindow(AccumulationWindow):
         if self.held > 1:
             scale_gradients(self.parameters(), self.divisor / mean)
         self.divisor = self.total = 1  # nothing is left to correct
-        return loss / mean
+        exact: Tensor = loss / mean
+        return exact
 
     def mean_of(self, weight: Tensor | float, loss: Tensor) -> Tensor:
         """The mean weight of a process; 1 if none weighs anything."""

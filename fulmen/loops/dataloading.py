@@ -121,8 +121,9 @@ def bind_step(trainer: Trainer, name: str, arguments: Sequence[str]) -> Callable
     return measured(trainer.profiler, f"[Strategy]{type(strategy).__name__}.{name}", step)
 
 
-def loaders_as_given(loop: FitLoop | EvaluationLoop) -> Any:
+def loaders_as_given(loop: FitLoop | EvaluationLoop) -> Iterable[Any] | None:
     """What the user gave a loop, in the same nesting, with loaders that were made again in their places."""
     if loop.loaders is None or isinstance(loop.given_loaders, CombinedLoader):
         return loop.given_loaders
-    return loop.loaders.iterables
+    given: Iterable[Any] = loop.loaders.iterables
+    return given

@@ -60,7 +60,6 @@ class EvaluationLoop(Loop):
         self.infix, self.kind, self.step_name = STAGES[stage]
         self.verbose = True
         self.loaders: CombinedLoader | None = None
-        self.given_loaders: Any = None
         self.feed: Any = None
         self.iterator_feed = False  # does the step pull batches itself?
         self.max_batches: list[float] = []
@@ -183,7 +182,10 @@ class EvaluationLoop(Loop):
 
     @property
     def batch_limit(self) -> int | float:
-        return getattr(self.trainer, f"limit_{self.kind}_batches")
+        trainer = self.trainer
+        if self.kind == "val":
+            return trainer.limit_val_batches
+        return trainer.limit_test_batches if self.kind == "test" else trainer.limit_predict_batches
 
     def apply_limits(self) -> None:
         """The sanity check looks at the first batches only."""

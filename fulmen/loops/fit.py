@@ -55,7 +55,6 @@ class FitLoop(Loop):
         self.val_loop = EvaluationLoop(trainer, RunningStage.VALIDATING, inside_fit=True)
         self.feed: Feed | None = None
         self.loaders: CombinedLoader | None = None
-        self.given_loaders: Any = None
         self.num_batches: float = inf
         self.join = Join(trainer)  # what ranks with fewer batches do
         self.iterator_feed = False  # does the step pull batches itself?

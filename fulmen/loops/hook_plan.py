@@ -7,15 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fulmen.callbacks.callback import Callback
+from fulmen.engine.strategy import Strategy
 from fulmen.hooks import HOOKS, nothing
 from fulmen.loops.signatures import names_of
 from fulmen.module import LightningModule
-from fulmen.profilers.profiler import measured
+from fulmen.profilers.profiler import Profiler, measured
 from fulmen.utilities.introspection import adapt_to_signature, is_overridden, overrides_method
 from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     from fulmen.metrics.logbook import LogBook
+    from fulmen.trainer import Trainer
 
 
 class EvaluationHooks(NamedTuple):
@@ -39,13 +42,12 @@ class HookPlan:
 
     Arguments:
         trainer: passed to callbacks, not kept otherwise.
-        base_callback: the class whose own methods count as "not implemented" (`Callback`).
         profiler: a `Profiler`; the pass-through one leaves no trace in the plan.
     """
 
     def __init__(
-        self, trainer: Any, module: Any, callbacks: Sequence[Any], strategy: Any, book: LogBook,
-        base_callback: type, base_strategy: type, profiler: Any,
+        self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], strategy: Strategy,
+        book: LogBook, profiler: Profiler,
     ) -> None:  # fmt: skip
         def find_listeners(
             parties: Sequence[Any], base: type, kind: str, name: str, *given: Any
@@ -66,14 +68,14 @@ class HookPlan:
             order = hook.order
             monitors = [c for c in callbacks if c.monitors] if "monitors" in order else []
             first = [c for c in callbacks if c not in monitors] if "callbacks" in order else []
-            found = find_listeners(first, base_callback, "Callback", name, trainer, module)
+            found = find_listeners(first, Callback, "Callback", name, trainer, module)
             module_at = len(found) if "module" in order and is_overridden(name, module) else None
             if module_at is not None:
                 method = _by_name(getattr(module, name), names_of(LightningModule, name))
                 found.append(measured(profiler, f"[LightningModule]{_profile_label(module)}.{name}", method))
-            found += find_listeners(monitors, base_callback, "Callback", name, trainer, module)
+            found += find_listeners(monitors, Callback, "Callback", name, trainer, module)
             if "strategy" in order:
-                found += find_listeners([strategy], base_strategy, "Strategy", name)
+                found += find_listeners([strategy], Strategy, "Strategy", name)
             setattr(self, name, _compile_hook(name, found, module_at, book))
 
     def evaluation_hooks(self, kind: str) -> EvaluationHooks:
@@ -86,21 +88,23 @@ class HookPlan:
 
 def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     """The method, for calls by position, if some of what it takes can only be passed by name."""
-    code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+    function = inspect.unwrap(method.__func__ if inspect.ismethod(method) else method)
+    code = function.__code__ if inspect.isfunction(function) else None
     if code is None or not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
         return method
     return adapt_to_signature(method, method, names)
 
 
-def _bind_listener(party: Any, name: str, base: type) -> Callable[..., Any]:
+def _bind_listener(party: object, name: str, base: type) -> Callable[..., Any]:
     """What is called: what only shows something leaves the random numbers of the run alone, also when it imports."""
     method = _by_name(getattr(party, name), names_of(base, name))
     once_per_batch = "batch" in name
-    return isolate_rng()(method) if getattr(party, "only_shows", False) and not once_per_batch else method
+    shows = isinstance(party, Callback) and party.only_shows
+    return isolate_rng()(method) if shows and not once_per_batch else method
 
 
-def _profile_label(party: Any) -> str:
-    return getattr(party, "state_key", type(party).__name__)
+def _profile_label(party: object) -> str:
+    return party.state_key if isinstance(party, Callback) else type(party).__name__
 
 
 def _compile_hook(

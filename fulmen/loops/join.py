@@ -59,7 +59,9 @@ class Join:
         self.trainer = trainer
         self.feed_type = feed_type
 
-    def build_feed(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None) -> Feed:
+    def build_feed(
+        self, loaders: CombinedLoader, transfer: Callable[..., Any], profile: Callable[..., Any] | None
+    ) -> Feed:
         """The batches of an epoch of training."""
         return self.feed_type(loaders, transfer, profile)
 
@@ -120,7 +122,9 @@ class TrainingJoin(Join):
         self.counts = [count if sure else inf for count, sure in zip(counts, certain)]
         self.feed: JoinFeed
 
-    def build_feed(self, loaders: CombinedLoader, transfer: Callable, profile: Callable | None) -> JoinFeed:
+    def build_feed(
+        self, loaders: CombinedLoader, transfer: Callable[..., Any], profile: Callable[..., Any] | None
+    ) -> JoinFeed:
         """The feed whose epochs end on all ranks together."""
         self.feed = JoinFeed(loaders, transfer, profile, self.counts, partial(count_true, self.trainer))
         return self.feed

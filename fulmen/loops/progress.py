@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import inf
@@ -82,6 +82,7 @@ class Loop:
     """
 
     lasting: ClassVar[tuple[str, ...]] = ()
+    given_loaders: Iterable[Any] | None = None  # as the user gave them
     loaders: CombinedLoader | None = None
     loaded_at_epoch: int | None = None
     _made_with: tuple[tuple[Any, ...], dict[str, Any]]
@@ -98,6 +99,13 @@ class Loop:
         args, kwargs = state["_made_with"]
         type(self).__init__(self, *args, **kwargs)
         vars(self).update(state)
+
+    def run(self) -> Any:
+        """The whole loop. Returns what the verb does."""
+        raise NotImplementedError
+
+    def teardown(self) -> None:
+        """After the run: ends what runs beside it."""
 
     def drop_loaders(self) -> None:
         """The next run asks for loaders of its own."""

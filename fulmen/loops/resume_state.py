@@ -20,13 +20,17 @@ from fulmen.loggers.logger import Logger
 from fulmen.loops.progress import Position
 from fulmen.metrics.reduce import reduce_epoch_metrics, report_train_epoch
 from fulmen.metrics.torchmetrics_state import is_metric, load_metric_state, merge_metric_states, metric_state
+from fulmen.optimizers import unwrap_optimizer
 from fulmen.utilities.errors import MisconfigurationException
 from fulmen.utilities.modules import group_names, module_flags, set_module_flags
 from fulmen.utilities.rank_zero import rank_zero_warn
 from fulmen.utilities.seed import generator_states, same_states, set_generator_states
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from fulmen.data.combined import CombinedLoader
+    from fulmen.data.feed import Feed
     from fulmen.loops.fit import FitLoop
 
 _BETWEEN_EPOCHS = (Position.EPOCH_START, Position.EPOCH_END)
@@ -340,7 +344,8 @@ class ResumeState(ResumeStateCollector):
             return
         loop = self.loop
         if loop.loaders is not None:
-            self._open_feed(loop.loaders)
+            assert loop.feed is not None
+            self._open_feed(loop.feed, loop.loaders)
             loop.note_loading()
         self._restore_schedulers()
         self._finish_epoch()
@@ -350,11 +355,9 @@ class ResumeState(ResumeStateCollector):
         if loop.progress.position == Position.EPOCH_START:
             self._restore_should_stop()
 
-    def _open_feed(self, loaders: CombinedLoader) -> None:
+    def _open_feed(self, feed: Feed, loaders: CombinedLoader) -> None:
         """The training loaders continue at their place, if that is inside of an epoch."""
-        feed = self.loop.feed
         progress = self.loop.progress
-        assert feed is not None
         if feed.opened_epoch is not None:
             feed.close_loaders()
         saved = self._saved_position()
@@ -555,7 +558,7 @@ def _is_mode(path: str) -> bool:
     return path == "training" or path.endswith(".training")
 
 
-def _convert_optimizer_state(state: dict[str, Any], optimizer: Any) -> tuple[dict[str, Any], str]:
+def _convert_optimizer_state(state: dict[str, Any], optimizer: Optimizer) -> tuple[dict[str, Any], str]:
     """The state of an optimizer of another class as `optimizer` can use it, and what is said of that.
 
     Torch puts the options of the file in the place of the optimizer's own, whole: an option that only one class has would
@@ -573,5 +576,5 @@ def _convert_optimizer_state(state: dict[str, Any], optimizer: Any) -> tuple[dic
     }, "it takes over the options that both have, and its averages start anew"
 
 
-def _class_name(optimizer: object) -> str:
-    return type(getattr(optimizer, "optimizer", optimizer)).__name__
+def _class_name(optimizer: Optimizer) -> str:
+    return type(unwrap_optimizer(optimizer)).__name__

@@ -111,7 +111,7 @@ class Signals:
     def handles(self, number: int) -> bool:
         """Does the run end by itself when this signal comes?"""
         handler = signal.getsignal(number)
-        return getattr(handler, "__self__", None) is self or handler is signal.default_int_handler
+        return handler in (self._on_signal, self._on_interrupt, signal.default_int_handler)
 
     # ------------------------------------------------------------------ ending at a boundary
 

@@ -45,17 +45,19 @@ def check_signatures(trainer: Trainer) -> None:
             names = names_of(
                 LightningModule, "on_train_batch_start" if name == "training_step" else "on_test_batch_start"
             )
-            _check(module, name, method, names, needed=("batch",))
+            _check_callable(module, name, method, names, needed=("batch",))
     parties: list[tuple[Any, type]] = [(module, LightningModule), (trainer.datamodule, LightningDataModule)]
     for owner, base in parties + [(callback, Callback) for callback in trainer.callbacks]:
         for hook in HOOKS:
             if hasattr(base, hook.name) and overrides_method(owner, hook.name, base):
                 names = names_of(base, hook.name)
                 needed = tuple(name for name in names if name != _LOADER)
-                _check(owner, hook.name, getattr(owner, hook.name), names, needed)
+                _check_callable(owner, hook.name, getattr(owner, hook.name), names, needed)
 
 
-def _check(owner: Any, name: str, method: Callable, names: Sequence[str], needed: Sequence[str]) -> None:
+def _check_callable(
+    owner: object, name: str, method: Callable[..., Any], names: Sequence[str], needed: Sequence[str]
+) -> None:
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
