@@ -1,8 +1,8 @@
-"""Time per training step on two processes: the trainer, and a loop over torch's `DistributedDataParallel`.
+"""Time per training step on two processes: the trainer, Fabric, and a loop over torch's `DistributedDataParallel`.
 
     python -m benchmarks.ddp
 
-Both run in the same two processes, in turn, over gloo on the CPU with one thread each. The larger model is the
+All run in the same two processes, in turn, over gloo on the CPU with one thread each. The larger model is the
 autoencoder of the README, on batches that already lie in memory.
 """
 
@@ -63,6 +63,18 @@ def by_hand(model: nn.Module, batches: Any) -> None:
         optimizer.step()
 
 
+def by_fabric(pl: SimpleNamespace, model: nn.Module, batches: Any) -> None:
+    fabric = pl.Fabric(accelerator="cpu", devices=RANKS, strategy="ddp")
+    with harness.silent_terminal():
+        fabric.launch()
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    for batch in batches:
+        loss = wrapped(batch)
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        optimizer.step()
+
+
 def by_trainer(pl: SimpleNamespace, model: nn.Module, batches: Any, folder: Path) -> None:
     class Module(pl.Module):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -79,7 +91,7 @@ def by_trainer(pl: SimpleNamespace, model: nn.Module, batches: Any, folder: Path
 
 
 def measure(rank: int, port: int, arguments: Any, folder: str, answers: Any) -> None:
-    """One of the processes; the first one answers: per model the rounds' (by hand, trainer) microseconds per step.
+    """One of the processes; the first one answers: per model the rounds' (by hand, trainer, Fabric) microseconds per step.
 
     Each figure is a pair: elapsed time, and the time this process was at work.
     """
@@ -88,7 +100,7 @@ def measure(rank: int, port: int, arguments: Any, folder: str, answers: Any) -> 
     pl = harness.load(arguments.package)
     dist.init_process_group("gloo")
     steps, rounds = (100, 2) if arguments.quick else (arguments.steps, arguments.rounds)
-    results: dict[str, list[tuple[Figure, Figure]]] = {}
+    results: dict[str, list[tuple[Figure, Figure, Figure]]] = {}
     for name, (make, shape) in MODELS.items():
         results[name] = []
         for index in range(rounds):
@@ -107,9 +119,10 @@ def measure(rank: int, port: int, arguments: Any, folder: str, answers: Any) -> 
 
             hand = lambda batches, make=make: by_hand(make(), batches)  # noqa: E731
             trainer = lambda batches, make=make: by_trainer(pl, make(), batches, Path(folder))  # noqa: E731
-            order = (hand, trainer) if index % 2 == 0 else (trainer, hand)
-            times = {run: timed(run) for run in order}
-            results[name].append((times[hand], times[trainer]))
+            fabric = lambda batches, make=make: by_fabric(pl, make(), batches)  # noqa: E731
+            runs = [hand, trainer, fabric]
+            times = {run: timed(run) for run in runs[index % 3 :] + runs[: index % 3]}
+            results[name].append((times[hand], times[trainer], times[fabric]))
     if rank == 0:
         answers.put((pl.version, results))
     dist.barrier()
@@ -141,12 +154,14 @@ def main() -> None:
     rows = []
     for name, pairs in results.items():
         for index, clock in enumerate(("elapsed", "at work")):
-            hand, trainer = ([figure[index] for figure in side] for side in zip(*pairs))
-            ratio = statistics.median(trainer) / statistics.median(hand)
-            rows.append((f"{name}: {clock}", harness.spread(hand), harness.spread(trainer), f"{ratio:.3f}"))
+            hand, *others = ([figure[index] for figure in side] for side in zip(*pairs))
+            row = [f"{name}: {clock}", harness.spread(hand)]
+            for other in others:
+                row += [harness.spread(other), f"{statistics.median(other) / statistics.median(hand):.3f}"]
+            rows.append(tuple(row))
     title = f"microseconds per step on {RANKS} processes"
     pl = SimpleNamespace(name=arguments.package, version=version)
-    header = ("model", "by hand: median (best .. worst)", "trainer", "ratio")
+    header = ("model", "by hand: median (best .. worst)", "trainer", "ratio", "Fabric", "ratio")
     harness.print_table(title, pl, header, rows)
 
 

@@ -43,6 +43,7 @@ def load(package: str) -> SimpleNamespace:
         name=package,
         version=getattr(root, "__version__", "?"),
         Trainer=root.Trainer,
+        Fabric=importlib.import_module(f"{package.removesuffix('.pytorch')}.fabric").Fabric,
         Module=root.LightningModule,
         Callback=callbacks.Callback,
         CSVLogger=loggers.CSVLogger,

@@ -342,7 +342,7 @@ class _FabricOptimizer(OptimizerBase):
         object.__setattr__(self if own else self._optimizer, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _FabricOptimizer, (self._optimizer, self._strategy, self._callbacks)
+        return _FabricOptimizer, (self._optimizer, self._strategy)  # a copy has no callbacks of a loop
 
     def __repr__(self) -> str:
         return f"Fabric{self._optimizer!r}"
