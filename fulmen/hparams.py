@@ -51,14 +51,11 @@ class HyperparametersMixin:
             what = f"`save_hyperparameters` keeps the content of one object, not of {len(objects)} objects."
             raise ValueError(f"{what} Merge them into one dict, or pass names of arguments.")
         if objects:
-            chosen = _content_of(objects[0])
+            chosen = _content_of(objects[0], ignored)
             self._hparams_name = next((name for name, value in found.items() if value is objects[0]), None)
         else:
             chosen = _select_arguments(args, found, ignored)
             self._hparams_name = "kwargs"
-        if isinstance(chosen, dict):
-            for name in ignored:
-                chosen.pop(name, None)
         for name, value in chosen.items():
             if isinstance(value, torch.nn.Module):
                 _advise_to_ignore(name, "is an instance of `nn.Module`, which is already saved during checkpointing.")
@@ -103,8 +100,8 @@ def save_hyperparameters(
     HyperparametersMixin.save_hyperparameters(obj, *given, ignore=ignore, frame=frame)
 
 
-def _content_of(given: object) -> MutableMapping[str, Any]:
-    """The hyper-parameters in one object. Configuration objects that are mutable mappings stay what they are."""
+def _content_of(given: object, ignored: set[str]) -> MutableMapping[str, Any]:
+    """The hyper-parameters in one object, without those ignored; a configuration object stays what it is."""
     content = vars(given) if isinstance(given, Namespace) else given
     if content is None:
         return AttributeDict()
@@ -113,7 +110,7 @@ def _content_of(given: object) -> MutableMapping[str, Any]:
     if not isinstance(content, Mapping):
         what = f"Hyper-parameters were given as the {type(content).__name__} {content!r}, which has no names."
         raise ValueError(f"{what} Pass a dict, a `Namespace`, names of arguments, or nothing to keep all.")
-    return AttributeDict(content)
+    return AttributeDict({name: value for name, value in content.items() if name not in ignored})
 
 
 def _select_arguments(names: Sequence[str], found: dict[str, Any], ignored: set[str]) -> AttributeDict:

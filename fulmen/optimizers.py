@@ -201,7 +201,7 @@ def _unpack_answer(answer: object) -> Unpacked:
         return [answer], []
     rows = [answer] if isinstance(answer, Mapping) else answer
     if isinstance(rows, Sequence) and not isinstance(rows, str) and len(rows) > 0:
-        if len(rows) == 2 and isinstance(rows[0], (list, tuple)) and all(map(_is_optimizer, rows[0])):
+        if _are_two_lists(rows):
             schedulers = rows[1] if isinstance(rows[1], (list, tuple)) else [rows[1]]
             return list(rows[0]), [(scheduler, None) for scheduler in schedulers]
         if all(isinstance(row, Mapping) for row in rows):
@@ -209,6 +209,11 @@ def _unpack_answer(answer: object) -> Unpacked:
         if all(map(_is_optimizer, rows)):
             return list(rows), []
     raise _unknown_shape(answer, f"a {type(answer).__name__} of this kind is not understood")
+
+
+def _are_two_lists(rows: Sequence[Any]) -> bool:
+    """Is it a list of optimizers, and one of schedulers?"""
+    return len(rows) == 2 and isinstance(rows[0], (list, tuple)) and all(map(_is_optimizer, rows[0]))
 
 
 def _unpack_dicts(rows: Sequence[Mapping[str, Any]]) -> Unpacked:
@@ -346,9 +351,14 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def _schedulers_inside(scheduler: object) -> Sequence[LRScheduler]:
+    """Those that torch's compositions of schedulers are made of."""
+    return scheduler._schedulers if isinstance(scheduler, (SequentialLR, ChainedScheduler)) else ()
+
+
 def schedule_new_groups(scheduler: Any) -> None:
     """Lets groups that were added to the optimizer after the scheduler was made follow the first one, in proportion."""
-    for inner in scheduler._schedulers if isinstance(scheduler, (SequentialLR, ChainedScheduler)) else ():
+    for inner in _schedulers_inside(scheduler):
         schedule_new_groups(inner)
     owner = optimizer_of(scheduler)
     if owner is None or not owner.param_groups:

@@ -117,15 +117,20 @@ def check(**given: Any) -> Settings:
     values["gradient_clip_algorithm"] = clip_algorithm(values["gradient_clip_val"], values["gradient_clip_algorithm"])
     values["benchmark"] = benchmark_flag(values["deterministic"], values["benchmark"])
     values["max_time"] = None if given["max_time"] is None else parse_duration(given["max_time"], "max_time")
-    root = os.getcwd() if given["default_root_dir"] is None else given["default_root_dir"]
-    if not isinstance(root, (str, os.PathLike)):
-        raise TypeError(_wrong_type("default_root_dir", root, "Use a string or a path."))
-    values["default_root_dir"] = os.fspath(root)
+    values["default_root_dir"] = check_root_dir(given["default_root_dir"])
     if values["fast_dev_run"]:
         values |= development_run(values["fast_dev_run"])
     if values["barebones"]:
         values |= BAREBONES
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def check_root_dir(given: object) -> str:
+    """Where files go: by default to where the run was started."""
+    root = os.getcwd() if given is None else given
+    if not isinstance(root, (str, os.PathLike)):
+        raise TypeError(_wrong_type("default_root_dir", root, "Use a string or a path."))
+    return os.fspath(root)
 
 
 def read_environment(init: Init) -> Init:

@@ -881,7 +881,7 @@ def _check_data(name: str, datamodule: object, loaders: dict[str, Any]) -> Light
 
 
 _INTERNAL = frozenset([
-    "book", "compile_hooks", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "optimization",
+    "book", "compile_hooks", "first_train_loader", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "optimization",
     "pack_results", "prediction_writers", "progress", "read_optimizers", "report", "resume_state", "signals",
     "sources", "unpack_results", "val_check_time_s", "validation_schedule",
 ])  # fmt: skip

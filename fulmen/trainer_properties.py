@@ -179,6 +179,12 @@ class TrainerProperties:
         """The predict loaders, nested as they were given; None before they are made."""
         return loaders_as_given(self.predict_loop)
 
+    @property
+    def first_train_loader(self) -> Iterable[Any] | None:
+        """The first of the training loaders, as it is read; None before they are made."""
+        loaders = self.fit_loop.loaders
+        return next(iter(loaders.flattened), None) if loaders is not None else None
+
     # ------------------------------------------------------------------ how far it is
 
     max_epochs: int | None = alias_property("fit_loop.max_epochs", "Stop after this many epochs; -1 means no limit.")

@@ -315,7 +315,7 @@ class ModelCheckpoint(Checkpoint):
         elif io is not None and (self.async_save or io.always) and files.has_other_of(trainer.global_step, filepath):
             # What is being written anyway, instead of a copy that would have to wait for it.
             write = partial(io.write_again, filepath)
-            self._unfinished.unannounced += 1
+            self._unfinished.expect_announcement()
         if self._write_file(trainer, filepath, before, write):
             self._make_room(trainer, previous, filepath)
 
@@ -323,15 +323,15 @@ class ModelCheckpoint(Checkpoint):
         self, trainer: Trainer, filepath: str, before: SavedFiles, write: Callable[[], Any] | None = None
     ) -> bool:
         """Writes one file. If that fails, all is noted as `before`, and `on_save_error` decides whether False comes."""
-        self._files.newest_step = -1
+        self._files.begin_write()
         try:
             write() if write is not None else self._save_checkpoint(trainer, filepath)
         except Exception as error:
-            if self._files.newest_step != -1:  # the file is there: a logger failed
+            if not self._files.is_writing():  # the file is there: a logger failed
                 raise
             self._files.take_back(filepath, before, error, trainer.global_step, self.on_save_error)
             return False
-        self._files.newest_step = trainer.global_step
+        self._files.note_written(trainer.global_step)
         if background_io(trainer) is not None:
             self._unfinished.note(filepath, before)
         return True
@@ -343,9 +343,8 @@ class ModelCheckpoint(Checkpoint):
             trainer.save_checkpoint(filepath, self.save_weights_only)
         while self._superseded and not self.save_weights_only:
             remove_or_warn(self._superseded.pop(), trainer.strategy.remove_checkpoint, self.on_save_error)
-        self._files.newest_step = trainer.global_step
-        self._files.newest_path = filepath
-        self._unfinished.unannounced += 1
+        self._files.note_written(trainer.global_step, filepath)
+        self._unfinished.expect_announcement()
         self._unfinished.announce(trainer, self)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:

@@ -52,6 +52,20 @@ class SavedFiles:
         """As it is now, to come back to when a file could not be written."""
         return replace(self, best_k_models=dict(self.best_k_models))
 
+    def begin_write(self) -> None:
+        """Until `note_written`, it is not known whether there is a file of this step."""
+        self.newest_step = -1
+
+    def is_writing(self) -> bool:
+        """Has a write begun, and not been noted as done?"""
+        return self.newest_step == -1
+
+    def note_written(self, step: int, filepath: str | None = None) -> None:
+        """There is a file of this step, which other names of it follow; those do not count as the newest."""
+        self.newest_step = step
+        if filepath is not None:
+            self.newest_path = filepath
+
     def has_other_of(self, step: int, filepath: str) -> bool:
         """Was a file of this step written under another name than this one?"""
         return self.newest_step == step and self.newest_path != filepath
@@ -101,8 +115,12 @@ class UnfinishedSaves:
     """Files that may still be on their way to the disk, and that loggers do not know of."""
 
     def __init__(self) -> None:
-        self.unannounced = 0
+        self.unannounced = 0  # of how many files loggers do not know
         self._first: tuple[str, SavedFiles] | None = None  # of those in the background, and what was true before it
+
+    def expect_announcement(self) -> None:
+        """One more file that loggers are to hear of."""
+        self.unannounced += 1
 
     def note(self, filepath: str, before: SavedFiles) -> None:
         """A file is being written in the background."""
@@ -159,14 +177,18 @@ def prepare_folder(trainer: Trainer, dirpath: str, nested: bool, writes: bool) -
     """
     files = get_filesystem(dirpath)
     if trainer.is_global_zero:
-        walks = nested and not is_remote(dirpath)
-        folders = [folder for folder, *_ in os.walk(dirpath)] if walks else [dirpath]
-        if left := [name for folder in folders for name in remove_leftovers(folder)]:
-            rank_zero_info(f"Removed what an interrupted save had left in {dirpath}: {', '.join(left)}")
+        _clean_folder(dirpath, below=nested and not is_remote(dirpath))
         resumes = Path(dirpath) in Path(os.path.abspath(trainer.ckpt_path or "")).parents  # files of its own
         if writes and not resumes and files.isdir(dirpath) and len(files.ls(dirpath)):
             rank_zero_warn(f"The checkpoint directory {dirpath} exists and is not empty.")
     return [path for name in (PREEMPTED, FINISHED) if files.exists(path := os.path.join(dirpath, name))]
+
+
+def _clean_folder(dirpath: str, below: bool) -> None:
+    """Removes what interrupted saves left in a folder, and perhaps in those below it."""
+    folders = [folder for folder, *_ in os.walk(dirpath)] if below else [dirpath]
+    if left := [name for folder in folders for name in remove_leftovers(folder)]:
+        rank_zero_info(f"Removed what an interrupted save had left in {dirpath}: {', '.join(left)}")
 
 
 def remove_or_warn(path: str, remove: Callable[[str], Any], on_error: str) -> None:

@@ -81,14 +81,21 @@ def find_latest_checkpoint(
         _set_aside(path, why, aside)
     # One whose damage hides how many steps it has seen is to be named too.
     since = modified_ns(found.path) if found is not None else 0
-    newer = [each for each in (*unknown, *known) if each.written_ns > since and each != found]
-    for candidate in newer:
-        if candidate.path not in aside:
+    _read_newer(unknown, known, since, found, read, aside)
+    return None if found is None else found.path
+
+
+def _read_newer(
+    unknown: list[Candidate], known: list[Candidate], since_ns: int, found: Candidate | None, read: Load,
+    aside: dict[str, Exception],
+) -> None:  # fmt: skip
+    """Puts those aside that were written since the one that was found, and cannot be read or are no checkpoints."""
+    for candidate in (*unknown, *known):
+        if candidate.written_ns > since_ns and candidate.path not in aside and candidate != found:
             with _skipping_unreadable(candidate.path, aside):
                 content = read(candidate.path)
                 if candidate in unknown:
                     refuse_foreign(content, candidate.path)
-    return None if found is None else found.path
 
 
 def _first_that_fits(

@@ -174,11 +174,9 @@ class DeepSpeedStrategy(ParallelStrategy):
         if "gradient_accumulation_steps" in self.config:
             what = "The DeepSpeed configuration has `gradient_accumulation_steps`, which the Trainer counts."
             raise MisconfigurationException(f"{what} Leave it out, and use `accumulate_grad_batches`.")
-        loader: Any = trainer.fit_loop.loaders
         size = self.batch_size
         if size == "auto":
-            first = loader.flattened[0] if loader is not None and loader.flattened else None
-            size = declared_batch_size(first) or 1
+            size = declared_batch_size(trainer.first_train_loader) or 1
         self.config.setdefault("train_micro_batch_size_per_gpu", size)
         self.config.setdefault("gradient_clipping", float(clip or 0.0))
         self.add_precision_config()
