@@ -231,7 +231,7 @@ class MixedPrecision(Precision):
 
     Raises:
         ValueError: for another precision.
-        MisconfigurationException: for a scaler with "bf16-mixed".
+        InvalidChoiceError: for a scaler with "bf16-mixed".
 
     >>> MixedPrecision("bf16-mixed", "cpu").dtype
     torch.bfloat16
@@ -246,7 +246,7 @@ class MixedPrecision(Precision):
             raise ValueError(f"`{precision=}` is not a mixed precision. Use '16-mixed' or 'bf16-mixed'.")
         if scaler is not None and precision == "bf16-mixed":
             what = "`MixedPrecision('bf16-mixed', scaler=...)`: gradients in bfloat16 do not underflow."
-            raise MisconfigurationException(f"{what} Leave `scaler` out, or use '16-mixed'.")
+            raise InvalidChoiceError(f"{what} Leave `scaler` out, or use '16-mixed'.")
         self.precision: str = precision
         self.device = str(device).split(":")[0]
         self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16

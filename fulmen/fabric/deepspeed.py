@@ -20,7 +20,7 @@ from fulmen.engine.precision import Precision
 from fulmen.fabric.checkpoint import collect_states, load_states
 from fulmen.fabric.strategy import ParallelStrategy
 from fulmen.utilities.errors import MisconfigurationException
-from fulmen.utilities.optional import import_optional
+from fulmen.utilities.optional import import_optional, is_installed
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -34,6 +34,9 @@ class DeepSpeedStrategy(ParallelStrategy, engine_deepspeed.DeepSpeedStrategy):
 
     The arguments are those of DeepSpeed's configuration, which its documentation explains; ``config``, a dict or the
     path of a JSON file (or `PL_DEEPSPEED_CONFIG_PATH`), replaces them all. Needs `pip install deepspeed` and CUDA.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
     """
 
     def __init__(
@@ -54,6 +57,11 @@ class DeepSpeedStrategy(ParallelStrategy, engine_deepspeed.DeepSpeedStrategy):
         load_full_weights: bool = False, precision: Precision | None = None, process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30), exclude_frozen_parameters: bool = False,
     ) -> None:  # fmt: skip
+        if not is_installed("deepspeed"):
+            what = "`DeepSpeedStrategy` needs the package `deepspeed`, which is not installed."
+            raise ModuleNotFoundError(
+                f"{what} Run `pip install deepspeed`, or use `strategy='fsdp'`.", name="deepspeed"
+            )
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "precision")}
         engine_deepspeed.DeepSpeedStrategy.__init__(
             self, **{**given, "logging_batch_size_per_gpu": logging_batch_size_per_gpu or 1}, precision_plugin=precision
@@ -67,7 +75,7 @@ class DeepSpeedStrategy(ParallelStrategy, engine_deepspeed.DeepSpeedStrategy):
     def setup_module(self, module: Module) -> Module:
         """The engine around a module that is not trained."""
         deepspeed = import_optional("deepspeed", "for `DeepSpeedStrategy`")
-        self._complete_config()
+        self.complete_loop_config()
         self._lightning_module = module
         self.model, *_ = deepspeed.initialize(model=module, config=self.config)
         return self.model
@@ -91,13 +99,14 @@ class DeepSpeedStrategy(ParallelStrategy, engine_deepspeed.DeepSpeedStrategy):
         """
         if len(optimizers) != 1:
             raise ValueError(f"DeepSpeed takes one optimizer, not {len(optimizers)}. Set up the module with one.")
-        self._complete_config()
+        self.complete_loop_config()
         self._lightning_module = module
         self.optimizers = list(optimizers)
         self.init_deepspeed()
         return self.model, self.optimizers, scheduler
 
-    def _complete_config(self) -> None:
+    def complete_loop_config(self) -> None:
+        """What the engine has to know besides, unless the configuration says it."""
         if "gradient_accumulation_steps" in self.config:
             what = "The DeepSpeed configuration has `gradient_accumulation_steps`, and steps are yours to make."
             raise MisconfigurationException(f"{what} Leave it out, and use `fabric.no_backward_sync`.")

@@ -28,7 +28,7 @@ class SingleDeviceXLAStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        device: int | torch.device | str,
+        device: int | torch.device | str = 0,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,

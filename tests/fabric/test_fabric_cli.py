@@ -17,10 +17,22 @@ from fulmen.fabric import cli
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, os, sys
+import torch
+from fulmen import Fabric
+
+fabric = Fabric()
+torch.manual_seed(fabric.global_rank)
+net = torch.nn.Linear(2, 1, bias=False)
+model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1.0))
+before = net.weight.detach().clone()
+fabric.backward(model(torch.full((1, 2), fabric.global_rank + 1.0)).sum())
+optimizer.step()
+who = [type(fabric.strategy).__name__, fabric.global_rank, fabric.world_size, str(fabric.device)]
 names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS")
 told = {name: value for name, value in os.environ.items() if name.startswith("LT_") or name in names}
 with open(f"rank-{os.environ['RANK']}.json", "w") as file:
-    json.dump({"arguments": sys.argv[1:], "told": told}, file)
+    moved = (before - net.weight.detach()).tolist()
+    json.dump({"arguments": sys.argv[1:], "told": told, "who": who, "moved": moved}, file)
 """
 
 
@@ -106,7 +118,19 @@ def test_a_script_runs_on_two_processes(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_NUM_THREADS", None)
     port = str(free_port())
-    command = [sys.executable, "-m", "fulmen", "fabric", "run", "--accelerator", "cpu", "--devices", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "fulmen",
+        "fabric",
+        "run",
+        "--accelerator",
+        "cpu",
+        "--strategy",
+        "ddp",
+        "--devices",
+        "2",
+    ]
     command += ["--main-port", port, "train.py", "--epochs", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -115,6 +139,8 @@ def test_a_script_runs_on_two_processes(tmp_path):
         assert one["arguments"] == ["--epochs", "3"]
         assert (one["told"]["RANK"], one["told"]["WORLD_SIZE"], one["told"]["MASTER_PORT"]) == (str(rank), "2", port)
         assert one["told"]["LT_CLI_USED"] == "1" and one["told"]["LT_DEVICES"] == "2"
+        assert one["who"] == ["DDPStrategy", rank, 2, "cpu"]
+        assert one["moved"] == [[1.5, 1.5]]  # the mean of the inputs of both
         assert int(one["told"]["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 2)
 
 

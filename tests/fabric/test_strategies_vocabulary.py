@@ -10,6 +10,7 @@ from ranks import run_ranks
 from torch import nn
 
 import fulmen.strategies
+from fulmen import Fabric
 from fulmen.checkpoint.consolidate import consolidate
 from fulmen.engine.cluster import LightningEnvironment
 from fulmen.fabric.accelerators import ACCELERATOR_REGISTRY, CPUAccelerator
@@ -351,6 +352,30 @@ def run_in_parallel() -> dict:
     }  # fmt: skip
 
 
+def loop_with_fabric(folder: str) -> dict:
+    """The same loop as a user writes it, on each strategy."""
+    found = {}
+    for name, strategy in (("ddp", "ddp"), ("fsdp", FSDPStrategy(state_dict_type="full")), ("shards", "fsdp")):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision="bf16-mixed")
+        fabric.launch()
+        net = make_net()
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        for part in range(2):
+            with fabric.no_backward_sync(model, enabled=part == 0):
+                fabric.backward(model(batch_of(fabric.global_rank + part)).sum())
+        norm = fabric.clip_gradients(model, optimizer, max_norm=10.0)
+        optimizer.step()
+        path = os.path.join(folder, name)
+        fabric.save(path, {"model": model, "inner": {"optimizer": optimizer}, "step": 7})
+        new = {"model": model, "step": 0}
+        rest = fabric.load(path, new)
+        found[name] = {
+            "kind": type(fabric.strategy).__name__, "norm": float(norm), "step": new["step"], "rest": list(rest),
+            "is folder": os.path.isdir(path), "same": new["model"] is model,
+        }  # fmt: skip
+    return found
+
+
 def on_each_rank(folder: str) -> dict:
     found = {"ddp": train_with_ddp()}
     strategy = connected(DDPStrategy(**parts()))
@@ -361,6 +386,8 @@ def on_each_rank(folder: str) -> dict:
         os.makedirs(os.path.join(folder, precision), exist_ok=True)
         found[precision] = train_with_fsdp(os.path.join(folder, precision), precision)
     found["parallel"] = run_in_parallel()
+    os.makedirs(os.path.join(folder, "loop"), exist_ok=True)
+    found["loop"] = loop_with_fabric(os.path.join(folder, "loop"))
     return found
 
 
@@ -440,6 +467,56 @@ def test_layers_are_split_by_the_user_s_function(both):
         torch.testing.assert_close(split["output"], whole(batch_of(0)).detach())
         assert split["kinds"] == ["DTensor"] * 4 or set(split["kinds"]) == {"Parameter"}
         assert split["sampler"] == {"num_replicas": 1, "rank": 0} and split["lost"] == "TypeError"
+
+
+def test_a_loop_of_the_user_s_own_runs_on_each(both):
+    for found in both[1]:
+        kinds = {name: (loop["kind"], loop["is folder"]) for name, loop in found["loop"].items()}
+        assert kinds == {
+            "ddp": ("DDPStrategy", False), "fsdp": ("FSDPStrategy", False), "shards": ("FSDPStrategy", True),
+        }  # fmt: skip
+        for loop in found["loop"].values():
+            assert (loop["step"], loop["rest"], loop["same"]) == (7, ["inner"], True)
+            assert loop["norm"] == pytest.approx(found["loop"]["ddp"]["norm"], rel=2e-2) and loop["norm"] > 0
+
+
+def test_strategies_of_the_trainer_are_refused():
+    with pytest.raises(ValueError, match=r"Use `fulmen.fabric.strategies.DDPStrategy`"):
+        Fabric(accelerator="cpu", strategy=fulmen.strategies.DDPStrategy())
+    assert type(Fabric(accelerator="cpu", devices=1).strategy) is SingleDeviceStrategy
+    assert type(Fabric(accelerator="cpu", devices=1, strategy="ddp").strategy) is DDPStrategy
+    own = SingleDeviceStrategy("cpu", precision=HalfPrecision("bf16-true"))
+    assert Fabric(accelerator="cpu", devices=1, strategy=own).strategy is own
+
+
+def test_what_a_user_overrides_in_a_strategy_is_called(tmp_path):
+    calls = []
+
+    class Own(SingleDeviceStrategy):
+        def backward(self, tensor, module, *args, **kwargs):
+            calls.append("backward")
+            super().backward(tensor, module, *args, **kwargs)
+
+        def optimizer_step(self, optimizer, **kwargs):
+            calls.append("step")
+            return super().optimizer_step(optimizer, **kwargs)
+
+        def save_checkpoint(self, path, state, storage_options=None, filter=None):
+            calls.append(sorted(state))
+            super().save_checkpoint(path, state, storage_options, filter)
+
+        def load_checkpoint(self, path, state=None, strict=True, weights_only=None):
+            calls.append("load")
+            return super().load_checkpoint(path, state, strict, weights_only)
+
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=Own("cpu"))
+    net = make_net()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    fabric.backward(model(batch_of(0)).sum())
+    optimizer.step()
+    fabric.save(tmp_path / "x", {"model": model, "n": 1})
+    fabric.load(tmp_path / "x", {"model": model})
+    assert calls == ["backward", "step", ["model", "n"], "load"]
 
 
 def test_xla_says_that_it_is_not_supported():
