@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, SequentialSampler
 
 from fulmen.data.combined import loader_length
 from fulmen.data.loader_state import PeekedLoader, dataset_of, is_map_style
@@ -47,6 +47,22 @@ def shard_samples(loader: Iterable[Any], *, num_replicas: int, rank: int, padded
         return rebuild_loader(loader, batch_sampler=ShardedSampler(batches, **options, chunk_size=64))
     block_size = batches.batch_size if isinstance(batches, BatchSampler) and not padded else 1
     return rebuild_loader(loader, sampler=ShardedSampler(order, **options, block_size=block_size))
+
+
+def shard_loader(loader: DataLoader[Any], num_replicas: int, rank: int) -> Iterable[Any]:
+    """The loader as one would write it for a loop over torch's DDP: with a `DistributedSampler`, shuffled if it was.
+
+    What that sampler cannot do (drawing with replacement, an order of the user's own) is cut into parts as it is.
+    """
+    order = inner_sampler(loader) if is_map_style(loader) else None
+    shuffles = type(order) is RandomSampler and not order.replacement and order.num_samples == len(order.data_source)
+    if type(loader.batch_sampler) is BatchSampler and (shuffles or type(order) is SequentialSampler):
+        seed = int(os.environ.get("PL_GLOBAL_SEED") or 0)
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            loader.dataset, num_replicas, rank, shuffle=shuffles, seed=seed
+        )
+        return rebuild_loader(loader, sampler=sampler)
+    return shard_samples(loader, num_replicas=num_replicas, rank=rank, padded=True, seed=order_seed(loader))
 
 
 def _knows_its_rank(sampler: object) -> bool:

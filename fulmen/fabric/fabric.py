@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from fulmen.data.loaders import seed_workers
-from fulmen.data.samplers import order_seed, shard_samples
+from fulmen.data.samplers import shard_loader
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.fabric import checkpoint
 from fulmen.fabric.arguments import as_list, choose_strategy, is_using_cli, load_callbacks
@@ -218,7 +218,7 @@ class Fabric(FabricProcess):
         """
         self._check_launched()
         check_module(module)
-        check_optimizers(optimizers)
+        check_optimizers(optimizers, allow_meta=self._strategy.forward_is_collective)
         check_parameters(module, optimizers)
         compiled = module if _reapply_compile and is_compiled(module) else None
         original: Any = module if compiled is None else unwrap_compiled(module)
@@ -316,8 +316,7 @@ class Fabric(FabricProcess):
         for loader in dataloaders:
             prepared: Any = loader
             if use_distributed_sampler and self.world_size > 1 and isinstance(self._strategy, ParallelStrategy):
-                share = self._strategy.distributed_sampler_kwargs
-                prepared = shard_samples(loader, **share, padded=True, seed=order_seed(loader))
+                prepared = shard_loader(loader, **self._strategy.distributed_sampler_kwargs)
             seed_workers(prepared, self.global_rank)
             prepared = self._strategy.process_dataloader(prepared)
             wrapped.append(_FabricDataLoader(prepared, self.device if move_to_device else None))

@@ -22,7 +22,7 @@ def check_module(module: object) -> None:
         raise TypeError(f"{what} Pass a `torch.nn.Module`.")
 
 
-def check_optimizers(optimizers: Iterable[Any], allow_meta: bool = True) -> None:
+def check_optimizers(optimizers: Iterable[Any], allow_meta: bool) -> None:
     """Raises unless these are optimizers that were not set up, of parameters that have values."""
     for optimizer in optimizers:
         if isinstance(optimizer, _FabricOptimizer):
@@ -30,7 +30,8 @@ def check_optimizers(optimizers: Iterable[Any], allow_meta: bool = True) -> None
         if not isinstance(optimizer, Optimizer):
             what = f"`fabric.setup` received {describe_received(optimizer)} as an optimizer."
             raise TypeError(f"{what} Pass a `torch.optim.Optimizer`.")
-        if not allow_meta and any(p.is_meta for group in optimizer.param_groups for p in group["params"]):
+        groups = [] if allow_meta else vars(optimizer).get("param_groups", [])
+        if any(parameter.is_meta for group in groups for parameter in group["params"]):
             what = "The optimizer has references to the model's meta-device parameters."
             why = "Materializing them leaves the optimizer with the old ones."
             fix = "Set up the model first, and create the optimizer of the model that `setup_module` returns."

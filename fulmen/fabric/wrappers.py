@@ -68,6 +68,7 @@ class _FabricModule(nn.Module):
             _strategy=strategy,
             _is_plain=is_plain and not guards_backward,
             _guards_backward=guards_backward,
+            _converts=isinstance(precision, Precision) and not is_plain,
             _wraps_calls=wraps_calls or (isinstance(strategy, Strategy) and strategy.forward_is_collective),
             _forward_methods=set(STEP_METHODS),
             _device=None,
@@ -172,7 +173,7 @@ class _FabricModule(nn.Module):
         value: Any = getattr(original, name)
         if not inspect.ismethod(value) or value.__self__ is not original:
             return value
-        if name in self._forward_methods and (self._wraps_calls or not self._is_plain):
+        if name in self._forward_methods and (self._wraps_calls or self._converts):
             return self._call_through_forward(value)
         return refuse_layer_calls(value, original, name) if self._wraps_calls else value
 
@@ -319,7 +320,8 @@ class _FabricOptimizer(OptimizerBase):
         self._num_callbacks = 0  # of which it is known whether they listen
         self._steps_itself = steps_by_itself(strategy)
         # A strategy that is not of this package may have an engine that steps.
-        self._stepped: Any = optimizer if isinstance(strategy, Strategy) else vars(strategy).get("model") or optimizer
+        has_engine = not isinstance(strategy, Strategy) and hasattr(strategy, "model")
+        self._stepped: Any = strategy.model if has_engine else optimizer
 
     optimizer: Optimizer = alias_property("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
@@ -431,9 +433,9 @@ class _FabricDataLoader:
     def __iter__(self) -> Iterator[Any]:
         set_epoch(self._dataloader, self._num_iter_calls)
         vars(self)["_num_iter_calls"] += 1
-        batches = iterate_batches(self._dataloader)
         device = self._device
-        return batches if device is None else (move_data_to_device(batch, device) for batch in batches)
+        for batch in iterate_batches(self._dataloader):
+            yield batch if device is None else move_data_to_device(batch, device)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_dataloader", "_device"):  # not there yet: unpickling

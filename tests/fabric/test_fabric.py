@@ -145,6 +145,7 @@ def test_mistakes_in_setup_are_refused_and_change_nothing(fabric: Fabric) -> Non
         (lambda: fabric.setup_optimizers(), ValueError, "at least one optimizer"),
         (lambda: fabric.setup_optimizers(wrapped_optimizer), ValueError, "only once"),
         (lambda: fabric.setup_optimizers(meta), RuntimeError, "meta-device"),
+        (lambda: fabric.setup(nn.Linear(1, 1, device="meta"), meta), RuntimeError, "meta-device"),
         (lambda: fabric.setup_dataloaders(), ValueError, "at least one dataloader"),
         (lambda: fabric.setup_dataloaders(loader), ValueError, "only once"),
         (lambda: fabric.setup_dataloaders([1]), TypeError, "Only PyTorch DataLoader"),  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 from fulmen import Fabric
 
@@ -93,6 +93,26 @@ def test_processes_exchange_what_they_have() -> None:
         "everything": [0, 1, 2],
     }
     assert sorted(os.listdir()) == ["rank-0", "rank-1"]
+
+
+def read_parts(fabric: Fabric) -> None:
+    data = range(10)
+    loader = DataLoader(data, batch_size=2, shuffle=True)
+    plain = DistributedSampler(data, shuffle=True)
+    expected = DataLoader(data, batch_size=2, sampler=plain)
+    mine = fabric.setup_dataloaders(loader)
+    for epoch in range(2):
+        plain.set_epoch(epoch)
+        assert [batch.tolist() for batch in mine] == [batch.tolist() for batch in expected]
+    for order in (RandomSampler(data, replacement=True, num_samples=6), [9, 8, 7, 6, 5, 4]):
+        part = torch.tensor([int(i) for i in fabric.setup_dataloaders(DataLoader(data, sampler=order))])
+        both = fabric.all_gather(part)
+        assert both.shape == (2, 3)
+        assert isinstance(order, RandomSampler) or both.T.flatten().tolist() == order
+
+
+def test_each_process_reads_its_part() -> None:
+    Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(read_parts)
 
 
 SCRIPT = """
