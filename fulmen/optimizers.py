@@ -8,6 +8,7 @@ from dataclasses import fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
@@ -21,8 +22,6 @@ from fulmen.utilities.types import LRSchedulerConfig
 if TYPE_CHECKING:
     from collections import defaultdict
     from collections.abc import Generator
-
-    from torch import Tensor
 
     from fulmen.engine.strategy import Strategy
     from fulmen.metrics.logbook import LogBook
@@ -377,6 +376,25 @@ def schedule_new_groups(scheduler: Any) -> None:
         for group in groups[1:] if name in first else ():
             if name not in group:
                 group[name] = value_for(group, name, first[name])
+
+
+def set_learning_rate(optimizer: Any, configs: Iterable[LRSchedulerConfig], rate: float) -> None:
+    """Lets all groups of an optimizer have this rate, and its schedulers start from it."""
+    for group in optimizer.param_groups:
+        for name in ("lr", "initial_lr") if configs else ("lr",):
+            if isinstance(value := group.get(name, rate), Tensor):  # may be read on the device, by a compiled step
+                value.fill_(rate)
+            elif name in group:
+                group[name] = rate
+    for config in configs:
+        _start_from(config.scheduler, rate)
+
+
+def _start_from(scheduler: Any, rate: float) -> None:
+    for inner in scheduler._schedulers if isinstance(scheduler, (SequentialLR, ChainedScheduler)) else ():
+        _start_from(inner, rate)
+    if hasattr(scheduler, "base_lrs"):
+        vars(scheduler).update(base_lrs=[rate] * len(scheduler.base_lrs))
 
 
 class Schedulers:

@@ -50,8 +50,8 @@ STRICT = ("check_val_every_n_epoch", "reload_dataloaders_every_n_epochs")
 # Arguments of earlier versions, and what to write today.
 REMOVED = {
     "amp_backend": 'precision="16-mixed"',
-    "auto_lr_find": "lr=... in configure_optimizers",
-    "auto_scale_batch_size": "DataLoader(dataset, batch_size=...)",
+    "auto_lr_find": "Tuner(trainer).lr_find(model)",
+    "auto_scale_batch_size": "Tuner(trainer).scale_batch_size(model)",
     "checkpoint_callback": "enable_checkpointing=..., or a ModelCheckpoint in callbacks=[...]",
     "gpus": 'accelerator="gpu", devices=...',
     "num_processes": 'accelerator="cpu", devices=...',

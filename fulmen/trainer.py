@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
@@ -34,6 +34,7 @@ from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.progress import Loop
 from fulmen.loops.signals import Signals
 from fulmen.loops.supervised_run import TrainerRun
+from fulmen.loops.trials import Trials, open_trials
 from fulmen.metrics.logbook import LogBook
 from fulmen.metrics.values import fetch_numbers
 from fulmen.module import LightningModule, missing_super_init
@@ -42,7 +43,7 @@ from fulmen.trainer_properties import TrainerProperties
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.console import is_interactive
-from fulmen.utilities.errors import INTERRUPTED, MisconfigurationException, describe_received
+from fulmen.utilities.errors import INTERRUPTED, MisconfigurationException, _TunerExitException, describe_received
 from fulmen.utilities.introspection import adapt_to_signature, overrides_method
 from fulmen.utilities.keywords import hide_unknown, refuse_misuse
 from fulmen.utilities.modules import from_compiled, is_compiled, picklable_attributes
@@ -587,9 +588,12 @@ class Trainer(TrainerProperties):
     @contextmanager
     def _lifecycle(self, loop: Loop) -> Generator[None]:
         """Teardown whatever happens; on an exception nothing that was saved or logged is lost."""
+        completed = False
         try:
-            yield
-            self._finish(loop)
+            with suppress(_TunerExitException):
+                yield
+                completed = True
+            self._finish(loop, completed)
             if self.strategy.report_to_parent is None:  # else once its results are on their way
                 self.strategy.stop_watchdog()
         except BaseException as error:
@@ -607,11 +611,11 @@ class Trainer(TrainerProperties):
             self.signals.restore_handlers()
         self.signals.exit_if_pending()
 
-    def _finish(self, loop: Loop) -> None:
-        """The end of a run that went well."""
+    def _finish(self, loop: Loop, completed: bool) -> None:
+        """The end of a run that went well; not completed if it was only there to tune something."""
         self.strategy.finish_saving()
         self._close(loop)
-        if self.state.fn == TrainerFn.FITTING:
+        if completed and self.state.fn == TrainerFn.FITTING:
             self.hooks.on_fit_end()
         stage: Any = self.state.fn
         if self.datamodule is not None:
@@ -770,6 +774,14 @@ class Trainer(TrainerProperties):
         else:
             otherwise()
 
+    def open_trials(self, callbacks: Sequence[Callback], **limits: int | float) -> AbstractContextManager[Trials]:
+        """Inside, trials of the verb that runs can be run, with these callbacks; afterwards everything is as it was.
+
+        Arguments:
+            limits: `limit_train_batches` and the like, for the trials.
+        """
+        return open_trials(self, callbacks, limits)
+
     @property
     def prediction_writers(self) -> list[Any]:
         """Callbacks that write predictions."""
@@ -881,7 +893,8 @@ def _check_data(name: str, datamodule: object, loaders: dict[str, Any]) -> Light
 
 
 _INTERNAL = frozenset([
-    "book", "compile_hooks", "first_train_loader", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook", "optimization",
-    "pack_results", "prediction_writers", "progress", "read_optimizers", "report", "resume_state", "signals",
+    "book", "compile_hooks", "first_train_loader", "hooks", "lightning_optimizers", "log_to_loggers", "mode_hook",
+    "open_trials", "optimization", "pack_results", "prediction_writers", "progress", "read_optimizers", "report",
+    "resume_state", "signals",
     "sources", "unpack_results", "val_check_time_s", "validation_schedule",
 ])  # fmt: skip

@@ -211,7 +211,7 @@ def test_positional_arguments_are_taken_in_order():
     ("name", "words"),
     [
         ("gpus", 'accelerator="gpu", devices='),
-        ("auto_lr_find", "lr=... in configure_optimizers"),
+        ("auto_lr_find", "Tuner(trainer).lr_find(model)"),
         ("resume_from_checkpoint", "trainer.fit(model, ckpt_path=...)"),
         ("max_epoch", "Did you mean `max_epochs`?"),
         ("limit_train_batch", "Did you mean `limit_train_batches`?"),

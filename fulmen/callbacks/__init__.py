@@ -7,19 +7,22 @@ from typing import TYPE_CHECKING
 from fulmen.utilities.lazy import lazy_exports
 
 __all__ = [
-    "BackboneFinetuning", "BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "DeviceStatsMonitor",
+    "BackboneFinetuning", "BaseFinetuning", "BasePredictionWriter", "BatchSizeFinder", "Callback", "Checkpoint", "DeviceStatsMonitor",
     "EMAWeightAveraging", "EarlyStopping", "GradientAccumulationScheduler", "GradientNorm", "LambdaCallback",
-    "LearningRateMonitor", "ModelCheckpoint", "ModelPruning", "ModelSummary", "NonFiniteError", "NonFiniteGuard",
+    "LearningRateFinder", "LearningRateMonitor", "ModelCheckpoint", "ModelPruning", "ModelSummary", "NonFiniteError",
+    "NonFiniteGuard",
     "OnExceptionCheckpoint", "ProgressBar", "RichModelSummary", "RichProgressBar", "RichProgressBarTheme",
     "SpikeDetection", "StochasticWeightAveraging", "TQDMProgressBar", "ThroughputMonitor", "Timer",
     "WeightAveraging",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
+    from fulmen.callbacks.batch_size_finder import BatchSizeFinder
     from fulmen.callbacks.callback import Callback
     from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
     from fulmen.callbacks.early_stopping import EarlyStopping
     from fulmen.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
+    from fulmen.callbacks.lr_finder import LearningRateFinder
     from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
     from fulmen.callbacks.monitors import (
         DeviceStatsMonitor,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fulmen.data.loaders import record_arguments
@@ -23,6 +24,7 @@ class Source:
     argument: object
     verb: str
     beside_module: bool
+    watch: Callable[[Any], None] | None = None  # is told of what was given, each time
 
     @property
     def display_name(self) -> str:
@@ -38,6 +40,12 @@ class Source:
 
     def request_loaders(self) -> Any:
         """The loader or loaders as the user gave them; a hook is called anew each time."""
+        given = self._ask_owner()
+        if self.watch is not None:
+            self.watch(given)
+        return given
+
+    def _ask_owner(self) -> Any:
         if self.argument is not None:
             return self.argument
         if self.is_defined():
@@ -64,6 +72,12 @@ class Sources:
         owner, base = (datamodule, self.datamodule_base) if beside else (module, self.module_base)
         for kind in KINDS:
             self._sources[kind] = Source(f"{kind}_dataloader", owner, base, given.get(kind), verb, beside)
+
+    def watched_by(self, watch: Callable[[Any], None]) -> Sources:
+        """The same sources, of which ``watch`` is told whatever loaders they give."""
+        watched = Sources(self.module_base, self.datamodule_base)
+        watched._sources = {kind: replace(source, watch=watch) for kind, source in self._sources.items()}
+        return watched
 
     def source_of(self, kind: str) -> Source:
         """Who gives the loaders of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""

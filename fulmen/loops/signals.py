@@ -16,7 +16,7 @@ from fulmen.utilities.errors import INTERRUPTED, SIGTERMException
 from fulmen.utilities.rank_zero import current_rank, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from types import FrameType
 
     from fulmen.loops.evaluate import EvaluationLoop
@@ -43,6 +43,7 @@ class Signals:
         self.cluster: SLURMEnvironment | None = None  # who gives the job another turn
         self._interrupted = False  # was Ctrl-C pressed in this process?
         self._looping = False  # does a loop run that looks at `pending`?
+        self._postponed = False  # do trials run, whose steps are none of the run?
         self._process = os.getpid()
 
     def install_handlers(self, cluster: ClusterEnvironment | None = None) -> None:
@@ -96,6 +97,15 @@ class Signals:
         """What ends the run."""
         return KeyboardInterrupt() if self.pending == signal.SIGINT else SIGTERMException(TERMINATED)
 
+    @contextlib.contextmanager
+    def postpone_exit(self) -> Generator[None]:
+        """Inside, steps are no boundary at which the run ends and saves."""
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+
     def cause_of(self, error: BaseException) -> BaseException:
         """The interrupt, if that is why a loader's worker ended before the step did: a terminal tells it to all."""
         worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
@@ -117,6 +127,8 @@ class Signals:
 
     def exit_after_step(self, loop: FitLoop) -> None:
         """A signal is pending: ends the run if an accumulation window is complete, and all processes end here."""
+        if self._postponed:
+            return
         if not _window_is_open(loop) and loop.trainer.strategy.agree_to_stop((loop.progress.batches, AFTER_VALIDATION)):
             self._save_and_exit(loop.trainer)
 
@@ -124,6 +136,8 @@ class Signals:
         """A signal is pending: ends the run here; inside fit if all processes do, which takes a batch that all have."""
         if not loop.inside_fit:
             raise self.make_exception()
+        if self._postponed:
+            return
         fit_loop = loop.trainer.fit_loop
         boundary = (fit_loop.progress.batches, (dataloader_idx << 40) + batch_idx)
         everywhere = loop.join.have_all(batch_idx, dataloader_idx)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from types import FrameType
 from typing import Any
 
@@ -79,6 +79,21 @@ def lightning_setattr(model: object, attribute: str, value: Any) -> None:
             holder[attribute] = value
         else:
             setattr(holder, attribute, value)
+
+
+def capture_attribute(model: object, attribute: str) -> Callable[[], None]:
+    """Remember the attribute in all places that have it; the returned function puts it back."""
+    holders = list(_find_holders(model, attribute))
+    values = [holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute) for holder in holders]
+
+    def restore_attribute() -> None:
+        for holder, value in zip(holders, values):
+            if isinstance(holder, dict):
+                holder[attribute] = value
+            else:
+                setattr(holder, attribute, value)
+
+    return restore_attribute
 
 
 def _find_holders(model: object, attribute: str) -> Iterator[Any]:

@@ -32,6 +32,10 @@ class SIGTERMException(SystemExit):
     """Raised inside the loops when the process was told to end; plug-ins may react in ``on_exception``."""
 
 
+class _TunerExitException(Exception):
+    """Ends a run that was only there to tune something; nothing has failed."""
+
+
 class PossibleUserWarning(UserWarning):
     """Something that is probably, but not certainly, a mistake."""
 

@@ -25,9 +25,6 @@ REQUIRED = {1: 1.0, 2: 0.95, 3: 0.97}
 # belongs to that surface and is merely not written yet does not go here: it counts as missing.
 EXCLUDED = {
     "lightning.pytorch.cli": "the command line",
-    "lightning.pytorch.tuner": "the tuner",
-    "lightning.pytorch.callbacks.LearningRateFinder": "the tuner",
-    "lightning.pytorch.callbacks.BatchSizeFinder": "the tuner",
     "lightning.pytorch.utilities.deepspeed": "DeepSpeed",
     "lightning.pytorch.utilities.consolidate_checkpoint": "sharded checkpoints",
     "lightning.pytorch.loggers.LitLogger": "a vendor's service, left out on purpose",

@@ -1,0 +1,33 @@
+"""Fixtures for the tests of the tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from searches import state_of
+from support import make_trainer
+
+import fulmen as pl
+
+
+@pytest.fixture
+def compare_around() -> Callable[..., type[pl.Callback]]:
+    """Makes a finder of one of its classes that notes the state before and after each search."""
+
+    def derive(base: type, names: str = "lr_find") -> type:
+        def search(self, trainer, pl_module):
+            before = state_of(trainer, pl_module)
+            try:
+                getattr(base, names)(self, trainer, pl_module)
+            finally:
+                self.notes.append((before, state_of(trainer, pl_module)))
+
+        return type("Compared", (base,), {names: search, "notes": [], "on_fit_start": lambda self, *args: None})
+
+    return derive
+
+
+@pytest.fixture
+def trainer(tmp_path) -> pl.Trainer:
+    return make_trainer(default_root_dir=tmp_path, max_epochs=2)
