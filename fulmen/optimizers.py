@@ -391,7 +391,7 @@ def set_learning_rate(optimizer: Any, configs: Iterable[LRSchedulerConfig], rate
 
 
 def _start_from(scheduler: Any, rate: float) -> None:
-    for inner in scheduler._schedulers if isinstance(scheduler, (SequentialLR, ChainedScheduler)) else ():
+    for inner in _schedulers_inside(scheduler):
         _start_from(inner, rate)
     if hasattr(scheduler, "base_lrs"):
         vars(scheduler).update(base_lrs=[rate] * len(scheduler.base_lrs))

@@ -71,6 +71,11 @@ class LearningRateCurve:
             return [begin, *(begin + part * (end - begin) for part in parts)]
         return [begin, *(begin * (end / begin) ** part for part in parts)]
 
+    def record_losses(self, losses: list[float], num_batches: int) -> None:
+        """Takes over what a search met: a loss for each of the first rates."""
+        self.results = {"lr": self.rates()[: len(losses)], "loss": losses}
+        self._total_batch_idx = num_batches - 1
+
     def suggestion(self, skip_begin: int = 10, skip_end: int = 1) -> float | None:
         """The rate at which the loss falls fastest, seen over the rate: the one to begin training with.
 
@@ -224,7 +229,7 @@ class LearningRateFinder(Callback):
             with trainer.open_trials([sweep], limit_val_batches=0) as trials:
                 batches_before = trainer.progress.batches
                 trials.run_loop()
-                curve._total_batch_idx = trainer.progress.batches - batches_before - 1
+                num_batches = trainer.progress.batches - batches_before
         finally:
             sweep.close_bar()
         if trials.interrupted:
@@ -233,7 +238,7 @@ class LearningRateFinder(Callback):
         if count < curve.num_training:
             why = "the loss diverged" if sweep.diverged else "there were no more batches"
             rank_zero_info(f"The search for a learning rate ended after {count} of {curve.num_training} steps: {why}.")
-        curve.results = {"lr": sweep.rates[:count], "loss": sweep.losses}
+        curve.record_losses(sweep.losses, num_batches)
         self.optimal_lr = curve
         self.suggested_rate = curve.suggestion() if self._update_attr else None
         if self.suggested_rate is not None:

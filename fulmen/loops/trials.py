@@ -259,16 +259,12 @@ def _capture_bindings(trainer: Trainer) -> Restore:
 
 
 def _reload_loaders(loop: FitLoop | EvaluationLoop) -> None:
-    trainer = loop.trainer
     if loop.loaders is not None and loop.feed is not None:
         loop.feed.close_loaders()
-    loop.loaders = None
+    loop.drop_loaders()
     loop.load_data()
     if isinstance(loop, EvaluationLoop):
         loop.open_feed()
-    elif trainer.enable_validation:
-        stage = trainer.stage
-        trainer.stage = RunningStage.VALIDATING
-        loop.val_loop.loaders = None
+    elif loop.trainer.enable_validation:
+        loop.val_loop.drop_loaders()
         loop.val_loop.load_data()
-        trainer.stage = stage
