@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
 
-from fulmen.checkpoint.lightning_format import VERSION_KEY
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
-from fulmen.storage.sharded import META, check_shards, is_dcp_folder, is_sharded, read_dcp_folder, read_meta
+from fulmen.storage.sharded import META, is_dcp_folder, is_sharded, read_dcp_folder
 
 
 def consolidate(
@@ -35,19 +33,9 @@ def consolidate(
     if os.path.exists(target):
         raise FileExistsError(f"{target!r} exists already. Remove it, or give another `--output_file`.")
     io = TorchCheckpointIO()
-    io.save_checkpoint(read_folder(source, weights_only), target)
+    read = read_dcp_folder if is_dcp_folder(source) else io.load_checkpoint
+    io.save_checkpoint(read(source, weights_only=weights_only), target)
     return target
-
-
-def read_folder(source: str, weights_only: bool | None) -> dict[str, Any]:
-    """What the folder holds, whoever wrote it: a Trainer, a Fabric, or `torch.distributed.checkpoint` alone."""
-    if is_dcp_folder(source):
-        return read_dcp_folder(source, weights_only)
-    rest = read_meta(source, weights_only)
-    if VERSION_KEY in rest:
-        return TorchCheckpointIO().load_checkpoint(source, weights_only=weights_only)
-    check_shards(source)
-    return {**rest, **read_dcp_folder(source, weights_only)}
 
 
 def main(given: Sequence[str] | None = None) -> None:

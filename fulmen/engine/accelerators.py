@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fulmen.utilities.errors import MisconfigurationException, suggest_name
+from fulmen.utilities.errors import InvalidChoiceError, MisconfigurationException, suggest_name
 from fulmen.utilities.optional import import_optional
 from fulmen.utilities.rank_zero import rank_zero_info
 
@@ -75,7 +75,7 @@ class _BuiltInAccelerator(Accelerator):
 
     def setup_device(self, device: torch.device) -> None:
         if device.type != self.name():
-            raise MisconfigurationException(f"The strategy is on `{device}`, not on one of the {self.name()} devices.")
+            raise InvalidChoiceError(f"The strategy is on `{device}`, not on one of the {self.name()} devices.")
 
     def teardown(self) -> None: ...
 

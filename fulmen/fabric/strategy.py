@@ -309,6 +309,13 @@ class SingleDeviceStrategy(Strategy, engine_registry.SingleDeviceStrategy):
     ) -> None:
         engine_registry.SingleDeviceStrategy.__init__(self, device, accelerator, checkpoint_io, precision)
 
+    def all_reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The value as it is: there is no other process."""
+        return tensor
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: there is nobody to wait for."""
+
     def model_to_device(self) -> None:
         self.module_to_device(self.model)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import ReadItem
 
 META = "meta.pt"
+TRAINER_KEY = "pytorch-lightning_version"  # what a Trainer writes beside its shards, and nobody else
 CHECKSUMS = "checksums.json"
 MODEL = "model."
 OPTIMIZER = "optimizer_{}.state."
@@ -237,6 +238,9 @@ def _plain_errors(what: str) -> Generator[None]:
 
 def read_all(path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
     """The checkpoint in a folder as one dict, as it would be in a file; read by this process alone, onto the CPU."""
+    rest = read_meta(path, weights_only)
+    if TRAINER_KEY not in rest:  # a loop of the user's own wrote it, under names of its own
+        return {**rest, **read_dcp_folder(path, weights_only)}
     checkpoint = read_outline(path, weights_only)
     kinds = [kind for kind in WEIGHTS if kind in checkpoint]
     states = checkpoint.get("optimizer_states", [])

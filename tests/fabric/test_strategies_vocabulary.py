@@ -85,6 +85,9 @@ def test_parts_that_were_not_given_are_the_usual_ones():
     given = SingleDeviceStrategy("cpu", CPUAccelerator(), storage, numbers)
     assert given.given_parts()["checkpoint_io"] is storage and given.precision is numbers
     assert (given.world_size, given.global_rank, given.is_global_zero) == (1, 0, True)
+    assert given.all_reduce("x", group=None, reduce_op="sum") == "x" and given.barrier("name", 1, here=2) is None
+    with pytest.raises(ValueError, match="not on one of the cpu devices"):
+        CPUAccelerator().setup_device(torch.device("cuda"))
 
 
 def test_a_state_is_saved_and_loaded(tmp_path):
@@ -457,6 +460,18 @@ def test_sharded_states_are_loaded_as_they_were(both, precision):
     assert len(file["optimizer"]["state"]) == 4 and set(one["optimizer"]["state"]) == set(weights)
     for name, value in weights.items():
         assert torch.equal(file["model"][name], value) and torch.equal(one["model"][name], value)
+
+
+def test_shards_are_loaded_on_one_device_too(both):
+    folder, ranks = both
+    net = make_net()
+    target = {"model": net, "optimizer": torch.optim.Adam(net.parameters(), lr=0.5), "epoch": 0}
+    assert SingleDeviceStrategy().load_checkpoint(folder / "32-true" / "shards", target) == {}
+    assert target["epoch"] == 5 and target["optimizer"].param_groups[0]["lr"] == 0.1
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in ranks[0]["32-true"]["weights"].items())
+    assert {state["exp_avg"].shape for state in target["optimizer"].state.values()} == {
+        p.shape for p in net.parameters()
+    }
 
 
 def test_layers_are_split_by_the_user_s_function(both):
