@@ -343,28 +343,24 @@ def materialize_layers(
     Raises:
         TypeError: a layer on the meta device has no `reset_parameters`.
     """
-    shared: list[Any] = []
+    shared: list[Tensor] = []
     for part in parts:
-        plain = _plain_tensors(part)
-        missing = [(owner, name, tensor) for owner, name, tensor in plain if tensor.is_meta]
-        for owner, name, tensor in missing:
+        missing = {name: tensor for name, tensor in _plain_tensors(part).items() if tensor.is_meta}
+        for name, tensor in missing.items():
             empty = torch.empty_like(tensor, device=device)
-            owner[name] = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+            made = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+            setattr(part, name, made)
         if missing and first:
-            init_layer(part, init, [name for _, name, _ in missing])
-        shared += [owner[name] for owner, name, _ in plain]
+            init_layer(part, init, list(missing))
+        shared += _plain_tensors(part).values()
     collectives.broadcast_tensors(shared, device)
 
 
-def _plain_tensors(part: Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Parameters and buffers that a layer holds itself and that are not sharded: the dictionary, the name, the tensor."""
-    owners: list[dict[str, Any]] = [part._parameters, part._buffers]
-    return [
-        (owner, name, tensor)
-        for owner in owners
-        for name, tensor in owner.items()
-        if tensor is not None and not is_dtensor(tensor)
-    ]
+def _plain_tensors(part: Module) -> dict[str, Tensor]:
+    """Parameters and buffers that a layer holds itself and that are not sharded, each under all of its names."""
+    parameters = part.named_parameters(recurse=False, remove_duplicate=False)
+    buffers = part.named_buffers(recurse=False, remove_duplicate=False)
+    return {name: tensor for name, tensor in (*parameters, *buffers) if not is_dtensor(tensor)}
 
 
 class _Resettable(Protocol):

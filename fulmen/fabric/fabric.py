@@ -69,6 +69,7 @@ class Fabric(FabricProcess):
         RuntimeError: for hardware that is not here.
 
     Examples:
+        >>> import torch
         >>> fabric = Fabric(accelerator="cpu")
         >>> model = nn.Linear(2, 1)
         >>> model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -210,6 +211,7 @@ class Fabric(FabricProcess):
             RuntimeError: before `launch` with several devices, or for an optimizer on the meta device.
 
         Examples:
+            >>> import torch
             >>> fabric = Fabric(accelerator="cpu")
             >>> model = nn.Linear(2, 1)
             >>> model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
