@@ -19,6 +19,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fulmen import accelerators as accelerators
     from fulmen import callbacks as callbacks
+    from fulmen import cli as cli
     from fulmen import fabric as fabric
     from fulmen import loggers as loggers
     from fulmen import plugins as plugins

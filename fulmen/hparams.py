@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -16,8 +18,36 @@ from fulmen.utilities.errors import suggest_name
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-# Stored by Lightning's command line beside the arguments: who rebuilds the object, and which subclass it is.
+# Stored by a command line beside the arguments: who rebuilds the object, and which subclass it is.
 NOT_LOGGED = ("_class_path", "_instantiator")
+# The name that all files have there, so that any program with this API can rebuild the object.
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+_given: ContextVar[tuple[type, Mapping[str, Any]] | None] = ContextVar("given_hyperparameters", default=None)
+
+
+@contextmanager
+def given_hyperparameters(cls: type, values: Mapping[str, Any]) -> Iterator[None]:
+    """While an object of exactly `cls` is made here, `save_hyperparameters` keeps these values for its arguments.
+
+    A command line gives what its configuration says, in which objects are class paths and arguments.
+    """
+    token = _given.set((cls, values))
+    try:
+        yield
+    finally:
+        _given.reset(token)
+
+
+def _configured_arguments(obj: object, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The arguments of `obj` as they were given for it; those that were not, such as linked ones, as they are found.
+
+    None if nothing was given.
+    """
+    cls, values = _given.get() or (None, {})
+    if type(obj) is not cls:
+        return None
+    own = inspect.signature(cls).parameters
+    return {**values, **{name: found[name] for name in own if name in found and name not in values}}
 
 
 class HyperparametersMixin:
@@ -54,7 +84,7 @@ class HyperparametersMixin:
             chosen = _content_of(objects[0], ignored)
             self._hparams_name = next((name for name, value in found.items() if value is objects[0]), None)
         else:
-            chosen = _select_arguments(args, found, ignored)
+            chosen = _select_arguments(self, args, found, ignored)
             self._hparams_name = "kwargs"
         for name, value in chosen.items():
             if isinstance(value, torch.nn.Module):
@@ -113,13 +143,21 @@ def _content_of(given: object, ignored: set[str]) -> MutableMapping[str, Any]:
     return AttributeDict({name: value for name, value in content.items() if name not in ignored})
 
 
-def _select_arguments(names: Sequence[str], found: dict[str, Any], ignored: set[str]) -> AttributeDict:
-    """The arguments of these names, or all, without those that are ignored."""
-    unknown = [name for name in names if name not in found and name not in ignored]
+def _select_arguments(
+    obj: HyperparametersMixin, names: Sequence[str], found: dict[str, Any], ignored: set[str]
+) -> AttributeDict:
+    """The arguments of these names, or all, without those that are ignored; as they were given for `obj`, if they were."""
+    configured = _configured_arguments(obj, found)
+    available = {**found, **(configured or {})}
+    unknown = [name for name in names if name not in available and name not in ignored]
     if unknown:
         what = f"{unknown} are no arguments of the running `__init__`, which are {sorted(found)}."
         raise KeyError(what + suggest_name(unknown[0], found))
-    return AttributeDict({name: found[name] for name in names or found if name not in ignored})
+    wanted = names or (found if configured is None else configured)
+    chosen = AttributeDict({name: available[name] for name in wanted if name not in ignored})
+    if configured is not None and not names:
+        chosen["_instantiator"] = INSTANTIATOR
+    return chosen
 
 
 def init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class ModelSummary(Callback):
         # On every process: the forward pass of an example may need all of them.
         summary = summaries.ModelSummary(pl_module, self._max_depth)
         if trainer.is_global_zero:
+            # Spelled out, so that a command line sees which keywords are left for the constructor.
             self.summarize(
                 summary_data=summary.columns(), total_parameters=summary.total_parameters,
                 trainable_parameters=summary.trainable_parameters, model_size=summary.model_size,

@@ -8,7 +8,6 @@ import functools
 import inspect
 import os
 import pickle
-import sys
 from collections.abc import Callable, Iterable
 from math import inf
 from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn
@@ -19,6 +18,7 @@ from torch import nn
 from fulmen.checkpoint.hparams import OMEGACONF, Missing, read_objects
 from fulmen.checkpoint.lightning_format import migrate_checkpoint
 from fulmen.checkpoint.pruned import match_pruning
+from fulmen.checkpoint.rebuild import find_imported, holds_class_paths, rebuild_arguments
 from fulmen.checkpoint.snapshot import load_weights
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import get_filesystem
@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from torch.serialization import MAP_LOCATION
 
 # What files of a command line interface name as the function that rebuilds the object. Others are refused, or opening a
-# file could run any code; nor is one of these called: the class gets its arguments directly.
-INSTANTIATORS = {f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning")}
+# file could run any code; nor is one of these called: `rebuild_arguments` does their work.
+INSTANTIATORS = {
+    f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning", "fulmen")
+}
 
 # Where hyper-parameters of modules stood in the first files of Lightning.
 OLD_KEYS = ("hparams", "module_arguments")
@@ -131,7 +133,10 @@ def _build_object(
     trusted: bool,
 ) -> Any:  # fmt: skip
     """The new object, from the arguments its constructor accepts."""
-    cls = _class_to_build(cls, stored.pop("_instantiator", None), stored.pop("_class_path", None))
+    instantiator = stored.pop("_instantiator", None)
+    cls = _class_to_build(cls, instantiator, stored.pop("_class_path", None))
+    if instantiator is not None:
+        stored |= _rebuilt_arguments(cls, stored, kwargs, trusted)
     signature = _Signature(parameters_of(cls.__init__)[1:])  # type: ignore[misc]
     accepted = signature.accepted
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
@@ -151,6 +156,12 @@ def _build_object(
     _say_what_is_missing(cls, required, missing, trusted, bool(stored))
     by_position = [arguments.pop(name) for name in signature.positional_only if name in arguments]
     return cls(*by_position, **arguments)
+
+
+def _rebuilt_arguments(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], trusted: bool) -> dict[str, Any]:
+    """Those of a command line, but for what `kwargs` replace anyway."""
+    needed = {name: value for name, value in stored.items() if name not in kwargs}
+    return rebuild_arguments(cls, needed, trusted) if holds_class_paths(needed) else needed
 
 
 class _Signature:
@@ -220,12 +231,9 @@ def _say_what_is_missing(
 
 def _imported_subclass(cls: type, class_path: str) -> type:
     """The class of that name, if it is imported already and is a kind of `cls`."""
-    parts = class_path.split(".")
-    for depth in range(len(parts) - 1, 0, -1):
-        module = sys.modules.get(".".join(parts[:depth]))
-        found = functools.reduce(lambda holder, part: getattr(holder, part, None), parts[depth:], module)
-        if inspect.isclass(found) and issubclass(found, cls):
-            return found
+    found = find_imported(class_path)
+    if inspect.isclass(found) and issubclass(found, cls):
+        return found
     what = f"The checkpoint is of a `{class_path}`, which is not an imported subclass of `{cls.__name__}`."
     raise ValueError(f"{what} If you trust the file, import that class first.")
 

@@ -67,6 +67,9 @@ class DDPStrategy(ParallelStrategy):
         process_group_backend: "gloo", "nccl", ...; None takes what suits the device.
         timeout: how long a process waits for the others, when they meet and in each collective; None is 30 minutes.
         start_method: "popen" runs the script again for each device; "spawn", "fork" and "forkserver" run only the call.
+        find_unused_parameters: some steps leave parameters out of the loss; None is no.
+        static_graph: every step runs the same operations; None is no.
+        bucket_cap_mb: MB of gradients that are averaged together; None is torch's choice.
         kwargs: further arguments of `DistributedDataParallel`; `gradient_as_bucket_view` is on unless they say no. With
             `broadcast_buffers=False` each process trains with buffers of its own; validation is with those of rank 0.
 
@@ -86,7 +89,8 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_state: object | None = None, ddp_comm_hook: Callable[..., Any] | None = None,
         ddp_comm_wrapper: Callable[..., Any] | None = None, model_averaging_period: int | None = None,
         process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30),
-        start_method: str = "popen", **kwargs: Any,
+        start_method: str = "popen", find_unused_parameters: bool | None = None, static_graph: bool | None = None,
+        bucket_cap_mb: int | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(
             accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
@@ -102,7 +106,14 @@ class DDPStrategy(ParallelStrategy):
         self._ddp_comm_state = ddp_comm_state
         self._ddp_comm_hook = ddp_comm_hook
         self._ddp_comm_wrapper = ddp_comm_wrapper
-        self._ddp_kwargs = {"gradient_as_bucket_view": True, **kwargs}
+        # Named, so that command lines know them.
+        named = {
+            "find_unused_parameters": find_unused_parameters,
+            "static_graph": static_graph,
+            "bucket_cap_mb": bucket_cap_mb,
+        }
+        given = {name: value for name, value in named.items() if value is not None}
+        self._ddp_kwargs = {"gradient_as_bucket_view": True, **given, **kwargs}
         self.gradient_averager: GradientAverager | None = None
         self._ddp_parameters: list[Tensor] = []  # the parameters DDP waits for, in its order
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -80,13 +81,19 @@ def missing_name(module: Any, name: str, known: Iterable[str], asked_from: Frame
     Python replaces the AttributeError of ``from module import name`` by an error of its own, so that statement gets
     the final one.
     """
-    hint = "" if name.startswith("__") else suggest_name(name, known)
+    hint = "" if name.startswith("__") else _suggestion(name, tuple(known))
     here = asked_from.f_code.co_code[asked_from.f_lasti] if asked_from.f_lasti >= 0 else None
     if here == opcode.opmap["IMPORT_FROM"]:
         path = module.__file__ if hasattr(module, "__file__") else None
         text = f"cannot import name {name!r} from {module.__name__!r} ({path or 'unknown location'}){where}.{hint}"
         return ImportError(text, name=module.__name__, path=path)
     return AttributeError(f"module {module.__name__!r} has no attribute {name!r}{where}.{hint}", name=name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _suggestion(name: str, known: tuple[str, ...]) -> str:
+    """Asked again and again by those who only try whether a package has a name."""
+    return suggest_name(name, known)
 
 
 def missing_module(name: str, asked_from: FrameType) -> ModuleNotFoundError | None:

@@ -47,11 +47,15 @@ def is_installed(package: str, minimum: str = "") -> bool:
     return found and _parse_release(version) >= _parse_release(minimum.lstrip("> ="))
 
 
-def import_optional(package: str, why: str, minimum: str = "") -> ModuleType:
-    """Import an optional package, or raise an error with the line that installs it; it "is needed ``why``"."""
+def import_optional(package: str, why: str, minimum: str = "", extra: str = "") -> ModuleType:
+    """Import an optional package, or raise an error with the line that installs it; it "is needed ``why``".
+
+    With ``extra`` the line installs that extra of fulmen.
+    """
     if not is_installed(package, minimum):
         missing = f"`{package}` is needed {why}, but " + (f"no version {minimum} is" if minimum else "it is not")
-        fix = f'Run `pip install "{_distribution_name(package)}{minimum}"`.'
+        wanted = f"'fulmen[{extra}]'" if extra else f'"{_distribution_name(package)}{minimum}"'
+        fix = f"Run `pip install {wanted}`."
         raise ModuleNotFoundError(f"{missing} installed. {fix}", name=package)
     if package in sys.modules:
         return sys.modules[package]

@@ -17,6 +17,7 @@ FACADES = {
     "Trainer",
     "LightningModule",
     "LightningDataModule",
+    "LightningCLI",
     "Fabric",
     "_FabricModule",
     "Collective",
