@@ -18,7 +18,7 @@ from fulmen.utilities.errors import suggest_name
 from fulmen.utilities.modules import is_picklable
 from fulmen.utilities.rank_zero import rank_zero_warn
 
-# Stored by a command line beside the arguments: who rebuilds the object, and which subclass it is.
+# Stored by Lightning's command line beside the arguments: who rebuilds the object, and which subclass it is.
 NOT_LOGGED = ("_class_path", "_instantiator")
 # The name that all files have there, so that any program with this API can rebuild the object.
 INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"

@@ -133,9 +133,8 @@ def _build_object(
     trusted: bool,
 ) -> Any:  # fmt: skip
     """The new object, from the arguments its constructor accepts."""
-    instantiator = stored.pop("_instantiator", None)
-    cls = _class_to_build(cls, instantiator, stored.pop("_class_path", None))
-    if instantiator is not None:
+    cls = _class_to_build(cls, stored.get("_instantiator"), stored.pop("_class_path", None))
+    if stored.pop("_instantiator", None) is not None:
         stored |= _rebuilt_arguments(cls, stored, kwargs, trusted)
     signature = _Signature(parameters_of(cls.__init__)[1:])  # type: ignore[misc]
     accepted = signature.accepted

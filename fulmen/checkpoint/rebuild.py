@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+import pkgutil
 import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -52,8 +53,7 @@ def instantiate_module(class_type: type[T], config: Mapping[str, Any]) -> T:
 
 def import_class(path: str) -> type:
     """The class under an import path."""
-    module, _, name = path.rpartition(".")
-    found = getattr(__import__(module, fromlist=[name]), name) if module else None
+    found = pkgutil.resolve_name(path) if "." in path else None
     if not inspect.isclass(found):
         raise ValueError(f"`{path}` is not the import path of a class. Write it as 'package.module.Class'.")
     return found

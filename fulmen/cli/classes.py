@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,12 +29,11 @@ def instantiate_class(args: Any | tuple[Any, ...], init: Mapping[str, Any]) -> A
         Linear(in_features=4, out_features=2, bias=False)
     """
     given = args if isinstance(args, tuple) else (args,)
-    module, _, name = init["class_path"].rpartition(".")
-    if not module:
-        what = f"`class_path={init['class_path']!r}` has no module."
-        raise ValueError(f"{what} Write the whole path of the class, such as 'torch.optim.{name}'.")
-    found = getattr(importlib.import_module(module), name)
-    return found(*given, **(init.get("init_args") or {}))
+    path = init["class_path"]
+    if "." not in path:
+        what = f"`class_path={path!r}` has no module."
+        raise ValueError(f"{what} Write the whole path of the class, such as 'torch.optim.{path}'.")
+    return pkgutil.resolve_name(path)(*given, **(init.get("init_args") or {}))
 
 
 def class_path_of(cls: type) -> str:

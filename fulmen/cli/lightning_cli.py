@@ -372,7 +372,7 @@ class LightningCLI:
 
     def _run_subcommand(self, name: str) -> None:
         """Runs the command: the method of this class if it has one of that name, else that of the Trainer."""
-        self._call_if_there(f"before_{name}")
+        self._call_own_method(f"before_{name}")
         run = getattr(self, name, None) or getattr(self.trainer, name)
         config = self.config_init[name]
         arguments = {key: config[key] for key in self._method_arguments[name] if key in config}
@@ -380,9 +380,9 @@ class LightningCLI:
         if self.datamodule is not None:
             arguments["datamodule"] = self.datamodule
         run(**arguments)
-        self._call_if_there(f"after_{name}")
+        self._call_own_method(f"after_{name}")
 
-    def _call_if_there(self, name: str) -> None:
+    def _call_own_method(self, name: str) -> None:
         method = getattr(self, name, None)
         if callable(method):
             method()

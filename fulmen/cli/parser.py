@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn, Union
@@ -185,9 +186,8 @@ def prepare_jsonargparse() -> None:
     set_parsing_settings(config_read_mode_fsspec_enabled=is_installed("fsspec"))
     register_unresolvable_import_paths(torch)
     for door in DOORS:
-        package = importlib.import_module(f"fulmen.{door}")
-        for name in package.__all__:
-            getattr(package, name)
+        for name in importlib.import_module(f"fulmen.{door}").__all__:
+            pkgutil.resolve_name(f"fulmen.{door}:{name}")
 
 
 def as_class(source: Callable[..., Any]) -> type:
@@ -197,7 +197,7 @@ def as_class(source: Callable[..., Any]) -> type:
     try:
         made: type = class_from_function(source)
     except ValueError as error:
-        name = getattr(source, "__name__", repr(source))
+        name = source.__name__ if inspect.isroutine(source) else repr(source)
         what = f"`{name}` does not say what it returns: {error}."
         raise MisconfigurationException(f"{what} Annotate it: `def {name}(...) -> MyModule:`.") from error
     return made

@@ -53,16 +53,26 @@ def test_other_classes_are_refused(source):
         make_cli(model=source, run=False)
 
 
+class NetNamedOnlyHere(Net):
+    """Its name is enough to find it."""
+
+
 def test_any_subclass_can_be_named_by_its_path_or_its_name():
-    cli = make_cli("--model=command_line.Wide", "--model.height=9", "--data=Data", "--data.batch_size=2",
+    cli = make_cli("--model=command_line.Wide", "--model.height=9", "--data=command_line.Data", "--data.batch_size=2",
                    model=None, data=None, run=False)  # fmt: skip
     assert type(cli.model) is Wide
     assert (cli.model.height, cli.model.width, cli.datamodule.batch_size) == (9, 8, 2)
-    assert make_cli("--model=Net", model=None, data=None, run=False).datamodule is None
+    assert make_cli("--model=NetNamedOnlyHere", model=None, data=None, run=False).datamodule is None
 
 
 def test_subclass_mode_starts_from_the_class_given():
-    cli = make_cli("--model=Wide", "--data=Data", subclass_mode_model=True, subclass_mode_data=True, run=False)
+    cli = make_cli(
+        "--model=command_line.Wide",
+        "--data=command_line.Data",
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+    )
     assert type(cli.model) is Wide and type(cli.datamodule) is Data
 
 

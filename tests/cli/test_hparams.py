@@ -19,7 +19,7 @@ NAME = "lightning.pytorch.cli.instantiate_module"
 SAVING = {"enable_checkpointing": True}
 
 
-class Part2(torch.nn.Module):
+class HoldsPart(torch.nn.Module):
     """Holds another."""
 
     def __init__(self, inner: Part):
@@ -27,7 +27,7 @@ class Part2(torch.nn.Module):
         self.inner = inner
 
 
-class Nested(Regression):
+class HoldsModules(Regression):
     def __init__(self, outer: torch.nn.Module, inner_model: Net, factor: float = 2.0):
         super().__init__()
         self.save_hyperparameters()
@@ -59,7 +59,7 @@ def test_objects_are_stored_as_paths_and_arguments_and_are_objects_again_when_lo
 
 def test_the_subclass_is_stored_and_models_inside_keep_their_own():
     cli = make_cli(
-        "fit", "--model=Nested", "--model.outer=Part2", "--model.outer.inner.size=5", "--model.inner_model=Wide",
+        "fit", "--model=HoldsModules", "--model.outer=HoldsPart", "--model.outer.inner.size=5", "--model.inner_model=command_line.Wide",
         "--model.inner_model.height=6", model=None, trainer=SAVING,
     )  # fmt: skip
     assert (
@@ -68,9 +68,9 @@ def test_the_subclass_is_stored_and_models_inside_keep_their_own():
     )
     assert "_instantiator" not in cli.model.inner_model.hparams
     stored = torch.load(saved(cli), weights_only=True)["hyper_parameters"]
-    assert next(iter(stored)) == "_class_path" and stored["_class_path"].endswith("Nested")
+    assert next(iter(stored)) == "_class_path" and stored["_class_path"].endswith("HoldsModules")
     loaded = LightningModule.load_from_checkpoint(saved(cli))
-    assert type(loaded) is Nested and type(loaded.inner_model) is Wide and loaded.inner_model.height == 6
+    assert type(loaded) is HoldsModules and type(loaded.inner_model) is Wide and loaded.inner_model.height == 6
     assert loaded.outer.inner.size == 5
 
 
@@ -118,8 +118,8 @@ def test_a_checkpoint_on_the_command_line_brings_its_hyper_parameters(capsys):
 
 
 def test_so_does_one_of_a_subclass():
-    path = saved(make_cli("fit", "--model=Wide", "--model.height=4", model=None, trainer=SAVING))
-    cli = make_cli("validate", "--model=Wide", f"--ckpt_path={path}", model=None)
+    path = saved(make_cli("fit", "--model=command_line.Wide", "--model.height=4", model=None, trainer=SAVING))
+    cli = make_cli("validate", "--model=command_line.Wide", f"--ckpt_path={path}", model=None)
     assert type(cli.model) is Wide and cli.model.height == 4
 
 
