@@ -39,15 +39,14 @@ def given_hyperparameters(cls: type, values: Mapping[str, Any]) -> Iterator[None
 
 
 def _configured_arguments(obj: object, found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments of `obj` as they were given for it; those that were not, such as linked ones, as they are found.
+    """The arguments of `obj` as they were given for it; others, such as linked ones and those of bases, as they are found.
 
     None if nothing was given.
     """
     cls, values = _given.get() or (None, {})
     if type(obj) is not cls:
         return None
-    own = inspect.signature(cls).parameters
-    return {**values, **{name: found[name] for name in own if name in found and name not in values}}
+    return {**values, **{name: value for name, value in found.items() if name not in values}}
 
 
 class HyperparametersMixin:

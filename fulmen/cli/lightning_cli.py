@@ -220,20 +220,22 @@ class LightningCLI:
     def _read_hparams_of_checkpoint(self) -> None:
         """The hyper-parameters stored in `--ckpt_path` become those of the model."""
         command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
-        if not path or not os.path.isfile(path):
+        file = self.config[command].get("ckpt_path") if command else None
+        if not file or not os.path.isfile(file):
             return
-        stored = dict(read_checkpoint(path, "cpu", None).get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
+        stored = dict(read_checkpoint(file, "cpu", None).get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY) or {})
         stored.pop("_instantiator", None)
         if not stored:
             return
-        if "_class_path" in stored:
-            stored = {"class_path": stored.pop("_class_path"), "dict_kwargs": stored}
+        path = stored.pop("_class_path", None)
+        stored = own_arguments(self.model_class if path is None else import_class(path), stored)
+        if path is not None:
+            stored = {"class_path": path, "dict_kwargs": stored}
         before = self.config[command].get("model")
         try:
             self.config = self.parser.parse_object({command: {"model": stored}}, self.config)
         except SystemExit:
-            sys.stderr.write(f"Parsing of ckpt_path hyperparameters failed! They are those in {os.fspath(path)!r}.\n")
+            sys.stderr.write(f"Parsing of ckpt_path hyperparameters failed! They are those in {os.fspath(file)!r}.\n")
             raise
         new = self.config[command].get("model")
         for name, value in arguments_given(self.model_class, before).items():
@@ -386,6 +388,16 @@ class LightningCLI:
         method = getattr(self, name, None)
         if callable(method):
             method()
+
+
+def own_arguments(source: Callable[..., Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that only base classes take: their constructors are called by that of the class."""
+    own = inspect.signature(source).parameters.values()
+    if not inspect.isclass(source) or any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+        return dict(stored)
+    of_bases = {name for base in source.__mro__[1:] for name in inspect.signature(base.__init__).parameters}
+    names = {parameter.name for parameter in own}
+    return {name: value for name, value in stored.items() if name in names or name not in of_bases}
 
 
 def arguments_given(source: Callable[..., Any], config: Namespace | None) -> dict[str, Any]:
