@@ -395,7 +395,8 @@ def own_arguments(source: Callable[..., Any], stored: Mapping[str, Any]) -> dict
     own = inspect.signature(source).parameters.values()
     if not inspect.isclass(source) or any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
         return dict(stored)
-    of_bases = {name for base in source.__mro__[1:] for name in inspect.signature(base.__init__).parameters}
+    constructors = [vars(base)["__init__"] for base in source.__mro__[1:] if "__init__" in vars(base)]
+    of_bases = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     names = {parameter.name for parameter in own}
     return {name: value for name, value in stored.items() if name in names or name not in of_bases}
 
