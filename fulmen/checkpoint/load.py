@@ -134,8 +134,7 @@ def _build_object(
 ) -> Any:  # fmt: skip
     """The new object, from the arguments its constructor accepts."""
     cls = _class_to_build(cls, stored.get("_instantiator"), stored.pop("_class_path", None))
-    if stored.pop("_instantiator", None) is not None:
-        stored |= _rebuilt_arguments(cls, stored, kwargs, trusted)
+    stored |= _rebuilt_arguments(cls, stored, kwargs, trusted)
     signature = _Signature(parameters_of(cls.__init__)[1:])  # type: ignore[misc]
     accepted = signature.accepted
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
@@ -158,7 +157,9 @@ def _build_object(
 
 
 def _rebuilt_arguments(cls: type, stored: dict[str, Any], kwargs: dict[str, Any], trusted: bool) -> dict[str, Any]:
-    """Those of a command line, but for what `kwargs` replace anyway."""
+    """Those that a command line has stored, but for what `kwargs` replace anyway."""
+    if stored.pop("_instantiator", None) is None:
+        return {}
     needed = {name: value for name, value in stored.items() if name not in kwargs}
     return rebuild_arguments(cls, needed, trusted) if holds_class_paths(needed) else needed
 
