@@ -75,7 +75,7 @@ def is_imported_as(cls: type, path: str) -> bool:
     return find_imported(path) is cls
 
 
-def holds_class_paths(value: Any) -> bool:
+def holds_class_paths(value: object) -> bool:
     """Is there an object in it that is described by its class path?"""
     if isinstance(value, Mapping):
         return isinstance(value.get("class_path"), str) or any(map(holds_class_paths, value.values()))
@@ -102,14 +102,14 @@ def rebuild_arguments(cls: type, stored: Mapping[str, Any], trusted: bool) -> di
     return {**stored, **(vars(built) if built is not None else {})}
 
 
-def _class_paths(value: Any) -> list[str]:
+def _class_paths(value: object) -> list[str]:
     if isinstance(value, Mapping):
         own = [value["class_path"]] if isinstance(value.get("class_path"), str) else []
         return [*own, *(path for item in value.values() for path in _class_paths(item))]
     return [path for item in value for path in _class_paths(item)] if isinstance(value, (list, tuple)) else []
 
 
-def refuse_unless_model_part(found: Any, path: str) -> None:
+def refuse_unless_model_part(found: object, path: str) -> None:
     """Raises for what a file from anywhere may not have built."""
     if inspect.isclass(found) and issubclass(found, MODEL_PARTS):
         return

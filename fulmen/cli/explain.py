@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import yaml
 from torch.optim import Optimizer
@@ -112,12 +111,12 @@ def _locate_key(key: str, files: Iterable[str]) -> str | None:
     return None
 
 
-def _read_nodes(path: str) -> Any:
+def _read_nodes(path: str) -> yaml.Node | None:
     with open(path, encoding="utf-8") as file:
         return yaml.compose(file, Loader=yaml.SafeLoader)
 
 
-def _line_of(node: Any, parts: list[str]) -> int | None:
+def _line_of(node: yaml.Node | None, parts: list[str]) -> int | None:
     """Line of a key below a node; a file for one verb may leave out the verb, or the other way round."""
     if not isinstance(node, yaml.MappingNode):
         return None
@@ -128,6 +127,6 @@ def _line_of(node: Any, parts: list[str]) -> int | None:
     return _line_of(node, parts[1:]) if len(parts) > 1 else None
 
 
-def _skips_level(node: Any) -> bool:
+def _skips_level(node: yaml.Node) -> bool:
     """A value that is no mapping is itself what is wrong below this key."""
     return not isinstance(node, yaml.MappingNode)

@@ -267,7 +267,7 @@ class LightningCLI:
                 maker = RememberingInstantiator(self.config_dump.get(key) or {})
                 self._instantiators.append((maker, cls, subclasses))
 
-    def _get(self, config: Namespace, key: str, default: Any = None) -> Any:
+    def _get(self, config: Namespace, key: str, default: object = None) -> Any:
         """The value in the part of the configuration that belongs to the command."""
         return config.get(key if self.subcommand is None else f"{self.subcommand}.{key}", default)
 
@@ -412,7 +412,7 @@ def arguments_given(source: Callable[..., Any], config: Namespace | None) -> dic
     return {name: value for name, value in plain.items() if name in parameters and value != parameters[name].default}
 
 
-def as_list(value: Any) -> list[Any]:
+def as_list(value: object) -> list[Any]:
     """None is nothing, and one object is a list of it."""
     if value is None:
         return []

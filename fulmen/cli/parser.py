@@ -14,6 +14,7 @@ import torch
 from jsonargparse import (
     ActionConfigFile,
     ArgumentParser,
+    Namespace,
     class_from_function,
     register_unresolvable_import_paths,
     set_parsing_settings,
@@ -45,7 +46,9 @@ REGISTERED = {"accelerator": Union[str, Accelerator], "strategy": Union[str, Str
 class ConfigFile(ActionConfigFile):
     """The option `--config`, which remembers the files it was given, so that errors can name a line of them."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: LightningArgumentParser, cfg: Namespace, values: object, option_string: str | None = None
+    ) -> None:
         parser.files_read.append(str(values))
         super().__call__(parser, cfg, values, option_string)
 
@@ -164,7 +167,7 @@ class LightningArgumentParser(ArgumentParser):
         self._add_classes(lr_scheduler_class, nested_key, "optimizer")
         self.lr_scheduler_keys[nested_key] = (lr_scheduler_class, link_to)
 
-    def _add_classes(self, classes: Any, nested_key: str, given_later: str) -> None:
+    def _add_classes(self, classes: object, nested_key: str, given_later: str) -> None:
         options: dict[str, Any] = {"instantiate": False, "fail_untyped": False, "skip": {given_later}}
         if isinstance(classes, tuple):
             self.add_subclass_arguments(classes, nested_key, required=False, **options)
