@@ -29,7 +29,12 @@ class Command(NamedTuple):
     extra: str = ""
 
 
+_TRAINING = "fulmen.console.training"
 COMMANDS = {
+    "fit": Command("train a model that is named by its import path", f"{_TRAINING}:run_fit", "jsonargparse", "cli"),
+    "validate": Command("run its validation alone", f"{_TRAINING}:run_validate", "jsonargparse", "cli"),
+    "test": Command("run its test", f"{_TRAINING}:run_test", "jsonargparse", "cli"),
+    "predict": Command("run its prediction", f"{_TRAINING}:run_predict", "jsonargparse", "cli"),
     "demo": Command("train, test and predict on small images of digits", "fulmen.console.demo:run_demo"),
     "doctor": Command(
         "say what is installed here, what is missing and what is wrong", "fulmen.console.doctor:run_doctor"
