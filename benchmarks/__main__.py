@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("calls", "imports", "overhead", "fabric", "autoencoder", "precision", "memory", "ddp", "async_save")
+NAMES = ("calls", "imports", "overhead", "fabric", "lr_find", "autoencoder", "precision", "memory", "ddp", "async_save")
 
 if __name__ == "__main__":
     failed = []

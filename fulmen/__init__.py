@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fulmen import plugins as plugins
     from fulmen import profilers as profilers
     from fulmen import strategies as strategies
+    from fulmen import tuner as tuner
     from fulmen import utilities as utilities
     from fulmen.callbacks.callback import Callback
     from fulmen.datamodule import LightningDataModule
