@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
 import torch
 
-from fulmen import settings
+from fulmen import loops, settings
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint
 from fulmen.callbacks.saved_files import folder_of_run
@@ -34,7 +34,6 @@ from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.progress import Loop
 from fulmen.loops.signals import Signals
 from fulmen.loops.supervised_run import TrainerRun
-from fulmen.loops.trials import Trials, open_trials
 from fulmen.metrics.logbook import LogBook
 from fulmen.metrics.values import fetch_numbers
 from fulmen.module import LightningModule, missing_super_init
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from fulmen.engine.cluster import ClusterEnvironment
     from fulmen.engine.precision import Precision
     from fulmen.engine.sync_batchnorm import LayerSync
+    from fulmen.loops.trials import Trials
     from fulmen.profilers.profiler import Profiler
     from fulmen.storage.checkpoint_io import CheckpointIO
     from fulmen.utilities.types import (
@@ -780,7 +780,7 @@ class Trainer(TrainerProperties):
         Arguments:
             limits: `limit_train_batches` and the like, for the trials.
         """
-        return open_trials(self, callbacks, limits)
+        return loops.open_trials(self, callbacks, limits)
 
     @property
     def prediction_writers(self) -> list[Any]:
