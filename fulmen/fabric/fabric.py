@@ -70,6 +70,7 @@ class Fabric(FabricProcess):
 
     Examples:
         >>> import torch
+        >>> import torch
         >>> fabric = Fabric(accelerator="cpu")
         >>> model = nn.Linear(2, 1)
         >>> model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
