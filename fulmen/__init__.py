@@ -12,18 +12,20 @@ __version__ = "0.1.0"
 serve_deep_paths()
 
 __all__ = [
-    "Callback", "Fabric", "LightningDataModule", "LightningModule", "SyncBatchNorm", "Trainer",
-    "disable_possible_user_warnings", "seed_everything",
+    "LIGHTNING_LOGO", "Callback", "Fabric", "LightningDataModule", "LightningModule", "SyncBatchNorm", "Trainer",
+    "cli_lightning_logo", "disable_possible_user_warnings", "seed_everything",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from fulmen import accelerators as accelerators
     from fulmen import callbacks as callbacks
     from fulmen import cli as cli
+    from fulmen import demos as demos
     from fulmen import fabric as fabric
     from fulmen import loggers as loggers
     from fulmen import plugins as plugins
     from fulmen import profilers as profilers
+    from fulmen import serve as serve
     from fulmen import strategies as strategies
     from fulmen import tuner as tuner
     from fulmen import utilities as utilities
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from fulmen.fabric.fabric import Fabric
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
+    from fulmen.utilities.console import LIGHTNING_LOGO, cli_lightning_logo
     from fulmen.utilities.errors import disable_possible_user_warnings
     from fulmen.utilities.seed import seed_everything
 else:

@@ -1,4 +1,4 @@
-"""Leaving Python: ONNX and TorchScript files of a module."""
+"""Leaving Python: ONNX, TorchScript and TensorRT files of a module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -66,6 +66,58 @@ def to_torchscript(
     if file_path is not None:
         atomic_write(file_path, lambda file: torch.jit.save(converted, file))
     return converted
+
+
+def to_tensorrt(
+    module: LightningModule, file_path: str | os.PathLike[str] | IO[bytes] | None = None, input_sample: Any = None,
+    ir: Literal["default", "dynamo", "ts"] = "default",
+    output_format: Literal["exported_program", "torchscript"] = "exported_program", retrace: bool = False,
+    default_device: str | torch.device = "cuda", **compile_kwargs: Any,
+) -> Any:  # fmt: skip
+    """The module compiled for TensorRT, in eval mode, and as a file if a path is given.
+
+    Args:
+        file_path: of the file to write; an open file for "ts" only.
+        input_sample: as for `to_onnx`; by default ``module.example_input_array``.
+        ir: through which representation it is compiled: "dynamo" (which "default" is, too) or "ts", TorchScript.
+        output_format: of the file; "ts" can write "torchscript" only.
+        retrace: trace the compiled module again when it is saved.
+        default_device: where it is compiled; the module is moved there, and back.
+        **compile_kwargs: for `torch_tensorrt.compile`, such as ``enabled_precisions``.
+
+    Returns:
+        What `torch_tensorrt.compile` returns.
+
+    Raises:
+        ModuleNotFoundError: `torch_tensorrt` is not installed.
+        ValueError: there is no input, or arguments do not go together.
+    """
+    tensorrt = import_optional("torch_tensorrt", f"by `{type(module).__name__}.to_tensorrt`")
+    if ir not in ("default", "dynamo", "ts"):
+        raise ValueError(f"`to_tensorrt(ir={ir!r})` is not known. Use 'default', 'dynamo' or 'ts'.")
+    if output_format not in ("exported_program", "torchscript"):
+        what = f"`to_tensorrt(output_format={output_format!r})` is not known."
+        raise ValueError(f"{what} Use 'exported_program' or 'torchscript'.")
+    if ir == "ts" and output_format != "torchscript" and file_path is not None:
+        what = f"`to_tensorrt(ir='ts')` compiles TorchScript, which cannot be saved as {output_format!r}."
+        raise ValueError(f"{what} Pass `output_format='torchscript'`.")
+    before = module.device
+    module.to(default_device)
+    try:
+        positional, named = _inputs(module, input_sample, "to_tensorrt")
+        inputs = {"arg_inputs": positional, "kwarg_inputs": named} if named else {"inputs": positional}
+        with _evaluating(module):
+            compiled = tensorrt.compile(module, ir=ir, **inputs, **compile_kwargs)
+            if file_path is not None and ir == "ts":
+                write_jit = lambda file: torch.jit.save(compiled, file)  # noqa: E731
+                atomic_write(file_path, write_jit) if isinstance(file_path, (str, os.PathLike)) else write_jit(
+                    file_path
+                )
+            elif file_path is not None:
+                tensorrt.save(compiled, file_path, output_format=output_format, retrace=retrace, **inputs)
+    finally:
+        module.to(before)
+    return compiled
 
 
 def _inputs(

@@ -204,7 +204,6 @@ REMOVED_HOOKS: dict[str, str] = {
     for stage, hook in (("training", "train"), ("validation", "validation"), ("test", "test"), ("predict", "predict"))
     for old, new in (("epoch_end", "epoch_end"), ("step_end", "batch_end"))
 } | {
-    "configure_sharded_model": "configure_model",
     "on_before_accelerator_backend_setup": "setup",
     "on_configure_sharded_model": "setup",
     "on_batch_start": "on_train_batch_start",
@@ -386,6 +385,9 @@ class ModelHooks:
             ...         if self.layer is None:
             ...             self.layer = torch.nn.Linear(1024, 1024)
         """
+
+    def configure_sharded_model(self) -> None:
+        """Deprecated: use `configure_model`, whose layers are made on the device of the run and in its dtype."""
 
 
 class DataHooks:

@@ -791,6 +791,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
 
     to_onnx = export.to_onnx
     to_torchscript = export.to_torchscript
+    to_tensorrt = export.to_tensorrt
 
     @ClassOnlyMethod
     def load_from_checkpoint(

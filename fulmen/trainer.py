@@ -17,6 +17,7 @@ from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint
 from fulmen.callbacks.saved_files import folder_of_run
 from fulmen.checkpoint import paths
+from fulmen.checkpoint.pruned import fit_pruning
 from fulmen.checkpoint.snapshot import Snapshot, collect_checkpoint
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
@@ -523,11 +524,12 @@ class Trainer(TrainerProperties):
         module = self.lightning_module
         if module.state_dict().keys() != packed["weights"].keys():
             module.configure_model()  # so that there are layers to load the weights into
+        weights = fit_pruning(packed["weights"], module.state_dict())
         nowhere = any(parameter.is_meta for parameter in module.parameters())
         for name, tensor in module.state_dict(keep_vars=True).items() if not nowhere else ():
             if isinstance(tensor, torch.Tensor):  # the precision may have made it another type
-                tensor.data = tensor.data.to(packed["weights"][name].dtype)
-        module.load_state_dict(packed["weights"], assign=nowhere)
+                tensor.data = tensor.data.to(weights[name].dtype)
+        module.load_state_dict(weights, assign=nowhere)
         changed = dict(packed["callbacks"])
         for key, callback in self._keyed_callbacks():
             vars(callback).update(changed.get(key, {}))
@@ -712,6 +714,9 @@ class Trainer(TrainerProperties):
         if overrides_method(module, "configure_model", LightningModule):
             with self.strategy.tensor_init_context(), self.strategy.model_sharded_context():
                 module.configure_model()
+        elif overrides_method(module, "configure_sharded_model", LightningModule):
+            with self.strategy.model_sharded_context():
+                module.configure_sharded_model()
 
     def compile_hooks(self) -> HookPlan:
         """A fresh plan of who listens to which hook; cheap, made whenever that may have changed."""

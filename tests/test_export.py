@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from support import Regression
 
 import fulmen as pl
 from fulmen.utilities.errors import LightningDeprecationWarning
+from fulmen.utilities.optional import is_installed
 
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs onnx")
 needs_onnxscript = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
@@ -136,3 +139,65 @@ def test_a_module_without_a_trainer_is_traced_scripted_and_drawn(tmp_path):
     assert list(tmp_path.rglob("events*"))
     with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):
         _ = module.trainer
+
+
+class Engine:
+    """What a compiler of TensorRT is asked for; the real one needs an NVIDIA GPU."""
+
+    def __init__(self, module, **options):
+        self.module = module
+        self.options = options
+        self.training = module.training
+
+    def __call__(self, x):
+        return self.module(x)
+
+
+@pytest.fixture
+def tensorrt(monkeypatch, tmp_path):
+    """A package of the name and the functions that are called, which records what it gets."""
+    (tmp_path / "torch_tensorrt.py").write_text(
+        "saved = []\n"
+        "def compile(module, **options):\n    from test_export_engine import Engine\n    return Engine(module, **options)\n"
+        "def save(compiled, path, **options):\n    saved.append((path, options))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "test_export_engine", sys.modules[__name__])
+    is_installed.cache_clear()
+    yield importlib.import_module("torch_tensorrt")
+    sys.modules.pop("torch_tensorrt")
+    is_installed.cache_clear()
+
+
+def test_tensorrt_gets_the_module_in_eval_mode_with_its_inputs(net, x, tensorrt, tmp_path):
+    net.train()
+    engine = net.to_tensorrt(tmp_path / "net.ep", x, default_device="cpu", enabled_precisions={torch.float16})
+    assert engine.module is net and not engine.training and net.training
+    assert engine.options["ir"] == "default" and engine.options["enabled_precisions"] == {torch.float16}
+    assert torch.equal(engine.options["inputs"][0], x)
+    [(path, options)] = tensorrt.saved
+    assert (
+        path == tmp_path / "net.ep" and options["output_format"] == "exported_program" and options["retrace"] is False
+    )
+    net.example_input_array = {"x": x}
+    named = net.to_tensorrt(default_device="cpu", ir="dynamo").options
+    assert named["arg_inputs"] == () and torch.equal(named["kwarg_inputs"]["x"], x) and len(tensorrt.saved) == 1
+    for options, words in (
+        ({"ir": "onnx"}, "`to_tensorrt\\(ir='onnx'\\)` is not known"),
+        ({"output_format": "onnx"}, "output_format='onnx'"),
+        ({"ir": "ts", "file_path": "a.ts"}, "Pass `output_format='torchscript'`"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            net.to_tensorrt(**options)
+
+
+@scripts
+def test_torchscript_for_tensorrt_is_saved_as_a_file(net, x, tensorrt, monkeypatch, tmp_path):
+    monkeypatch.setattr(tensorrt, "compile", lambda module, inputs, **options: torch.jit.trace(module, inputs))
+    net.to_tensorrt(tmp_path / "net.ts", x, ir="ts", output_format="torchscript", default_device="cpu")
+    assert torch.equal(torch.jit.load(tmp_path / "net.ts")(x), expected(net, x))
+
+
+def test_without_the_package_it_says_what_to_install(net):
+    with pytest.raises(ModuleNotFoundError, match="`torch_tensorrt` is needed by `Net.to_tensorrt`.*pip install"):
+        net.to_tensorrt()

@@ -10,6 +10,7 @@ from support import Regression, make_loader, make_trainer
 from torch import nn
 
 import fulmen as pl
+from fulmen.utilities.errors import LightningDeprecationWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*validation_step")
 
@@ -153,6 +154,27 @@ def test_configure_model_makes_layers_when_the_run_begins():
     assert layer.weight.dtype is torch.float64
     trainer.validate(model, make_loader(), verbose=False)
     assert model.layer is layer
+
+
+def test_the_older_hook_that_makes_layers_still_does():
+    class Late(Regression):
+        def __init__(self):
+            super().__init__()
+            self.layer = None
+
+        def configure_sharded_model(self):
+            self.layer = self.layer or nn.Linear(4, 1)
+
+    class Both(Late):
+        def configure_model(self):
+            raise AssertionError
+
+    model = Late()
+    with pytest.warns(LightningDeprecationWarning, match=r"`Late.configure_sharded_model` is deprecated. Rename it"):
+        make_trainer(limit_val_batches=0).fit(model, make_loader())
+    assert isinstance(model.layer, nn.Linear)
+    with pytest.raises(RuntimeError, match="`Both` has `configure_model` and `configure_sharded_model`"):
+        make_trainer().fit(Both(), make_loader())
 
 
 def test_hooks_may_call_the_versions_they_replace():

@@ -100,6 +100,7 @@ class ModelPruning(Callback):
         if verbose not in (0, 1, 2):
             raise MisconfigurationException(f"`verbose={verbose!r}` must be one of 0, 1 and 2.")
         self._chosen = parameters_to_prune
+        self._chosen_paths: list[tuple[str, str]] = []  # the same in words, which a copy of the module understands
         self._use_global_unstructured = use_global_unstructured
         self.pruning_fn, self._method_name = _choose_function(
             pruning_fn, use_global_unstructured, pruning_dim, pruning_norm
@@ -169,9 +170,13 @@ class ModelPruning(Callback):
 
     def _collect_parameters(self, pl_module: LightningModule) -> None:
         """Finds the parameters to prune, and keeps their values."""
+        if self._chosen_paths:
+            self._chosen = [(pl_module.get_submodule(path), name) for path, name in self._chosen_paths]
         found = self.sanitize_parameters_to_prune(pl_module, self._chosen, self._parameter_names)
         self._parameters_to_prune = list(self.filter_parameters_to_prune(found))
         paths = {id(part): path for path, part in pl_module.named_modules()}
+        if self._chosen:
+            self._chosen_paths = [(paths[id(layer)], name) for layer, name in self._chosen]
         self._names = [f"{paths.get(id(layer), '')}.{name}" for layer, name in self._parameters_to_prune]
         self._check_sizes()
         if not self._use_lottery_ticket_hypothesis:
@@ -276,9 +281,9 @@ class ModelPruning(Callback):
             what = "`ModelPruning` put the parameters back to their values before training, and training ended there."
             fix = "Pass `use_lottery_ticket_hypothesis=False`, or a function of the epoch that spares the last one."
             rank_zero_warn(f"{what} {fix}")
+        self._stored = self.state_dict()  # what is saved from now on, and a second fit, continue as well
         if self._make_pruning_permanent:
             rank_zero_debug("`ModelPruning` makes pruning permanent at the end of training.")
-            self._stored = self.state_dict()  # what is saved from now on continues as well
             self.make_pruning_permanent(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -354,7 +359,9 @@ class ModelPruning(Callback):
                 rank_zero_info(f"Applied `{self._method_name}` to {where}. Pruned: {old} -> {new}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_strategy": None}  # of a run and its process
+        of_run: dict[str, Any] = {"_strategy": None, "_parameters_to_prune": [], "_names": [], "_unpruned_layers": {}}
+        chosen = () if self._chosen_paths else self._chosen
+        return {**vars(self), **of_run, "_chosen": chosen, "_stored": self.state_dict()}
 
 
 def _choose_function(

@@ -20,6 +20,7 @@ from fulmen.utilities.lazy import has_module, missing_module, missing_name
 # looked up in their order.
 TABLE = """
 module: core core.module  datamodule: core core.datamodule  hooks: core.hooks  optimizers: core core.optimizer
+compat.saving: core.saving
 hparams: core.mixins core.mixins.hparams_mixin core.saving utilities.parsing  checkpoint.load: core.saving
 trainer: trainer.trainer
 
@@ -44,12 +45,12 @@ profilers.profiler: profilers.advanced profilers.base profilers.simple
 
 data.combined: utilities.combined_loader  data.loaders: utilities.data
 checkpoint.consolidate: utilities.consolidate_checkpoint
-checkpoint.upgrade: utilities.upgrade_checkpoint  checkpoint.lightning_format: utilities.migration utilities.migration.utils
+checkpoint.upgrade: utilities.upgrade_checkpoint  compat.migration: utilities.migration utilities.migration.utils
 utilities.collections: utilities.data utilities.parsing  utilities.arguments: utilities.parsing
 utilities.errors: utilities.exceptions utilities.warnings
 utilities.introspection: utilities.model_helpers utilities.signature_utils
 utilities.modules: utilities.compile utilities.grads utilities.parameter_tying utilities.parsing
-utilities.model_summary: utilities.model_summary.model_summary
+utilities.model_summary: utilities.model_summary.model_summary utilities.model_summary.model_summary_deepspeed
 utilities.types: trainer.states utilities.enums
 
 engine.accelerators: accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps

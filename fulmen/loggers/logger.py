@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -112,6 +112,45 @@ class DummyLogger(DummyExperiment, Logger):
 
     name = version = ""
     log_metrics = log_hyperparams = DummyExperiment.__call__
+
+    @property
+    def experiment(self) -> DummyExperiment:
+        """An object that accepts any call and forgets it."""
+        return DummyExperiment()
+
+
+def _take_mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def merge_dicts(
+    dicts: Sequence[Mapping[str, Any]],
+    agg_key_funcs: Mapping[str, Any] | None = None,
+    default_func: Callable[[Sequence[float]], float] = _take_mean,
+) -> dict[str, Any]:
+    """One dictionary of several: of each key, one value is made of all that there are.
+
+    Args:
+        dicts: metrics by name, nested or not.
+        agg_key_funcs: by name, the function that makes one value of several; nested as the metrics are.
+        default_func: the function for all other names; by default the mean.
+
+    Returns:
+        A new dictionary with all the names.
+
+    Examples:
+        >>> merge_dicts([{"loss": 1.0, "best": 3}, {"loss": 2.0, "best": 1}], agg_key_funcs={"best": min})
+        {'loss': 1.5, 'best': 1}
+    """
+    functions = agg_key_funcs or {}
+    merged: dict[str, Any] = {}
+    for key in dict.fromkeys(key for metrics in dicts for key in metrics):
+        values = [metrics[key] for metrics in dicts if key in metrics]
+        if isinstance(values[0], Mapping):
+            merged[key] = merge_dicts(values, functions.get(key), default_func)
+        else:
+            merged[key] = functions.get(key, default_func)(values)
+    return merged
 
 
 class ExperimentLogger(Logger):

@@ -25,7 +25,7 @@ from fulmen.utilities.errors import (
     is_one_letter_apart,
 )
 from fulmen.utilities.introspection import overrides_method, parameters_of, texts_compared_with
-from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
 from fulmen.utilities.types import TrainerFn
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def check_configuration(trainer: Trainer) -> None:
     for owner, base in (*owners, *((callback, Callback) for callback in trainer.callbacks)):
         check_hook_names(owner, base)
         check_stage_names(owner, base)
+    _check_configure_model(module)
     kind, *signatures = NEEDED[verb.value]
     for signature in signatures:
         if not overrides_method(module, signature.partition("(")[0], LightningModule):
@@ -68,6 +69,17 @@ def check_configuration(trainer: Trainer) -> None:
             check_iterable(loader, source.display_name)
     if verb == TrainerFn.FITTING:
         _resolve_durations(trainer)
+
+
+def _check_configure_model(module: LightningModule) -> None:
+    """Warns of the older of two hooks that make layers; raises if there are both, as only one is called."""
+    name = type(module).__name__
+    if overrides_method(module, "configure_sharded_model", LightningModule):
+        if overrides_method(module, "configure_model", LightningModule):
+            what = f"`{name}` has `configure_model` and `configure_sharded_model`, of which only one can be called."
+            raise RuntimeError(f"{what} Remove the second, which is deprecated.")
+        what = f"`{name}.configure_sharded_model` is deprecated."
+        rank_zero_deprecation(f"{what} Rename it to `configure_model`, whose layers are made on the device of the run.")
 
 
 def _check_predict_step(module: LightningModule) -> None:

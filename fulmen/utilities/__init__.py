@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fulmen.utilities.lazy import lazy_exports
 
 __all__ = [
-    "AttributeDict", "CombinedLoader", "GradClipAlgorithmType", "LightningEnum", "MisconfigurationException",
+    "FLOAT16_EPSILON", "FLOAT32_EPSILON", "FLOAT64_EPSILON", "AttributeDict", "CombinedLoader", "GradClipAlgorithmType", "LightningEnum", "MisconfigurationException",
     "Throughput", "apply_to_collection", "disable_possible_user_warnings", "find_shared_parameters", "grad_norm",
     "is_picklable", "measure_flops", "move_data_to_device", "rank_zero_debug", "rank_zero_deprecation",
     "rank_zero_info", "rank_zero_only", "rank_zero_warn", "seed_everything", "set_shared_parameters",
@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     )
     from fulmen.utilities.seed import seed_everything
     from fulmen.utilities.throughput import Throughput, measure_flops
-    from fulmen.utilities.types import GradClipAlgorithmType, LightningEnum
+    from fulmen.utilities.types import (
+        FLOAT16_EPSILON,
+        FLOAT32_EPSILON,
+        FLOAT64_EPSILON,
+        GradClipAlgorithmType,
+        LightningEnum,
+    )
 else:
     __getattr__, __dir__ = lazy_exports(__name__)

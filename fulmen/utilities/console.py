@@ -7,6 +7,26 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+LIGHTNING_LOGO = r"""
+     __
+    / /    fulmen
+   / /_
+  /__  /   trains PyTorch modules
+    / /
+   /_/
+"""
+
+
+def cli_lightning_logo() -> None:
+    """Prints `LIGHTNING_LOGO`.
+
+    Examples:
+        >>> cli_lightning_logo()  # doctest: +ELLIPSIS
+        <BLANKLINE>
+        ...fulmen...
+    """
+    print(LIGHTNING_LOGO)
+
 
 def format_table(columns: Sequence[tuple[str, Sequence[str]]]) -> str:
     """Columns, each with its header, as lines of text between two rules."""

@@ -49,6 +49,8 @@ def count_parameters(parameters: Iterable[Tensor]) -> int:
 
 def _shape_in_use(parameter: Tensor) -> Iterable[int]:
     """The shape that a parameter stands for."""
+    if hasattr(parameter, "ds_numel"):  # DeepSpeed keeps the parameter elsewhere, and leaves an empty one here
+        return (parameter.ds_numel,)
     # bitsandbytes packs 4-bit weights into fewer elements, and has this beside them once they are packed.
     packed = parameter.quant_state if hasattr(parameter, "quant_state") else None
     return parameter.shape if packed is None else packed.shape or parameter.shape
@@ -232,6 +234,43 @@ class ModelSummary:
         return format_summary(self.columns(), *numbers, self.total_training_modes, self.total_flops)
 
     __repr__ = __str__
+
+
+class DeepSpeedSummary(ModelSummary):
+    """A `ModelSummary` of a model whose parameters DeepSpeed spreads over processes (stage 3).
+
+    The numbers of parameters are those of the whole model, and one more column has the share of this process.
+
+    Args:
+        model: as for `ModelSummary`; parameters that are not spread count as they are.
+        max_depth: as for `ModelSummary`.
+
+    Examples:
+        >>> summary = DeepSpeedSummary(nn.Sequential(nn.Linear(2, 3)))
+        >>> summary.param_nums, summary.parameters_per_layer
+        ([9], [9])
+    """
+
+    @property
+    def parameters_per_layer(self) -> list[int]:
+        """How many numbers of each layer this process holds."""
+        return [sum(map(_count_local, part.parameters())) for _, part in self.named_modules]
+
+    def columns(self) -> list[tuple[str, list[str]]]:
+        """The table by column, with one more after the numbers of parameters."""
+        table = super().columns()
+        shares = [_format_count(number) for number in self.parameters_per_layer]
+        rows = len(table[0][1])
+        after = [header for header, _ in table].index("Params") + 1
+        table.insert(after, ("Params per Device", shares + ["n/a"] * (rows - len(shares))))
+        return table
+
+
+def _count_local(parameter: Any) -> int:
+    """The numbers of a parameter that this process holds."""
+    if hasattr(parameter, "partition_numel"):  # of DeepSpeed
+        return int(parameter.partition_numel())
+    return count_parameters([parameter])
 
 
 def label_totals(

@@ -72,6 +72,12 @@ LRSchedulerTypeUnion = LRScheduler | ReduceLROnPlateau
 LRSchedulerPLType = LRSchedulerTypeUnion
 
 
+# The distance from 1.0 to the next number of that type.
+FLOAT16_EPSILON = torch.finfo(torch.float16).eps
+FLOAT32_EPSILON = torch.finfo(torch.float32).eps
+FLOAT64_EPSILON = torch.finfo(torch.float64).eps
+
+
 class LightningEnum(str, Enum):
     """String enumeration whose members equal their value in any case: ``TrainerFn.FITTING == "fit" == "Fit"``."""
 
@@ -107,6 +113,16 @@ class TrainerStatus(LightningEnum):
     RUNNING = "running"
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
+
+    @property
+    def stopped(self) -> bool:
+        """Has the run ended, in one way or the other?
+
+        Examples:
+            >>> [status.stopped for status in TrainerStatus]
+            [False, False, True, True]
+        """
+        return self in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
 
 
 class TrainerFn(LightningEnum):
@@ -163,7 +179,7 @@ class TrainerState:
 
     @property
     def stopped(self) -> bool:
-        return self.status in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
+        return self.status.stopped
 
 
 @dataclass

@@ -14,6 +14,7 @@ from fulmen.loggers.logger import (
     DummyLogger,
     as_dict,
     flatten_params,
+    merge_dicts,
     plain_value,
     rank_zero_experiment,
     write_yaml,
@@ -134,3 +135,23 @@ def test_hyper_parameters_survive_yaml(tmp_path):
 
     write_yaml(str(tmp_path / "h.yaml"), {})
     assert yaml.safe_load((tmp_path / "h.yaml").read_text()) == {}
+
+
+def test_dictionaries_of_metrics_are_merged_by_name():
+    first = {"a": 1.5, "b": 2, "deep": {"x": 1, "y": 3}}
+    second = {"a": 0.5, "c": 7, "deep": {"x": 2, "z": 4}}
+    merged = merge_dicts([first, second], agg_key_funcs={"a": min, "deep": {"x": sum}})
+    assert merged == {"a": 0.5, "b": 2, "c": 7, "deep": {"x": 3, "y": 3, "z": 4}}
+    assert merge_dicts([first, second], default_func=max) == {
+        **first,
+        **second,
+        "a": 1.5,
+        "deep": {"x": 2, "y": 3, "z": 4},
+    }
+    assert merge_dicts([{"a": 1}, {"a": 2}]) == {"a": 1.5}
+    assert first == {"a": 1.5, "b": 2, "deep": {"x": 1, "y": 3}}
+
+
+def test_the_experiment_of_a_dummy_accepts_anything():
+    experiment = DummyLogger().experiment
+    assert experiment.add_scalar("a", 1) is None and experiment[0].anything() is None

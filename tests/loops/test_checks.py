@@ -78,7 +78,7 @@ def test_a_hook_misspelt_by_one_letter_is_refused(owner, name, hook):
     [
         ("module", "training_epoch_end", "on_train_epoch_end"), ("module", "on_epoch_end", "on_train_epoch_end"),
         ("module", "validation_step_end", "on_validation_batch_end"), ("module", "on_hpc_save", "on_save_checkpoint"),
-        ("module", "configure_sharded_model", "configure_model"), ("callback", "on_batch_end", "on_train_batch_end"),
+        ("callback", "on_batch_end", "on_train_batch_end"),
         ("callback", "on_keyboard_interrupt", "on_exception"), ("callback", "on_init_end", "setup"),
     ],
 )  # fmt: skip

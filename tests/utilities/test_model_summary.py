@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from fulmen.utilities.model_summary import LayerSummary, ModelSummary, get_human_readable_count, summarize
+from fulmen.utilities.model_summary import (
+    DeepSpeedSummary,
+    LayerSummary,
+    ModelSummary,
+    get_human_readable_count,
+    summarize,
+)
 
 
 class Model(nn.Module):
@@ -140,3 +146,25 @@ def test_a_failing_example_leaves_no_hooks():
     with pytest.raises(RuntimeError, match="shape"):
         ModelSummary(model)
     assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def test_of_what_deepspeed_spreads_whole_sizes_and_the_share_of_this_process_are_shown():
+    class Spread(torch.nn.Parameter):
+        """A parameter as stage 3 of DeepSpeed leaves it: empty, with its size and share beside it."""
+
+        ds_numel = 64
+
+        def partition_numel(self):
+            return 32
+
+    model = torch.nn.Sequential(torch.nn.Linear(32, 2), torch.nn.Linear(2, 3))
+    model[0].weight = Spread(torch.empty(0))
+    summary = DeepSpeedSummary(model)
+    assert isinstance(summary, ModelSummary)
+    assert summary.param_nums == [66, 9] and summary.parameters_per_layer == [34, 9]
+    assert summary.total_parameters == summary.trainable_parameters == 75
+    headers = [header for header, _ in summary.columns()]
+    assert headers[3:5] == ["Params", "Params per Device"]
+    model.register_parameter("own", torch.nn.Parameter(torch.ones(5)))
+    columns = dict(DeepSpeedSummary(model).columns())
+    assert columns["Params"] == ["66", "9", "5"] and columns["Params per Device"] == ["34", "9", "n/a"]

@@ -1,3 +1,4 @@
+from fulmen.utilities import FLOAT16_EPSILON, FLOAT32_EPSILON, FLOAT64_EPSILON
 from fulmen.utilities.types import (
     GradClipAlgorithmType,
     LRSchedulerConfig,
@@ -35,3 +36,11 @@ def test_the_state_starts_idle_and_ends_stopped():
 def test_records():
     config = LRSchedulerConfig(scheduler=None)
     assert (config.interval, config.frequency, config.strict, config.reduce_on_plateau) == ("epoch", 1, True, False)
+
+
+def test_a_status_tells_whether_the_run_is_over():
+    assert [status.stopped for status in TrainerStatus] == [False, False, True, True]
+
+
+def test_distances_of_floats_are_those_of_torch():
+    assert (FLOAT16_EPSILON, FLOAT32_EPSILON, FLOAT64_EPSILON) == (2**-10, 2**-23, 2**-52)
