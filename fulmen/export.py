@@ -108,11 +108,10 @@ def to_tensorrt(
         inputs = {"arg_inputs": positional, "kwarg_inputs": named} if named else {"inputs": positional}
         with _evaluating(module):
             compiled = tensorrt.compile(module, ir=ir, **inputs, **compile_kwargs)
-            if file_path is not None and ir == "ts":
-                write_jit = lambda file: torch.jit.save(compiled, file)  # noqa: E731
-                atomic_write(file_path, write_jit) if isinstance(file_path, (str, os.PathLike)) else write_jit(
-                    file_path
-                )
+            if isinstance(file_path, (str, os.PathLike)) and ir == "ts":
+                atomic_write(file_path, lambda file: torch.jit.save(compiled, file))
+            elif file_path is not None and ir == "ts":
+                torch.jit.save(compiled, file_path)
             elif file_path is not None:
                 tensorrt.save(compiled, file_path, output_format=output_format, retrace=retrace, **inputs)
     finally:

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
     from fulmen.demos.lstm import LightningLSTM, SequenceSampler, SimpleLSTM
     from fulmen.demos.transformer import LightningTransformer, Transformer, WikiText2
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

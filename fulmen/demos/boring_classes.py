@@ -335,7 +335,8 @@ class DemoModel(LightningModule):
 
     def training_step(self, batch: Tensor, batch_nb: int) -> Tensor:
         """Returns the sum of the outputs as the loss."""
-        return self(batch).sum()
+        loss: Tensor = self(batch).sum()
+        return loss
 
     def configure_optimizers(self) -> Optimizer:
         """Adam with the rate of the constructor."""

@@ -12,4 +12,4 @@ if TYPE_CHECKING:
     from fulmen.serve.servable_module import ServableModule
     from fulmen.serve.servable_module_validator import ServableModuleValidator
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)
