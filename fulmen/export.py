@@ -93,14 +93,7 @@ def to_tensorrt(
         ValueError: there is no input, or arguments do not go together.
     """
     tensorrt = import_optional("torch_tensorrt", f"by `{type(module).__name__}.to_tensorrt`")
-    if ir not in ("default", "dynamo", "ts"):
-        raise ValueError(f"`to_tensorrt(ir={ir!r})` is not known. Use 'default', 'dynamo' or 'ts'.")
-    if output_format not in ("exported_program", "torchscript"):
-        what = f"`to_tensorrt(output_format={output_format!r})` is not known."
-        raise ValueError(f"{what} Use 'exported_program' or 'torchscript'.")
-    if ir == "ts" and output_format != "torchscript" and file_path is not None:
-        what = f"`to_tensorrt(ir='ts')` compiles TorchScript, which cannot be saved as {output_format!r}."
-        raise ValueError(f"{what} Pass `output_format='torchscript'`.")
+    _check_formats(ir, output_format, saves=file_path is not None)
     before = module.device
     module.to(default_device)
     try:
@@ -117,6 +110,18 @@ def to_tensorrt(
     finally:
         module.to(before)
     return compiled
+
+
+def _check_formats(ir: str, output_format: str, saves: bool) -> None:
+    """Raises for arguments of `to_tensorrt` that are not known, or do not go together."""
+    if ir not in ("default", "dynamo", "ts"):
+        raise ValueError(f"`to_tensorrt(ir={ir!r})` is not known. Use 'default', 'dynamo' or 'ts'.")
+    if output_format not in ("exported_program", "torchscript"):
+        what = f"`to_tensorrt(output_format={output_format!r})` is not known."
+        raise ValueError(f"{what} Use 'exported_program' or 'torchscript'.")
+    if ir == "ts" and output_format != "torchscript" and saves:
+        what = f"`to_tensorrt(ir='ts')` compiles TorchScript, which cannot be saved as {output_format!r}."
+        raise ValueError(f"{what} Pass `output_format='torchscript'`.")
 
 
 def _inputs(

@@ -179,16 +179,19 @@ class ModelPruning(Callback):
             self._chosen_paths = [(paths[id(layer)], name) for layer, name in self._chosen]
         self._names = [f"{paths.get(id(layer), '')}.{name}" for layer, name in self._parameters_to_prune]
         self._check_sizes()
-        if not self._use_lottery_ticket_hypothesis:
-            return
+        if self._use_lottery_ticket_hypothesis:
+            self._keep_values()
+
+    def _keep_values(self) -> None:
+        """Keeps the values from before training, and layers that can draw new ones."""
         for full_name, (layer, name) in zip(self._names, self._parameters_to_prune):
-            self._initial.setdefault(full_name, _original(layer, name).detach().clone())
+            self._initial.setdefault(full_name, _find_original(layer, name).detach().clone())
             can_draw = self._resample_parameters and hasattr(layer, "reset_parameters")
-            if can_draw and id(layer) not in self._unpruned_layers and _mask(layer, name) is None:
+            if can_draw and id(layer) not in self._unpruned_layers and _find_mask(layer, name) is None:
                 self._unpruned_layers[id(layer)] = deepcopy(layer)
 
     def _check_sizes(self) -> None:
-        sizes = {name: _original(*pair) for name, pair in zip(self._names, self._parameters_to_prune)}
+        sizes = {name: _find_original(*pair) for name, pair in zip(self._names, self._parameters_to_prune)}
         flat = [name for name, tensor in sizes.items() if tensor.dim() <= 1]
         if self._structured and flat:
             what = f"`{self._method_name}` prunes rows, and these parameters have one dimension: {', '.join(flat)}."
@@ -246,7 +249,7 @@ class ModelPruning(Callback):
         """What was drawn at random is that of the first process on all of them."""
         if self._strategy is None or self._strategy.world_size == 1:
             return
-        masks = {name: _mask(layer, key) for name, (layer, key) in zip(self._names, self._parameters_to_prune)}
+        masks = {name: _find_mask(layer, key) for name, (layer, key) in zip(self._names, self._parameters_to_prune)}
         shared = self._strategy.broadcast({name: None if m is None else m.bool().cpu() for name, m in masks.items()})
         for name, mask in masks.items():
             drawn = shared[name]
@@ -262,7 +265,7 @@ class ModelPruning(Callback):
         for full_name, (layer, name) in zip(self._names, self._parameters_to_prune):
             source = getattr(drawn[id(layer)], name) if id(layer) in drawn else self._initial.get(full_name)
             if source is not None:
-                _original(layer, name).copy_(source)
+                _find_original(layer, name).copy_(source)
                 _refresh_product(layer, name)
 
     def make_pruning_permanent(self, module: Module) -> None:
@@ -301,8 +304,8 @@ class ModelPruning(Callback):
         hidden: dict[str, Tensor] = {}  # values below the masks, which the weights in the file do not have
         scores: dict[str, Tensor] = {}  # products that are older than their factors: by them is pruned next
         for full_name, (layer, name) in zip(self._names, self._parameters_to_prune):
-            if (mask := _mask(layer, name)) is not None:
-                original = _original(layer, name).detach()
+            if (mask := _find_mask(layer, name)) is not None:
+                original = _find_original(layer, name).detach()
                 product = getattr(layer, name).detach()
                 masks[full_name] = mask.bool().cpu()
                 hidden[full_name] = original[mask == 0].cpu()
@@ -330,21 +333,21 @@ class ModelPruning(Callback):
             mask = stored.get("masks", {}).get(full_name)
             if mask is None:
                 continue
-            mask = mask.to(_original(layer, name).device)
-            if (existing := _mask(layer, name)) is None:
+            mask = mask.to(_find_original(layer, name).device)
+            if (existing := _find_mask(layer, name)) is None:
                 prune.custom_from_mask(layer, name, mask)
             else:
                 existing.copy_(mask)
-            original = _original(layer, name)
+            original = _find_original(layer, name)
             original[~mask] = stored["hidden"][full_name].to(original.device, original.dtype)
             _refresh_product(layer, name, stored["scores"].get(full_name))
 
     def _count_pruned(self) -> list[PrunedCount]:
         counts = []
         for layer, name in self._parameters_to_prune:
-            mask = _mask(layer, name)
+            mask = _find_mask(layer, name)
             zeros = 0 if mask is None else int((mask == 0).sum())
-            counts.append(PrunedCount(zeros, _original(layer, name).numel()))
+            counts.append(PrunedCount(zeros, _find_original(layer, name).numel()))
         return counts
 
     def _report_pruned(self, before: list[PrunedCount], amount: int | float) -> None:
@@ -459,24 +462,24 @@ def _is_prunable(layer: Module, name: str) -> bool:
     return name in own or name + ORIGINAL in own
 
 
-def _original(layer: Module, name: str) -> Parameter:
+def _find_original(layer: Module, name: str) -> Parameter:
     """The parameter that learns, pruned or not."""
     own = dict(layer.named_parameters(recurse=False))
     return own[name + ORIGINAL if name + ORIGINAL in own else name]
 
 
 def _is_pruned(layer: Module, name: str) -> bool:
-    return _mask(layer, name) is not None and name + ORIGINAL in dict(layer.named_parameters(recurse=False))
+    return _find_mask(layer, name) is not None and name + ORIGINAL in dict(layer.named_parameters(recurse=False))
 
 
-def _mask(layer: Module, name: str) -> Tensor | None:
+def _find_mask(layer: Module, name: str) -> Tensor | None:
     """The mask of a parameter; None if it is not pruned."""
     return dict(layer.named_buffers(recurse=False)).get(name + MASK)
 
 
 def _refresh_product(layer: Module, name: str, product: Tensor | None = None) -> None:
     """Lets the layer show what it computes with, or what it did when it last ran; each forward pass does this too."""
-    mask = _mask(layer, name)
-    original = _original(layer, name)
+    mask = _find_mask(layer, name)
+    original = _find_original(layer, name)
     if mask is not None:
         setattr(layer, name, original * mask if product is None else product.to(original.device, original.dtype))

@@ -11,7 +11,8 @@ __all__ = ["CSVLogger", "CometLogger", "LitLogger", "Logger", "MLFlowLogger", "T
 if TYPE_CHECKING:
     from fulmen.loggers.comet import CometLogger
     from fulmen.loggers.csv_logs import CSVLogger
-    from fulmen.loggers.logger import LitLogger, Logger
+    from fulmen.loggers.litlogger import LitLogger
+    from fulmen.loggers.logger import Logger
     from fulmen.loggers.mlflow import MLFlowLogger
     from fulmen.loggers.tensorboard import TensorBoardLogger
     from fulmen.loggers.wandb import WandbLogger

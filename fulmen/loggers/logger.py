@@ -286,13 +286,6 @@ class ServiceLogger(ExperimentLogger):
         raise NotImplementedError
 
 
-class LitLogger:
-    """Stands for the logger of a commercial platform, which is not supported."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("`LitLogger` is not supported: it serves one vendor. Use `CSVLogger` or another.")
-
-
 def as_numbers(metrics: Mapping[str, Any], prefix: str = "", keep_arrays: bool = False) -> dict[str, Any]:
     """The metrics with numbers in place of one-element tensors, and the prefix in front of each name.
 

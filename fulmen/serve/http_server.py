@@ -88,21 +88,21 @@ def serve_module(module: ServableModule, host: str = "127.0.0.1", port: int = 0)
         lock = threading.Lock()
 
         def do_GET(self) -> None:
-            self.reply(*((200, {"status": "ok"}) if self.path == "/ping" else (404, {"detail": "Not Found"})))
+            self.send_answer(*((200, {"status": "ok"}) if self.path == "/ping" else (404, {"detail": "Not Found"})))
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if self.path != "/serve":
-                self.reply(404, {"detail": "Not Found"})
+                self.send_answer(404, {"detail": "Not Found"})
                 return
             try:
                 with self.lock:
                     answer: object = answer_request(module, json.loads(content))
-                self.reply(200, answer)
+                self.send_answer(200, answer)
             except Exception:  # whatever the module raises is the answer
-                self.reply(500, traceback.format_exc())
+                self.send_answer(500, traceback.format_exc())
 
-        def reply(self, status: int, answer: object) -> None:
+        def send_answer(self, status: int, answer: object) -> None:
             text = answer if isinstance(answer, str) else json.dumps(answer)
             body = text.encode()
             self.send_response(status)

@@ -9,13 +9,14 @@ from fulmen.utilities.lazy import lazy_exports
 __all__ = [
     "FLOAT16_EPSILON", "FLOAT32_EPSILON", "FLOAT64_EPSILON", "AttributeDict", "CombinedLoader", "GradClipAlgorithmType", "LightningEnum", "MisconfigurationException",
     "Throughput", "apply_to_collection", "disable_possible_user_warnings", "find_shared_parameters", "grad_norm",
-    "is_picklable", "measure_flops", "move_data_to_device", "rank_zero_debug", "rank_zero_deprecation",
+    "is_picklable", "is_shared_filesystem", "measure_flops", "move_data_to_device", "rank_zero_debug", "rank_zero_deprecation",
     "rank_zero_info", "rank_zero_only", "rank_zero_warn", "seed_everything", "set_shared_parameters",
     "suggested_max_num_workers",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from fulmen.data.combined import CombinedLoader
+    from fulmen.fabric.distributed import is_shared_filesystem
     from fulmen.utilities.collections import AttributeDict, apply_to_collection, move_data_to_device
     from fulmen.utilities.errors import MisconfigurationException, disable_possible_user_warnings
     from fulmen.utilities.modules import (

@@ -27,8 +27,6 @@ EXCLUDED = {
     "lightning.pytorch.cli": "the command line",
     "lightning.pytorch.utilities.deepspeed": "DeepSpeed",
     "lightning.pytorch.utilities.consolidate_checkpoint": "sharded checkpoints",
-    "lightning.pytorch.loggers.LitLogger": "a vendor's service, left out on purpose",
-    "lightning.pytorch.loggers.litlogger": "a vendor's service, left out on purpose",
 }
 
 

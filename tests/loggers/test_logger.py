@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from fulmen.loggers import LitLogger, Logger
+from fulmen.loggers import Logger
 from fulmen.loggers.logger import (
     DummyLogger,
     as_dict,
@@ -83,11 +83,6 @@ def test_the_dummy_logger_swallows_any_call_and_can_be_copied():
         assert logger.experiment.add_scalar("a", 1) is None
         assert logger[0] is logger
         assert (logger.name, logger.version, logger.save_dir) == ("", "", None)
-
-
-def test_services_that_are_not_supported_say_what_to_use():
-    with pytest.raises(RuntimeError, match="`LitLogger` is not supported: .*CSVLogger"):
-        LitLogger(name="x")
 
 
 def test_hyper_parameters_come_as_dictionary_namespace_or_nothing():

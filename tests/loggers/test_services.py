@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import pickle
+import sys
 
 import pytest
 import torch
+from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint
-from fulmen.loggers import CometLogger, MLFlowLogger, WandbLogger
+from fulmen.loggers import CometLogger, LitLogger, MLFlowLogger, WandbLogger
 from fulmen.utilities.errors import MisconfigurationException
+from fulmen.utilities.optional import is_installed
 from fulmen.utilities.rank_zero import rank_zero_only
 
 
@@ -39,6 +43,7 @@ def checkpoints(tmp_path):
         (WandbLogger, "wandb", "pip install .*wandb"),
         (MLFlowLogger, "mlflow", "pip install .*mlflow"),
         (CometLogger, "comet_ml", "pip install .*comet-ml"),
+        (LitLogger, "litlogger", "pip install .*litlogger"),
     ],
 )
 def test_without_the_client_the_error_says_what_to_install(logger_class, package, line):
@@ -283,3 +288,79 @@ def test_comet_knows_its_earlier_argument_names(caplog, tmp_path):
     logger = CometLogger(project_name="p", experiment_name="e", offline=True, save_dir=tmp_path)
     assert (logger.name, logger.save_dir) == ("p", str(tmp_path))
     assert "is now called `project`" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------- Lightning AI
+
+# The client needs an account for anything: this one has the functions that are called, and writes down what it is told.
+CLIENT = """
+class Experiment:
+    url = "https://lightning.example/run"
+
+    def __init__(self, options):
+        self.calls = [("init", options)]
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, *args, kwargs)) or "path"
+
+
+opened = []
+
+
+def init(**options):
+    opened.append(Experiment(options))
+    return opened[-1]
+"""
+
+
+@pytest.fixture
+def litlogger(tmp_path, monkeypatch):
+    (tmp_path / "client").mkdir()
+    (tmp_path / "client" / "litlogger.py").write_text(CLIENT)
+    monkeypatch.syspath_prepend(str(tmp_path / "client"))
+    monkeypatch.delitem(sys.modules, "litlogger", raising=False)
+    is_installed.cache_clear()
+    yield importlib.import_module("litlogger")
+    sys.modules.pop("litlogger")
+    is_installed.cache_clear()
+
+
+def test_lightning_ai_is_told_numbers_descriptions_files_and_models(litlogger, tmp_path, checkpoints):
+    logger = LitLogger(tmp_path / "logs", "trial", "team", {"data": "mnist"}, log_model=True, save_logs=False)
+    assert (logger.name, logger.save_dir, logger.root_dir) == ("trial", str(tmp_path / "logs"), str(tmp_path / "logs"))
+    assert logger.log_dir == str(tmp_path / "logs" / "trial") and logger.sub_dir is None and logger.version
+    assert not litlogger.opened  # nothing is started before it is used
+    logger.log_metrics({"loss": torch.tensor(0.5)}, step=3)
+    logger.log_hyperparams({"optimizer": {"lr": 0.1}, "layers": [1, 2]}, metrics={"best": 1.0})
+    logger.log_metadata(argparse.Namespace(host="here"))
+    logger.log_file(tmp_path / "a.txt")
+    assert logger.get_file("a.txt", verbose=False) == "path" and logger.url == "https://lightning.example/run"
+    with pytest.warns(UserWarning, match="cannot show the graph"):
+        logger.log_graph(torch.nn.Linear(1, 1))
+    model = torch.nn.Linear(1, 1)
+    logger.log_model(model, version="v1")
+    logger.save()
+    logger.after_save_checkpoint(checkpoints)
+    logger.finalize("success")
+    [experiment] = litlogger.opened
+    start, *calls = experiment.calls
+    described = {"data": "mnist", "optimizer/lr": "0.1", "layers": "[1, 2]", "host": "here"}
+    options = {"name": "trial", "root_dir": str(tmp_path / "logs"), "teamspace": "team", "metadata": described}
+    assert start == ("init", {**options, "store_step": True, "save_logs": False})
+    assert calls[0] == ("log_metrics", {"loss": 0.5}, {"step": 3})
+    assert calls[1] == ("log_metadata", {"optimizer/lr": "0.1", "layers": "[1, 2]"}, {})
+    assert calls[2:4] == [("log_metrics", {"best": 1.0}, {"step": None}), ("log_metadata", {"host": "here"}, {})]
+    assert calls[4:6] == [("log_file", str(tmp_path / "a.txt"), {}), ("get_file", "a.txt", {"verbose": False})]
+    assert calls[6] == ("log_model", model, {"staging_dir": None, "verbose": False, "version": "v1", "metadata": None})
+    sent = {call[1]: call[2]["version"] for call in calls[7:-1]}
+    assert sent == {str(tmp_path / "a.ckpt"): "a-best", str(tmp_path / "b.ckpt"): "b"}
+    assert calls[-1] == ("finalize", "success", {})
+
+
+def test_a_run_is_logged_to_lightning_ai(litlogger, tmp_path):
+    logger = pickle.loads(pickle.dumps(LitLogger(tmp_path)))
+    make_trainer(logger=logger, log_every_n_steps=1, limit_val_batches=0).fit(Regression(), make_loader())
+    [experiment] = litlogger.opened
+    steps = [call[2]["step"] for call in experiment.calls if call[0] == "log_metrics" and "train_loss" in call[1]]
+    assert steps == [0, 1, 2] and experiment.calls[-1][:2] == ("finalize", "success")
+    assert ("log_metadata", {"lr": "0.1"}, {}) in experiment.calls
