@@ -22,6 +22,9 @@ class CometLogger(ServiceLogger):
         mode: "get_or_create" (default), "get" to continue only, "create" for a new one in any case.
         online: False writes a file instead of sending.
         kwargs: passed to ``comet_ml.ExperimentConfig``, such as ``name``, ``tags`` or ``offline_directory``.
+
+    Examples:
+        >>> logger = CometLogger(project="trials", name="first")  # doctest: +SKIP
     """
 
     name = property(lambda self: self._project, doc="The project.")
@@ -65,22 +68,41 @@ class CometLogger(ServiceLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
-        """Records parameters, also flattened, so that the web page can filter by each."""
+        """Records parameters, also flattened, so that the web page can filter by each.
+
+        Args:
+            params: a mapping, a namespace or a dataclass, nested or not.
+        """
         plain = plain_params(params)
         self.experiment.log_parameters({**plain, **flatten_params(plain)})
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Records numbers; Comet has an axis of its own for the epoch, so that one is passed apart."""
+        """Records numbers; Comet has an axis of its own for the epoch, so that one is passed apart.
+
+        Args:
+            metrics: numbers by name.
+            step: their position on the x axis.
+        """
         others = {name: value for name, value in metrics.items() if name != "epoch"}
         self.experiment.log_metrics(as_numbers(others, self._prefix), step=step, epoch=metrics.get("epoch"))
 
     @rank_zero_only
     def log_graph(self, model: nn.Module, input_array: Tensor | None = None) -> None:
+        """Records the text of the model.
+
+        Args:
+            model: whose layers are shown.
+            input_array: not needed.
+        """
         self.experiment.set_model_graph(model)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Sends what is waiting. The experiment stays open, so that more can be logged after training."""
+        """Sends what is waiting. The experiment stays open, so that more can be logged after training.
+
+        Args:
+            status: "success", "failed" or "finished".
+        """
         if self._experiment is not None:
             self._experiment.flush()

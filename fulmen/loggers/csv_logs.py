@@ -46,10 +46,15 @@ class ExperimentWriter:
             self._files.rm(self.metrics_file_path)
 
     def state_dict(self) -> dict[str, Any]:
+        """How many rows are in the file, and the last of them."""
         return {"rows": self.num_rows - len(self.metrics), "last": self.last}
 
     def resume_from(self, state: dict[str, Any]) -> None:
-        """Keeps so many rows of the file, if the last of them is the one that was written then."""
+        """Keeps so many rows of the file, if the last of them is the one that was written then.
+
+        Args:
+            state: what `state_dict` returned.
+        """
         count = state["rows"]
         last = state["last"]
         if not (self._foreign and count and self._files.isfile(self.metrics_file_path)):
@@ -70,11 +75,21 @@ class ExperimentWriter:
             atomic_write(self.metrics_file_path, text.getvalue().encode())
 
     def log_hparams(self, params: dict[str, Any]) -> None:
+        """Adds hyper-parameters to ``hparams.yaml``.
+
+        Args:
+            params: values by name.
+        """
         self.hparams.update(params)
         write_yaml(os.path.join(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Adds a row; without a step it is numbered by its place in the file."""
+        """Adds a row; without a step it is numbered by its place in the file.
+
+        Args:
+            metrics_dict: numbers by name.
+            step: their position on the x axis.
+        """
         if self._foreign:
             self._rewrite_file()
         self.metrics.append({**as_numbers(metrics_dict), "step": self.num_rows if step is None else step})
@@ -113,6 +128,15 @@ class CSVLogger(FolderLogger):
         prefix: put before each name, joined with "-".
         flush_logs_every_n_steps: how many rows, or steps, may wait in memory, where a process that is killed loses
             them. Rows wait no longer than five seconds while more keep coming, and the end of a run writes them all.
+
+    Examples:
+        >>> logger = CSVLogger("logs", name="trial", version=0)
+        >>> logger.log_metrics({"loss": 0.5}, step=3)
+        >>> logger.save()
+        >>> print(open("logs/trial/version_0/metrics.csv").read())
+        loss,step
+        0.5,3
+        <BLANKLINE>
     """
 
     def __init__(
@@ -130,10 +154,21 @@ class CSVLogger(FolderLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Params | None = None) -> None:
+        """Adds hyper-parameters to ``hparams.yaml``.
+
+        Args:
+            params: a mapping, a namespace or a dataclass, nested or not.
+        """
         self.experiment.log_hparams(as_dict(params))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Adds a row to ``metrics.csv``; it is in memory until the next write is due.
+
+        Args:
+            metrics: numbers by name.
+            step: their position on the x axis; by default the number of the row.
+        """
         writer = self.experiment
         limit = self._flush_logs_every_n_steps
         writer.log_metrics(as_numbers(metrics, self._prefix) if self._prefix else metrics, step)
@@ -156,6 +191,7 @@ class CSVLogger(FolderLogger):
         self.save()
 
     def state_dict(self) -> dict[str, Any] | None:
+        """How many rows are in the file; those in memory are written first."""
         if self._experiment is None:
             return None
         self._save_now()
@@ -169,6 +205,11 @@ class CSVLogger(FolderLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """The run is over: writes what is in memory.
+
+        Args:
+            status: "success", "failed" or "finished".
+        """
         if self._experiment is not None:  # a logger that was never used leaves no folder behind
             self._save_now()
 

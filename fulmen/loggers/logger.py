@@ -38,6 +38,16 @@ class Logger(KeywordHints, ABC):
     """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members.
 
     `rank_zero_only` is for what must happen once per run, `rank_zero_experiment` for an ``experiment`` property.
+
+    Examples:
+        >>> class Prints(Logger):
+        ...     name = version = "prints"
+        ...     def log_metrics(self, metrics, step=None):
+        ...         print(step, metrics)
+        ...     def log_hyperparams(self, params):
+        ...         print(params)
+        >>> Prints().log_metrics({"loss": 0.5}, step=3)
+        3 {'loss': 0.5}
     """
 
     @property
@@ -59,30 +69,57 @@ class Logger(KeywordHints, ABC):
 
     @abstractmethod
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Record numbers at a position of the x axis. The Trainer has already fetched them from the device."""
+        """Record numbers at a position of the x axis. The Trainer has already fetched them from the device.
+
+        Args:
+            metrics: numbers by name.
+            step: their position on the x axis.
+        """
 
     @abstractmethod
     def log_hyperparams(self, params: Params, *args: Any, **kwargs: Any) -> None:
-        """Record how the run was configured."""
+        """Record how the run was configured.
+
+        Args:
+            params: a mapping, a namespace or a dataclass, nested or not.
+        """
 
     def log_graph(self, model: torch.nn.Module, input_array: torch.Tensor | None = None) -> None:
-        """Record the structure of the model."""
+        """Record the structure of the model.
+
+        Args:
+            model: whose layers are shown.
+            input_array: an example of its input.
+        """
 
     def save(self) -> None:
         """Called after each group of calls of the Trainer, several times per second in fast runs: keep it cheap."""
 
     def finalize(self, status: str) -> None:
-        """The run is over; ``status`` is "success", "failed" or "finished" (interrupted, to be continued)."""
+        """The run is over.
+
+        Args:
+            status: "success", "failed" or "finished" (interrupted, to be continued).
+        """
         self.save()
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """A checkpoint was written; the callback, a `ModelCheckpoint`, knows which."""
+        """A checkpoint was written.
+
+        Args:
+            checkpoint_callback: the `ModelCheckpoint` that wrote it, which knows where it is.
+        """
 
     def state_dict(self) -> Any:
         """How much is written, in plain types, for a checkpoint; what waits in memory is written first."""
 
     def resume_from(self, state: Any, step: int) -> None:
-        """A run resumes at this step: what was written after `state`, by that run only, is removed."""
+        """A run resumes at this step: what was written after `state`, by that run only, is removed.
+
+        Args:
+            state: what `state_dict` returned.
+            step: the first one that will be logged.
+        """
 
 
 class DummyExperiment:
@@ -233,6 +270,7 @@ class FolderLogger(ExperimentLogger):
 
     @property
     def log_dir(self) -> str:
+        """The folder of this version."""
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"
         return expand(os.path.join(self.versions_dir, version, *([self.sub_dir] if self.sub_dir else [])))
 
@@ -251,6 +289,11 @@ class ServiceLogger(ExperimentLogger):
         self._to_send_at_end: Any = None
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Sends it now, if all are sent or kept; else notes what is to be sent at the end.
+
+        Args:
+            checkpoint_callback: the `ModelCheckpoint` that wrote it.
+        """
         if self._log_model == "all" or (self._log_model and checkpoint_callback.save_top_k == -1):  # all are kept
             self._send_new_checkpoints(checkpoint_callback)
         elif self._log_model:
@@ -258,6 +301,11 @@ class ServiceLogger(ExperimentLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """Sends the checkpoints that exist, if the run ended well.
+
+        Args:
+            status: "success", "failed" or "finished".
+        """
         if status == "success":
             self._send_last_checkpoints()
 

@@ -32,6 +32,9 @@ class MLFlowLogger(ServiceLogger):
             folder of its own, with ``metadata.yaml`` and ``aliases.txt``.
         run_id: a run to continue; ``experiment_name`` is then ignored.
         synchronous: wait for the server at each call; needs mlflow 2.8.
+
+    Examples:
+        >>> logger = MLFlowLogger("trials", tracking_uri="sqlite:///mlflow.db")  # doctest: +SKIP
     """
 
     save_dir = property(lambda self: self._save_dir, doc="The folder of the runs, if they are kept in one.")
@@ -142,6 +145,11 @@ class MLFlowLogger(ServiceLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
+        """Marks the run as finished or failed, and sends checkpoints.
+
+        Args:
+            status: "success", "failed" or "finished".
+        """
         self._send_last_checkpoints()  # of a run that failed, too
         outcome = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}.get(status)
         if self._experiment is not None and outcome:

@@ -25,6 +25,13 @@ class TensorBoardLogger(FolderLogger):
         default_hp_metric: the hyper-parameter table, which is not shown without a metric, gets ``hp_metric`` of -1.
         prefix: put before each name, joined with "-".
         kwargs: passed to ``SummaryWriter``.
+
+    Examples:
+        >>> logger = TensorBoardLogger("logs", name="trial", version=0)
+        >>> logger.log_metrics({"loss": 0.5}, step=3)
+        >>> logger.finalize("success")
+        >>> logger.log_dir
+        'logs/trial/version_0'
     """
 
     def __init__(
@@ -59,7 +66,15 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds a point to each curve; a dictionary as value becomes several curves in one chart."""
+        """Adds a point to each curve; a dictionary as value becomes several curves in one chart.
+
+        Args:
+            metrics: numbers by name.
+            step: their position on the x axis.
+
+        Raises:
+            ValueError: a value that is neither a number nor a dictionary of numbers.
+        """
         writer = self.experiment
         self._has_hp_metric |= "hp_metric" in metrics
         for name, value in as_numbers(metrics, self._prefix).items():
@@ -73,7 +88,13 @@ class TensorBoardLogger(FolderLogger):
     def log_hyperparams(
         self, params: Params, metrics: dict[str, Any] | float | None = None, step: int | None = None
     ) -> None:
-        """Adds a row to the hyper-parameter table, with first values of its metrics (a number means ``hp_metric``)."""
+        """Adds a row to the hyper-parameter table, with first values of its metrics.
+
+        Args:
+            params: a mapping, a namespace or a dataclass, nested or not.
+            metrics: numbers by name; a number alone means ``hp_metric``.
+            step: their position on the x axis.
+        """
         params = as_dict(params)
         self.hparams.update(params)
         writer = self.experiment  # makes the folder
@@ -94,6 +115,12 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def log_graph(self, model: Any, input_array: torch.Tensor | None = None) -> None:
+        """Draws the model, if the logger was made with ``log_graph=True``.
+
+        Args:
+            model: whose layers are shown.
+            input_array: an example of its input; by default its ``example_input_array``.
+        """
         if not self._log_graph:
             return
         example = getattr(model, "example_input_array", None) if input_array is None else input_array
@@ -121,6 +148,7 @@ class TensorBoardLogger(FolderLogger):
         return {name: os.path.getsize(os.path.join(folder, name)) for name in names}
 
     def state_dict(self) -> dict[str, int] | None:
+        """The sizes of the event files; what waits in memory is written first."""
         if self._experiment is None:
             return None
         self._experiment.flush()
@@ -142,6 +170,11 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        """The run is over: writes what is in memory, and closes the file.
+
+        Args:
+            status: "success", "failed" or "finished".
+        """
         if self._experiment is not None:
             self.save()
             self._experiment.close()

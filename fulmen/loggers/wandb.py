@@ -28,6 +28,9 @@ class WandbLogger(ServiceLogger):
         checkpoint_name: name of the model artifact instead of ``model-<run id>``.
         add_file_policy: "mutable" copies a checkpoint before sending it, "immutable" does not.
         kwargs: passed to ``wandb.init``.
+
+    Examples:
+        >>> logger = WandbLogger(project="trials", offline=True)  # doctest: +SKIP
     """
 
     opens_first = True  # `sync_tensorboard` sees the event files of writers that are made afterwards
@@ -81,18 +84,36 @@ class WandbLogger(ServiceLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Params) -> None:
+        """Adds hyper-parameters to the configuration of the run.
+
+        Args:
+            params: a mapping, a namespace or a dataclass, nested or not.
+        """
         config = plain_params(params, lambda value: getattr(value, "__name__", None) or plain_value(value))
         self.experiment.config.update(config, allow_val_change=True)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Records numbers; tensors of several elements become histograms.
+
+        Args:
+            metrics: numbers by name.
+            step: their position on the x axis.
+        """
         axis = {} if step is None else {self._step_name: step}
         self.experiment.log({**as_numbers(metrics, self._prefix, keep_arrays=True), **axis})  # they become histograms
 
     def watch(
         self, model: nn.Module, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True
     ) -> None:
-        """Sends histograms of gradients and/or parameters ("gradients", "parameters", "all") and the graph."""
+        """Sends histograms of gradients or parameters, and the graph, while training.
+
+        Args:
+            model: whose layers are watched.
+            log: "gradients", "parameters", "all" or None.
+            log_freq: after how many backward passes.
+            log_graph: send the graph too.
+        """
         self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
 
     @rank_zero_only
@@ -100,21 +121,54 @@ class WandbLogger(ServiceLogger):
         self, key: str, columns: list[str] | None = None, data: list[list[Any]] | None = None,
         dataframe: DataFrame | None = None, step: int | None = None,
     ) -> None:  # fmt: skip
-        """Logs texts, numbers or media as a table: from column names and a list of rows, or a pandas data frame."""
+        """Logs texts, numbers or media as a table: from names and rows, or from a data frame.
+
+        Args:
+            key: the name of the table.
+            columns: names of its columns.
+            data: a list of rows.
+            dataframe: of pandas, in the place of both.
+            step: its position on the x axis.
+        """
         self.log_metrics({key: _import_wandb().Table(columns=columns, data=data, dataframe=dataframe)}, step)
 
     log_text = log_table
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Logs arrays, PIL images or paths. Keyword arguments (such as captions) are lists, one entry per image."""
+        """Logs images.
+
+        Args:
+            key: the name they have together.
+            images: arrays, PIL images or paths.
+            step: their position on the x axis.
+            **kwargs: for `wandb.Image`, such as ``caption``: lists with an entry for each image.
+
+        Raises:
+            TypeError: they are no list.
+            ValueError: a list of another length.
+        """
         self._log_media("Image", key, images, step, kwargs)
 
     def log_audio(self, key: str, audios: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Like `log_image`, for sounds."""
+        """Logs sounds.
+
+        Args:
+            key: the name they have together.
+            audios: arrays or paths.
+            step: their position on the x axis.
+            **kwargs: for `wandb.Audio`: lists with an entry for each sound.
+        """
         self._log_media("Audio", key, audios, step, kwargs)
 
     def log_video(self, key: str, videos: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Like `log_image`, for videos."""
+        """Logs videos.
+
+        Args:
+            key: the name they have together.
+            videos: arrays or paths.
+            step: their position on the x axis.
+            **kwargs: for `wandb.Video`: lists with an entry for each video.
+        """
         self._log_media("Video", key, videos, step, kwargs)
 
     @rank_zero_only
@@ -143,7 +197,17 @@ class WandbLogger(ServiceLogger):
         artifact_type: str | None = None,
         use_artifact: bool = True,
     ) -> str:
-        """Downloads an artifact, such as ``"team/project/model-abc:best"``, and returns its folder."""
+        """Downloads an artifact.
+
+        Args:
+            artifact: its name, such as ``"team/project/model-abc:best"``.
+            save_dir: the folder for its files; by default one of the client.
+            artifact_type: what kind it is of.
+            use_artifact: record that the current run uses it, if there is one.
+
+        Returns:
+            The folder of its files.
+        """
         wandb = _import_wandb()
         record = wandb.run is not None and use_artifact
         found = wandb.run.use_artifact(artifact) if record else wandb.Api().artifact(artifact, type=artifact_type)
@@ -151,7 +215,15 @@ class WandbLogger(ServiceLogger):
         return folder
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Any:
-        """Records that the run uses an artifact, and returns it."""
+        """Records that the run uses an artifact.
+
+        Args:
+            artifact: its name.
+            artifact_type: what kind it is of.
+
+        Returns:
+            The artifact, as an object of the client.
+        """
         return self.experiment.use_artifact(artifact, type=artifact_type)
 
 

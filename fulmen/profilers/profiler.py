@@ -29,6 +29,18 @@ class Profiler(ABC):
         dirpath: where files go; the Trainer's log folder if None.
         filename: the report goes to ``<dirpath>/<stage>-<filename>.txt``, with the rank before the ending if there are
             several; to the log if None.
+
+    Examples:
+        >>> class Counts(Profiler):
+        ...     calls = 0
+        ...     def start(self, action_name):
+        ...         self.calls += 1
+        ...     def stop(self, action_name): ...
+        >>> profiler = Counts()
+        >>> with profiler.profile("augmentation"):
+        ...     pass
+        >>> profiler.calls
+        1
     """
 
     active = True  # False tells the Trainer that it need not name its actions at all
@@ -44,15 +56,30 @@ class Profiler(ABC):
 
     @abstractmethod
     def start(self, action_name: str) -> None:
-        """An action begins."""
+        """An action begins.
+
+        Args:
+            action_name: what is measured.
+        """
 
     @abstractmethod
     def stop(self, action_name: str) -> None:
-        """The action ends."""
+        """The action ends.
+
+        Args:
+            action_name: what is measured.
+        """
 
     @contextmanager
     def profile(self, action_name: str) -> Iterator[str]:
-        """Measures a block of code: ``with self.trainer.profiler.profile("augmentation"): …``."""
+        """Measures a block of code: ``with self.trainer.profiler.profile("augmentation"): …``.
+
+        Args:
+            action_name: what is measured.
+
+        Yields:
+            The name.
+        """
         self.start(action_name)
         try:
             yield action_name
@@ -74,13 +101,23 @@ class Profiler(ABC):
             rank_zero_info(text)
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
-        """A run begins: ``stage`` is "fit", "validate", "test" or "predict"; the rank is None for a single process."""
+        """A run begins.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+            local_rank: the place of this process on its machine; None for a single process.
+            log_dir: where files go without a ``dirpath``.
+        """
         self._stage = str(stage.value) if isinstance(stage, Enum) else stage
         self._local_rank = local_rank
         self.dirpath = self.dirpath or log_dir
 
     def teardown(self, stage: str | None) -> None:
-        """The run is over: release what was held for it."""
+        """The run is over: release what was held for it.
+
+        Args:
+            stage: of the run, as in `setup`.
+        """
 
     def _report_path(self, action_name: str = "", extension: str = ".txt") -> str:
         """The path of a file of this profiler, with everything in its name that tells it from others."""
@@ -129,6 +166,13 @@ class SimpleProfiler(Profiler):
 
     Args:
         extended: also count calls, and show each total as a percentage of the time since the profiler was made.
+
+    Examples:
+        >>> profiler = SimpleProfiler()
+        >>> with profiler.profile("augmentation"):
+        ...     pass
+        >>> "augmentation" in profiler.summary()
+        True
     """
 
     def __init__(
@@ -141,11 +185,27 @@ class SimpleProfiler(Profiler):
         self.start_time = time.monotonic()
 
     def start(self, action_name: str) -> None:
+        """Notes the time.
+
+        Args:
+            action_name: what is measured.
+
+        Raises:
+            ValueError: it has started already.
+        """
         if action_name in self.current_actions:
             raise ValueError(f"The action `{action_name}` has already started. Stop it, or give this one another name.")
         self.current_actions[action_name] = time.monotonic()
 
     def stop(self, action_name: str) -> None:
+        """Keeps how long it took.
+
+        Args:
+            action_name: what is measured.
+
+        Raises:
+            ValueError: it was not started.
+        """
         if action_name not in self.current_actions:
             raise ValueError(
                 f"The action `{action_name}` cannot stop: it was never started. Call `start` before `stop`."
@@ -154,6 +214,7 @@ class SimpleProfiler(Profiler):
         self.recorded_durations.setdefault(action_name, array("d")).append(duration)
 
     def summary(self) -> str:
+        """The table of actions, the longest first."""
         durations = sorted(self.recorded_durations.items(), key=lambda item: sum(item[1]), reverse=True)
         elapsed = time.monotonic() - self.start_time
         rows: list[tuple[str, ...]] = [("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")]
@@ -182,6 +243,13 @@ class AdvancedProfiler(Profiler):
     Args:
         line_count_restriction: how many functions to show per action: a number, or a fraction of all.
         dump_stats: also write each profile to ``<dirpath>/<stage>-<filename>-<action>.prof``, for `pstats` or a viewer.
+
+    Examples:
+        >>> profiler = AdvancedProfiler(line_count_restriction=5)
+        >>> with profiler.profile("sorting"):
+        ...     ordered = sorted([3, 1, 2])
+        >>> "Profile stats for: sorting" in profiler.summary()
+        True
     """
 
     def __init__(
@@ -197,12 +265,25 @@ class AdvancedProfiler(Profiler):
         self._running: list[str] = []
 
     def start(self, action_name: str) -> None:
+        """Functions count for this action from now on.
+
+        Args:
+            action_name: what is measured.
+        """
         if self._running:
             self.profiled_actions[self._running[-1]].disable()
         self._running.append(action_name)
         self.profiled_actions[action_name].enable()
 
     def stop(self, action_name: str) -> None:
+        """Functions count for the action around this one again.
+
+        Args:
+            action_name: what is measured.
+
+        Raises:
+            ValueError: it was not started.
+        """
         if action_name not in self._running:
             raise ValueError(
                 f"The action `{action_name}` cannot stop: it was never started. Call `start` before `stop`."
@@ -214,6 +295,7 @@ class AdvancedProfiler(Profiler):
             self.profiled_actions[self._running[-1]].enable()
 
     def summary(self) -> str:
+        """A table of functions for each action; with `dump_stats`, the profiles are written too."""
         import pstats
 
         sections = {}
@@ -231,6 +313,11 @@ class AdvancedProfiler(Profiler):
         return self._write_report(sections)
 
     def teardown(self, stage: str | None) -> None:
+        """Forgets all profiles.
+
+        Args:
+            stage: of the run.
+        """
         self.profiled_actions.clear()
         self._running.clear()
 

@@ -41,6 +41,10 @@ class PyTorchProfiler(Profiler):
         profiler_kwargs: passed to `torch.profiler.profile`. ``schedule`` defaults to one step waiting, one warming up
             and three recorded; None records everything. ``export_to_flame_graph=True`` writes stacks too, weighted by
             ``metric`` ("self_cpu_time_total").
+
+    Examples:
+        >>> profiler = PyTorchProfiler(dirpath="traces", filename="trace", row_limit=10)
+        >>> trainer = Trainer(profiler=profiler)  # doctest: +SKIP
     """
 
     STEP_FUNCTIONS = {"training_step", "validation_step", "test_step", "predict_step"}
@@ -81,12 +85,24 @@ class PyTorchProfiler(Profiler):
         self._finished = False  # the recording of this stage has ended
 
     def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """Nothing is recorded yet.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+            local_rank: the place of this process on its machine; None for a single process.
+            log_dir: where files go without a ``dirpath``.
+        """
         super().setup(stage, local_rank, log_dir)
         self._finish_recording()
         self.function_events = self._step_action = None
         self._finished = False
 
     def start(self, action_name: str) -> None:
+        """Labels what runs from now on; the first step begins the recording.
+
+        Args:
+            action_name: what is measured.
+        """
         # Nothing is recorded before the first step of a schedule; without a schedule everything is.
         everything = self._emit_nvtx or self._profiler_kwargs["schedule"] is None
         if self.profiler is None and not self._finished and (everything or self._is_step(action_name)):
@@ -95,6 +111,11 @@ class PyTorchProfiler(Profiler):
             self._labels[action_name] = _open_label(f"[pl][profile]{action_name}")
 
     def stop(self, action_name: str) -> None:
+        """Ends the label; a step moves the schedule on.
+
+        Args:
+            action_name: what is measured.
+        """
         if label := self._labels.pop(action_name, None):
             label.__exit__(None, None, None)
         if isinstance(self.profiler, torch.profiler.profile) and self._is_step(action_name):
@@ -111,6 +132,11 @@ class PyTorchProfiler(Profiler):
         return self._write_report({"records": averages.table(sort_by=self._sort_by_key, **self._table_kwargs)})
 
     def teardown(self, stage: str | None) -> None:
+        """Ends the recording.
+
+        Args:
+            stage: of the run.
+        """
         self._finish_recording()
 
     def _is_step(self, action_name: str) -> bool:
