@@ -22,6 +22,7 @@ from fulmen.hparams import HyperparametersMixin
 from fulmen.optimizers import unwrap_optimizer
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import MisconfigurationException, describe_received
+from fulmen.utilities.introspection import overrides_method
 from fulmen.utilities.modules import undo_compilation
 from fulmen.utilities.rank_zero import warn_once
 from fulmen.utilities.types import GradClipAlgorithmType
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fulmen.callbacks.callback import Callback
+    from fulmen.engine.strategy import Strategy
     from fulmen.fabric.fabric import Fabric
     from fulmen.loggers.logger import Logger
     from fulmen.optimizers import LightningOptimizer
@@ -879,3 +881,13 @@ def _explain_missing_init(cls: type, init: Callable[..., None]) -> Callable[...,
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def make_late_layers(module: LightningModule, strategy: Strategy) -> None:
+    """Calls the hook that makes layers when a run starts, if the module has one."""
+    if overrides_method(module, "configure_model", LightningModule):
+        with strategy.tensor_init_context(), strategy.model_sharded_context():
+            module.configure_model()
+    elif overrides_method(module, "configure_sharded_model", LightningModule):
+        with strategy.model_sharded_context():
+            module.configure_sharded_model()

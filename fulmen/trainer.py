@@ -37,7 +37,7 @@ from fulmen.loops.signals import Signals
 from fulmen.loops.supervised_run import TrainerRun
 from fulmen.metrics.logbook import LogBook
 from fulmen.metrics.values import fetch_numbers
-from fulmen.module import LightningModule, missing_super_init
+from fulmen.module import LightningModule, make_late_layers, missing_super_init
 from fulmen.optimizers import LightningOptimizer, read_optimizers
 from fulmen.trainer_properties import TrainerProperties
 from fulmen.utilities import types as states  # noqa: F401  (`fulmen.trainer.states`)
@@ -564,7 +564,7 @@ class Trainer(TrainerProperties):
             self._share_log_dir()
             self._prepare_data()
             self._call_setup_hooks()
-            self._configure_model()
+            make_late_layers(self.lightning_module, self.strategy)
             snapshot = Snapshot(self, ckpt_path, weights_only)
             late = self.strategy.restore_checkpoint_after_setup
             if not late:
@@ -708,15 +708,6 @@ class Trainer(TrainerProperties):
             adapt_to_signature(self.datamodule.setup, self.datamodule.setup, ("stage",))(stage)
         self.hooks.setup(stage)
         self.strategy.barrier("post_setup")
-
-    def _configure_model(self) -> None:
-        module = self.lightning_module
-        if overrides_method(module, "configure_model", LightningModule):
-            with self.strategy.tensor_init_context(), self.strategy.model_sharded_context():
-                module.configure_model()
-        elif overrides_method(module, "configure_sharded_model", LightningModule):
-            with self.strategy.model_sharded_context():
-                module.configure_sharded_model()
 
     def compile_hooks(self) -> HookPlan:
         """A fresh plan of who listens to which hook; cheap, made whenever that may have changed."""

@@ -234,7 +234,7 @@ class ModelPruning(Callback):
         Args:
             amount: a share between 0.0 and 1.0, or a number of elements.
         """
-        before = self._count_pruned() if self._verbose else []
+        before = _count_pruned(self._parameters_to_prune) if self._verbose else []
         if self._use_global_unstructured:
             options = {"amount": amount} if "amount" in inspect.signature(self.pruning_fn).parameters else {}
             prune.global_unstructured(self._parameters_to_prune, pruning_method=self.pruning_fn, **options)
@@ -342,16 +342,8 @@ class ModelPruning(Callback):
             original[~mask] = stored["hidden"][full_name].to(original.device, original.dtype)
             _refresh_product(layer, name, stored["scores"].get(full_name))
 
-    def _count_pruned(self) -> list[PrunedCount]:
-        counts = []
-        for layer, name in self._parameters_to_prune:
-            mask = _find_mask(layer, name)
-            zeros = 0 if mask is None else int((mask == 0).sum())
-            counts.append(PrunedCount(zeros, _find_original(layer, name).numel()))
-        return counts
-
     def _report_pruned(self, before: list[PrunedCount], amount: int | float) -> None:
-        after = self._count_pruned()
+        after = _count_pruned(self._parameters_to_prune)
         elements = sum(count.elements for count in after)
         first, then = (sum(count.zeros for count in counts) for counts in (before, after))
         shares = f"{first}/{elements} ({first / elements:.2%}) -> {then}/{elements} ({then / elements:.2%})"
@@ -365,6 +357,15 @@ class ModelPruning(Callback):
         of_run: dict[str, Any] = {"_strategy": None, "_parameters_to_prune": [], "_names": [], "_unpruned_layers": {}}
         chosen = () if self._chosen_paths else self._chosen
         return {**vars(self), **of_run, "_chosen": chosen, "_stored": self.state_dict()}
+
+
+def _count_pruned(parameters: ParameterList) -> list[PrunedCount]:
+    counts = []
+    for layer, name in parameters:
+        mask = _find_mask(layer, name)
+        zeros = 0 if mask is None else int((mask == 0).sum())
+        counts.append(PrunedCount(zeros, _find_original(layer, name).numel()))
+    return counts
 
 
 def _choose_function(
