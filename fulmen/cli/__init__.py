@@ -30,4 +30,4 @@ if TYPE_CHECKING:
         ReduceLROnPlateau,
     )
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

@@ -43,7 +43,7 @@ DOORS = ("callbacks", "loggers", "profilers", "strategies", "plugins", "accelera
 REGISTERED = {"accelerator": Union[str, Accelerator], "strategy": Union[str, Strategy]}  # noqa: UP007
 
 
-class ConfigFile(ActionConfigFile):
+class ConfigFile(ActionConfigFile):  # type: ignore[misc]
     """The option `--config`, which remembers the files it was given, so that errors can name a line of them."""
 
     def __call__(
@@ -53,7 +53,7 @@ class ConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
-class LightningArgumentParser(ArgumentParser):
+class LightningArgumentParser(ArgumentParser):  # type: ignore[misc]
     """An `ArgumentParser` of jsonargparse that knows the classes of this package.
 
     Arguments:

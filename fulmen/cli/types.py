@@ -36,5 +36,5 @@ ArgsType = Union[list[str], dict[str, Any], Namespace, None]  # noqa: UP007  # a
 LRSchedulerTypeTuple = (LRScheduler, ReduceLROnPlateau)
 LRSchedulerTypeUnion = Union[LRScheduler, ReduceLROnPlateau]  # noqa: UP007
 # For an argument of a module that makes the optimizer of some parameters, or the scheduler of an optimizer.
-OptimizerCallable = Callable[[Iterable], Optimizer]
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRSchedulerTypeUnion]

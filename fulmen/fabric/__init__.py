@@ -14,4 +14,4 @@ if TYPE_CHECKING:
     from fulmen.utilities.errors import disable_possible_user_warnings
     from fulmen.utilities.seed import seed_everything
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

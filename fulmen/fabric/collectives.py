@@ -365,7 +365,8 @@ class TorchCollective(Collective):
 
     @classmethod
     def new_group(cls, **kwargs: Any) -> ProcessGroup:
-        return dist.new_group(**kwargs)
+        group: ProcessGroup = dist.new_group(**kwargs)
+        return group
 
     @classmethod
     def destroy_group(cls, group: ProcessGroup) -> None:

@@ -77,8 +77,10 @@ class DeepSpeedStrategy(ParallelStrategy, engine_deepspeed.DeepSpeedStrategy):
         deepspeed = import_optional("deepspeed", "for `DeepSpeedStrategy`")
         self.complete_loop_config()
         self._lightning_module = module
-        self.model, *_ = deepspeed.initialize(model=module, config=self.config)
-        return self.model
+        engine: Module
+        engine, *_ = deepspeed.initialize(model=module, config=self.config)
+        self.model = engine
+        return engine
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Refuses: the engine is made of both.

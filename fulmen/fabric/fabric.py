@@ -120,7 +120,8 @@ class Fabric(FabricProcess):
     @property
     def logger(self) -> Logger:
         """The first logger; without any, an IndexError."""
-        return self._loggers[0]
+        first: Logger = self._loggers[0]
+        return first
 
     @property
     def _precision(self) -> Precision:

@@ -54,6 +54,11 @@ class _FabricModule(nn.Module):
         original_module: the user's; the same if the strategy wraps nothing.
     """
 
+    _original_module: nn.Module
+    _forward_module: nn.Module
+    _device: torch.device | None
+    _dtype: torch.dtype
+
     def __init__(self, forward_module: nn.Module, strategy: Strategy, original_module: nn.Module | None = None) -> None:
         super().__init__()
         original: Any = forward_module if original_module is None else original_module
@@ -191,7 +196,8 @@ class _FabricModule(nn.Module):
             delattr(self._original_module, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *dir(self._original_module)})
+        own: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return sorted({*own, *dir(self._original_module)})
 
     def _call_through_forward(self, method: Callable[..., Any]) -> Callable[..., Any]:
         run = call_as_forward(self._original_module, self.__call__, method)
@@ -413,6 +419,9 @@ class _FabricDataLoader:
         dataloader: whose attributes are read and written.
         device: where batches go; None leaves them where they are.
     """
+
+    _dataloader: DataLoader[Any]
+    _device: torch.device | None
 
     def __init__(self, dataloader: DataLoader[Any], device: torch.device | None = None) -> None:
         vars(self).update(_dataloader=dataloader, _device=device, _num_iter_calls=0)

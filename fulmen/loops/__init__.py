@@ -11,4 +11,4 @@ __all__ = ["open_trials"]
 if TYPE_CHECKING:
     from fulmen.loops.trials import open_trials  # few runs search for something
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

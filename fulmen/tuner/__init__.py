@@ -11,4 +11,4 @@ __all__ = ["Tuner"]
 if TYPE_CHECKING:
     from fulmen.tuner.tuning import Tuner
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, __file__)
+    __getattr__, __dir__ = lazy_exports(__name__)

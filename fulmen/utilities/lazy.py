@@ -25,7 +25,7 @@ def has_module(name: str) -> bool:
         return False
 
 
-def lazy_exports(module_name: str, file: str = "") -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(module_name: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The `__getattr__` and `__dir__` of a package whose names live in other modules.
 
     The names and where they live are those of the imports under `if TYPE_CHECKING:` in the module that calls this, so
