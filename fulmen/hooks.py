@@ -398,9 +398,11 @@ class DataHooks:
         allow_zero_length_dataloader_with_multiple_devices: accept loaders without batches on several devices.
     """
 
+    prepare_data_per_node: bool = True  # of the class, too: not every datamodule calls `super().__init__()`
+
     def __init__(self) -> None:
         super().__init__()
-        self.prepare_data_per_node: bool = True
+        self.prepare_data_per_node = True
         self.allow_zero_length_dataloader_with_multiple_devices: bool = False
 
     def prepare_data(self) -> None:

@@ -107,6 +107,10 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
             _clipped_norms={},
         )  # fmt: skip
 
+    def __setstate__(self, state: dict[str, Any]) -> None:  # modules pickled by older versions lack the newest names
+        vars(self).update(_fabric=None, _fabric_optimizers=[])
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         init = vars(cls).get("__init__")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from fulmen.engine.precision import step_with_closure
 from fulmen.metrics.logbook import explain_missing_metric
@@ -33,7 +33,7 @@ else:
     OptimizerBase = object  # the class of an instance gets its optimizer's class as a base
 
 _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
-_OF_WRAPPER = ("_optimizer", "_run_step", "_module", "_strategy")
+_OF_WRAPPER = ("_optimizer", "_run_step", "_module", "_run_strategy")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
 _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
 
@@ -53,7 +53,7 @@ class LightningOptimizer(OptimizerBase):
         self._optimizer = optimizer
         self._run_step: Callable[..., Any] | None = None
         self._module: LightningModule | None = None
-        self._strategy: Strategy | None = None
+        self._run_strategy: Strategy | None = None
 
     optimizer: Optimizer = alias_property("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
@@ -79,7 +79,7 @@ class LightningOptimizer(OptimizerBase):
         """From now on steps go through `run_step(optimizer, closure, **kwargs)`, for this module."""
         self._run_step = run_step
         self._module = module
-        self._strategy = strategy
+        self._run_strategy = strategy
 
     def leave_run(self) -> None:
         """Steps are ordinary ones again."""
@@ -121,7 +121,7 @@ class LightningOptimizer(OptimizerBase):
             sync_grad: False skips the exchange of gradients between processes, to accumulate.
         """
         module = self._module
-        strategy = self._strategy
+        strategy = self._run_strategy
         if module is None or strategy is None:
             raise RuntimeError("`toggle_model` was called outside of `Trainer.fit`. Only there is a module to toggle.")
         module.toggle_optimizer(self)
@@ -351,8 +351,8 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 def _schedulers_inside(scheduler: object) -> Sequence[LRScheduler]:
-    """Those that torch's compositions of schedulers are made of."""
-    return scheduler._schedulers if isinstance(scheduler, (SequentialLR, ChainedScheduler)) else ()
+    """Those that a composition of schedulers is made of, under the name that torch gives them."""
+    return scheduler._schedulers if hasattr(scheduler, "_schedulers") else ()
 
 
 def schedule_new_groups(scheduler: Any) -> None:

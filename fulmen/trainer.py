@@ -437,7 +437,7 @@ class Trainer(TrainerProperties):
         self.sources.attach_data(module, **loaders, datamodule=data, verb=fn.value)
         for loop in (self.fit_loop, self.fit_loop.val_loop, self.validate_loop, self.test_loop, self.predict_loop):
             loop.drop_loaders()
-        self.strategy.lightning_module = module
+        self.strategy.attach_module(module)
         module.trainer = self
 
     def _chosen_path(
@@ -480,7 +480,7 @@ class Trainer(TrainerProperties):
             return launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
         except BaseException as error:
             self.state.end_run(TrainerStatus.INTERRUPTED)
-            if launcher.runs_elsewhere:
+            if hasattr(launcher, "runs_elsewhere") and launcher.runs_elsewhere:
                 with launcher.end_if_asleep():
                     self._tell_here(error)
             raise
@@ -855,7 +855,7 @@ class Trainer(TrainerProperties):
 
 def _opens_late(logger: Logger) -> bool:
     """Is it opened after those whose libraries watch what others write?"""
-    return not (isinstance(logger, Logger) and logger.opens_first)
+    return not (hasattr(logger, "opens_first") and logger.opens_first)
 
 
 def _check_model(name: str, model: object) -> LightningModule:

@@ -145,6 +145,14 @@ class ModelCheckpoint(Checkpoint):
     every_n_epochs: int = alias_property(
         "_schedule.every_n_epochs", "A checkpoint is due after every that many epochs; 0 means never."
     )
+    # Under these names libraries that come with subclasses of their own know the schedule.
+    _every_n_train_steps: int = alias_property("_schedule.every_n_train_steps", "Steps between two files.")
+    _every_n_epochs: int = alias_property("_schedule.every_n_epochs", "Epochs between two files.")
+    _train_time_interval: timedelta | None = alias_property("_schedule.train_time_interval", "Time between two files.")
+    _save_on_train_epoch_end: bool | None = alias_property(
+        "_schedule.save_on_train_epoch_end", "Save after training epochs rather than validations?"
+    )
+
     best_model_path: str = alias_property("_files.best_model_path", "The best file, or the newest without `monitor`.")
     best_model_score: Tensor | None = alias_property("_files.best_model_score", "The score of the best file.")
     best_k_models: dict[str, Tensor] = alias_property("_files.best_k_models", "The scores of the best files, by path.")
@@ -154,6 +162,11 @@ class ModelCheckpoint(Checkpoint):
     last_model_path: str = alias_property("_files.last_model_path", "The file that `save_last` writes.")
     _last_checkpoint_saved: str = alias_property("_files.newest_path", "The file that was written last.")
     _last_global_step_saved: int = alias_property("_files.newest_step", "The step of the file that was written last.")
+
+    def __copy__(self) -> ModelCheckpoint:
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self), _files=self._files.copy())
+        return other
 
     def _forget_run(self) -> None:
         if self.dirpath == self._found_folder:

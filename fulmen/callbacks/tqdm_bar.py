@@ -110,6 +110,11 @@ def _bar_property(kind: str) -> property:
     return property(read_bar, lambda self, bar: self._bars.update({kind: bar}))
 
 
+def _bar_slot(kind: str) -> property:
+    """A bar, or None, as it was last drawn."""
+    return property(lambda self: self._bars.get(kind), lambda self, bar: self._bars.update({kind: bar}))
+
+
 class TQDMProgressBar(TerminalProgressBar):
     """The progress bar that works everywhere, drawn by tqdm.
 
@@ -132,6 +137,11 @@ class TQDMProgressBar(TerminalProgressBar):
     test_progress_bar = _bar_property("test")
     predict_progress_bar = _bar_property("predict")
     process_position = property(lambda self: self._process_position)
+    # Under these names subclasses put bars of their own; None until there is one.
+    _train_progress_bar = _bar_slot("train")
+    _val_progress_bar = _bar_slot("val")
+    _test_progress_bar = _bar_slot("test")
+    _predict_progress_bar = _bar_slot("predict")
 
     @leaves_lines
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:

@@ -76,5 +76,5 @@ def match_pruning(module: Module, checkpoint: dict[str, Any]) -> None:
 
 def _find_pruned(keys: Collection[str]) -> set[str]:
     """The names of the tensors that are there as a pair."""
-    masked = (key.removesuffix(MASK) for key in keys if key.endswith(MASK))
+    masked = (key.removesuffix(MASK) for key in keys if isinstance(key, str) and key.endswith(MASK))
     return {name for name in masked if name + ORIGINAL in keys}

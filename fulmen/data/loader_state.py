@@ -21,7 +21,6 @@ from typing import Any, TypeGuard
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from fulmen.data.sample_order import ForwardsAttributes, SharedOrder, sharded_samplers
 from fulmen.data.tensor_batches import iterate_batches
@@ -209,7 +208,7 @@ class WorkerRngTracker:
 
 def _tracker_of(iterator: object) -> WorkerRngTracker | None:
     """The tracker in the workers of an iterator; None if a class of the user made them without it."""
-    collate_fn = iterator._collate_fn if isinstance(iterator, _BaseDataLoaderIter) else None
+    collate_fn = iterator._collate_fn if hasattr(iterator, "_collate_fn") else None
     return collate_fn if isinstance(collate_fn, WorkerRngTracker) else None
 
 

@@ -215,6 +215,8 @@ def rebuild_loader(loader: DataLoader[Any], **order: Any) -> DataLoader[Any]:
         given.add("batch_size")
     if loader.drop_last:
         given.add("drop_last")
+    if hasattr(loader, "shuffle") and loader.shuffle:  # of a subclass whose own default it is
+        given.add("shuffle")
     return _rebuild_object(loader, **{**order, **{name: value for name, value in clashing.items() if name in given}})
 
 

@@ -139,7 +139,7 @@ def materialize_module(module: Module, device: torch.device, first: bool) -> Non
 
 def _materialize_layer(part: Module, names: list[str], device: torch.device, first: bool) -> None:
     """Initialises the tensors of those names on rank 0, at full size; sharded ones get their shard of the result."""
-    own = dict(part.named_parameters(recurse=False, remove_duplicate=False))
+    own = dict(Module.named_parameters(part, recurse=False, remove_duplicate=False))
     sharded = {name: parameter for name, parameter in own.items() if name in names and is_dtensor(parameter)}
     full = {name: Parameter(torch.empty(t.shape, dtype=t.dtype, device=device)) for name, t in sharded.items()}
     _hold_parameters(part, full)

@@ -112,7 +112,7 @@ class ShardedStrategy(ParallelStrategy):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
         """With ``empty_init``, modules are made on the meta device: layers get values when they are spread."""
-        with torch.device("meta") if empty_init else nullcontext(), self.precision.module_init_context():
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.module_init_context():
             yield
 
     @contextmanager
@@ -345,6 +345,7 @@ def materialize_layers(
     """
     shared: list[Tensor] = []
     for part in parts:
+        names = list(_plain_tensors(part))
         missing = {name: tensor for name, tensor in _plain_tensors(part).items() if tensor.is_meta}
         for name, tensor in missing.items():
             empty = torch.empty_like(tensor, device=device)
@@ -352,14 +353,17 @@ def materialize_layers(
             setattr(part, name, made)
         if missing and first:
             init_layer(part, init, list(missing))
-        shared += _plain_tensors(part).values()
+        # What an initialisation adds is there on rank 0 alone, and not to be shared.
+        now = _plain_tensors(part)
+        shared += [now[name] for name in names]
     collectives.broadcast_tensors(shared, device)
 
 
 def _plain_tensors(part: Module) -> dict[str, Tensor]:
     """Parameters and buffers that a layer holds itself and that are not sharded, each under all of its names."""
-    parameters = part.named_parameters(recurse=False, remove_duplicate=False)
-    buffers = part.named_buffers(recurse=False, remove_duplicate=False)
+    # Of the base class: layers may override these with fewer arguments.
+    parameters = Module.named_parameters(part, recurse=False, remove_duplicate=False)
+    buffers = Module.named_buffers(part, recurse=False, remove_duplicate=False)
     return {name: tensor for name, tensor in (*parameters, *buffers) if not is_dtensor(tensor)}
 
 

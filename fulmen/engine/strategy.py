@@ -152,6 +152,10 @@ class Strategy(KeywordHints, ABC):
         """Between `pre_backward` and `post_backward`, this runs instead: the training loop's own, which fires hooks."""
         self.run_backward = run_backward
 
+    def attach_module(self, module: LightningModule) -> None:
+        """The user's module, of the run that begins; also where a class shows it as a property that cannot be set."""
+        self._lightning_module = module
+
     def check_gradients(self) -> None:
         """After the first backward pass: an error if gradients are missing that others wait for."""
 
@@ -160,8 +164,6 @@ class Strategy(KeywordHints, ABC):
         self.transfer = transfer or _move_batch
 
     lightning_module: LightningModule | None = alias_property("_lightning_module", "The user's module, never wrapped.")
-
-    precision: Precision = alias_property("precision_plugin", "In which numbers the model computes.")
 
     @property
     @abstractmethod
@@ -235,7 +237,7 @@ class Strategy(KeywordHints, ABC):
         With ``empty_init`` weights are left uninitialised, because a checkpoint will fill them.
         """
         skip = _SkipInit() if empty_init else nullcontext()
-        with self.root_device, self.precision.module_init_context(), skip:
+        with self.root_device, self.precision_plugin.module_init_context(), skip:
             yield
 
     def model_sharded_context(self) -> AbstractContextManager[Any]:

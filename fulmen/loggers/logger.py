@@ -282,6 +282,8 @@ class ServiceLogger(ExperimentLogger):
         log_model: True sends those that exist when the run ends well, "all" each one when it is written.
     """
 
+    _callback_key: str | None = None  # under which metadata has the callback's settings; None for the name of its class
+
     def __init__(self, prefix: str = "", log_model: Literal["all"] | bool = False) -> None:
         super().__init__(prefix)
         self._log_model = log_model
@@ -322,7 +324,7 @@ class ServiceLogger(ExperimentLogger):
             "monitor": callback.monitor, "mode": callback.mode, "save_last": callback.save_last,
             "save_top_k": callback.save_top_k, "save_weights_only": callback.save_weights_only,
         }  # fmt: skip
-        settings = {"Checkpoint": of_callback}
+        settings = {self._callback_key or type(callback).__name__: of_callback}
         for path in sorted(times, key=times.__getitem__):
             if self._sent.get(path, -1.0) < times[path]:
                 about = {"score": plain_value(scores[path]), "original_filename": os.path.basename(path), **settings}

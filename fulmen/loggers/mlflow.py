@@ -39,6 +39,8 @@ class MLFlowLogger(ServiceLogger):
 
     save_dir = property(lambda self: self._save_dir, doc="The folder of the runs, if they are kept in one.")
 
+    _callback_key = "Checkpoint"
+
     def __init__(
         self, experiment_name: str = "lightning_logs", run_name: str | None = None, tracking_uri: str | None = None,
         tags: dict[str, Any] | None = None, save_dir: str | None = "./mlruns", log_model: Literal["all"] | bool = False,

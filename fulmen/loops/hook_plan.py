@@ -89,7 +89,7 @@ class HookPlan:
 def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
     """The method, for calls by position, if some of what it takes can only be passed by name."""
     function = inspect.unwrap(method.__func__ if inspect.ismethod(method) else method)
-    code = function.__code__ if inspect.isfunction(function) else None
+    code = function.__code__ if hasattr(function, "__code__") else None
     if code is None or not (code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS):
         return method
     return adapt_to_signature(method, method, names)

@@ -475,6 +475,7 @@ def steps_directly(optimizer: Optimizer, strategy: Strategy) -> bool:
     return (
         type(optimizer).__module__.startswith("torch.optim")
         and not isinstance(optimizer, torch.optim.LBFGS)
+        and hasattr(optimizer, "_optimizer_step_pre_hooks")
         and not optimizer._optimizer_step_pre_hooks
         and not overrides_method(strategy, "optimizer_step", Strategy)
         and strategy.precision_plugin.step_is_default

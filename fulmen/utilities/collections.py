@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -178,4 +179,4 @@ def extract_batch_size(batch: Any) -> int:
 def declared_batch_size(loader: object) -> int | None:
     """The ``batch_size`` that a loader or a batch sampler says it has; None where it says none."""
     size = loader.batch_size if hasattr(loader, "batch_size") else None
-    return size if isinstance(size, int) else None
+    return operator.index(size) if isinstance(size, SupportsIndex) else None

@@ -53,7 +53,7 @@ def _shape_in_use(parameter: Tensor) -> Iterable[int]:
         return (parameter.ds_numel,)
     # bitsandbytes packs 4-bit weights into fewer elements, and has this beside them once they are packed.
     packed = parameter.quant_state if hasattr(parameter, "quant_state") else None
-    return parameter.shape if packed is None else packed.shape or parameter.shape
+    return packed.shape or parameter.shape if packed is not None and hasattr(packed, "shape") else parameter.shape
 
 
 class LayerSummary:
@@ -121,7 +121,8 @@ class ModelSummary:
     @property
     def _trainer(self) -> Trainer | None:
         """The one that trains the model, if it is a `LightningModule` that one trains."""
-        return self._model._trainer if hasattr(self._model, "_trainer") else None
+        trainer = self._model._trainer if hasattr(self._model, "_trainer") else None
+        return trainer if hasattr(trainer, "precision") else None
 
     def summarize(self) -> dict[str, LayerSummary]:
         """Look at the layers again; called by the constructor."""

@@ -141,7 +141,7 @@ def test_wandb_sends_checkpoints_when_asked(offline_wandb, tmp_path, checkpoints
     assert best.name == f"model-{at_end.version}"
     assert best.metadata["score"] == 0.25
     assert best.metadata["original_filename"] == "a.ckpt"
-    assert best.metadata["Checkpoint"]["monitor"] == "val_loss"
+    assert best.metadata["ModelCheckpoint"]["monitor"] == "val_loss"
     assert list(best.manifest.entries) == ["model.ckpt"]
     assert (best_aliases, worse_aliases) == (["latest", "best"], ["latest"])
 
