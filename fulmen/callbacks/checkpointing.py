@@ -163,11 +163,6 @@ class ModelCheckpoint(Checkpoint):
     _last_checkpoint_saved: str = alias_property("_files.newest_path", "The file that was written last.")
     _last_global_step_saved: int = alias_property("_files.newest_step", "The step of the file that was written last.")
 
-    def __copy__(self) -> ModelCheckpoint:
-        other = type(self).__new__(type(self))
-        vars(other).update(vars(self), _files=self._files.copy())
-        return other
-
     def _forget_run(self) -> None:
         if self.dirpath == self._found_folder:
             self.dirpath = None

@@ -291,7 +291,8 @@ class LightningCLI:
         """A Trainer of the configuration; `kwargs` replace arguments of it."""
         config = self._get(self.config_init, "trainer")
         arguments = {**(vars(config) if config is not None else {}), **kwargs}
-        forced = [self._get(self.config_init, key) for key in self._parser.callback_keys]
+        chosen = [self._get(self.config_init, key) for key in self._parser.callback_keys]
+        forced = [callback for callback in chosen if callback is not None]  # those that need not be given
         if "callbacks" in arguments:
             arguments["callbacks"] = [*as_list(arguments["callbacks"]), *self._added_callbacks(arguments, forced)]
         else:

@@ -161,7 +161,9 @@ class ManualOptimization(Optimization):
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
         if isinstance(output, Mapping):
-            return output
+            loss = output.get("loss")
+            # What callbacks keep of it must not keep the graph.
+            return {**output, "loss": loss.detach()} if isinstance(loss, Tensor) else output
         raise MisconfigurationException(
             f"{self.name} returned a {type(output).__name__}. With manual optimization, return the loss, a dict, or nothing."
         )

@@ -154,6 +154,18 @@ def test_callbacks_of_the_configuration_come_before_those_that_are_always_added(
     assert again.max_epochs == 7 and names_of(again.callbacks)[:3] == ["Timer", "EarlyStopping", "LearningRateMonitor"]
 
 
+def test_a_callback_that_need_not_be_chosen():
+    class Program(LightningCLI):
+        def add_arguments_to_parser(self, parser):
+            parser.add_lightning_class_args(pl.Callback, "extra", subclass_mode=True, required=False)
+
+    without = make_cli(run=False, cls=Program)
+    assert without.config.extra is None
+    assert "Timer" not in names_of(without.trainer.callbacks)
+    chosen = make_cli("--extra=fulmen.callbacks.Timer", run=False, cls=Program)
+    assert "Timer" in names_of(chosen.trainer.callbacks)
+
+
 def test_a_trainer_without_that_argument_gets_no_callbacks():
     class Plain(pl.Trainer):
         def __init__(self, max_epochs: int = 4):

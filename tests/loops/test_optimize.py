@@ -709,3 +709,25 @@ def test_epoch_schedulers_are_not_stepped_in_an_epoch_that_ended_early(arguments
     model = Model()
     trainer = fit(model, max_epochs=2, **arguments)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5**expected
+
+
+def test_the_loss_in_manual_outputs_lets_go_of_its_graph() -> None:
+    kept = []
+
+    class Manual(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return {"loss": loss, "more": 1}
+
+        def on_train_batch_end(self, outputs, batch, batch_idx) -> None:
+            kept.append(outputs)
+
+    make_trainer().fit(Manual(), make_loader())
+    assert kept and all(outputs["more"] == 1 and not outputs["loss"].requires_grad for outputs in kept)
