@@ -15,6 +15,7 @@ from jsonargparse import (
     ActionConfigFile,
     ArgumentParser,
     Namespace,
+    _typehints,
     class_from_function,
     register_unresolvable_import_paths,
     set_parsing_settings,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 SUPPORTED = (Trainer, LightningModule, LightningDataModule, Callback)
 # Packages of classes that may be named in a configuration without their path.
 DOORS = ("callbacks", "loggers", "profilers", "strategies", "plugins", "accelerators")
+OF_FABRIC = ("fulmen.fabric.", "fulmen.loggers.fabric.")
 # Arguments of the Trainer that take registered names too, which its type hints cannot list.
 REGISTERED = {"accelerator": Union[str, Accelerator], "strategy": Union[str, Strategy]}  # noqa: UP007
 
@@ -188,6 +190,15 @@ def prepare_jsonargparse() -> None:
     """What jsonargparse must know once: files with a URL, functions without a path, and all our classes by name."""
     set_parsing_settings(config_read_mode_fsspec_enabled=is_installed("fsspec"))
     register_unresolvable_import_paths(torch)
+    # A name means what the Trainer takes: Fabric's classes of the same names, which it refuses, are given by their paths.
+    # jsonargparse has no public way to leave classes out.
+    find_paths = _typehints.get_all_subclass_paths
+
+    @functools.wraps(find_paths)
+    def find_named_classes(*args: Any, **kwargs: Any) -> list[str]:
+        return [path for path in find_paths(*args, **kwargs) if not path.startswith(OF_FABRIC)]
+
+    _typehints.get_all_subclass_paths = find_named_classes
     for door in DOORS:
         for name in importlib.import_module(f"fulmen.{door}").__all__:
             pkgutil.resolve_name(f"fulmen.{door}:{name}")

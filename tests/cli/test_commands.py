@@ -8,7 +8,10 @@ import pytest
 import torch
 from command_line import QUIET, Data, Net, Wide, build_data, build_net, build_trainer, make_cli, names_of
 
+import fulmen
 import fulmen as pl
+import fulmen.fabric.loggers
+import fulmen.fabric.strategies
 from fulmen.callbacks import EarlyStopping, LearningRateMonitor, Timer
 from fulmen.cli import LightningArgumentParser, LightningCLI
 from fulmen.utilities.errors import MisconfigurationException
@@ -173,6 +176,15 @@ def test_a_trainer_without_that_argument_gets_no_callbacks():
 
     with pytest.warns(UserWarning, match="Plain` class does not expose the `callbacks` argument"):
         assert make_cli(trainer_class=Plain, run=False).trainer.max_epochs == 4
+
+
+def test_a_name_means_the_trainers_class_when_fabrics_of_that_name_is_imported_too():
+    assert fulmen.fabric.loggers.CSVLogger is not fulmen.loggers.CSVLogger
+    assert fulmen.fabric.strategies.DDPStrategy is not fulmen.strategies.DDPStrategy
+    cli = make_cli("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.strategy=DDPStrategy",
+                   "--trainer.strategy.find_unused_parameters=true", "--trainer.devices=1", run=False)  # fmt: skip
+    assert type(cli.trainer.logger) is fulmen.loggers.CSVLogger
+    assert type(cli.trainer.strategy) is fulmen.strategies.DDPStrategy
 
 
 def test_plug_ins_of_the_trainer_by_path_and_by_name(tmp_path):
