@@ -33,7 +33,6 @@ else:
     OptimizerBase = object  # the class of an instance gets its optimizer's class as a base
 
 _OPTIMIZER_PARTS = ("step", "state_dict", "load_state_dict", "param_groups", "defaults", "state")
-_OF_WRAPPER = ("_optimizer", "_run_step", "_module", "_run_strategy")
 _OUTER_KEYS = ("optimizer", "lr_scheduler", "monitor")
 _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
 
@@ -41,19 +40,13 @@ _SCHEDULER_KEYS = tuple(f.name for f in fields(LRSchedulerConfig))
 Unpacked: TypeAlias = tuple[list[Any], list[tuple[Any, str | None]]]
 
 
-class LightningOptimizer(OptimizerBase):
-    """An optimizer of this run: behaves like the one it wraps, and its `step` knows about hooks, precision and counting.
+class OptimizerWrapper(OptimizerBase):
+    """Has the state and the attributes of the optimizer that it wraps, and methods of its own beside them.
 
-    The class of an instance is made on the fly and is also a subclass of the wrapped optimizer's, so `isinstance`
-    agrees. State and attributes are those of the wrapped optimizer.
+    The class of an instance is made on the fly, from the wrapper's and the wrapped optimizer's, so `isinstance` agrees.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.__class__ = type("Lightning" + type(optimizer).__name__, (self.__class__, type(optimizer)), {})
-        self._optimizer = optimizer
-        self._run_step: Callable[..., Any] | None = None
-        self._module: LightningModule | None = None
-        self._run_strategy: Strategy | None = None
+    _own_names: tuple[str, ...] = ("_optimizer",)  # attributes that are the wrapper's
 
     optimizer: Optimizer = alias_property("_optimizer", "The optimizer that is wrapped.")
     # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
@@ -72,8 +65,25 @@ class LightningOptimizer(OptimizerBase):
 
     def __setattr__(self, name: str, value: object) -> None:
         # Methods of the wrapped optimizer's class run on the wrapper, too, and what they write belongs to the optimizer.
-        own = name in _OF_WRAPPER or hasattr(LightningOptimizer, name)
+        own = name in self._own_names or hasattr(type(self).__bases__[0], name)
         object.__setattr__(self if own else self._optimizer, name, value)
+
+
+class LightningOptimizer(OptimizerWrapper):
+    """An optimizer of this run: behaves like the one it wraps, and its `step` knows about hooks, precision and counting.
+
+    The class of an instance is made on the fly and is also a subclass of the wrapped optimizer's, so `isinstance`
+    agrees. State and attributes are those of the wrapped optimizer.
+    """
+
+    _own_names = ("_optimizer", "_run_step", "_module", "_run_strategy")
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.__class__ = type("Lightning" + type(optimizer).__name__, (self.__class__, type(optimizer)), {})
+        self._optimizer = optimizer
+        self._run_step: Callable[..., Any] | None = None
+        self._module: LightningModule | None = None
+        self._run_strategy: Strategy | None = None
 
     def enter_run(self, run_step: Callable[..., Any], module: LightningModule, strategy: Strategy) -> None:
         """From now on steps go through `run_step(optimizer, closure, **kwargs)`, for this module."""

@@ -345,8 +345,8 @@ def materialize_layers(
     """
     shared: list[Tensor] = []
     for part in parts:
-        names = list(_plain_tensors(part))
-        missing = {name: tensor for name, tensor in _plain_tensors(part).items() if tensor.is_meta}
+        before = _plain_tensors(part)
+        missing = {name: tensor for name, tensor in before.items() if tensor.is_meta}
         for name, tensor in missing.items():
             empty = torch.empty_like(tensor, device=device)
             made = Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
@@ -355,7 +355,7 @@ def materialize_layers(
             init_layer(part, init, list(missing))
         # What an initialisation adds is there on rank 0 alone, and not to be shared.
         now = _plain_tensors(part)
-        shared += [now[name] for name in names]
+        shared += [now[name] for name in before]
     collectives.broadcast_tensors(shared, device)
 
 

@@ -20,19 +20,13 @@ from fulmen.data.loaders import set_epoch
 from fulmen.data.tensor_batches import iterate_batches
 from fulmen.engine.precision import MixedPrecision, Precision
 from fulmen.fabric.strategy import Strategy
+from fulmen.optimizers import OptimizerWrapper
 from fulmen.utilities.collections import apply_to_collection, move_data_to_device
-from fulmen.utilities.introspection import alias_property, overrides_method
+from fulmen.utilities.introspection import overrides_method
 from fulmen.utilities.modules import call_as_forward, unwrap_compiled
 
 if TYPE_CHECKING:
-    from collections import defaultdict
-
     from torch.utils.data import DataLoader
-
-if TYPE_CHECKING:
-    OptimizerBase = Optimizer
-else:
-    OptimizerBase = object  # the class of an instance gets its optimizer's class as a base
 
 # Of a `LightningModule`: they are the forward pass of a training loop.
 STEP_METHODS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -307,7 +301,7 @@ def refuse_layer_calls(method: Callable[..., Any], original: nn.Module, name: st
     return call_watched
 
 
-class _FabricOptimizer(OptimizerBase):
+class _FabricOptimizer(OptimizerWrapper):
     """An optimizer of a loop of the user's own: an instance of its class, whose `step` knows strategy and precision.
 
     Arguments:
@@ -315,6 +309,10 @@ class _FabricOptimizer(OptimizerBase):
         strategy: makes the step.
         callbacks: those with a method `on_after_optimizer_step` hear of each step.
     """
+
+    _own_names = (
+        "_optimizer", "_strategy", "_callbacks", "_listeners", "_num_callbacks", "_steps_itself", "_stepped",
+    )  # fmt: skip
 
     def __init__(self, optimizer: Optimizer, strategy: Strategy, callbacks: Sequence[Any] | None = None) -> None:
         kind = optimizer.__class__  # of a stand-in, that of what it stands for
@@ -328,26 +326,6 @@ class _FabricOptimizer(OptimizerBase):
         # A strategy that is not of this package may have an engine that steps.
         has_engine = not isinstance(strategy, Strategy) and hasattr(strategy, "model")
         self._stepped: Any = strategy.model if has_engine else optimizer
-
-    optimizer: Optimizer = alias_property("_optimizer", "The optimizer that is wrapped.")
-    # These three may be replaced on the wrapped optimizer (`load_state_dict` does it): it is always asked.
-    param_groups: list[dict[str, Any]] = alias_property(
-        "_optimizer.param_groups", "The groups of parameters with their settings."
-    )
-    state: defaultdict[Tensor, Any] = alias_property("_optimizer.state", "The state of each parameter.")
-    defaults: dict[str, Any] = alias_property(
-        "_optimizer.defaults", "The settings of groups that have none of their own."
-    )
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_optimizer":  # not there yet: unpickling
-            raise AttributeError(name)
-        return getattr(self._optimizer, name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # Methods of the wrapped optimizer's class run on the wrapper, too, and what they write belongs to the optimizer.
-        own = name in _OPTIMIZER_ATTRIBUTES or hasattr(_FabricOptimizer, name)
-        object.__setattr__(self if own else self._optimizer, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _FabricOptimizer, (self._optimizer, self._strategy)  # a copy has no callbacks of a loop
@@ -393,17 +371,6 @@ class _FabricOptimizer(OptimizerBase):
             self._num_callbacks = len(self._callbacks)
         for listener in self._listeners:
             listener(strategy=self._strategy, optimizer=self._optimizer)
-
-
-_OPTIMIZER_ATTRIBUTES = (
-    "_optimizer",
-    "_strategy",
-    "_callbacks",
-    "_listeners",
-    "_num_callbacks",
-    "_steps_itself",
-    "_stepped",
-)
 
 
 def steps_by_itself(strategy: Strategy) -> bool:
