@@ -101,6 +101,7 @@ class Strategy(engine_strategy.Strategy):
 
         With ``empty_init`` weights are left uninitialised, because a checkpoint will fill them.
         """
+        self.precision_plugin = self.precision  # the engine's context needs one, also where none was given
         with super().tensor_init_context(empty_init), self.module_sharded_context():
             yield
 
