@@ -47,6 +47,13 @@ def cpu_seconds() -> float:
     return total
 
 
+def seconds_ready(thread: int | None) -> float:
+    """How long a thread of this process was ready to run while others had the processors; 0 where that is not told."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/self/task/{thread}/schedstat") as file:
+        return int(file.read().split()[1]) / 1e9
+    return 0.0
+
+
 def child_pids(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):

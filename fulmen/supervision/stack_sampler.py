@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from fulmen.supervision import loader_workers
 from fulmen.supervision.messages import Activity, ThreadState
-from fulmen.supervision.processes import cpu_seconds, waits_in_kernel
+from fulmen.supervision.processes import cpu_seconds, seconds_ready, waits_in_kernel
 from fulmen.utilities.introspection import PACKAGE_FOLDER, in_library
 
 _TORCH = os.path.dirname(torch.__file__)
@@ -67,7 +67,7 @@ class ThreadProbe:
         self.place: list[tuple[int, int]] = []  # code and instruction of each frame
         self.sequence = -1
         self.place_since = self.sequence_since = self.idle_since = time.monotonic()
-        self.cpu_at_idle = 0.0  # processor time at `idle_since`
+        self.cpu_at_idle = 0.0  # processor time, used and waited for, at `idle_since`
         self.last = Activity()
 
     def sample(self) -> Activity:
@@ -105,7 +105,8 @@ class ThreadProbe:
     def _update_clocks(self, frames: list[FrameType]) -> bool:
         """Notes what has changed since the last sample. Returns whether the process has been idle since `idle_since`."""
         now = time.monotonic()
-        used = cpu_seconds()
+        # On a machine that others keep busy, a thread that computes may get no processor for a while.
+        used = cpu_seconds() + seconds_ready(self.thread.native_id)
         sequence = collectives_begun()
         place = [(id(frame.f_code), frame.f_lasti) for frame in frames]
         if sequence != self.sequence:
