@@ -231,17 +231,30 @@ class LightningCLI:
         stored = own_arguments(self.model_class if path is None else import_class(path), stored)
         if path is not None:
             stored = {"class_path": path, "dict_kwargs": stored}
-        before = self.config[command].get("model")
+        given = self._model_arguments_given(command)
         try:
             self.config = self.parser.parse_object({command: {"model": stored}}, self.config)
         except SystemExit:
             sys.stderr.write(f"Parsing of ckpt_path hyperparameters failed! They are those in {os.fspath(file)!r}.\n")
             raise
         new = self.config[command].get("model")
-        for name, value in arguments_given(self.model_class, before).items():
+        for name, value in given.items():
             if (stored_value := new.get(name, new.get(f"init_args.{name}"))) != value:
                 what = f"`--model.{name}={value}` is replaced by {stored_value!r}"
                 rank_zero_warn(f"{what}, which the checkpoint of `--ckpt_path` was made with.")
+
+    def _model_arguments_given(self, command: str) -> dict[str, Any]:
+        """The arguments of the model that are neither defaults nor filled in by links, by name."""
+        parser = self.parser.command_parsers[command]
+        options = dump_options(parser)
+        text = parser.dump(self.config[command], skip_default=True, skip_link_targets=True, **options)
+        written = (yaml.safe_load(text) or {}).get("model") or {}
+        model = self.config[command].get("model")
+        if model is not None and "class_path" in model:
+            written = written.get("init_args") or {}
+            model = model.get("init_args")
+        values = {} if model is None else vars(model)
+        return {name: values[name] for name in written if not isinstance(values.get(name, Namespace()), Namespace)}
 
     def _seed_generators(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -400,17 +413,6 @@ def own_arguments(source: Callable[..., Any], stored: Mapping[str, Any]) -> dict
     of_bases = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     names = {parameter.name for parameter in own}
     return {name: value for name, value in stored.items() if name in names or name not in of_bases}
-
-
-def arguments_given(source: Callable[..., Any], config: Namespace | None) -> dict[str, Any]:
-    """The arguments in a configuration that are no defaults of the class."""
-    if config is None:
-        return {}
-    path = config.get("class_path")
-    parameters = inspect.signature(source if path is None else import_class(path)).parameters
-    values = vars(config if path is None else config.get("init_args") or Namespace())
-    plain = {name: value for name, value in values.items() if not isinstance(value, Namespace)}
-    return {name: value for name, value in plain.items() if name in parameters and value != parameters[name].default}
 
 
 def as_list(value: object) -> list[Any]:

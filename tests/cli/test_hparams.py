@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess  # noqa: F401  # imported, so that only its kind is the reason for refusing it
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from command_line import Data, Injected, Net, Part, Wide, make_cli
 from support import Regression
 
 from fulmen import LightningModule
-from fulmen.cli import instantiate_module
+from fulmen.cli import LightningCLI, instantiate_module
 
 NAME = "lightning.pytorch.cli.instantiate_module"
 SAVING = {"enable_checkpointing": True}
@@ -115,6 +116,21 @@ def test_a_checkpoint_on_the_command_line_brings_its_hyper_parameters(capsys):
     with pytest.raises(SystemExit):
         make_cli("test", f"--ckpt_path={path}", model=Own)
     assert f"Parsing of ckpt_path hyperparameters failed! They are those in {path!r}" in capsys.readouterr().err
+
+
+class LinksWidth(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.link_arguments("data.batch_size", "model.width")
+
+
+def test_only_what_the_user_gave_is_said_to_be_replaced():
+    path = saved(make_cli("fit", "--model.width=7", trainer=SAVING))
+    options = ["test", f"--ckpt_path={path}", "--data.batch_size=5"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cli = make_cli(*options, cls=LinksWidth)
+    assert cli.model.width == 5  # what is linked is what the user gave
+    assert not [str(one.message) for one in said if "is replaced by" in str(one.message)]
 
 
 def test_so_does_one_of_a_subclass():
