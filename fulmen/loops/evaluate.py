@@ -210,7 +210,6 @@ class EvaluationLoop(Loop):
         trainer = self.trainer
         self.open_feed()
         self.hooks = trainer.compile_hooks().evaluation_hooks(self.infix)
-        self.bind_batch()
         self.restore_modes = capture_modes(trainer.lightning_module)
         self.frozen = modules_in_eval(trainer.lightning_module)
         self.scope_before = trainer.book.enter_scope(trainer.stage.value)
@@ -220,6 +219,7 @@ class EvaluationLoop(Loop):
         trainer.mode_hook(f"on_{self.infix}_model_eval", trainer.lightning_module.eval)
         self.hooks.start()
         self.hooks.epoch_start()
+        self.bind_batch()  # after those hooks, which may give the module another step
         if self.inside_fit:
             trainer.strategy.use_rank_zero_buffers()  # last of all: a hook may have put an average in their place
         trainer.book.dataloader_idx = 0 if self.several else None

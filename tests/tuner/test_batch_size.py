@@ -289,6 +289,19 @@ def test_wrong_calls_are_refused_and_nothing_has_changed():
 
 
 @pytest.mark.parametrize("verb", VERBS[1:])
+def test_several_loaders_of_an_evaluation_are_refused_before_their_steps_are_looked_at(verb):
+    class Several(Searched):
+        def val_dataloader(self):
+            return [self.make_loader(), self.make_loader()]
+
+        test_dataloader = predict_dataloader = val_dataloader
+
+    kind = "val" if verb == "validate" else verb
+    with pytest.raises(MisconfigurationException, match=f"cannot be used with multiple {kind} dataloaders"):
+        Tuner(make_trainer()).scale_batch_size(Several(), method=verb)
+
+
+@pytest.mark.parametrize("verb", VERBS[1:])
 def test_several_loaders_of_an_evaluation_are_refused(verb):
     class Several(Searched):
         def val_dataloader(self):
