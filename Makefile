@@ -18,12 +18,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
+# Many tests wait for processes, so that two cores have time for one worker more. Files in the order of tests/conftest.py.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+
 PY  := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-again test-services test-pythons test-dist dist check format bench bench-exact bench-kill bench-interchange docs clean
+.PHONY: help demo test test-slow test-services test-pythons test-dist dist check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -39,14 +42,10 @@ demo: $(STAMPS)/examples,tensorboard
 	@$(PY) examples/mnist_autoencoder.py $(ARGS)
 
 test: $(STAMPS)/test
-	@$(PY) -m pytest -n 2 --dist loadfile -m 'not slow' $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
 test-slow: $(STAMPS)/test
-	@$(PY) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
-
-# What failed last, one at a time.
-test-again: $(STAMPS)/test
-	@$(PY) -m pytest -n 0 --last-failed --last-failed-no-failures none $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m slow $(ARGS)
 
 # The clients bring many packages, so they get an environment of their own.
 test-services:

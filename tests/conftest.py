@@ -16,6 +16,14 @@ pytest_plugins = ["processes"]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes and wait for them come first, so that none of them is left over at the end."""
+    folders = {
+        folder: place for place, folder in enumerate(("supervision", "engine", "loops", "metrics", "checkpoint"))
+    }
+    items.sort(key=lambda item: folders.get(item.path.parent.name, len(folders)))
+
+
 @pytest.fixture(autouse=True)
 def own_directory(tmp_path, monkeypatch):
     """Runs write where they are started: each test in a folder of its own, with a clean environment."""

@@ -131,6 +131,7 @@ def test_a_learning_rate_that_is_logged_is_no_constant_either(backend):
     assert set(compiled[2].graphs[1:]) == {2}, "the second batch shows that it changes"
 
 
+@pytest.mark.slow
 def test_inductor_comes_to_the_same():
     class Deterministic(Talkative):
         def __init__(self):

@@ -352,6 +352,7 @@ exit()
 """
 
 
+@pytest.mark.slow
 def test_an_interpreter_forks_again_and_again_and_can_be_interrupted(script, ended, tmp_path):
     (tmp_path / "typed").write_text(TYPED)
     with open(tmp_path / "typed") as typed:

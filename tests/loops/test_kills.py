@@ -11,7 +11,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from trials import resume
 
 
-@pytest.mark.parametrize("mix", resume.MIXES)
+@pytest.mark.parametrize(
+    "mix", [pytest.param(mix, marks=pytest.mark.slow) if mix.startswith("several") else mix for mix in resume.MIXES]
+)
 def test_a_run_that_is_killed_and_resumed_ends_in_the_same_bits(mix, capfd):
     told: list[str] = []
     with capfd.disabled():

@@ -256,6 +256,7 @@ def test_one_process_then_two_then_one_read_each_sample_of_an_epoch_once(tmp_pat
     assert mean == pytest.approx(sum(value**2 for value in range(32)) / 32)
 
 
+@pytest.mark.slow
 def test_two_processes_then_four_then_two(tmp_path):
     path = str(tmp_path / "saved.ckpt")
     first = run_ranks(2, go, path, 4, False, 1)

@@ -88,7 +88,7 @@ def alone():
     return judge(GRID)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_evaluation_and_prediction_are_those_of_one_process(ranks, alone):
     cases = GRID[ranks % 2 :: ranks]
     expected = [result for case, result in zip(GRID, alone) if case in cases]

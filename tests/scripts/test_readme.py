@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,6 +31,7 @@ def test_the_four_steps_run_as_printed(tmp_path: Path) -> None:
     assert (int(batches), int(rows)) == (1, 100)
 
 
+@pytest.mark.slow
 def test_the_script_for_two_devices_runs_as_printed(tmp_path: Path) -> None:
     """The number of two processes is that of one, and predictions are complete."""
     (block,) = python_blocks("docs/devices.md")

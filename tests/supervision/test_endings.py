@@ -33,7 +33,7 @@ def gone(pid):
     return False
 
 
-@pytest.mark.parametrize("mode", ["raises 0", "raises 1", "dies 1"])
+@pytest.mark.parametrize("mode", [pytest.param("raises 0", marks=pytest.mark.slow), "raises 1", "dies 1"])
 def test_a_failure_of_one_process_ends_all(script, ended, tmp_path, mode):
     code, output = ended(script(mode, "ddp"), seconds=600)
     assert code != 0 and all(map(gone, pids(tmp_path)))
@@ -45,10 +45,10 @@ def test_a_failure_of_one_process_ends_all(script, ended, tmp_path, mode):
     [
         ("ddp", "main", signal.SIGTERM, (143,)),
         ("ddp", "rank 1", signal.SIGTERM, (143,)),
-        ("ddp", "main", signal.SIGINT, (130,)),
-        ("ddp", "main", signal.SIGKILL, (-9,)),
-        ("ddp_fork", "main", signal.SIGTERM, (143,)),
-        ("ddp_fork", "rank 0", signal.SIGTERM, (143,)),
+        pytest.param("ddp", "main", signal.SIGINT, (130,), marks=pytest.mark.slow),
+        pytest.param("ddp", "main", signal.SIGKILL, (-9,), marks=pytest.mark.slow),
+        pytest.param("ddp_fork", "main", signal.SIGTERM, (143,), marks=pytest.mark.slow),
+        pytest.param("ddp_fork", "rank 0", signal.SIGTERM, (143,), marks=pytest.mark.slow),
         ("ddp_fork", "all", signal.SIGINT, (130,)),
         ("ddp_fork", "main", signal.SIGKILL, (-9,)),
         ("ddp_fork", "rank 1", signal.SIGKILL, (1,)),

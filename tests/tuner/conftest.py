@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 import pytest
 from searches import state_of
@@ -31,3 +32,12 @@ def compare_around() -> Callable[..., type[pl.Callback]]:
 @pytest.fixture
 def trainer(tmp_path) -> pl.Trainer:
     return make_trainer(default_root_dir=tmp_path, max_epochs=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_objects() -> Iterator[None]:
+    """A search collects garbage after each trial; what the tests before have left would be gone through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

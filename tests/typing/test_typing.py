@@ -21,6 +21,7 @@ from fulmen.engine.resolve import ALIASES, PRECISIONS
 from fulmen.engine.strategy_registry import StrategyRegistry
 from fulmen.utilities import types
 
+pytestmark = pytest.mark.slow  # both read all of torch
 ROOT = Path(fulmen.__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
 CLASSES = (Trainer, LightningModule, LightningDataModule, Callback)

@@ -80,6 +80,7 @@ def make_sourceless_tree(folder: Path) -> str:
     return str(built.rename(folder / "compiled"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_tree", [make_archive, make_sourceless_tree])
 def test_the_package_trains_from_an_archive_and_without_sources(make_tree, tmp_path: Path) -> None:
     tree = make_tree(tmp_path)
