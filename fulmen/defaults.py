@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from fulmen import callbacks as all_callbacks
-from fulmen import profilers
+from fulmen import integrations, profilers
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint, ModelCheckpoint
 from fulmen.callbacks.model_summary import ModelSummary, RichModelSummary
@@ -38,6 +38,8 @@ PROFILERS: dict[str, Callable[[], Profiler]] = {
     "pytorch": lambda: profilers.PyTorchProfiler(),  # loaded on first use
     "xla": XLAProfiler,
 }
+# How the variables begin by which Kubeflow Trainer says where to report to.
+KUBEFLOW = "KUBEFLOW_TRAINER_SERVER_"
 # Callbacks other installed packages want in every run.
 ENTRY_POINTS = "fulmen.callbacks_factory", "lightning.pytorch.callbacks_factory"
 
@@ -63,9 +65,17 @@ def assemble_callbacks(given: object, settings: Settings) -> list[Callback]:
         callbacks.append(all_callbacks.RichProgressBar() if is_installed(*RICH) else all_callbacks.TQDMProgressBar())
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
         callbacks.append(RichModelSummary() if is_installed(*RICH) else ModelSummary())
+    callbacks += _engine_callbacks(settings)
     callbacks += _entry_point_callbacks()
     _check_state_keys(callbacks)
     return sort_callbacks(callbacks)
+
+
+def _engine_callbacks(settings: Settings) -> list[Callback]:
+    """What reports to the engine that started this process, if that asks for reports."""
+    if settings.barebones or settings.fast_dev_run or not any(name.startswith(KUBEFLOW) for name in os.environ):
+        return []
+    return [integrations.KubeflowProgress()] if integrations.KubeflowProgress.is_configured() else []
 
 
 def _entry_point_callbacks() -> list[Callback]:

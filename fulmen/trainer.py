@@ -742,6 +742,7 @@ class Trainer(TrainerProperties):
         if not values or (not self.loggers and not self.state.stage.evaluating):  # type: ignore[union-attr]
             return {}
         numbers = fetch_numbers(values)
+        self.book.sent_to_loggers = numbers
         if self.loggers:
             self.log_to_loggers(dict(numbers), step, with_epoch)
         return numbers

@@ -155,6 +155,7 @@ class LogBook:
         self.scope = MetricScope()
         self.scopes: dict[str, MetricScope] = {}
         self.metric_dicts = MetricDicts()
+        self.sent_to_loggers: dict[str, float] = {}  # at the last time
         self.batch: Any = None
         self.batch_size: int | None = None
         self._dataloader_idx: int | None = None
@@ -390,6 +391,7 @@ class LogBook:
         self._dataloader_idx = None
         self.close_batch()
         self.metric_dicts = MetricDicts()
+        self.sent_to_loggers = {}
         self.close_scope()
 
     # ------------------------------------------------------------------ keeping

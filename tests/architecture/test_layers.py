@@ -20,7 +20,7 @@ ROWS: tuple[tuple[set[str], ...], ...] = (
     ({"checkpoint"},),
     ({"module", "datamodule", "optimizers", "hparams", "export"},),
     ({"callbacks"}, {"loggers"}, {"profilers"}, {"fabric"}, {"strategies"}, {"plugins"}, {"accelerators"}),
-    ({"loops"},),
+    ({"loops"}, {"integrations"}),
     ({"trainer", "trainer_properties", "settings", "defaults"},),
     ({"cli"}, {"tuner"}, {"serve"}, {"compat"}, {"demos"}),
     ({"console", "__main__"},),
