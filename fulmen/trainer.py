@@ -477,7 +477,7 @@ class Trainer(TrainerProperties):
         launcher = self.strategy.launcher
         assert launcher is not None
         try:
-            return launcher.launch(self._run_launched, loop, ckpt_path, weights_only, owner=self)
+            return launcher.launch(self._run_launched, loop, ckpt_path, weights_only, trainer=self)
         except BaseException as error:
             self.state.end_run(TrainerStatus.INTERRUPTED)
             if hasattr(launcher, "runs_elsewhere") and launcher.runs_elsewhere:

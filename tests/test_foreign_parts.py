@@ -89,7 +89,7 @@ class OwnNames(SingleDeviceStrategy):
 class PlainLauncher:
     is_interactive_compatible = False
 
-    def launch(self, function, *args, owner=None, **kwargs):
+    def launch(self, function, *args, trainer=None, **kwargs):
         return function(*args, **kwargs)
 
 

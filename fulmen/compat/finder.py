@@ -55,6 +55,7 @@ utilities.types: trainer.states utilities.enums
 
 engine.accelerators: accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps
 storage.checkpoint_io: engine.checkpoint_io plugins.io plugins.io.checkpoint_plugin plugins.io.torch_plugin
+storage.checkpoint_io: plugins.io.wrapper
 storage.async_io: engine.async_checkpoint_io plugins.io plugins.io.async_plugin
 engine.cluster: plugins.environments plugins.environments.cluster_environment plugins.environments.lightning
 engine.cluster: plugins.environments.kubeflow plugins.environments.lsf plugins.environments.mpi

@@ -141,7 +141,8 @@ class DDPStrategy(ParallelStrategy):
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         wraps = module.automatic_optimization and not is_generator(module.training_step) and bool(learning)
         if wraps:
-            self.model = self.configure_ddp()
+            self._ddp_parameters = learning
+            self.configure_ddp()
         elif self._ddp_comm_hook is not None:
             what = "`DDPStrategy(ddp_comm_hook=...)` works with automatic optimization and one optimizer only."
             raise MisconfigurationException(f"{what} Leave it out.")
@@ -151,8 +152,13 @@ class DDPStrategy(ParallelStrategy):
         other = module.parameters() if not wraps else (p for p in module.parameters() if not p.requires_grad)
         self.gradient_averager = GradientAverager(other, self.root_device, self.find_unused_parameters)
 
-    def configure_ddp(self) -> parallel.DistributedDataParallel:
-        """The wrapped model; weights and buffers of rank 0 are in all processes afterwards."""
+    def configure_ddp(self) -> None:
+        """Wraps the model; weights and buffers of rank 0 are in all processes afterwards."""
+        self.model = self._setup_model(self.model)
+        self._register_ddp_hooks()
+
+    def _setup_model(self, model: Module) -> parallel.DistributedDataParallel:
+        """The model in its wrapper."""
         options = dict(self._ddp_kwargs)
         if self.buffers is not None and not self.buffers.per_process:
             # Torch forgets buffers that are replaced, and those of the batches inside an accumulation window.
@@ -160,25 +166,24 @@ class DDPStrategy(ParallelStrategy):
                 _BUFFER_ARGUMENTS[0]: False
             }
             self.buffers.broadcast()  # older versions of torch would not
-        self._ddp_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return self._wrap_with_ddp(self.model, options)
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **options)
 
-    def _wrap_with_ddp(self, module: Module, options: dict[str, Any]) -> DistributedDataParallel:
-        wrapped = DistributedDataParallel(module, device_ids=self.determine_ddp_device_ids(), **options)
-        hook = self._ddp_comm_hook
-        if hook is not None:
+    def _register_ddp_hooks(self) -> None:
+        """Gives the wrapper the user's way of exchanging gradients."""
+        if (hook := self._ddp_comm_hook) is not None:
             hook = hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(hook)
-            wrapped.register_comm_hook(self._ddp_comm_state, hook)
-        return wrapped
+            self.model.register_comm_hook(self._ddp_comm_state, hook)
 
     def determine_ddp_device_ids(self) -> list[int] | None:
         """None: batches are on the device when they come, the wrapper need not look."""
         return None
 
-    def bind_step(self, step_name: str) -> Callable[..., Any]:
-        step = super().bind_step(step_name)
-        wrapped = step_name == "training_step" and isinstance(self.model, parallel.DistributedDataParallel)
-        return call_through_wrapper(self, step, self._ddp_parameters) if wrapped else step
+    def wrap_step(self, step_name: str) -> Callable[..., Any]:
+        if not isinstance(self.model, parallel.DistributedDataParallel):
+            return super().wrap_step(step_name)
+        step: Callable[..., Any] = getattr(self._lightning_module, step_name)
+        # Evaluation has no gradients to exchange.
+        return call_through_wrapper(self, step, self._ddp_parameters) if step_name == "training_step" else step
 
     def zero_loss(self) -> Tensor | None:
         wrapped = isinstance(self.model, parallel.DistributedDataParallel)
@@ -221,7 +226,7 @@ class DDPStrategy(ParallelStrategy):
     def process_dataloader(self, dataloader: T) -> T:
         world = self.world_size
         size = declared_batch_size(dataloader)
-        fits_apart = self.gradient_averager is not None and self.layer_sync is None and world > 1
+        fits_apart = self.gradient_averager is not None and self._layer_sync is None and world > 1
         if fits_apart and size is not None and size <= SMALL_BATCH and has_batch_norm(self._lightning_module):
             what = f"Batch norm sees {size} samples on each of {world} devices, which is few for statistics."
             warn_once(f"{what} `Trainer(sync_batchnorm=True)` takes those of all devices together.")

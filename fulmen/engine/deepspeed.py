@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from fulmen.engine.accelerators import Accelerator
 from fulmen.engine.buffers import Buffers
 from fulmen.engine.cluster import ClusterEnvironment
-from fulmen.engine.ddp import call_through_wrapper
 from fulmen.engine.parallel import ParallelStrategy
 from fulmen.engine.precision import HalfPrecision, Precision, clips_by_value
 from fulmen.storage.async_io import unwrap_async_io
@@ -218,10 +217,6 @@ class DeepSpeedStrategy(ParallelStrategy):
             remote_device=self.remote_device, config_dict_or_path=self.config
         )
         return context
-
-    def bind_step(self, step_name: str) -> Callable[..., Any]:
-        step = super().bind_step(step_name)
-        return step if self.model is self._lightning_module else call_through_wrapper(self, step)
 
     def _precision_backward(self, loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> None:
         self.model.backward(loss, *args, **kwargs)

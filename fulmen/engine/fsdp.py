@@ -209,8 +209,8 @@ class FSDPStrategy(ShardedStrategy):
             "offload_policy": offload,
         }
 
-    def bind_step(self, step_name: str) -> Callable[..., Any]:
-        step = super().bind_step(step_name)
+    def wrap_step(self, step_name: str) -> Callable[..., Any]:
+        step: Callable[..., Any] = getattr(self._lightning_module, step_name)
         return explain_missing_parameters(partial(self.model, step) if isinstance(self.model, StepModule) else step)
 
 

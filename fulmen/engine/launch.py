@@ -47,11 +47,11 @@ class Launcher(Protocol):
     def end_if_asleep(self) -> AbstractContextManager[None]:
         """Inside, this process is ended if what is told of a failed run falls asleep."""
 
-    def launch(self, function: Callable[..., Any], *args: Any, owner: ResultOwner) -> Any: ...
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: ResultOwner) -> Any: ...
 
 
 class ResultOwner(Protocol):
-    """Whose run is launched: it knows how results travel from the process of rank 0 to the one that launched it."""
+    """Whose run is launched, a Trainer's or that of Fabric: it knows how results travel from the process of rank 0 to the one that launched it."""
 
     @property
     def strategy(self) -> Strategy: ...

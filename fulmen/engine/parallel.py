@@ -21,17 +21,18 @@ from fulmen.engine.precision import Precision
 from fulmen.engine.process_launcher import ProcessLauncher
 from fulmen.engine.script_launcher import ScriptLauncher
 from fulmen.engine.strategy import Strategy
+from fulmen.engine.sync_batchnorm import TorchSyncBatchNorm
 from fulmen.storage.async_io import AsyncCheckpointIO
 from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.supervision.reports import mark_reported, report_mark, write_stderr
 from fulmen.supervision.stack_sampler import error_location
 from fulmen.supervision.watchdog import connect_watchdog, limit_seconds
 from fulmen.utilities.errors import SIGTERMException, with_cause
-from fulmen.utilities.introspection import alias_property
+from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.rank_zero import set_rank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from torch.distributed import ProcessGroup, Store
 
@@ -71,7 +72,8 @@ class ParallelStrategy(Strategy, ABC):
         self._start_method = start_method
         self._timeout = timedelta(minutes=30) if timeout is None else timeout
         self.num_nodes = 1
-        self.layer_sync: LayerSync | None = None  # is applied while fitting
+        self._layer_sync: LayerSync | None = None  # is applied while fitting
+        self._layers_are_synced = False
         self.listener: socket.socket | None = None  # behind the main port, until the processes have met
         self.store: Store | None = None  # of this run, once they have
         self._stop_consensus: collectives.StopConsensus | None = None
@@ -115,12 +117,17 @@ class ParallelStrategy(Strategy, ABC):
 
     is_distributed = True
 
+    layer_sync: LayerSync | None = alias_property("_layer_sync", "Synchronises layers while fitting.")
     start_method: str = alias_property("_start_method", "How the processes start.")
     timeout: timedelta = alias_property("_timeout", "How long a process waits for the others.")
 
     @property
     def process_group_backend(self) -> str:
         """What connects the processes."""
+        return self._get_process_group_backend()
+
+    def _get_process_group_backend(self) -> str:
+        """The one that was asked for, or what suits the device."""
         return self._process_group_backend or collectives.backend_for(self.root_device)
 
     @property
@@ -143,20 +150,20 @@ class ParallelStrategy(Strategy, ABC):
     def use_nodes(self, num_nodes: int, layer_sync: LayerSync | None) -> None:
         """How many machines there are, and what synchronises layers over them while fitting."""
         self.num_nodes = num_nodes
-        self.layer_sync = layer_sync
+        self._layer_sync = layer_sync
 
-    def configure_launcher(self) -> None:
+    def _configure_launcher(self) -> None:
         """Chooses who starts the processes; nobody if they exist."""
         cluster: Any = self.cluster_environment
         cluster.validate_settings(self.num_processes, self.num_nodes)
         self.set_world_ranks()
         end_with_parent()
         if cluster.creates_processes_externally:
-            self.launcher = None
+            self._launcher = None
         elif self._start_method == "popen":
-            self.launcher = ScriptLauncher(self)
+            self._launcher = ScriptLauncher(self)
         else:
-            self.launcher = ProcessLauncher(self, self._start_method)
+            self._launcher = ProcessLauncher(self, self._start_method)
 
     def open_rendezvous(self) -> dict[str, str]:
         """The environment variables by which the processes that are started now find each other.
@@ -189,7 +196,7 @@ class ParallelStrategy(Strategy, ABC):
 
     def enter_child(self, listener: socket.socket | None, report_to_parent: ReportError) -> None:
         """In a process that a launcher started for this strategy: nothing more is launched here."""
-        self.launcher = None
+        self._launcher = None
         self.listener = listener
         self.report_to_parent = report_to_parent
         self.set_world_ranks()
@@ -210,15 +217,19 @@ class ParallelStrategy(Strategy, ABC):
         self._stop_consensus = None
 
     def setup(self, trainer: Trainer) -> None:
-        if self.layer_sync is not None and trainer.state.fn == "fit" and self.world_size > 1:
-            self.model = self.layer_sync.apply(self.model)
+        # In one process, statistics of batch norm are complete as they are; what others synchronise is not known.
+        needed = self.world_size > 1 or type(self._layer_sync) is not TorchSyncBatchNorm
+        if self._layer_sync is not None and trainer.state.fn == "fit" and needed:
+            self.model = self._layer_sync.apply(self.model)
+            self._layers_are_synced = True
         super().setup(trainer)
 
     def teardown(self) -> None:
         self.model = self._lightning_module
         self.buffers = None
-        if self.layer_sync is not None and self.model is not None:
-            self.model = self._lightning_module = self.layer_sync.revert(self.model)
+        if self._layer_sync is not None and self._layers_are_synced:
+            self.model = self._lightning_module = self._layer_sync.revert(self.model)
+            self._layers_are_synced = False
         super().teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
@@ -313,7 +324,11 @@ class ParallelStrategy(Strategy, ABC):
         return carried[0]
 
     def exchange_objects(self, obj: T) -> list[T]:
-        return collectives.all_gather_objects(obj, self.root_device) if self.group_ready else [obj]
+        if self.group_ready:
+            return collectives.all_gather_objects(obj, self.root_device)
+        # A class with collectives of its own needs no process group of torch.
+        own = not self.aborting and overrides_method(self, "broadcast", ParallelStrategy)
+        return super().exchange_objects(obj) if own else [obj]
 
     def reduce(
         self, tensor: Tensor | Any, group: ProcessGroup | None = None, reduce_op: ReduceOp | None = "mean"
@@ -358,19 +373,3 @@ class ParallelStrategy(Strategy, ABC):
         """The same, and an error is one of all processes."""
         if isinstance(self.checkpoint_io, AsyncCheckpointIO):
             self.on_rank_zero(super().finish_saving, "write a checkpoint in the background")
-
-    def on_rank_zero(self, act: Callable[[], Any], what: str) -> None:
-        """Does something on rank 0; an error there is one of all processes."""
-        problem: Exception | None = None
-        try:
-            if self.is_global_zero:
-                act()
-        except Exception as error:
-            problem = error
-        report = None if problem is None else (type(problem).__name__, str(problem), isinstance(problem, OSError))
-        report = self.broadcast(report)
-        if problem is not None:
-            raise problem
-        if report is not None:
-            name, text, is_os_error = report
-            raise (OSError if is_os_error else RuntimeError)(f"Rank 0 could not {what}: {name}: {text}")

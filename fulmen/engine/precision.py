@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from fulmen.engine.stochastic_rounding import float32_stand_ins, step_in_float32
 from fulmen.utilities.collections import apply_to_collection
 from fulmen.utilities.errors import InvalidChoiceError, MisconfigurationException
-from fulmen.utilities.introspection import num_positional, overrides_method, takes_argument
+from fulmen.utilities.introspection import is_written_outside, num_positional, overrides_method, takes_argument
 from fulmen.utilities.modules import total_norm
 
 if TYPE_CHECKING:
@@ -94,7 +95,12 @@ class Precision:
     @property
     def step_is_default(self) -> bool:
         """Whether applying the update is nothing but `optimizer.step()` after the gradients are finished."""
-        return not overrides_method(self, "optimizer_step", Precision)
+        return not overrides_method(self, "optimizer_step", Precision) and not self.decides_about_step
+
+    @property
+    def decides_about_step(self) -> bool:
+        """Has a class of the user's a say in what is done between closure and step?"""
+        return any(is_written_outside(self, name) for name in ("optimizer_step", "_wrap_closure", "_after_closure"))
 
     def check_device(self, device: torch.device) -> None:
         """Refuses a device that it does not run on."""
@@ -158,7 +164,26 @@ class Precision:
         self, optimizer: Optimizer, model: Module | None = None, closure: Callable[[], Any] | None = None, **kwargs: Any
     ) -> Any:
         """Runs the closure (forward, backward, finishing the gradients) and applies the update."""
+        if closure is not None and self._finish_gradients is not None:
+            closure = partial(self._wrap_closure, model, optimizer, closure)
         return step_with_closure(optimizer, closure, **kwargs)
+
+    _finish_gradients: Callable[[], None] | None = None
+
+    def use_finish(self, finish_gradients: Callable[[], None] | None) -> None:
+        """What `_after_closure` does: None where the closure has done it."""
+        self._finish_gradients = finish_gradients
+
+    def _wrap_closure(self, model: Module | None, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        """What an optimizer calls: the closure, and `_after_closure`."""
+        outcome = closure()
+        self._after_closure(model, optimizer)
+        return outcome
+
+    def _after_closure(self, model: Module | None, optimizer: Optimizer) -> None:
+        """Finishes the gradients: unscaled, shown to `on_before_optimizer_step`, clipped."""
+        if self._finish_gradients is not None:
+            self._finish_gradients()
 
     def clip_gradients(
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str | GradClipAlgorithmType = "norm"
@@ -260,7 +285,7 @@ class MixedPrecision(Precision):
 
     @property
     def step_is_default(self) -> bool:
-        return self.scaler is None and not overrides_method(self, "optimizer_step", MixedPrecision)
+        return self.scaler is None and not self.decides_about_step
 
     def check_device(self, device: torch.device) -> None:
         if self.device not in (device.type, ""):
@@ -328,9 +353,14 @@ class MixedPrecision(Precision):
         return self.scaler.scale(tensor)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        if self.scaler is not None and id(optimizer) not in self._unscaled:
+        if self.scaler is not None and not self._is_unscaled(id(optimizer)):
             self.scaler.unscale_(optimizer)
             self._unscaled.add(id(optimizer))
+
+    def _is_unscaled(self, key: int) -> bool:
+        """Was the loss scale taken out of the gradients of that optimizer, here or by a subclass?"""
+        states: dict[int, Any] = {} if self.scaler is None else self.scaler._per_optimizer_states
+        return key in self._unscaled or (key in states and states[key]["stage"] is OptState.UNSCALED)
 
     def optimizer_step(
         self, optimizer: Optimizer, model: Module | None = None, closure: Callable[[], Any] | None = None, **kwargs: Any
@@ -341,7 +371,8 @@ class MixedPrecision(Precision):
             raise MisconfigurationException(_LBFGS_REFUSED.format("16-mixed", "a loss scaler allows one"))
         self.last_skip = False
         # `training_step` returned no loss: there are no gradients to apply
-        if closure is not None and closure() is None and model is not None and not _optimizes_manually(model):
+        loss = None if closure is None else self._wrap_closure(model, optimizer, closure)
+        if closure is not None and loss is None and model is not None and not _optimizes_manually(model):
             return None
         # until `_on_step` says otherwise; one that takes no hooks is believed to step
         self.last_skip = hasattr(optimizer, "register_step_post_hook")
@@ -423,7 +454,7 @@ class HalfPrecision(Precision):
     ) -> Any:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise MisconfigurationException(_LBFGS_REFUSED.format(self.precision, "which is made in float32"))
-        outcome = None if closure is None else closure()
+        outcome = None if closure is None else self._wrap_closure(model, optimizer, closure)
         step_in_float32(optimizer, seed=self.next_seed(), **kwargs)
         return outcome
 

@@ -113,8 +113,8 @@ class ProcessLauncher:
     def is_interactive_compatible(self) -> bool:
         return self.start_method == "fork"
 
-    def launch(self, function: Callable[..., Any], *args: Any, owner: ResultOwner) -> Any:
-        """What `function` returned on rank 0, after `owner.unpack_results` took what `owner.pack_results` gave there.
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: ResultOwner) -> Any:
+        """What `function` returned on rank 0; `trainer.unpack_results` has taken what `trainer.pack_results` gave there.
 
         Raises:
             RuntimeError: CUDA is in use already and processes are forked, the script has no main guard, something
@@ -126,7 +126,7 @@ class ProcessLauncher:
         children: list[BaseProcess] = []
         forwarding = contextlib.ExitStack()
         try:
-            self.start_children(children, folder, (function, args, owner))
+            self.start_children(children, folder, (function, args, trainer))
             # Until all have ended: those that hear of a signal report it here.
             signalled = forwarding.enter_context(_forward_signal(signal.SIGTERM, children))
             self.supervise_children(children, folder, signalled)
@@ -135,7 +135,7 @@ class ProcessLauncher:
             terminate_processes([RunningProcess(c.pid, _poll_of(c)) for c in children if c.pid is not None])
             forwarding.close()
             shutil.rmtree(folder, ignore_errors=True)
-        owner.unpack_results(answer["packed"])
+        trainer.unpack_results(answer["packed"])
         return answer["result"]
 
     def check_startable(self) -> None:
@@ -294,14 +294,14 @@ def _run_child(setup: ChildSetup) -> None:
     rank = setup.local_rank
     code = 0
     try:
-        function, args, owner = _unpickle_file(setup.work) if isinstance(setup.work, Path) else setup.work
-        strategy: Any = owner.strategy
+        function, args, trainer = _unpickle_file(setup.work) if isinstance(setup.work, Path) else setup.work
+        strategy: Any = trainer.strategy
         strategy.enter_child(setup.listener, partial(_report_error, setup.folder, rank))
         if "PL_GLOBAL_SEED" in os.environ:
             seed_everything(workers=os.environ.get("PL_SEED_WORKERS") == "1", verbose=False)
         result = function(*args)
         if rank == 0:
-            torch.save({"packed": owner.pack_results(), "result": result}, setup.folder / "result")
+            torch.save({"packed": trainer.pack_results(), "result": result}, setup.folder / "result")
         strategy.stop_watchdog()
         if (failed := wait_for_others()) is not None:
             raise failed
@@ -362,8 +362,8 @@ def _pickle_to_file(work: Work, path: Path) -> Path:
         with open(path, "wb") as file:
             pickle.dump(work, file)
     except Exception as error:
-        function, args, owner = work
-        parts = {type(owner).__name__: owner, **{f"argument {type(arg).__name__}": arg for arg in args}}
+        function, args, trainer = work
+        parts = {type(trainer).__name__: trainer, **{f"argument {type(arg).__name__}": arg for arg in args}}
         name = next((found for name, part in parts.items() if (found := find_unpicklable(part, name))), str(function))
         what = f"`{name}` cannot be pickled, which starting new processes needs: {type(error).__name__}: {error}."
         fix = "Make it a function or class of a module, or use `strategy='ddp'` or 'ddp_fork'."

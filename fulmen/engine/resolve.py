@@ -18,7 +18,7 @@ from fulmen.engine.precision import DoublePrecision, HalfPrecision, MixedPrecisi
 from fulmen.engine.strategy import Strategy
 from fulmen.engine.strategy_registry import SingleDeviceStrategy, StrategyRegistry
 from fulmen.engine.sync_batchnorm import LayerSync, TorchSyncBatchNorm
-from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.storage.checkpoint_io import CheckpointIO
 from fulmen.utilities.console import is_interactive
 from fulmen.utilities.errors import (
     InvalidChoiceError,
@@ -253,9 +253,7 @@ def assemble_strategy(request: EngineRequest, accelerator: Accelerator, devices:
     strategy.use_nodes(request.num_nodes, request.plugins.get(LayerSync) or default_sync)
     strategy.configure_launcher()
     check_accelerator(accelerator, strategy.root_device)
-    strategy.use_hardware(
-        accelerator, brought["checkpoint_io"] or request.plugins.get(CheckpointIO) or TorchCheckpointIO()
-    )
+    strategy.use_hardware(accelerator, brought["checkpoint_io"] or request.plugins.get(CheckpointIO))
     if isinstance(strategy, SingleDeviceStrategy):
         _warn_of_other_processes()
     precision = brought["precision_plugin"] or request.plugins.get(Precision) or _make_precision(strategy, request)

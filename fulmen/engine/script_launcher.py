@@ -61,8 +61,8 @@ class ScriptLauncher:
         """This process is one of those of the run, whose watchdog sees to that."""
         return contextlib.nullcontext()
 
-    def launch(self, function: Callable[..., Any], *args: Any, owner: ResultOwner | None = None) -> Any:
-        """What `function` returns in this process; nothing has to travel to the `owner`.
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: ResultOwner | None = None) -> Any:
+        """What `function` returns in this process; nothing has to travel to the `trainer`.
 
         Raises:
             RuntimeError: the other processes of an earlier call have ended.

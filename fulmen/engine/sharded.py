@@ -64,6 +64,7 @@ class ShardedStrategy(ParallelStrategy):
         self.sharded_modules: list[Any] = []  # those with communication of their own
         self._states_kept = True
         super().__init__(**kwargs)
+        self.precision_plugin = self._precision_plugin
 
     @property
     def precision_plugin(self) -> Any:

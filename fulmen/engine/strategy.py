@@ -14,10 +14,11 @@ from torch.overrides import TorchFunctionMode
 from fulmen.engine.accelerators import Accelerator, Registry
 from fulmen.engine.precision import Precision
 from fulmen.storage.async_io import AsyncCheckpointIO
-from fulmen.storage.checkpoint_io import CheckpointIO
+from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO, load_with
 from fulmen.utilities.collections import move_data_to_device
 from fulmen.utilities.introspection import alias_property, overrides_method
 from fulmen.utilities.keywords import KeywordHints
+from fulmen.utilities.modules import call_as_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -47,9 +48,9 @@ def _move_batch(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
     return move_data_to_device(batch, device)
 
 
-def _call_module_step(name: str) -> Callable[..., Any]:
-    """A step of the strategy, which calls the module's method of that name."""
-    return lambda self, *args, **kwargs: getattr(self._lightning_module, name)(*args, **kwargs)
+def _call_wrapped_step(name: str) -> Callable[..., Any]:
+    """A step of the strategy, for subclasses that extend it: the module's, called as the strategy calls it."""
+    return lambda self, *args, **kwargs: self.wrap_step(name)(*args, **kwargs)
 
 
 class Strategy(KeywordHints, ABC):
@@ -65,7 +66,6 @@ class Strategy(KeywordHints, ABC):
     node_rank: int = 0
     world_size: int = 1  # processes over all nodes
     buffers: Buffers | None = None  # of a module that several processes train
-    launcher: Launcher | None = None  # starts the processes of a run; None when this one is enough
     report_to_parent: ReportError | None = None  # tells a launcher why this process ends, if it cannot see it
     watchdog_timeout_s: float | None = None  # seconds; None asks FULMEN_WATCHDOG_TIMEOUT_S, and 0 means no watchdog
     handles_gradient_accumulation = False  # are accumulation windows kept inside the strategy?
@@ -88,13 +88,14 @@ class Strategy(KeywordHints, ABC):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        # `resolve_strategy` fills what is None.
-        self.accelerator: Accelerator = accelerator  # type: ignore[assignment]
-        self.checkpoint_io: CheckpointIO = checkpoint_io  # type: ignore[assignment]
-        self.precision_plugin: Precision = precision_plugin  # type: ignore[assignment]
+        # Under the names that subclasses know. `resolve_strategy` fills what is None.
+        self._accelerator = accelerator
+        self._checkpoint_io = checkpoint_io
+        self._precision_plugin = precision_plugin
+        self._launcher: Launcher | None = None
         self._lightning_module: Any = None
-        self.model: Any = None  # the model as it is called, wrapped if the strategy wraps
-        self.optimizers: list[Optimizer] = []
+        self._model: Any = None
+        self._optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
         self.cluster_environment: ClusterEnvironment | None = None
         self.run_backward: Callable[..., None] = self._precision_backward  # between `pre_` and `post_backward`
@@ -116,9 +117,9 @@ class Strategy(KeywordHints, ABC):
     def given_parts(self) -> dict[str, Any]:
         """The parts it was made with, by the name of the argument."""
         return {
-            "accelerator": self.accelerator,
-            "precision_plugin": self.precision_plugin,
-            "checkpoint_io": self.checkpoint_io,
+            "accelerator": self._accelerator,
+            "precision_plugin": self._precision_plugin,
+            "checkpoint_io": self._checkpoint_io,
             "cluster_environment": self.cluster_environment,
         }
 
@@ -131,16 +132,23 @@ class Strategy(KeywordHints, ABC):
         """How many machines there are, and what synchronises layers over them while fitting."""
 
     def configure_launcher(self) -> None:
-        """Chooses who starts the processes of a run."""
+        """Chooses who starts the processes of a run; subclasses override `_configure_launcher`."""
+        self._configure_launcher()
+
+    def _configure_launcher(self) -> None:
+        """Nobody: this process is enough."""
 
     def precision_for(self, name: str) -> Precision | None:
         """The precision of that name, where this strategy needs one of its own."""
         return None
 
-    def use_hardware(self, accelerator: Accelerator, checkpoint_io: CheckpointIO) -> None:
-        """Where it runs, and where checkpoints are stored."""
+    def use_hardware(self, accelerator: Accelerator, checkpoint_io: CheckpointIO | None) -> None:
+        """Where it runs, and where checkpoints are stored; by default where the class says, or in files."""
         self.accelerator = accelerator
-        self.checkpoint_io = checkpoint_io
+        if checkpoint_io is not None:
+            self.checkpoint_io = checkpoint_io
+        elif self.checkpoint_io is None:
+            self.checkpoint_io = TorchCheckpointIO()
 
     def use_precision(self, precision: Precision, restore_after_setup: bool) -> None:
         """In which numbers it computes, and whether weights can be loaded only after that changed the model."""
@@ -163,6 +171,13 @@ class Strategy(KeywordHints, ABC):
         """What moves a batch to a device, given the loader's index too; None is the usual way."""
         self.transfer = transfer or _move_batch
 
+    # Properties, so that a subclass may have its own.
+    accelerator: Accelerator = alias_property("_accelerator", "The kind of device.")
+    checkpoint_io: CheckpointIO = alias_property("_checkpoint_io", "Stores checkpoints.")
+    precision_plugin: Precision = alias_property("_precision_plugin", "In which numbers the model computes.")
+    launcher: Launcher | None = alias_property("_launcher", "Starts the processes; None when this one is enough.")
+    model: Any = alias_property("_model", "The model as it is called, wrapped if the strategy wraps.")
+    optimizers: list[Optimizer] = alias_property("_optimizers", "The optimizers of this run.")
     lightning_module: LightningModule | None = alias_property("_lightning_module", "The user's module, never wrapped.")
 
     @property
@@ -246,9 +261,20 @@ class Strategy(KeywordHints, ABC):
 
     def bind_step(self, step_name: str) -> Callable[..., Any]:
         """The cheapest correct callable for a step: the module's method, unless a subclass overrides ours."""
-        owner = self if overrides_method(self, step_name, Strategy) else self._lightning_module
-        step: Callable[..., Any] = getattr(owner, step_name)
+        overridden = overrides_method(self, step_name, Strategy)
+        step: Callable[..., Any] = getattr(self, step_name) if overridden else self.wrap_step(step_name)
         return step
+
+    def wrap_step(self, step_name: str) -> Callable[..., Any]:
+        """The module's step, called through the forward pass of what a strategy put around the module."""
+        step: Callable[..., Any] = getattr(self._lightning_module, step_name)
+        if self.model is self._lightning_module:
+            return step
+        return call_as_forward(self._lightning_module, lambda *args, **kwargs: self.model(*args, **kwargs), step)
+
+    def _forward_redirection(self, wrapper: Module, module: Module, step_name: str, *args: Any, **kwargs: Any) -> Any:
+        """A step of a module called through the forward pass of its wrapper, for subclasses that do it themselves."""
+        return call_as_forward(module, wrapper, getattr(module, step_name))(*args, **kwargs)
 
     def step_context(self, step_name: str) -> Callable[[], AbstractContextManager[Any]] | None:
         """The precision's context around a step; None if it has none, so that nothing is entered."""
@@ -258,10 +284,10 @@ class Strategy(KeywordHints, ABC):
                 return context
         return None
 
-    training_step = _call_module_step("training_step")
-    validation_step = _call_module_step("validation_step")
-    test_step = _call_module_step("test_step")
-    predict_step = _call_module_step("predict_step")
+    training_step = _call_wrapped_step("training_step")
+    validation_step = _call_wrapped_step("validation_step")
+    test_step = _call_wrapped_step("test_step")
+    predict_step = _call_wrapped_step("predict_step")
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The batch on `device` (default: the root device)."""
@@ -323,6 +349,7 @@ class Strategy(KeywordHints, ABC):
 
     def barrier_without_timeout(self, name: str) -> None:
         """`barrier` for where others may take hours."""
+        self.barrier(name)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """The object of process `src`, everywhere."""
@@ -330,12 +357,23 @@ class Strategy(KeywordHints, ABC):
 
     def exchange_objects(self, obj: T) -> list[T]:
         """The objects of all processes, by rank; they are pickled."""
-        return [obj]
+        return [self.broadcast(obj, src) for src in range(self.world_size)] if self.world_size > 1 else [obj]
 
     def on_rank_zero(self, act: Callable[[], Any], what: str) -> None:
-        """Does something on the first process; an error there is one of all processes."""
-        if self.is_global_zero:
-            act()
+        """Does something on rank 0; an error there is one of all processes."""
+        problem: Exception | None = None
+        try:
+            if self.is_global_zero:
+                act()
+        except Exception as error:
+            problem = error
+        report = None if problem is None else (type(problem).__name__, str(problem), isinstance(problem, OSError))
+        report = self.broadcast(report)
+        if problem is not None:
+            raise problem
+        if report is not None:
+            name, text, is_os_error = report
+            raise (OSError if is_os_error else RuntimeError)(f"Rank 0 could not {what}: {name}: {text}")
 
     def reduce(
         self, tensor: Tensor | Any, group: ProcessGroup | None = None, reduce_op: ReduceOp | None = "mean"
@@ -399,7 +437,7 @@ class Strategy(KeywordHints, ABC):
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint onto the CPU."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=weights_only)
+        return load_with(self.checkpoint_io, checkpoint_path, "cpu", weights_only)
 
     def verify_checkpoint(self, checkpoint_path: _PATH) -> None:
         """Raises `DamagedCheckpointError` if a checkpoint is not whole; nothing is loaded."""

@@ -57,7 +57,9 @@ class DDPStrategy(ParallelStrategy, engine_ddp.DDPStrategy):  # type: ignore[mis
 
     def setup_module(self, module: Module) -> parallel.DistributedDataParallel:
         """The wrapped module; weights and buffers of rank 0 are in all processes afterwards."""
-        return self._wrap_with_ddp(module, self._ddp_kwargs)
+        return engine_ddp.DistributedDataParallel(
+            module, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs
+        )
 
     def no_backward_sync(self, module: Module | None = None, enabled: bool = True) -> AbstractContextManager[Any]:
         """Inside, backward passes of the wrapped module keep their gradients to this process.
@@ -115,7 +117,7 @@ class DataParallelStrategy(ParallelStrategy):
     distributed_sampler_kwargs = property(lambda self: None, doc="None: this process reads all of the data.")
     group_ready = property(lambda self: False, doc="False: there is no process group.")
 
-    def configure_launcher(self) -> None:
+    def _configure_launcher(self) -> None:
         """Nothing is launched."""
 
     def setup_environment(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fulmen.data.loaders import record_arguments
 from fulmen.engine.process_launcher import ProcessLauncher
-from fulmen.utilities.introspection import parameters_of
+from fulmen.utilities.introspection import parameters_of, takes_argument
 
 if TYPE_CHECKING:
     from fulmen.engine.launch import Launcher
@@ -41,7 +41,12 @@ def launch_function(fabric: Fabric, function: Callable[..., Any], args: tuple[An
     """What the function returns, in the processes of the strategy."""
     launcher = fabric.strategy.launcher
     run = partial(_run_launched, fabric, function, args, kwargs)
-    return run() if launcher is None else launcher.launch(_call_first, run, owner=fabric)
+    if launcher is None:
+        return run()
+    launch: Callable[..., Any] = launcher.launch
+    # Launchers for Lightning's Fabric do not ask whose run it is.
+    asks = takes_argument(launch, "trainer", explicit=True)
+    return launch(_call_first, run, trainer=fabric) if asks else launch(_call_first, run)
 
 
 def _call_first(run: Callable[[], Any]) -> Any:

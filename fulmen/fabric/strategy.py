@@ -58,12 +58,6 @@ class Strategy(engine_strategy.Strategy):
 
     # ------------------------------------------------------------------ parts
 
-    def given_parts(self) -> dict[str, Any]:
-        stored = self._checkpoint_io
-        parts = super().given_parts()
-        self._checkpoint_io = stored  # asking makes one
-        return {**parts, "checkpoint_io": stored}
-
     @property
     def checkpoint_io(self) -> CheckpointIO:
         """Stores checkpoints: as files, unless another one was given."""
@@ -79,7 +73,7 @@ class Strategy(engine_strategy.Strategy):
     @property
     def precision(self) -> Precision:
         """In which numbers modules compute: in 32 bits, unless another one was given."""
-        if self.precision_plugin is None:
+        if self._precision_plugin is None:
             self.precision_plugin = Precision()
         return self.precision_plugin
 

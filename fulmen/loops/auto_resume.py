@@ -11,7 +11,7 @@ from fulmen.checkpoint import auto, paths
 from fulmen.checkpoint.snapshot import check_content
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.loggers.logger import FolderLogger
-from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO, load_with
 from fulmen.storage.filesystem import is_remote, local_path
 from fulmen.storage.sharded import is_sharded
 from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,7 +27,7 @@ def check_checkpoint(trainer: Trainer, path: str, weights_only: bool | None = No
     storage: Any = trainer.strategy.checkpoint_io
     readable = isinstance(getattr(storage, "checkpoint_io", storage), TorchCheckpointIO) and not is_remote(path)
     if readable and (is_sharded(path) or not os.path.isdir(local_path(path))):
-        load = partial(storage.load_checkpoint, map_location="cpu", weights_only=weights_only)
+        load = partial(load_with, storage, map_location="cpu", weights_only=weights_only)
         training = trainer.state.fn == TrainerFn.FITTING
         check_content(auto.read_outline(path, load), path, trainer.lightning_module, training)
 
@@ -44,7 +44,7 @@ def choose_checkpoint(
     folders = {folder: None for c in trainer.callbacks if isinstance(c, Checkpoint) for folder in c.folders(trainer)}
     storage: Any = strategy.checkpoint_io
 
-    load = partial(storage.load_checkpoint, map_location="cpu", weights_only=weights_only)
+    load = partial(load_with, storage, map_location="cpu", weights_only=weights_only)
 
     def find_newest() -> None:
         nonlocal found

@@ -57,6 +57,8 @@ class Optimization:
         self.stepped = True  # whether the last batch ended with an optimizer step
         self.unscale = overrides_method(self.precision, "unscale_gradients", Precision)
         self.mixed = isinstance(self.precision, MixedPrecision)
+        self.precision_decides = self.precision.decides_about_step
+        self.precision.use_finish(nothing if self.precision_decides else None)
         self.overrides_backward = overrides_method(self.module, "backward", LightningModule)
         # The default way of the whole machine: then `loss.backward()` is all there is between the hooks.
         verbs = ("backward", "pre_backward", "post_backward")
@@ -431,9 +433,12 @@ class AutomaticOptimization(Optimization):
             self.closure_ran = True
             with torch.enable_grad():  # the step that calls this may run without
                 outputs = self.forward_backward(batch, batch_idx, opens)
-            self.finish_gradients()
+            if not self.precision_decides:
+                self.finish_gradients()
             return self.closure_result
 
+        if self.precision_decides:
+            self.precision.use_finish(lambda: self.finish_gradients())
         self.book.hook = "optimizer_step"
         wrapped = self.trainer.lightning_optimizers[self.index]
         self.optimizer_step(self.progress.epochs, batch_idx, wrapped, closure)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.nn import Parameter
 
-from fulmen.storage.checkpoint_io import CheckpointIO, TorchCheckpointIO
+from fulmen.storage.checkpoint_io import CheckpointIO, _WrappingCheckpointIO, load_with
 from fulmen.utilities.rank_zero import log, rank_zero_info, rank_zero_warn
 from fulmen.utilities.types import _PATH
 
@@ -29,7 +29,7 @@ class Job(NamedTuple):
     act: Callable[[], Any]
 
 
-class AsyncCheckpointIO(CheckpointIO):
+class AsyncCheckpointIO(_WrappingCheckpointIO):
     """Writes with another `CheckpointIO`, in a thread: a save takes as long as copying the state into host memory.
 
     One copy exists at a time: a save waits until the one before is written. Whatever else is done to files, here or with
@@ -57,7 +57,7 @@ class AsyncCheckpointIO(CheckpointIO):
     def __init__(self, checkpoint_io: CheckpointIO | None = None, *, always: bool = True) -> None:
         if isinstance(checkpoint_io, AsyncCheckpointIO):
             raise TypeError("`AsyncCheckpointIO(AsyncCheckpointIO(...))`: once is enough. Pass the one inside.")
-        self.checkpoint_io = TorchCheckpointIO() if checkpoint_io is None else checkpoint_io
+        super().__init__(checkpoint_io)
         self.always = self._wanted = always
         self._jobs: deque[Job] = deque()  # the first one is being done
         self._lock = threading.Lock()
@@ -107,7 +107,7 @@ class AsyncCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Reads a file, after all was written."""
         self.wait()
-        return self.checkpoint_io.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        return load_with(self.checkpoint_io, path, map_location, weights_only)
 
     def verify_checkpoint(self, path: _PATH) -> None:
         """Looks at a file, after all was written."""

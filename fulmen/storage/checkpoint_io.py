@@ -20,6 +20,7 @@ from fulmen.storage.filesystem import atomic_write, ensure_dir, get_filesystem, 
 from fulmen.storage.integrity import DamagedCheckpointError, damage_error, load_verified, save_with_digest, verify_file
 from fulmen.storage.sharded import META, check_shards, is_dcp_folder, is_sharded, read_all
 from fulmen.utilities.errors import suggest_name
+from fulmen.utilities.introspection import takes_argument
 from fulmen.utilities.types import _PATH
 
 
@@ -163,6 +164,30 @@ class TorchCheckpointIO(CheckpointIO):
             return
         with contextlib.suppress(FileNotFoundError):
             get_filesystem(path).rm(os.fspath(path), recursive=True)
+
+
+class _WrappingCheckpointIO(CheckpointIO, ABC):
+    """The base of those that change how checkpoints are stored, and leave where to another one.
+
+    Arguments:
+        checkpoint_io: the other one; by default a `TorchCheckpointIO`.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
+        self.checkpoint_io = TorchCheckpointIO() if checkpoint_io is None else checkpoint_io
+
+    def verify_checkpoint(self, path: _PATH) -> None:
+        self.checkpoint_io.verify_checkpoint(path)
+
+    def teardown(self) -> None:
+        self.checkpoint_io.teardown()
+
+
+def load_with(io: CheckpointIO, path: _PATH, map_location: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    """What a `CheckpointIO` loads; one that was written when `load_checkpoint` took less gets what it takes."""
+    options = {"map_location": map_location, "weights_only": weights_only}
+    taken = {name: value for name, value in options.items() if takes_argument(io.load_checkpoint, name)}
+    return io.load_checkpoint(path, **taken)
 
 
 def _download_to_cache(url: str) -> str:

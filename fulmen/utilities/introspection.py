@@ -51,6 +51,12 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     return hasattr(parent, method_name) and overrides_method(instance, method_name, parent)
 
 
+def is_written_outside(obj: object, name: str) -> bool:
+    """Is a method of an object one that no class of this library has?"""
+    module = getattr(_plain_function(getattr(obj, name)), "__module__", None)
+    return not str(module).startswith("fulmen.")
+
+
 def is_generator(fn: Callable[..., Any]) -> bool:
     """Does calling ``fn`` give a generator?"""
     return inspect.isgeneratorfunction(inspect.unwrap(fn))
@@ -123,6 +129,8 @@ def adapt_to_signature(call: Callable[..., Any], fn: Callable[..., Any], names: 
 def alias_property(path: str, doc: str) -> Any:
     """A property that forwards to an attribute of a part (`"strategy.world_size"`), for reading and writing."""
     *parts, name = path.split(".")
+    if not parts:
+        return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value), doc=doc)
 
     def find_part(obj: Any) -> Any:
         return functools.reduce(getattr, parts, obj)  # not `attrgetter`, which torch cannot compile
