@@ -38,6 +38,7 @@ PROFILERS: dict[str, Callable[[], Profiler]] = {
     "pytorch": lambda: profilers.PyTorchProfiler(),  # loaded on first use
     "xla": XLAProfiler,
 }
+RAY_TRAIN = "ray.train"  # is imported in its workers before any script of a user
 # How the variables begin by which Kubeflow Trainer says where to report to.
 KUBEFLOW = "KUBEFLOW_TRAINER_SERVER_"
 # Callbacks other installed packages want in every run.
@@ -51,10 +52,21 @@ def _find_entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
     return [entry for group in ENTRY_POINTS for entry in found.select(group=group)]
 
 
-def assemble_callbacks(given: object, settings: Settings) -> list[Callback]:
-    """The user's callbacks and the default ones. The user's own list is left as it is."""
+def complete_machine(machine: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The Trainer's arguments about the machine; the engine that started this process may know them better."""
+    return integrations.join_ray_train(machine) if RAY_TRAIN in sys.modules else machine
+
+
+def assemble_callbacks(given: object, settings: Settings, cluster: object = None) -> list[Callback]:
+    """The user's callbacks and the default ones. The user's own list is left as it is.
+
+    Arguments:
+        cluster: by which this process knows others.
+    """
     callbacks = as_callbacks(given, "Trainer(callbacks=...)")
-    if _is_missing(callbacks, Checkpoint, settings.enable_checkpointing, "enable_checkpointing"):
+    reporting = [] if settings.barebones or settings.fast_dev_run else _engine_callbacks(cluster)
+    reports = any(isinstance(callback, Checkpoint) for callback in reporting)
+    if _is_missing(callbacks, Checkpoint, settings.enable_checkpointing, "enable_checkpointing") and not reports:
         callbacks.append(ModelCheckpoint())
     if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
         rank_zero_info("`Trainer(max_time=...)` has no effect: `callbacks` holds a Timer already.")
@@ -65,17 +77,21 @@ def assemble_callbacks(given: object, settings: Settings) -> list[Callback]:
         callbacks.append(all_callbacks.RichProgressBar() if is_installed(*RICH) else all_callbacks.TQDMProgressBar())
     if settings.enable_model_summary and not any(isinstance(callback, ModelSummary) for callback in callbacks):
         callbacks.append(RichModelSummary() if is_installed(*RICH) else ModelSummary())
-    callbacks += _engine_callbacks(settings)
+    callbacks += reporting
     callbacks += _entry_point_callbacks()
     _check_state_keys(callbacks)
     return sort_callbacks(callbacks)
 
 
-def _engine_callbacks(settings: Settings) -> list[Callback]:
+def _engine_callbacks(cluster: object) -> list[Callback]:
     """What reports to the engine that started this process, if that asks for reports."""
-    if settings.barebones or settings.fast_dev_run or not any(name.startswith(KUBEFLOW) for name in os.environ):
-        return []
-    return [integrations.KubeflowProgress()] if integrations.KubeflowProgress.is_configured() else []
+    found: list[Callback] = []
+    if RAY_TRAIN in sys.modules and isinstance(cluster, integrations.RayTrainEnvironment):
+        found.append(integrations.RayTrainReport())
+    is_named = any(name.startswith(KUBEFLOW) for name in os.environ)
+    if is_named and integrations.KubeflowProgress.is_configured():
+        found.append(integrations.KubeflowProgress())
+    return found
 
 
 def _entry_point_callbacks() -> list[Callback]:

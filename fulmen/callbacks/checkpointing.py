@@ -53,6 +53,10 @@ class Checkpoint(Callback):
         """Where it puts checkpoints, and `Trainer.fit(ckpt_path="auto")` looks for one."""
         return [os.fspath(getattr(self, "dirpath", None) or folder_of_run(trainer))]
 
+    def find_handed_back(self) -> str | None:
+        """A checkpoint that whoever started this process hands back, for `fit` to continue from."""
+        return None
+
 
 class ModelCheckpoint(Checkpoint):
     """Writes checkpoints during fit and keeps the best or the newest of them.

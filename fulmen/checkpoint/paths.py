@@ -11,7 +11,7 @@ from fulmen.storage.atomic import remove_leftovers
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import get_filesystem, is_remote, local_path, modified_ns
 from fulmen.storage.integrity import DamagedCheckpointError
-from fulmen.utilities.rank_zero import rank_zero_warn
+from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Verify = Callable[[Any], Any]  # raises if a checkpoint cannot be used
 
@@ -56,7 +56,7 @@ def resolve_path(
             what = f'`trainer.{verb}(ckpt_path="last")` loads nothing: there is no last checkpoint available.'
             rank_zero_warn(f"{what} `ModelCheckpoint(save_last=True)` writes one.")
     elif os.fspath(ckpt_path) == "hpc":
-        found = _newest_of_requeued_jobs(verb, os.fspath(root_dir))
+        found = _newest_of_requeued_jobs(verb, os.fspath(root_dir), is_first_start=requeued and verb == "fit")
     else:
         return _check_path(ckpt_path, verb)
     return found and _fall_back_to_newest_good(found, callbacks, folder_of, verify)
@@ -75,9 +75,12 @@ def _default_name(verb: str, callbacks: Sequence[Any], model_given: bool, requeu
     return "best"
 
 
-def _newest_of_requeued_jobs(verb: str, root_dir: str) -> str:
-    """The one with the highest number of those that interrupted jobs wrote."""
+def _newest_of_requeued_jobs(verb: str, root_dir: str, is_first_start: bool) -> str | None:
+    """The one with the highest number of those that interrupted jobs wrote; None for a job that may be new, if it is."""
     saved = list_files(root_dir, HPC)
+    if not saved and is_first_start:
+        rank_zero_info(f"`Trainer.fit(ckpt_path='hpc')` starts anew: no `hpc_ckpt_N.ckpt` is in {root_dir}.")
+        return None
     if not saved:
         raise _nothing_to_load(verb, "hpc", f"no `hpc_ckpt_N.ckpt` is in {root_dir}")
     return max(saved, key=_last_number)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from fulmen.utilities.lazy import lazy_exports
 
-__all__ = ["KubeflowProgress"]
+__all__ = ["KubeflowProgress", "RayTrainEnvironment", "RayTrainReport", "join_ray_train"]
 
 if TYPE_CHECKING:
     from fulmen.integrations.kubeflow import KubeflowProgress
+    from fulmen.integrations.ray_train import RayTrainEnvironment, RayTrainReport, join_ray_train
 else:
     __getattr__, __dir__ = lazy_exports(__name__)

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from operator import methodcaller
@@ -16,6 +17,8 @@ from fulmen.utilities.optional import import_optional
 from fulmen.utilities.types import _PATH
 
 _LOCAL_SCHEMES = ("file://", "local://")
+_NO_RENAME = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # so say mounted buckets
+_transaction_lock = threading.Lock()  # a file system of fsspec has one transaction, whichever thread began it
 
 
 def is_remote(path: _PATH) -> bool:
@@ -94,7 +97,7 @@ def atomic_write(path: _PATH, content: bytes | Callable[[IO[bytes]], Any]) -> An
     if is_remote(path):
         files = get_filesystem(path)
         # What is written inside a transaction appears at its end, and not at all after an error.
-        with files.transaction, files.open(os.fspath(path), "wb") as file:
+        with _transaction_lock, files.transaction, files.open(os.fspath(path), "wb") as file:
             return write(file)
     target = local_path(path)
     temporary = temporary_name(target)
@@ -104,12 +107,22 @@ def atomic_write(path: _PATH, content: bytes | Callable[[IO[bytes]], Any]) -> An
             written = write(file)
             file.flush()
             flush_to_disk(file.fileno())
-        os.replace(temporary, target)
+        _move_finished(temporary, target)
     finally:
         with suppress(OSError):  # it is gone if all went well
             os.remove(temporary)
     flush_folder(os.path.dirname(temporary))
     return written
+
+
+def _move_finished(temporary: str, target: str) -> None:
+    """Gives a finished file its name. In a mounted bucket without rename, a copy is as good: it is there when it is whole."""
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        shutil.copyfile(temporary, target)
 
 
 def modified_ns(path: _PATH) -> int:
