@@ -28,6 +28,7 @@ from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
+    from fulmen.engine.strategy import Strategy
     from fulmen.settings import Settings
     from fulmen.trainer import Trainer
 
@@ -57,21 +58,14 @@ def complete_machine(machine: Mapping[str, Any]) -> Mapping[str, Any]:
     return integrations.join_ray_train(machine) if RAY_TRAIN in sys.modules else machine
 
 
-def assemble_callbacks(given: object, settings: Settings, cluster: object = None) -> list[Callback]:
-    """The user's callbacks and the default ones. The user's own list is left as it is.
-
-    Arguments:
-        cluster: by which this process knows others.
-    """
+def assemble_callbacks(given: object, settings: Settings, strategy: Strategy | None = None) -> list[Callback]:
+    """The user's callbacks and the default ones. The user's own list is left as it is."""
     callbacks = as_callbacks(given, "Trainer(callbacks=...)")
-    reporting = [] if settings.barebones or settings.fast_dev_run else _engine_callbacks(cluster)
+    reporting = [] if settings.barebones or settings.fast_dev_run else _engine_callbacks(strategy)
     reports = any(isinstance(callback, Checkpoint) for callback in reporting)
     if _is_missing(callbacks, Checkpoint, settings.enable_checkpointing, "enable_checkpointing") and not reports:
         callbacks.append(ModelCheckpoint())
-    if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
-        rank_zero_info("`Trainer(max_time=...)` has no effect: `callbacks` holds a Timer already.")
-    elif settings.max_time is not None:
-        callbacks.append(Timer(duration=settings.max_time, interval="step"))
+    _add_timer(callbacks, settings)
     if _is_missing(callbacks, ProgressBar, settings.enable_progress_bar, "enable_progress_bar"):
         # Each is loaded on first use.
         callbacks.append(all_callbacks.RichProgressBar() if is_installed(*RICH) else all_callbacks.TQDMProgressBar())
@@ -83,9 +77,18 @@ def assemble_callbacks(given: object, settings: Settings, cluster: object = None
     return sort_callbacks(callbacks)
 
 
-def _engine_callbacks(cluster: object) -> list[Callback]:
+def _add_timer(callbacks: list[Callback], settings: Settings) -> None:
+    """The one that `max_time` asks for, unless the user has one."""
+    if settings.max_time is not None and any(isinstance(callback, Timer) for callback in callbacks):
+        rank_zero_info("`Trainer(max_time=...)` has no effect: `callbacks` holds a Timer already.")
+    elif settings.max_time is not None:
+        callbacks.append(Timer(duration=settings.max_time, interval="step"))
+
+
+def _engine_callbacks(strategy: Strategy | None) -> list[Callback]:
     """What reports to the engine that started this process, if that asks for reports."""
     found: list[Callback] = []
+    cluster = strategy.cluster_environment if strategy is not None else None
     if RAY_TRAIN in sys.modules and isinstance(cluster, integrations.RayTrainEnvironment):
         found.append(integrations.RayTrainReport())
     is_named = any(name.startswith(KUBEFLOW) for name in os.environ)

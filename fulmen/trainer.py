@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
 import torch
 
-from fulmen import loops, settings
+from fulmen import defaults, loops, settings
 from fulmen.callbacks.callback import Callback
 from fulmen.callbacks.checkpointing import Checkpoint
 from fulmen.callbacks.saved_files import folder_of_run
@@ -21,14 +21,7 @@ from fulmen.checkpoint.pruned import fit_pruning
 from fulmen.checkpoint.snapshot import Snapshot, collect_checkpoint
 from fulmen.data.sources import Sources
 from fulmen.datamodule import LightningDataModule
-from fulmen.defaults import (
-    assemble_callbacks,
-    assemble_loggers,
-    assemble_profiler,
-    complete_machine,
-    merge_callbacks,
-    send_hparams,
-)
+from fulmen.defaults import assemble_callbacks, assemble_loggers, assemble_profiler, merge_callbacks, send_hparams
 from fulmen.engine.cluster import SLURMEnvironment
 from fulmen.engine.resolve import announce_accelerator, resolve_strategy
 from fulmen.engine.strategy import Strategy
@@ -237,14 +230,14 @@ class Trainer(TrainerProperties):
         self._ckpt_path: str | os.PathLike[str] | None = None
         self._ckpt_path_by_user = False
         machine = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins", "sync_batchnorm")
-        self.strategy: Strategy = resolve_strategy(**complete_machine({name: arguments[name] for name in machine}))
+        self.strategy: Strategy = resolve_strategy(
+            **defaults.complete_machine({name: arguments[name] for name in machine})
+        )
         self._num_nodes = arguments["num_nodes"]
         announce_accelerator(self.strategy)
         self.profiler = assemble_profiler(arguments["profiler"])
         self.loggers = assemble_loggers(checked)
-        self.callbacks: list[Callback] = assemble_callbacks(
-            arguments["callbacks"], checked, self.strategy.cluster_environment
-        )
+        self.callbacks: list[Callback] = assemble_callbacks(arguments["callbacks"], checked, self.strategy)
         self.fit_loop = FitLoop(self, checked.max_epochs, checked.min_epochs)
         self.fit_loop.max_steps = checked.max_steps
         self.fit_loop.min_steps = checked.min_steps
@@ -464,11 +457,8 @@ class Trainer(TrainerProperties):
                 f"`trainer.ckpt_path = {self._ckpt_path!r}` was set, but `ckpt_path={ckpt_path!r}` is passed: "
                 "the argument is used."
             )
-        if self.state.fn == TrainerFn.FITTING and ckpt_path in (None, paths.AUTO):
-            handed = (callback.find_handed_back() for callback in self.callbacks if isinstance(callback, Checkpoint))
-            ckpt_path = next(filter(None, handed), ckpt_path)
         self._ckpt_path = paths.resolve_path(
-            ckpt_path,
+            auto_resume.prefer_handed_back(self, ckpt_path),
             verb=self.state.fn.value,  # type: ignore[union-attr]
             callbacks=self.callbacks,
             root_dir=self.default_root_dir,

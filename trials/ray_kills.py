@@ -99,7 +99,7 @@ def main() -> int:
     epochs = sum(kill_at // BATCHES for kill_at, _ in plan) + 1
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # A busy machine is slow to start things, and workers that Ray makes nicer than others slower still.
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}
+    os.environ |= {"RAY_worker_niceness": "0"}
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "600"
     ray = importlib.import_module("ray")
     ray.init(num_cpus=WORKERS + 1, include_dashboard=False, object_store_memory=100 * 2**20)

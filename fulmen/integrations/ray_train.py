@@ -103,8 +103,7 @@ def join_ray_train(machine: Mapping[str, Any]) -> dict[str, Any]:
     refuse_ray_fsdp(strategy)
     given = machine["plugins"]
     plugins = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
-    brought = isinstance(strategy, Strategy) and strategy.given_parts()["cluster_environment"] is not None
-    if brought or any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+    if _knows_environment(strategy, plugins):
         return dict(machine)
     joined = {**machine, "plugins": [*plugins, RayTrainEnvironment()]}
     if strategy == "auto" and context.get_world_size() > 1:
@@ -114,6 +113,12 @@ def join_ray_train(machine: Mapping[str, Any]) -> dict[str, Any]:
         on_gpu = device.type == "cuda" and machine["accelerator"] in ("auto", "gpu", "cuda")
         joined["devices"] = [device.index or 0] if on_gpu else 1
     return joined
+
+
+def _knows_environment(strategy: object, plugins: list[Any]) -> bool:
+    """Did the user say how processes find each other?"""
+    brought = isinstance(strategy, Strategy) and strategy.given_parts()["cluster_environment"] is not None
+    return brought or any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
 
 
 def refuse_ray_fsdp(strategy: object) -> None:

@@ -32,6 +32,14 @@ def check_checkpoint(trainer: Trainer, path: str, weights_only: bool | None = No
         check_content(auto.read_outline(path, load), path, trainer.lightning_module, training)
 
 
+def prefer_handed_back(trainer: Trainer, ckpt_path: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """The path; where a fit names none or "auto", what the engine that started this process hands back, if it does."""
+    if trainer.state.fn != TrainerFn.FITTING or ckpt_path not in (None, paths.AUTO):
+        return ckpt_path
+    handed = (callback.find_handed_back() for callback in trainer.callbacks if isinstance(callback, Checkpoint))
+    return next(filter(None, handed), ckpt_path)
+
+
 def choose_checkpoint(
     trainer: Trainer, ckpt_path: str | os.PathLike[str] | None, weights_only: bool | None
 ) -> str | os.PathLike[str] | None:

@@ -23,7 +23,7 @@ def cluster():
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     # A busy machine is slow to start things, and workers that Ray makes nicer than others slower still.
-    os.environ |= {"RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300"}
+    os.environ |= {"RAY_worker_niceness": "0"}
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "600"
     sys.path[:0] = paths
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20)
