@@ -125,11 +125,12 @@ PATHS = _by_path()
 
 
 class ViewModule(ModuleType):
-    """A module without content of its own: its names are read in the modules it shows."""
+    """A module without content of its own: its names are read and written in the modules it shows."""
 
     def __init__(self, name: str, homes: Sequence[str]) -> None:
         super().__init__(name, f"The names of {', '.join(homes)}.")
-        self._homes = homes
+        written: dict[str, ModuleType] = {}  # where a name was, which may be taken away and put back
+        vars(self).update(_homes=homes, _written=written)
 
     def _home_modules(self) -> Iterator[ModuleType]:
         return map(importlib.import_module, self._homes)
@@ -143,11 +144,31 @@ class ViewModule(ModuleType):
             below = f"{self.__name__}.{name}"
             if has_module(below):
                 return importlib.import_module(below)
-            for module in self._home_modules():
+            written: dict[str, ModuleType] = vars(self)["_written"]
+            for module in [written[name]] if name in written else self._home_modules():
                 if hasattr(module, name):
                     return getattr(module, name)
         known = [] if name.startswith("__") else [known for known in dir(self) if not known.startswith("_")]
         raise missing_name(self, name, known, sys._getframe(1), f"; fulmen looked in {', '.join(self._homes)}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or value is sys.modules.get(f"{self.__name__}.{name}"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._home_of(name), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self):
+            super().__delattr__(name)
+        else:
+            delattr(self._home_of(name), name)
+
+    def _home_of(self, name: str) -> ModuleType:
+        written: dict[str, ModuleType] = vars(self)["_written"]
+        if name not in written:
+            homes = list(self._home_modules())
+            written[name] = next((home for home in homes if hasattr(home, name)), homes[0])
+        return written[name]
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *(name for module in self._home_modules() for name in dir(module))})
@@ -186,5 +207,6 @@ class DeepPaths(MetaPathFinder, Loader):
 
 
 def serve_deep_paths() -> None:
-    """Makes the paths of the table importable; called once, when `fulmen` is imported."""
-    sys.meta_path.append(DeepPaths())
+    """Makes the paths of the table importable; called when `fulmen` is imported, or reloaded."""
+    if not any(isinstance(finder, DeepPaths) for finder in sys.meta_path):
+        sys.meta_path.append(DeepPaths())

@@ -35,6 +35,7 @@ COMMANDS = {
     "validate": Command("run its validation alone", f"{_TRAINING}:run_validate", "jsonargparse", "cli"),
     "test": Command("run its test", f"{_TRAINING}:run_test", "jsonargparse", "cli"),
     "predict": Command("run its prediction", f"{_TRAINING}:run_predict", "jsonargparse", "cli"),
+    "run": Command("run a script or module that was written for Lightning", "fulmen.console.run:run_program"),
     "demo": Command("train, test and predict on small images of digits", "fulmen.console.demo:run_demo"),
     "doctor": Command(
         "say what is installed here, what is missing and what is wrong", "fulmen.console.doctor:run_doctor"
