@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import Distribution, DistributionFinder
+from importlib.metadata import Distribution, DistributionFinder, MetadataPathFinder
 from typing import NoReturn
 
 from fulmen.compat.versions import DISTRIBUTIONS, SUMMARY, current_version
@@ -31,3 +31,12 @@ def find_stand_ins(context: DistributionFinder.Context) -> Iterator[StandIn]:
     """Those of the asked name; all of them if none is asked for."""
     asked = None if context.name is None else context.name.lower().replace("_", "-").replace(".", "-")
     return (StandIn(name) for name in DISTRIBUTIONS if asked in (None, name))
+
+
+def installed_version() -> str | None:
+    """The version of a stand-in that is installed as a distribution of its own; None if there is none."""
+    for name in DISTRIBUTIONS:
+        found = next(iter(MetadataPathFinder.find_distributions(DistributionFinder.Context(name=name))), None)
+        if found is not None and found.metadata["Summary"] == SUMMARY:
+            return found.version
+    return None

@@ -132,6 +132,11 @@ class ViewModule(ModuleType):
         written: dict[str, ModuleType] = {}  # where a name was, which may be taken away and put back
         vars(self).update(_homes=homes, _written=written)
 
+    def _modules_with(self, name: str) -> Iterator[ModuleType]:
+        written: dict[str, ModuleType] = vars(self)["_written"]
+        homes = [written[name]] if name in written else self._home_modules()
+        return (module for module in homes if hasattr(module, name))
+
     def _home_modules(self) -> Iterator[ModuleType]:
         return map(importlib.import_module, self._homes)
 
@@ -144,10 +149,8 @@ class ViewModule(ModuleType):
             below = f"{self.__name__}.{name}"
             if has_module(below):
                 return importlib.import_module(below)
-            written: dict[str, ModuleType] = vars(self)["_written"]
-            for module in [written[name]] if name in written else self._home_modules():
-                if hasattr(module, name):
-                    return getattr(module, name)
+            for module in self._modules_with(name):
+                return getattr(module, name)
         known = [] if name.startswith("__") else [known for known in dir(self) if not known.startswith("_")]
         raise missing_name(self, name, known, sys._getframe(1), f"; fulmen looked in {', '.join(self._homes)}")
 
@@ -166,8 +169,7 @@ class ViewModule(ModuleType):
     def _home_of(self, name: str) -> ModuleType:
         written: dict[str, ModuleType] = vars(self)["_written"]
         if name not in written:
-            homes = list(self._home_modules())
-            written[name] = next((home for home in homes if hasattr(home, name)), homes[0])
+            written[name] = next(self._modules_with(name), None) or next(self._home_modules())
         return written[name]
 
     def __dir__(self) -> list[str]:

@@ -47,7 +47,6 @@ OTHERS = {
 }
 LISTING = "fulmen-views:"  # begins the entry of a view's `__path__` that lists paths which are no files
 DISTRIBUTIONS_HOME = "fulmen.compat.distributions"
-MAIN = "FULMEN_SPAWN_MAIN"  # the environment variable that names the main module of processes started anew
 
 
 def home_of(path: str) -> str | None:
@@ -273,7 +272,7 @@ def install(version: str | None = None) -> None:
         return
     sys.meta_path.insert(0, FINDER)
     sys.path_hooks.insert(0, ViewListing)
-    for module, action in (("fulmen.trainer", _attach_views), ("multiprocessing.spawn", serve_new_processes)):
+    for module, action in (("fulmen.trainer", _attach_views), ("multiprocessing.spawn", _serve_new_processes)):
         if module in sys.modules:
             action()
         else:
@@ -304,15 +303,5 @@ def _attach_views() -> None:
         importlib.import_module("fulmen.compat.internals").attach_views()
 
 
-def serve_new_processes() -> None:
-    """Has processes that `multiprocessing` starts anew install the names before they import the main module."""
-    spawn: Any = sys.modules["multiprocessing.spawn"]
-    prepare = spawn.get_preparation_data
-
-    def get_preparation_data(name: str) -> dict[str, Any]:
-        data: dict[str, Any] = prepare(name)
-        kind = next((key for key in ("init_main_from_path", "init_main_from_name") if key in data), "")
-        os.environ[MAIN] = f"{kind}:{data.pop(kind, '')}"
-        return {**data, "init_main_from_name": "fulmen.compat.spawned"}
-
-    spawn.get_preparation_data = get_preparation_data
+def _serve_new_processes() -> None:
+    importlib.import_module("fulmen.compat.spawned").serve_new_processes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from typing import Any
 
 from fulmen.utilities.errors import MisconfigurationException
 
@@ -49,13 +48,5 @@ def current_version() -> str:
         >>> current_version()
         '2...'
     """
-    if given := os.environ.get(VARIABLE):
-        return check_version(given)
-    metadata: Any = importlib.import_module("importlib.metadata")
-    for name in DISTRIBUTIONS:
-        found = next(
-            iter(metadata.MetadataPathFinder.find_distributions(metadata.DistributionFinder.Context(name=name))), None
-        )
-        if found is not None and found.metadata["Summary"] == SUMMARY:
-            return check_version(found.version)
-    return NEWEST
+    given = os.environ.get(VARIABLE) or importlib.import_module("fulmen.compat.distributions").installed_version()
+    return check_version(given) if given else NEWEST

@@ -13,6 +13,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 from fulmen.compat.foreign import install
+from fulmen.utilities.errors import MisconfigurationException
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def run_program(arguments: Sequence[str]) -> None:
     folder = os.getcwd() if options.is_module else os.path.dirname(os.path.realpath(path))
     try:
         install(options.lightning_version)
-    except (ImportError, ValueError) as error:
+    except (ImportError, MisconfigurationException) as error:
         parser.error(str(error))
     if not (sys.version_info >= (3, 11) and sys.flags.safe_path):
         sys.path[0] = folder

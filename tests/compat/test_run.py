@@ -169,7 +169,7 @@ def test_a_program_that_is_no_python_is_shown_as_python_shows_it(folder):
     assert (done.returncode, done.stderr) == (plain.returncode, plain.stderr) and "SyntaxError" in done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
 def test_processes_of_a_run_have_the_names_as_well(folder, strategy):
     done = ran(folder, "package/ranks.py", strategy)
     assert done.returncode == 0, done.stderr
