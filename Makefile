@@ -7,6 +7,7 @@
 #   make test-pythons   the core of the suite on every Python from 3.10 on that is here; installs torch for each
 #   make test-dist  builds the archives, and trains from them where nothing else is installed
 #   make dist    wheel and source archive in dist/
+#   make shim    wheels that stand in for a version of Lightning, in dist/     make shim VERSION=2.5.0
 #   make check   lint, format, types, layers
 #   make bench   every row of benchmarks/README.md
 #   make bench-exact  evaluation on 1..4 processes, every size and batch size
@@ -17,6 +18,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+VERSION ?= 2.6.6
 
 # Many tests wait for processes, so that two cores have time for one worker more. Files in the order of tests/conftest.py.
 WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
@@ -26,7 +28,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-services test-pythons test-dist dist check format bench bench-exact bench-kill bench-interchange docs clean
+.PHONY: help demo test test-slow test-services test-pythons test-dist dist shim check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +65,9 @@ test-dist: $(STAMPS)/test,dist
 
 dist: $(STAMPS)/dist
 	@rm -rf dist && $(PY) -m build --outdir dist
+
+shim: $(STAMPS)/dist
+	@$(PY) shim/build_wheels.py $(VERSION) --out dist
 
 check: $(STAMPS)/check
 	@$(PY) -m ruff check .

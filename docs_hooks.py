@@ -10,9 +10,12 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from fulmen.compat.check import GRADES
+
 ROOT = Path(__file__).parent
 PACKAGE = ROOT / "fulmen"
 MARK = re.compile(r"<!-- every public name of (fulmen\.\w+) -->")
+GRADES_MARK = "<!-- every private name and its grade -->"
 PICTURE_MARK = "<!-- the picture of who imports whom -->"
 
 # Sizes of the picture, in pixels.
@@ -35,7 +38,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     def entries(match: re.Match[str]) -> str:
         return "\n\n".join(f"::: {match[1]}.{name}" for name in sorted(public_names(match[1]), key=str.lower))
 
+    if GRADES_MARK in markdown:
+        markdown = markdown.replace(GRADES_MARK, grades_table())
     return MARK.sub(entries, markdown.replace(PICTURE_MARK, "![Who imports whom](imports.svg)"))
+
+
+def grades_table() -> str:
+    """The private names that are served, in a table."""
+    rows = [f"| `{name}` | {grade.grade} | {grade.note} |" for name, grade in sorted(GRADES.items())]
+    return "\n".join(["| name | grade | note |", "|---|---|---|", *rows])
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -36,6 +36,9 @@ COMMANDS = {
     "test": Command("run its test", f"{_TRAINING}:run_test", "jsonargparse", "cli"),
     "predict": Command("run its prediction", f"{_TRAINING}:run_predict", "jsonargparse", "cli"),
     "run": Command("run a script or module that was written for Lightning", "fulmen.console.run:run_program"),
+    "check": Command(
+        "say which names of Lightning a program uses, and how far each is served", "fulmen.compat.check:run_check"
+    ),
     "demo": Command("train, test and predict on small images of digits", "fulmen.console.demo:run_demo"),
     "doctor": Command(
         "say what is installed here, what is missing and what is wrong", "fulmen.console.doctor:run_doctor"
