@@ -73,7 +73,7 @@ class NameCollector(ast.NodeVisitor):
                 self._bound[alias.asname or alias.name] = path
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        words = []
+        words: list[str] = []
         below: ast.expr = node
         while isinstance(below, ast.Attribute):
             words.insert(0, below.attr)
