@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-REPEATS = 7
+REPEATS = 5
 
 
 def measure_seconds(*command: str) -> float:
