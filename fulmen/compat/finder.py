@@ -100,13 +100,33 @@ engine.process_launcher: fabric.strategies.launchers
 utilities.collections: fabric.utilities.apply_func fabric.utilities.data
 utilities.modules: fabric.utilities.data  data.loaders: fabric.utilities.data
 checkpoint.consolidate: fabric.utilities.consolidate_checkpoint
-storage.filesystem: fabric.utilities.cloud_io
+compat.loading: fabric.utilities.cloud_io  storage.filesystem: fabric.utilities.cloud_io
 fabric.distributed: fabric.utilities.distributed
 utilities.types: fabric.utilities.enums fabric.utilities.types
 utilities.errors: fabric.utilities.exceptions fabric.utilities.warnings fabric.utilities.rank_zero
 utilities.rank_zero: fabric.utilities.rank_zero  utilities.seed: fabric.utilities.seed
 callbacks.monitors: fabric.utilities.spike
 utilities.throughput: fabric.utilities.throughput  fabric.throughput: fabric.utilities.throughput
+
+compat.flags: fabric.utilities.imports utilities.imports
+compat.loading: fabric.utilities.load utilities.model_helpers
+compat.logger_tools: fabric.utilities.logger loggers.utilities
+compat.tools: fabric.utilities.data fabric.utilities.device_parser fabric.utilities.init fabric.utilities.optimizer
+compat.tools: fabric.utilities.types loops.utilities overrides overrides.base overrides.distributed utilities.testing
+compat.calls: trainer.call  loops.checks: trainer.configuration_validator  settings: trainer.setup utilities.argparse
+compat.results: loops.optimization loops.optimization.automatic loops.optimization.closure loops.optimization.manual
+compat.results: trainer.connectors.logger_connector.result
+compat.private_names: trainer.connectors trainer.connectors.data_connector trainer.connectors.logger_connector
+compat.private_names: trainer.connectors.signal_connector
+loops.optimize: loops.optimization.automatic  loops.optimization_kinds: loops.optimization.manual
+loops.progress: loops.loop  data.feed: loops.fetchers
+compat.private_names: fabric.connector fabric.utilities.registry
+engine.launch: fabric.strategies.launchers.launcher strategies.launchers.launcher
+engine.process_launcher: fabric.strategies.launchers.multiprocessing strategies.launchers.multiprocessing
+engine.script_launcher: fabric.strategies.launchers.subprocess_script strategies.launchers.subprocess_script
+engine.xla: fabric.strategies.launchers.xla strategies.launchers.xla plugins.io.xla_plugin
+fabric.wrappers: fabric.utilities.device_dtype_mixin  storage.async_io: plugins.io.wrapper
+compat.migration: utilities.migration.migration  profilers.profiler: profilers.xla
 """
 
 
@@ -122,6 +142,7 @@ def _by_path() -> dict[str, list[str]]:
 
 
 PATHS = _by_path()
+PRIVATE_NAMES = "fulmen.compat.private_names"  # is asked where a path does not have a name
 
 
 class ViewModule(ModuleType):
@@ -134,7 +155,9 @@ class ViewModule(ModuleType):
 
     def _modules_with(self, name: str) -> Iterator[ModuleType]:
         written: dict[str, ModuleType] = vars(self)["_written"]
-        homes = [written[name]] if name in written else self._home_modules()
+        homes = (
+            [written[name]] if name in written else (*self._home_modules(), importlib.import_module(PRIVATE_NAMES))
+        )
         return (module for module in homes if hasattr(module, name))
 
     def _home_modules(self) -> Iterator[ModuleType]:
