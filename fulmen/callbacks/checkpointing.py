@@ -207,7 +207,7 @@ class ModelCheckpoint(Checkpoint):
             return
         if not trainer.optimization.stepped:
             return  # gradients wait for more batches
-        if schedule.is_step_due(trainer) and not self._nothing_to_save(trainer):
+        if schedule.is_step_due(trainer) and not self._should_skip_saving_checkpoint(trainer):
             known = self.monitor in trainer.callback_metrics
             named = self.monitor not in (None, "epoch", "step")
             too_early = trainer.validation_schedule.is_due() if known else named
@@ -219,7 +219,7 @@ class ModelCheckpoint(Checkpoint):
         self._validated = not trainer.sanity_checking
         deferred = self._deferred and self.monitor in trainer.callback_metrics
         due = deferred or self._schedule.is_epoch_due(trainer, after_training=False)
-        if due and not self._nothing_to_save(trainer):
+        if due and not self._should_skip_saving_checkpoint(trainer):
             self._deferred = False
             self._save_due_checkpoint(trainer)
 
@@ -228,28 +228,27 @@ class ModelCheckpoint(Checkpoint):
         deferred = self._deferred and (self._validated or not trainer.enable_validation)
         self._deferred = self._deferred and not deferred
         due = deferred or self._schedule.is_epoch_due(trainer, after_training=True)
-        if due and not self._nothing_to_save(trainer):
+        if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_due_checkpoint(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         nothing_kept = not self._files.newest_path or self.save_top_k == 0
-        if self.save_last and nothing_kept and not self._nothing_to_save(trainer):
-            self._write_last(trainer, _metrics_of(trainer))
+        if nothing_kept and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._unfinished.await_all(trainer, self._files, self.on_save_error)
         self._unfinished.announce(trainer, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unfinished.announce(trainer, self)
-        if self.save_on_exception and not self._nothing_to_save(trainer):
-            metrics = _metrics_of(trainer)
+        if self.save_on_exception and not self._should_skip_saving_checkpoint(trainer):
+            metrics = self._monitor_candidates(trainer)
             filepath = self._free_path(trainer, metrics)
             if not self._write_file(trainer, filepath, self._files.copy()):
                 return
-            if self.save_last:
-                self._write_last(trainer, metrics)
+            self._save_last_checkpoint(trainer, metrics)
             rank_zero_info(f"{type(exception).__name__} was raised: {exception}. Saved a checkpoint to {filepath}")
 
-    def _nothing_to_save(self, trainer: Trainer) -> bool:
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         """Is this no moment to write files: not training for real, or already saved at this step?"""
         return not _is_training(trainer) or self._files.newest_step == trainer.global_step
 
@@ -257,20 +256,31 @@ class ModelCheckpoint(Checkpoint):
         """A checkpoint is due: keep this one if it is worth it, and let ``last`` follow."""
         if self.save_top_k == 0:
             return
+        metrics = self._monitor_candidates(trainer)
+        if self._save_topk_checkpoint(trainer, metrics) is not False:
+            self._save_last_checkpoint(trainer, metrics)
+
+    # These have the names of the API, under which subclasses of others call and replace them.
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Any]:
+        """The logged values with "epoch" and "step", which a user may have logged too."""
+        logged = trainer.callback_metrics
+        metrics: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **logged}
+        return {**metrics, "epoch": int(metrics["epoch"]), "step": int(metrics["step"])}
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> bool | None:
+        """Writes a file if it is among the newest or best. False if none was written, and ``last`` stays as it is."""
         self._unfinished.await_all(trainer, self._files, self.on_save_error)
-        metrics = _metrics_of(trainer)
-        if self.monitor is None:
-            previous = self._files.best_model_path
-            before = self._files.copy()
-            filepath = self._files.best_model_path = self._free_path(trainer, metrics, replaces=previous)
-            if not self._write_file(trainer, filepath, before):
-                return
-            if self.save_top_k == 1:
-                self._make_room(trainer, previous, filepath)
-        elif not self._keep_if_best(trainer, metrics):
-            return
-        if self.save_last:
-            self._write_last(trainer, metrics)
+        if self.monitor is not None:
+            return self._keep_if_best(trainer, monitor_candidates)
+        previous = self._files.best_model_path
+        before = self._files.copy()
+        filepath = self._files.best_model_path = self._free_path(trainer, monitor_candidates, replaces=previous)
+        if not self._write_file(trainer, filepath, before):
+            return False
+        if self.save_top_k == 1:
+            self._make_room(trainer, previous, filepath)
+        return True
 
     def _keep_if_best(self, trainer: Trainer, metrics: dict[str, Any]) -> bool:
         if self.monitor not in metrics:
@@ -280,7 +290,8 @@ class ModelCheckpoint(Checkpoint):
                 raise MisconfigurationException(message)
             self._warnings.warn(message)  # validation may yet log it
             return False
-        where = f"Epoch {metrics['epoch']}, global step {metrics['step']}: {self.monitor!r}"
+        epoch = metrics.get("epoch", trainer.current_epoch)
+        where = f"Epoch {epoch}, global step {metrics.get('step', trainer.global_step)}: {self.monitor!r}"
         # sync: the decision needs the number; kept on the CPU so that the stored state loads anywhere
         current = torch.as_tensor(metrics[self.monitor]).detach().cpu().clone()
         if not self.check_monitor_top_k(trainer, current):
@@ -309,9 +320,12 @@ class ModelCheckpoint(Checkpoint):
             return current is not None
         return trainer.strategy.reduce_boolean_decision(self._files.is_among_best(current, self.save_top_k))
 
-    def _write_last(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Writes ``last``, if that is wanted."""
+        if not self.save_last:
+            return
         filepath = self._free_path(
-            trainer, metrics, replaces=self._files.last_model_path, template=self.CHECKPOINT_NAME_LAST
+            trainer, monitor_candidates, replaces=self._files.last_model_path, template=self.CHECKPOINT_NAME_LAST
         )
         files = self._files
         before = files.copy()
@@ -472,9 +486,3 @@ class OnExceptionCheckpoint(Checkpoint):
 def _is_training(trainer: Trainer) -> bool:
     """Is it training, and for real?"""
     return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
-
-
-def _metrics_of(trainer: Trainer) -> dict[str, Any]:
-    """The logged values with "epoch" and "step", which a user may have logged too."""
-    metrics: dict[str, Any] = {"epoch": trainer.current_epoch, "step": trainer.global_step, **trainer.callback_metrics}
-    return {**metrics, "epoch": int(metrics["epoch"]), "step": int(metrics["step"])}

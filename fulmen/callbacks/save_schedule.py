@@ -73,10 +73,14 @@ class SaveSchedule:
     def is_epoch_due(self, trainer: Trainer, after_training: bool) -> bool:
         """Is this epoch's turn, and is it looked at here: after training or after validation?"""
         every = self.every_n_epochs
-        chosen = self.save_on_train_epoch_end
         if every < 1 or (trainer.current_epoch + 1) % every:
             return False
+        return self.looks_after_training(trainer) is after_training
+
+    def looks_after_training(self, trainer: Trainer) -> bool:
+        """Are epochs looked at after training, and not after validation?"""
+        chosen = self.save_on_train_epoch_end
         if chosen is None:
             once_per_epoch = trainer.val_check_time_s is None and trainer.check_val_every_n_epoch == 1
             chosen = once_per_epoch and (trainer.val_check_interval == 1.0 or not sum(trainer.num_val_batches))
-        return bool(chosen) is after_training
+        return bool(chosen)

@@ -116,8 +116,11 @@ compat.tools: fabric.utilities.types loops.utilities overrides overrides.base ov
 compat.calls: trainer.call  loops.checks: trainer.configuration_validator  settings: trainer.setup utilities.argparse
 compat.results: loops.optimization loops.optimization.automatic loops.optimization.closure loops.optimization.manual
 compat.results: trainer.connectors.logger_connector.result
-compat.private_names: trainer.connectors trainer.connectors.data_connector trainer.connectors.logger_connector
-compat.private_names: trainer.connectors.signal_connector
+compat.private_names: trainer.connectors trainer.connectors.accelerator_connector
+compat.private_names: trainer.connectors.callback_connector trainer.connectors.checkpoint_connector
+compat.private_names: trainer.connectors.data_connector trainer.connectors.logger_connector
+compat.private_names: trainer.connectors.logger_connector.fx_validator trainer.connectors.signal_connector
+compat.private_names: trainer.connectors.logger_connector.logger_connector
 loops.optimize: loops.optimization.automatic  loops.optimization_kinds: loops.optimization.manual
 loops.progress: loops.loop  data.feed: loops.fetchers
 compat.private_names: fabric.connector fabric.utilities.registry

@@ -1,6 +1,6 @@
 """Names of modules that are no part of the public API and that public code imports all the same, and where they are here.
 
-`fulmen.compat.internals.GRADES` has them all, together with the private attributes of live objects. A view module asks
+`fulmen.compat.grades.GRADES` has them all, together with the private attributes of live objects. A view module asks
 here last, so that each name is found under every path from which it is imported.
 """
 
@@ -75,6 +75,7 @@ loops.optimization.manual  loops.optimization_kinds  _ManualOptimization=ManualO
 loops.optimization.manual  compat.results  ManualResult
 loops.progress  compat.trackers  _BaseProgress _BatchProgress _OptimizationProgress _OptimizerProgress _ProcessedTracker
 loops.progress  compat.trackers  _Progress _ReadyCompletedTracker _SchedulerProgress _StartedTracker
+loops.training_epoch_loop  compat.internals  _TrainingEpochLoop=TrainingEpochLoop
 loops.utilities  compat.tools  _block_parallel_sync_behavior
 overrides.base  compat.tools  _LightningModuleWrapperBase
 overrides.distributed  compat.tools  UnrepeatedDistributedSampler UnrepeatedDistributedSamplerWrapper
@@ -87,9 +88,14 @@ trainer.call  compat.calls  _call_callbacks_on_load_checkpoint _call_callbacks_o
 trainer.call  compat.calls  _call_configure_model _call_lightning_datamodule_hook _call_lightning_module_hook _call_setup_hook
 trainer.call  compat.calls  _call_strategy_hook _call_teardown_hook _interrupt
 trainer.configuration_validator  loops.checks  _verify_loop_configurations=check_configuration
+trainer.connectors.accelerator_connector  compat.internals_trainer  _AcceleratorConnector=AcceleratorView
+trainer.connectors.callback_connector  compat.internals_trainer  _CallbackConnector=CallbackView
+trainer.connectors.checkpoint_connector  compat.internals_trainer  _CheckpointConnector=CheckpointView
+trainer.connectors.data_connector  compat.internals_trainer  _DataConnector=DataView
+trainer.connectors.logger_connector  compat.internals_trainer  _LoggerConnector=LoggerView
 trainer.connectors.data_connector  data.sources  _DataLoaderSource=Source
 trainer.connectors.logger_connector.result  compat.results  _METRICS _OUT_DICT _PBAR_DICT _ResultCollection _ResultMetric
-trainer.connectors.signal_connector  loops.signals  _SignalConnector=Signals
+trainer.connectors.signal_connector  compat.internals_trainer  _SignalConnector=SignalView
 tuner.lr_finder  -  _LRFinder
 utilities  utilities.console  cli_lightning_logo
 utilities.argparse  settings  _defaults_from_env_vars=read_environment
