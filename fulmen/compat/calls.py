@@ -117,4 +117,9 @@ def _call_and_handle_interrupt(trainer: Trainer, trainer_fn: Callable[..., Any],
 def _interrupt(trainer: Trainer, exception: BaseException) -> None:
     """The run ends with this exception: callbacks, loggers, strategy and datamodule are told."""
     trainer.state.status = TrainerStatus.INTERRUPTED
-    trainer._tell(exception)
+    for logger in trainer.loggers:
+        logger.finalize("failed")
+    trainer.strategy.on_exception(exception)
+    if trainer.datamodule is not None:
+        trainer.datamodule.on_exception(exception)
+    _call_callback_hooks(trainer, "on_exception", exception)

@@ -16,7 +16,6 @@ from fulmen.compat.grades import ABSENT, refuse_private
 from fulmen.compat.grades import GRADES as GRADES
 from fulmen.compat.grades import Grade as Grade
 from fulmen.compat.internals_loops import TrainingEpochLoop as TrainingEpochLoop
-from fulmen.engine.strategy import Strategy
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
 from fulmen.loops.predict import PredictionLoop
@@ -46,9 +45,8 @@ def attach_views() -> None:
     for name, attribute in {**_OF_ALL_LOOPS, **_OF_EVALUATION}.items():
         _attach(EvaluationLoop, name, attribute)
     _attach(PredictionLoop, "_predictions", alias_property("outputs", "What is kept of each loader."))
-    _attach(Strategy, "_launcher", alias_property("launcher", "Starts the processes of a run."))
-    _attach(ModelCheckpoint, "_get_metric_interpolated_filepath_name", _find_checkpoint_path)
-    _attach(ModelCheckpoint, "_should_save_on_train_epoch_end", _looks_after_training)
+    for name, attribute in _OF_CHECKPOINTS.items():
+        _attach(ModelCheckpoint, name, attribute)
     for path in ABSENT:
         owner, _, name = path.rpartition(".")
         if owner in _OWNERS and not hasattr(_OWNERS[owner], name):
@@ -75,18 +73,6 @@ def share_rank() -> None:
     """Lets `lightning_utilities`, if it is loaded, have fulmen's `rank_zero_only`: there is one rank, for all."""
     if SHARED_RANK in sys.modules:
         vars(sys.modules[SHARED_RANK])["rank_zero_only"] = rank_zero_only
-
-
-def _find_checkpoint_path(
-    callback: ModelCheckpoint, monitor_candidates: dict[str, Any], trainer: Trainer, del_filepath: str | None = None
-) -> str:
-    """The next file, named after these metrics; the one that is about to be removed is free."""
-    return callback._free_path(trainer, monitor_candidates, replaces=del_filepath or "")
-
-
-def _looks_after_training(callback: ModelCheckpoint, trainer: Trainer) -> bool:
-    """Are epochs looked at after training, and not after validation?"""
-    return callback._schedule.looks_after_training(trainer)
 
 
 # ---------------------------------------------------------------------- of the Trainer
@@ -116,7 +102,14 @@ def _find_active_loop(trainer: Trainer) -> FitLoop | EvaluationLoop | None:
     return find_evaluation_loop(trainer) if trainer.evaluating else None
 
 
-# ---------------------------------------------------------------------- of loops
+# ---------------------------------------------------------------------- of loops and callbacks
+
+_OF_CHECKPOINTS: dict[str, Any] = {
+    "_get_metric_interpolated_filepath_name": lambda self, monitor_candidates, trainer, del_filepath=None: (
+        self._free_path(trainer, monitor_candidates, replaces=del_filepath or "")
+    ),
+    "_should_save_on_train_epoch_end": lambda self, trainer: self._schedule.looks_after_training(trainer),
+}
 
 _OF_ALL_LOOPS: dict[str, Any] = {
     "_combined_loader": alias_property("loaders", "The loaders, combined."),
