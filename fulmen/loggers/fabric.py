@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 from fulmen.loggers import csv_logs, tensorboard
-from fulmen.loggers.logger import Logger as Logger
-from fulmen.loggers.logger import Params
+from fulmen.loggers.logger import FabricLogger, Params
 from fulmen.loggers.logger import rank_zero_experiment as rank_zero_experiment
 from fulmen.utilities.rank_zero import rank_zero_only
+
+Logger = FabricLogger  # its name in Fabric
 
 
 class CSVLogger(csv_logs.CSVLogger):

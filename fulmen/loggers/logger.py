@@ -34,13 +34,11 @@ MAX_DEPTH = 20
 _NESTED = (Mapping, list, tuple, set, frozenset)
 
 
-class Logger(KeywordHints, ABC):
-    """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members.
-
-    `rank_zero_only` is for what must happen once per run, `rank_zero_experiment` for an ``experiment`` property.
+class FabricLogger(KeywordHints, ABC):
+    """Takes the numbers of a program that uses Fabric somewhere; a logger of your own needs the four abstract members.
 
     Examples:
-        >>> class Prints(Logger):
+        >>> class Prints(FabricLogger):
         ...     name = version = "prints"
         ...     def log_metrics(self, metrics, step=None):
         ...         print(step, metrics)
@@ -61,11 +59,7 @@ class Logger(KeywordHints, ABC):
         """Which run of `name` this is."""
 
     root_dir = property(lambda self: None, doc="The folder of all versions, for loggers that write files.")
-    log_dir = property(lambda self: None, doc="The folder of this version, for loggers that write files.")
-    save_dir = property(lambda self: None, doc="The folder under which checkpoints of this run are put.")
     group_separator = property(lambda self: "/", doc="What separates the parts of a metric's name.")
-    opens_first: bool = False  # does its library have to see the writers that are made afterwards?
-    log_dir_is_run_dir = False  # whether `trainer.log_dir` means `log_dir` rather than `save_dir`
 
     @abstractmethod
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -102,6 +96,28 @@ class Logger(KeywordHints, ABC):
             status: "success", "failed" or "finished" (interrupted, to be continued).
         """
         self.save()
+
+
+class Logger(FabricLogger):
+    """Takes the numbers of a run somewhere; a logger of your own needs the four abstract members of `FabricLogger`.
+
+    `rank_zero_only` is for what must happen once per run, `rank_zero_experiment` for an ``experiment`` property.
+
+    Examples:
+        >>> class Prints(Logger):
+        ...     name = version = "prints"
+        ...     def log_metrics(self, metrics, step=None):
+        ...         print(step, metrics)
+        ...     def log_hyperparams(self, params):
+        ...         print(params)
+        >>> Prints().log_metrics({"loss": 0.5}, step=3)
+        3 {'loss': 0.5}
+    """
+
+    log_dir = property(lambda self: None, doc="The folder of this version, for loggers that write files.")
+    save_dir = property(lambda self: None, doc="The folder under which checkpoints of this run are put.")
+    opens_first: bool = False  # does its library have to see the writers that are made afterwards?
+    log_dir_is_run_dir = False  # whether `trainer.log_dir` means `log_dir` rather than `save_dir`
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """A checkpoint was written.

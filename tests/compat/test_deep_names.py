@@ -363,3 +363,13 @@ def test_hooks_are_called_by_name(tmp_path):
     with pytest.raises(ZeroDivisionError):
         call._call_and_handle_interrupt(trainer, lambda: 1 / 0)
     assert trainer.interrupted
+
+
+def test_loggers_of_fabric_have_a_base_of_their_own():
+    from fulmen.fabric.loggers.logger import Logger as OfFabric
+    from fulmen.loggers.logger import Logger
+
+    assert issubclass(Logger, OfFabric) and Logger is not OfFabric
+    abstract = {"log_hyperparams", "log_metrics", "name", "version"}
+    assert OfFabric.__abstractmethods__ == Logger.__abstractmethods__ == abstract
+    assert abstract <= vars(OfFabric).keys() and not abstract & vars(Logger).keys()
