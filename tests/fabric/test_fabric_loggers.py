@@ -29,7 +29,7 @@ def test_the_root_is_the_folder_that_was_given(tmp_path, kind):
     assert kind(tmp_path, name=None, version=7).log_dir == str(tmp_path / "version_7")
     (tmp_path / "n" / "version_4").mkdir(parents=True)
     assert kind(tmp_path, name="n").version == 5
-    assert isinstance(logger, Logger) and Logger is fulmen.loggers.Logger
+    assert isinstance(logger, Logger) and issubclass(fulmen.loggers.Logger, Logger)
     assert logger.LOGGER_JOIN_CHAR == "-" and logger.group_separator == "/"
 
 
