@@ -584,6 +584,7 @@ class Trainer(TrainerProperties):
             self.strategy.barrier("run-stage")
             self.signals.enable_deferred()
             module.zero_grad()
+            loop.begin_run()
             if fit and self.detect_anomaly:
                 with torch.autograd.set_detect_anomaly(True):
                     return loop.run()

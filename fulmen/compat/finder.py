@@ -39,6 +39,7 @@ callbacks.model_summary: callbacks.rich_model_summary
 callbacks.lr_finder: tuner.lr_finder  callbacks.batch_size_finder: tuner.batch_size_scaling
 utilities.memory: tuner.batch_size_scaling
 
+compat.loops: loops.fit_loop loops.training_epoch_loop loops.evaluation_loop loops.prediction_loop
 loops.fit: loops.fit_loop loops.training_epoch_loop
 loops.evaluate: loops.evaluation_loop  loops.predict: loops.prediction_loop
 profilers.profiler: profilers.advanced profilers.base profilers.simple

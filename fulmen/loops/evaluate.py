@@ -19,6 +19,7 @@ from fulmen.metrics.reduce import close_epoch
 from fulmen.metrics.tables import print_results
 from fulmen.utilities.introspection import is_overridden, num_positional, takes_argument
 from fulmen.utilities.modules import capture_modes, modules_in_eval
+from fulmen.utilities.seed import isolate_rng
 from fulmen.utilities.types import RunningStage
 
 if TYPE_CHECKING:
@@ -71,14 +72,16 @@ class EvaluationLoop(Loop):
         self.batches_seen: dict[int, int] = {}  # per loader, over the whole run: the x axis of step metrics
 
     runs_shadow_hooks = True  # may hooks of a batch be called for one of another rank?
+    show_results = staticmethod(print_results)
+    inference_mode = True  # may it run under `torch.inference_mode`, if the Trainer allows?
 
     # ------------------------------------------------------------------ the story
 
     def run(self) -> Any:
         """All loaders. Returns the epoch metrics, one dict per loader."""
         trainer = self.trainer
-        plain = self.inside_fit or not trainer.inference_mode or trainer.strategy.forbids_inference_tensors
-        with torch.inference_mode(not plain), torch.no_grad():
+        inference = self.inference_mode and trainer.inference_mode and not self.inside_fit
+        with torch.inference_mode(inference and not trainer.strategy.forbids_inference_tensors), torch.no_grad():
             self.load_data()
             if self.nothing_to_do():
                 return []
@@ -300,7 +303,7 @@ class EvaluationLoop(Loop):
         results = self.per_loader(numbers)
         book.restore_scope(self.scope_before)
         if self.verbose and not self.inside_fit and trainer.is_global_zero:
-            print_results(results, trainer.stage.value)
+            self.show_results(results, trainer.stage.value)
         return results
 
     def per_loader(self, numbers: dict[str, float]) -> list[dict[str, float]]:
@@ -333,6 +336,24 @@ class EvaluationLoop(Loop):
         self.shortfall = ShortLoaderMonitor()
         if self.feed is not None:
             self.feed.close_loaders()
+
+
+def run_sanity_check(loop: EvaluationLoop) -> None:
+    """A few validation batches before training, so that a mistake there does not cost an epoch."""
+    trainer = loop.trainer
+    if not trainer.enable_validation or trainer.num_sanity_val_steps == 0:
+        return
+    progress = trainer.fit_loop.progress
+    position = progress.position
+    trainer.stage = RunningStage.SANITY_CHECKING
+    with isolate_rng():
+        trainer.hooks.on_sanity_check_start()
+        loop.run()
+        trainer.hooks.on_sanity_check_end()
+    trainer.book.clear()
+    loop.forget_counts()
+    progress.position = position
+    trainer.stage = RunningStage.TRAINING
 
 
 def check_loader_argument(module: LightningModule, several: bool, names: list[str]) -> None:

@@ -12,11 +12,11 @@ from fulmen.data.feed import Feed
 from fulmen.hooks import nothing
 from fulmen.loops import auto_resume, checks
 from fulmen.loops.dataloading import build_fetch_profiler, build_transfer, prepare_train_loaders
-from fulmen.loops.evaluate import EvaluationLoop
+from fulmen.loops.evaluate import EvaluationLoop, run_sanity_check
 from fulmen.loops.join import Join, join_training
 from fulmen.loops.optimization_kinds import optimization_for
 from fulmen.loops.optimize import NotYetOptimizing, Optimization
-from fulmen.loops.progress import Loop, Position, Progress, StopConditions, ValidationSchedule
+from fulmen.loops.progress import ApiCounters, Loop, Position, Progress, StopConditions, ValidationSchedule
 from fulmen.loops.resume_state import ResumeState
 from fulmen.loops.shortfall import ShortLoaderMonitor
 from fulmen.metrics.reduce import close_epoch, report_train_epoch
@@ -71,30 +71,26 @@ class FitLoop(Loop):
 
     # ------------------------------------------------------------------ the story
 
-    def run(self) -> None:
-        """All of training."""
-        trainer = self.trainer
+    def begin_run(self) -> None:
+        """Before `run`: the sanity check, unless the run continues inside an epoch."""
         self.shortfall = ShortLoaderMonitor()
         self.resume_state.begin_run()
-        with isolate_rng():
-            self.sanity_check()
-        self.hooks = trainer.hooks
-        trainer.book.enter_scope("train")
+        if not self.resume_state.is_mid_epoch():
+            run_sanity_check(self.val_loop)
+        self.hooks = self.trainer.hooks
+        self.trainer.book.enter_scope("train")
+
+    def run(self) -> None:
+        """All of training."""
         if self.loaders is None or self.reload_due():  # else `configure_optimizers` asked for the number of steps
             self.load_data()
-        configs = trainer.lr_scheduler_configs if trainer.lightning_module.automatic_optimization else []
-        self.schedulers = Schedulers(configs, trainer.lightning_module.lr_scheduler_step)
-        self.resume_state.open_loaders()
-        if trainer.limit_train_batches == 0 or self.stopping.is_over():
+        self.open_loaders()
+        if self.trainer.limit_train_batches == 0 or self.stopping.is_over():
             return
-        self.prepare_training()
-        self.resume_state.before_train_start()
-        self.hooks.on_train_start()
+        self.start_training()
         while not self.stopping.is_over():
             self.run_epoch()
-        self.shortfall.after_training(self)
-        self.hooks.on_train_end()
-        auto_resume.mark_finished(trainer)
+        self.finish_training()
 
     def run_epoch(self) -> None:
         """One pass over the training batches."""
@@ -162,20 +158,23 @@ class FitLoop(Loop):
 
     # ------------------------------------------------------------------ before
 
-    def sanity_check(self) -> None:
-        """A few validation batches before training, so that a mistake there does not cost an epoch."""
-        trainer = self.trainer
-        if not trainer.enable_validation or trainer.num_sanity_val_steps == 0 or self.resume_state.is_mid_epoch():
-            return
-        position = self.progress.position
-        trainer.stage = RunningStage.SANITY_CHECKING
-        trainer.hooks.on_sanity_check_start()
-        self.val_loop.run()
-        trainer.hooks.on_sanity_check_end()
-        trainer.book.clear()
-        self.val_loop.forget_counts()
-        self.progress.position = position
-        trainer.stage = RunningStage.TRAINING
+    def open_loaders(self) -> None:
+        """Schedulers and loaders are where the run begins."""
+        configs = self.trainer.lr_scheduler_configs if self.trainer.lightning_module.automatic_optimization else []
+        self.schedulers = Schedulers(configs, self.trainer.lightning_module.lr_scheduler_step)
+        self.resume_state.open_loaders()
+
+    def start_training(self) -> None:
+        """`on_train_start`, when all is ready."""
+        self.prepare_training()
+        self.resume_state.before_train_start()
+        self.hooks.on_train_start()
+
+    def finish_training(self) -> None:
+        """`on_train_end`."""
+        self.shortfall.after_training(self)
+        self.hooks.on_train_end()
+        auto_resume.mark_finished(self.trainer)
 
     def load_data(self) -> None:
         """Asks for the training loaders, now and whenever they are to be reloaded."""
@@ -220,8 +219,11 @@ class FitLoop(Loop):
         checks.hint_at_eval_mode(trainer.lightning_module)
         self.optimization = optimization_for(trainer, self.hooks, self.progress)
         if trainer.profiler.active:
-            run_epoch = FitLoop.run_epoch.__get__(self)
+            run_epoch = type(self).run_epoch.__get__(self)
             self.run_epoch = measured(trainer.profiler, "run_training_epoch", run_epoch)  # type: ignore[method-assign]
+        epoch_loop: Any = vars(self).get("epoch_loop")
+        if hasattr(epoch_loop, "enter_loop"):  # one that the user put there; see `fulmen.compat.loops`
+            epoch_loop.enter_loop(self)
         self.validation.start_clock()
         self.stopping.begin_run()
 
@@ -317,9 +319,8 @@ class FitLoop(Loop):
 
     # ------------------------------------------------------------------ after
 
-    # Counters under the names of the API, to be read: `epoch_loop.batch_progress.current.ready` and the like.
-    epoch_loop = property(lambda self: self.resume_state.api_counters().epoch_loop)
-    epoch_progress = property(lambda self: self.resume_state.api_counters().epoch_progress)
+    epoch_loop = ApiCounters()
+    epoch_progress = ApiCounters()
 
     def teardown(self) -> None:
         """Ends the workers of training and validation, and says how many steps the loss scaler left out."""

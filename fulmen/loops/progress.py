@@ -100,6 +100,9 @@ class Loop:
         type(self).__init__(self, *args, **kwargs)
         vars(self).update(state)
 
+    def begin_run(self) -> None:
+        """Called before `run`."""
+
     def run(self) -> Any:
         """The whole loop. Returns what the verb does."""
         raise NotImplementedError
@@ -111,6 +114,16 @@ class Loop:
         """The next run asks for loaders of its own."""
         self.loaders = None
         self.loaded_at_epoch = None
+
+
+class ApiCounters:
+    """A part of what the API's fit loop counts, made when it is asked for; something else may be put in its place."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, loop: FitLoop, owner: type | None = None) -> Any:
+        return getattr(loop.resume_state.api_counters(), self.name)
 
 
 # ---------------------------------------------------------------------- what is due

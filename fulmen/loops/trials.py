@@ -81,9 +81,6 @@ class TrialLoop(FitLoop):
         self.progress = replace(run.progress, batch=0, is_last_batch=False, position=Position.EPOCH_START)
         self.stopping = TrialEnd(self, num_steps)
 
-    def sanity_check(self) -> None:
-        """There is none."""
-
     def teardown(self) -> None:
         """Ends the workers of training and validation."""
         if self.feed is not None:
@@ -141,6 +138,7 @@ class Trials:
         try:
             if isinstance(loop, FitLoop):
                 with torch.enable_grad():
+                    loop.begin_run()
                     loop.run()
             else:
                 loop.run()
@@ -222,6 +220,7 @@ def _prepare_trainer(
         state=replace(trainer.state, stage=stage),
         should_stop=False,
         log_every_n_steps=0,
+        num_sanity_val_steps=0,
         **limits,
     )
     trainer.loggers = [DummyLogger()] if trainer.loggers else []

@@ -1,6 +1,6 @@
 """Extensions as third parties write them for Lightning 2.6, and what they see. Runs with either package:
 
-    python tests/compat/third_party.py lightning.pytorch     (or `fulmen`, which is the default)
+    EXTENSIONS_OF=lightning.pytorch python tests/compat/third_party.py
 
 prints what each case returns; `test_extension_points.py` holds what Lightning 2.6.6 printed.
 """
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-ROOT = sys.argv[1] if __name__ == "__main__" and len(sys.argv) > 1 else "fulmen"
+ROOT = os.environ.get("EXTENSIONS_OF", "fulmen")
 FABRIC = "lightning.fabric" if ROOT == "lightning.pytorch" else "fulmen.fabric"
 pl = importlib.import_module(ROOT)
 
@@ -694,10 +694,15 @@ def an_accelerator() -> Any:
     return calls, kinds, other.num_devices, weights_of(module), sorted(set(stats)), sizes
 
 
-if __name__ == "__main__":
+def print_cases(module: str) -> None:
+    """What the cases of a module return, or those that are named on the command line."""
     for name, run in CASES.items():
-        if name in sys.argv[2:] or len(sys.argv) < 3:
+        if run.__module__ == module and (name in sys.argv[1:] or len(sys.argv) < 2):
             try:
                 print(f"RESULT {name} = {json.dumps(run())}")
             except Exception as error:
                 print(f"RESULT {name} = {json.dumps(f'{type(error).__name__}: {error}')}")
+
+
+if __name__ == "__main__":
+    print_cases("__main__")
