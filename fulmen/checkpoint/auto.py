@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.serialization import skip_data
 
 from fulmen.checkpoint.lightning_format import refuse_foreign
 from fulmen.checkpoint.paths import describe_failure, list_files
 from fulmen.storage.atomic import remove_leftovers
-from fulmen.storage.filesystem import is_remote, local_path, modified_ns
+from fulmen.storage.filesystem import get_filesystem, is_remote, local_path, modified_ns
 from fulmen.storage.integrity import DamagedCheckpointError, damage_error
 from fulmen.storage.sharded import META, is_sharded
 from fulmen.utilities.rank_zero import rank_zero_warn
@@ -146,7 +147,11 @@ def _skipping_unreadable(path: str, aside: dict[str, Exception]) -> Generator[No
 def read_outline(path: str, load: Load) -> Any:
     """What a checkpoint holds, without reading its tensors where that is possible."""
     where = os.path.join(local_path(path), META) if is_sharded(path) else local_path(path)
-    if not is_remote(path) and os.path.isfile(where):
+    if is_remote(path):
+        with suppress(Exception), skip_data(), get_filesystem(path).open(path, "rb") as file:  # a few kB are fetched
+            if isinstance(content := torch.load(file, map_location="cpu", weights_only=True), dict):
+                return content
+    elif os.path.isfile(where):
         with suppress(Exception):  # damaged, of an old format, or with classes: reading all of it tells which
             if isinstance(content := torch.load(where, map_location="cpu", weights_only=True, mmap=True), dict):
                 return content

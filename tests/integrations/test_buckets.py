@@ -12,6 +12,7 @@ import torch
 from support import Regression, make_loader, make_trainer
 
 from fulmen.callbacks import ModelCheckpoint
+from fulmen.checkpoint.auto import read_outline
 from fulmen.storage.checkpoint_io import TorchCheckpointIO
 from fulmen.storage.filesystem import atomic_write
 
@@ -89,6 +90,18 @@ def test_objects_that_are_all_damaged_are_named_and_not_trained_over():
     trainer = make_trainer(callbacks=[ModelCheckpoint(url)], enable_checkpointing=True)
     with pytest.raises(RuntimeError, match="None of the run's 2 checkpoints can be read"):
         trainer.fit(Regression(), make_loader(20), ckpt_path="auto")
+
+
+def test_how_far_a_file_is_costs_a_few_kilobytes_however_large_it_is():
+    url = "memory://bucket-of-test/large.ckpt"
+    content = {"global_step": 3, "optimizer_states": [], "state_dict": {"weight": torch.ones(1_000_000)}}
+    TorchCheckpointIO().save_checkpoint(content, url)
+
+    def refuse(path):
+        raise AssertionError(f"{path} was read as a whole")
+
+    outline = read_outline(url, refuse)
+    assert outline["global_step"] == 3 and outline["state_dict"]["weight"].shape == (1_000_000,)
 
 
 def test_two_threads_store_their_objects_at_the_same_time():
