@@ -4,6 +4,7 @@
 #   make test    the test suite             make test ARGS="-k resume"
 #   make test-slow  what takes longer: thousands of kills, damages and endings
 #   make test-services  Weights & Biases, MLflow and Comet, offline, from an environment of their own; installs them
+#   make test-compat  libraries written for Lightning, unmodified, on fulmen and on Lightning; installs them
 #   make test-pythons   the core of the suite on every Python from 3.10 on that is here; installs torch for each
 #   make test-dist  builds the archives, and trains from them where nothing else is installed
 #   make dist    wheel and source archive in dist/
@@ -29,6 +30,7 @@ STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-services test-pythons test-dist dist shim check format bench bench-exact bench-kill bench-interchange docs clean
+.PHONY: help demo test test-slow test-services test-compat test-pythons test-dist dist check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,6 +58,19 @@ test-services:
 .PHONY: test-services-here
 test-services-here: $(STAMPS)/test,services
 	@$(PY) -m pytest -n 0 tests/loggers/test_services.py tests/loggers/test_service_files.py $(ARGS)
+
+# The libraries bring Lightning along, so they get an environment of their own.
+test-compat:
+	@$(MAKE) --no-print-directory VENV=.venv-compat test-compat-here
+
+.PHONY: test-compat-here
+test-compat-here: $(STAMPS)/test $(STAMPS)/programs
+	@FULMEN_COMPAT_PROGRAMS=1 $(PY) -m pytest -n 0 -rP tests/compat/programs $(ARGS)
+
+$(STAMPS)/programs: tests/compat/programs/requirements.txt $(STAMPS)/test
+	@echo "installing the libraries of $< into $(VENV)"
+	@$(PIP) --requirement $<
+	@touch '$@'
 
 test-pythons:
 	@$(PYTHON) -m trials.pythons $(ARGS)
@@ -95,5 +110,5 @@ docs: $(STAMPS)/docs
 	@$(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
 
 clean:
-	rm -rf $(VENV) .venv-services .venv-3.* dist runs site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-services .venv-compat .venv-3.* dist runs site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

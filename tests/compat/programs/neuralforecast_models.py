@@ -1,0 +1,53 @@
+"""`neuralforecast`: models fitted and cross-validated by its own trainer arguments, saved and loaded."""
+
+import os
+import sys
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+from neuralforecast import NeuralForecast
+from neuralforecast.models import LSTM, NHITS
+from recording import make_recorder, print_report
+
+
+def make_frame() -> pd.DataFrame:
+    dates = pd.date_range("2020-01-01", periods=72, freq="MS")
+    frames = []
+    for number in range(3):
+        value = 10 + number + np.sin(np.arange(72) / 3 + number)
+        frames.append(pd.DataFrame({"unique_id": str(number), "ds": dates, "y": value}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def main(folder: str) -> None:
+    recorder = make_recorder(pl)
+    common = {
+        "h": 6,
+        "input_size": 18,
+        "max_steps": 30,
+        "val_check_steps": 10,
+        "early_stop_patience_steps": 3,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "logger": False,
+    }
+    models = [NHITS(**common, callbacks=[recorder], enable_checkpointing=False), LSTM(**common, encoder_hidden_size=16)]
+    forecast = NeuralForecast(models=models, freq="MS")
+    frame = make_frame()
+    os.chdir(folder)
+    forecast.fit(frame, val_size=6)
+    predicted = forecast.predict().drop(columns=["unique_id", "ds"], errors="ignore").to_numpy()
+    recorder.trainer = None
+    models[0].trainer_kwargs["callbacks"] = [
+        each for each in models[0].trainer_kwargs.get("callbacks", []) if each is not recorder
+    ]
+    forecast.save(os.path.join(folder, "saved"), overwrite=True, save_dataset=True)
+    loaded = NeuralForecast.load(os.path.join(folder, "saved"))
+    again = loaded.predict().drop(columns=["unique_id", "ds"], errors="ignore").to_numpy()
+    reloaded = np.allclose(again, predicted)
+    checkpoints = [os.path.join(folder, "saved", each) for each in os.listdir("saved") if each.endswith(".ckpt")]
+    print_report(pl, recorder, checkpoints, reloaded, predicted.flatten().tolist())
+
+
+main(sys.argv[1])
