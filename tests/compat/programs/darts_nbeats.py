@@ -8,13 +8,17 @@ import numpy as np
 import pytorch_lightning as pl
 from darts.models import NBEATSModel
 from darts.utils.timeseries_generation import sine_timeseries
-from recording import make_recorder, print_report
+from recording import Recording, print_report
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 def main(folder: str) -> None:
     series = sine_timeseries(length=160, value_frequency=0.05).astype(np.float32)
     train, val = series.split_before(120)
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     stopping = pl.callbacks.EarlyStopping("val_loss", patience=3)
     model = NBEATSModel(
         input_chunk_length=16,

@@ -11,7 +11,11 @@ import pandas as pd
 from gluonts.dataset.common import ListDataset
 from gluonts.model.predictor import Predictor
 from gluonts.torch import DeepAREstimator, SimpleFeedForwardEstimator
-from recording import make_recorder, print_report
+from recording import Recording, print_report
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 def main(folder: str) -> None:
@@ -21,7 +25,7 @@ def main(folder: str) -> None:
         for n in range(3)
     ]
     data = ListDataset(series, freq="D")
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     common = {"accelerator": "cpu", "max_epochs": 3, "enable_progress_bar": False, "default_root_dir": folder}
     deepar = DeepAREstimator(
         freq="D",

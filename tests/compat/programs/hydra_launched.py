@@ -8,9 +8,14 @@ import lightning.pytorch as pl
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
-from recording import make_recorder, print_report
+from recording import Recording, print_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
+
 
 CONFIG = {
     "seed": 3,
@@ -54,7 +59,7 @@ def main(config: DictConfig) -> None:
     pl.seed_everything(config.seed, workers=True)
     x = torch.randn(128, 4)
     loader = DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=32)
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     callbacks = [hydra.utils.instantiate(each) for each in config.callbacks]
     logger = hydra.utils.instantiate(config.logger)
     trainer = hydra.utils.instantiate(config.trainer, callbacks=[*callbacks, recorder], logger=logger)

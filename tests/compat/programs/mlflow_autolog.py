@@ -7,9 +7,13 @@ import lightning.pytorch as pl
 import mlflow
 import mlflow.pytorch
 import torch
-from recording import make_recorder, print_report
+from recording import Recording, print_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 class Regression(pl.LightningModule):
@@ -47,7 +51,7 @@ def main(folder: str) -> None:
     )
     x = torch.randn(128, 4)
     loader = DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=32)
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     stopping = pl.callbacks.EarlyStopping("val_loss", patience=2)
     trainer = pl.Trainer(
         max_epochs=4,

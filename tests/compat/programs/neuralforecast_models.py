@@ -8,7 +8,11 @@ import pandas as pd
 import pytorch_lightning as pl
 from neuralforecast import NeuralForecast
 from neuralforecast.models import LSTM, NHITS
-from recording import make_recorder, print_report
+from recording import Recording, print_report
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 def make_frame() -> pd.DataFrame:
@@ -21,7 +25,7 @@ def make_frame() -> pd.DataFrame:
 
 
 def main(folder: str) -> None:
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     common = {
         "h": 6,
         "input_size": 18,

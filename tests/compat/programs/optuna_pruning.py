@@ -7,9 +7,13 @@ import lightning.pytorch as pl
 import optuna
 import torch
 from optuna_integration import PyTorchLightningPruningCallback
-from recording import make_recorder, print_report
+from recording import Recording, print_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 class Regression(pl.LightningModule):
@@ -34,7 +38,7 @@ def main(folder: str) -> None:
     torch.manual_seed(1)
     x = torch.randn(128, 4)
     loader = DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=32)
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     saved = []
 
     def objective(trial: optuna.Trial) -> float:

@@ -7,9 +7,13 @@ import lightning.pytorch as pl
 import optuna
 import torch
 from optuna_integration import PyTorchLightningPruningCallback
-from recording import make_recorder, print_report
+from recording import Recording, print_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 class Regression(pl.LightningModule):
@@ -32,7 +36,7 @@ class Regression(pl.LightningModule):
 def main(folder: str) -> None:
     storage = f"sqlite:///{os.path.join(folder, 'study.db')}"
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     checkpoint = pl.callbacks.ModelCheckpoint(os.path.join(folder, "checkpoints"))
     finished = []
 

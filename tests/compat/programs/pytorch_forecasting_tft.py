@@ -7,7 +7,11 @@ import numpy as np
 import pandas as pd
 from pytorch_forecasting import QuantileLoss, TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.data import GroupNormalizer
-from recording import make_recorder, print_report
+from recording import Recording, print_report
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 def make_frame() -> pd.DataFrame:
@@ -42,7 +46,7 @@ def main(folder: str) -> None:
     validation = TimeSeriesDataSet.from_dataset(training, frame, predict=True, stop_randomization=True)
     train_loader = training.to_dataloader(train=True, batch_size=16, num_workers=0)
     val_loader = validation.to_dataloader(train=False, batch_size=16, num_workers=0)
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     checkpoint = pl.callbacks.ModelCheckpoint(folder, monitor="val_loss")
     trainer = pl.Trainer(
         max_epochs=3,

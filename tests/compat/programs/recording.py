@@ -7,27 +7,22 @@ from pathlib import Path
 STARTED = time.monotonic()
 
 
-def make_recorder(pl):
-    """A callback of the package `pl` that keeps the loss of each step and counts the time spent in `fit`."""
+class Recording:
+    """A callback, together with the class `Callback` of whatever package: keeps each loss, and the time spent in `fit`."""
 
-    class Recorder(pl.Callback):
-        def __init__(self):
-            self.losses = []
-            self.seconds = 0.0
+    def __init__(self):
+        self.losses = []
+        self.seconds = 0.0
+        self.started = 0.0
 
-        def on_fit_start(self, trainer, pl_module):
-            self.started = time.monotonic()
+    def on_fit_start(self, trainer, pl_module):
+        self.started = time.monotonic()
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            self.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))
 
-        def on_fit_end(self, trainer, pl_module):
-            self.seconds += time.monotonic() - self.started
-
-        def state_dict(self):
-            return {"losses": self.losses}
-
-    return Recorder()
+    def on_fit_end(self, trainer, pl_module):
+        self.seconds += time.monotonic() - self.started
 
 
 def print_report(package, recorder, saved, reloaded, result):
@@ -35,7 +30,7 @@ def print_report(package, recorder, saved, reloaded, result):
 
     Args:
         package: the module that served as Lightning; where its Trainer stands says whose it was.
-        recorder: what `make_recorder` gave.
+        recorder: the callback.
         saved: paths of the checkpoints that were written.
         reloaded: whether what was loaded from one of them computes what was saved.
         result: numbers to compare between two packages.

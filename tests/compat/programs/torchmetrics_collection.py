@@ -4,11 +4,15 @@ import sys
 
 import lightning.pytorch as pl
 import torch
-from recording import make_recorder, print_report
+from recording import Recording, print_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+
+class Recorder(Recording, pl.Callback):
+    """Keeps the losses of a training."""
 
 
 class Classifier(pl.LightningModule):
@@ -48,7 +52,7 @@ def main(folder: str) -> None:
     x = torch.randn(256, 8)
     y = x[:, :3].argmax(dim=1)
     data = TensorDataset(x, y)
-    recorder = make_recorder(pl)
+    recorder = Recorder()
     checkpoint = pl.callbacks.ModelCheckpoint(folder, monitor="val_MulticlassAccuracy", mode="max", save_last=True)
     trainer = pl.Trainer(
         max_epochs=4,
