@@ -36,7 +36,10 @@ def main(folder: str) -> None:
         "enable_progress_bar": False,
         "logger": False,
     }
-    models = [NHITS(**common, callbacks=[recorder], enable_checkpointing=False), LSTM(**common, encoder_hidden_size=16)]
+    models = [
+        NHITS(**common, mlp_units=[[32, 32]] * 3, callbacks=[recorder], enable_checkpointing=False),
+        LSTM(**common, encoder_hidden_size=8, decoder_hidden_size=8),
+    ]
     forecast = NeuralForecast(models=models, freq="MS")
     frame = make_frame()
     os.chdir(folder)
