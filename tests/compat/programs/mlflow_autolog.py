@@ -65,7 +65,7 @@ def main(folder: str) -> None:
         trainer.fit(module, loader, loader)
         trainer.test(module, loader, verbose=False)
         # By hand, because finding out the requirements of a model takes minutes.
-        mlflow.pytorch.log_model(module, name="model", pip_requirements=["torch"])
+        mlflow.pytorch.log_model(module, name="model", pip_requirements=["torch"], serialization_format="pickle")
     client = mlflow.MlflowClient()
     data = client.get_run(run.info.run_id).data
     history = client.get_metric_history(run.info.run_id, "val_loss")
