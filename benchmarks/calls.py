@@ -9,6 +9,7 @@ them; both are per step, over those of the hand-written loop.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -62,6 +63,64 @@ def fit_calls(pl: SimpleNamespace, folder: Path, log: Any = None, **arguments: A
     return count.per_step()
 
 
+def profiled(run: Callable[[], Any]) -> tuple[int, int]:
+    """The Python and built-in calls of one function call."""
+    count = Count()
+    sys.setprofile(count.event)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count.python, count.builtin
+
+
+def epoch_turn_calls(pl: SimpleNamespace, folder: Path) -> tuple[float, float]:
+    """Calls of an epoch of one training and one validation batch, over those of the two batches by hand."""
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(1, 8)))
+
+    class Module(pl.Module):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = harness.Net()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self.net.loss(batch[0])
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.net.loss(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def by_trainer(epochs: int) -> tuple[int, int]:
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=epochs, num_sanity_val_steps=0, default_root_dir=folder, **harness.NOTHING_ON
+        )
+        with harness.silent_terminal():
+            return profiled(lambda: trainer.fit(Module(), data, data))
+
+    def by_hand(epochs: int) -> tuple[int, int]:
+        module = Module()
+        optimizer = module.configure_optimizers()
+        batch = [torch.randn(1, 8)]
+
+        def run() -> None:
+            for _ in range(epochs):
+                optimizer.zero_grad()
+                module.training_step(batch, 0).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    module.validation_step(batch, 0)
+
+        return profiled(run)
+
+    few, many = 5, 25
+    by_trainer(1)  # what the first run imports
+    counts = [run(number) for run in (by_trainer, by_hand) for number in (few, many)]
+    python, builtin = ((counts[1][i] - counts[0][i] - counts[3][i] + counts[2][i]) / (many - few) for i in range(2))
+    return python, builtin
+
+
 def frames_from_fit(pl: SimpleNamespace, folder: Path) -> list[str]:
     """The stack from `Trainer.fit` to `training_step`, both included."""
     stack: list[str] = []
@@ -104,6 +163,7 @@ def main() -> None:
         bare = bare_calls()
         nothing = fit_calls(pl, folder)
         callbacks = fit_calls(pl, folder, callbacks=[type(f"Idle{i}", (pl.Callback,), {})() for i in range(FURTHER)])
+        turn = epoch_turn_calls(pl, folder)
         one, more = (fit_calls(pl, folder, log_times(number)) for number in (1, 1 + FURTHER))
 
     def difference(name: str, many: tuple[float, float], few: tuple[float, float], times: int = 1) -> tuple[str, ...]:
@@ -115,6 +175,7 @@ def main() -> None:
         difference("first self.log", one, nothing),
         difference("each further self.log", more, one, FURTHER),
         difference("each callback without hooks", callbacks, nothing, FURTHER),
+        ("epoch of 1 + 1 batches, over the batches", *(f"{count:.0f}" for count in turn)),
         ("frames from fit to training_step", str(len(stack)), ""),
     ]
     harness.print_table("calls per step", pl, ("", "Python", "built-in"), rows)

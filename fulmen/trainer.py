@@ -713,8 +713,11 @@ class Trainer(TrainerProperties):
         self.strategy.barrier("post_setup")
 
     def compile_hooks(self) -> HookPlan:
-        """A fresh plan of who listens to which hook; cheap, made whenever that may have changed."""
-        self.hooks = HookPlan(self, self.lightning_module, self.callbacks, self.strategy, self.book, self.profiler)
+        """The plan of who listens to which hook, made anew if an object or a method of one has changed."""
+        listens = (self.lightning_module, self.callbacks, self.strategy, self.book, self.profiler)
+        made: HookPlan | None = vars(self).get("hooks")
+        if made is None or not made.is_current(*listens):
+            self.hooks = HookPlan(self, *listens)
         return self.hooks
 
     # ------------------------------------------------------------------ what the loops ask for

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
+from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
@@ -30,6 +31,7 @@ from fulmen.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from fulmen.utilities.seed import generator_states, python_state, same_states, set_generator_states
 
 _ORIGIN = ("alone", "together", "seed", "epoch")  # of an order that another number of processes drew
+_PLAIN = (type(None), bool, int, float, str, FunctionType)
 _INSIDE = ("dataset", "sampler", "batch_sampler", "order", "loader")
 BUSY_WORKERS_PATIENCE_S = 10.0  # for workers that are still busy with the end of an epoch
 
@@ -65,6 +67,8 @@ def find_generators(part: object, depth: int = 5) -> dict[int, Any]:
     """The random generators that a loader, its samplers and its dataset have for themselves, by id."""
     found: dict[int, Any] = {}
     for name, value in vars(part).items() if depth and hasattr(part, "__dict__") else ():
+        if type(value) in _PLAIN:
+            continue  # most are; to ask whether they are a `torch.Generator` is a call
         from_numpy = type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator")
         if isinstance(value, (torch.Generator, random.Random)) or from_numpy:
             found[id(value)] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, TypeGuard
 
 import torch
@@ -87,7 +88,7 @@ def _is_plain(loader: object) -> TypeGuard[DataLoader[Any]]:
         and loader.collate_fn is default_collate
         # The table behind `default_collate` may be extended by anybody.
         and default_collate_fn_map.get(Tensor) is collate_tensor_fn
-        and not any(issubclass(tuple, kinds) for kinds in default_collate_fn_map)
+        and not any(map(issubclass, repeat(tuple), default_collate_fn_map))
     )
 
 

@@ -25,6 +25,7 @@ from fulmen.utilities.types import RunningStage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fulmen.loops.hook_plan import HookPlan
     from fulmen.module import LightningModule
     from fulmen.trainer import Trainer
 
@@ -63,6 +64,7 @@ class EvaluationLoop(Loop):
         self.loaders: CombinedLoader | None = None
         self.feed: Any = None
         self.iterator_feed = False  # does the step pull batches itself?
+        self.bound_for: tuple[HookPlan, Callable[..., Any], bool] | None = None  # what was bound for the batches
         self.max_batches: list[float] = []
         self.max_batches_of_ranks: list[list[float]] = []
         self.join = Join(trainer)  # what ranks with fewer batches do
@@ -211,15 +213,16 @@ class EvaluationLoop(Loop):
     def open_run(self) -> None:
         """Iterators, signatures, eval mode and the first hooks."""
         trainer = self.trainer
+        module = trainer.lightning_module
         self.open_feed()
         self.hooks = trainer.compile_hooks().evaluation_hooks(self.infix)
-        self.restore_modes = capture_modes(trainer.lightning_module)
-        self.frozen = modules_in_eval(trainer.lightning_module)
+        self.restore_modes = capture_modes(module)
+        self.frozen = modules_in_eval(module)
         self.scope_before = trainer.book.enter_scope(trainer.stage.value)
         trainer.book.scope.reset()
         self.dataloader_idx = 0
         trainer.book.dataloader_idx = None
-        trainer.mode_hook(f"on_{self.infix}_model_eval", trainer.lightning_module.eval)
+        trainer.mode_hook(f"on_{self.infix}_model_eval", module.eval)
         self.hooks.start()
         self.hooks.epoch_start()
         self.bind_batch()  # after those hooks, which may give the module another step
@@ -233,7 +236,8 @@ class EvaluationLoop(Loop):
         assert self.loaders is not None
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
         step = getattr(trainer.lightning_module, self.step_name)
-        self.iterator_feed = takes_argument(step, "dataloader_iter", explicit=True)
+        if self.bound_for is None or step != self.bound_for[1]:
+            self.iterator_feed = takes_argument(step, "dataloader_iter", explicit=True)
         profile = build_fetch_profiler(trainer, f"[_{type(self).__name__}].{self.kind}_next")
         self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, build_transfer(trainer), profile)
         for loader in self.loaders.flattened:
@@ -243,7 +247,12 @@ class EvaluationLoop(Loop):
             self.join = EvaluationJoin(self, [self.limited_batches(counts) for counts in self.max_batches_of_ranks])
 
     def bind_batch(self) -> None:
-        """What is called for each batch, once it is known to take what it is given."""
+        """What is called for each batch, once it is known to take what it is given; bound anew if that has changed."""
+        step = getattr(self.trainer.lightning_module, self.step_name)
+        bound_for = (self.trainer.hooks, step, self.several)
+        if bound_for == self.bound_for:
+            return
+        self.bound_for = bound_for
         names = [f"on_{self.infix}_batch_start", f"on_{self.infix}_batch_end"]
         if not self.iterator_feed:
             names.insert(0, self.step_name)

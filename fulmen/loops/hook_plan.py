@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fulmen.callbacks.callback import Callback
@@ -19,6 +20,13 @@ from fulmen.utilities.seed import isolate_rng
 if TYPE_CHECKING:
     from fulmen.metrics.logbook import LogBook
     from fulmen.trainer import Trainer
+
+
+# Reads all hooks of an object at once.
+_READERS = {
+    base: attrgetter(*(hook.name for hook in HOOKS if hasattr(base, hook.name)))
+    for base in (Callback, LightningModule, Strategy)
+}
 
 
 class EvaluationHooks(NamedTuple):
@@ -49,6 +57,10 @@ class HookPlan:
         self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], strategy: Strategy,
         book: LogBook, profiler: Profiler,
     ) -> None:  # fmt: skip
+        self._book = book
+        self._profiler = profiler
+        self._methods = _methods_of(module, callbacks, strategy)
+
         def find_listeners(
             parties: Sequence[Any], base: type, kind: str, name: str, *given: Any
         ) -> list[Callable[..., Any]]:
@@ -78,12 +90,40 @@ class HookPlan:
                 found += find_listeners([strategy], Strategy, "Strategy", name)
             setattr(self, name, _compile_hook(name, found, module_at, book))
 
+    def is_current(
+        self, module: LightningModule, callbacks: Sequence[Callback], strategy: Strategy, book: LogBook,
+        profiler: Profiler,
+    ) -> bool:  # fmt: skip
+        """Would a plan for these objects be the same, since neither they nor their methods have changed?"""
+        if book is not self._book or profiler is not self._profiler:
+            return False
+        return self._methods is not None and self._methods == _methods_of(module, callbacks, strategy)
+
     def evaluation_hooks(self, kind: str) -> EvaluationHooks:
         """Those of "validation", "test" or "predict"."""
-        return EvaluationHooks(*(getattr(self, f"on_{kind}_{name}") for name in EvaluationHooks._fields))
+        names = [f"on_{kind}_{name}" for name in EvaluationHooks._fields]
+        return EvaluationHooks._make(attrgetter(*names)(self))
 
     def __getattr__(self, name: str) -> Any:  # only for type checkers: every hook of the table is an attribute
         raise AttributeError(name)
+
+
+def _methods_of(
+    module: LightningModule, callbacks: Sequence[Callback], strategy: Strategy
+) -> tuple[object, ...] | None:
+    """What a plan is compiled from; two are equal if all methods are the same functions of the same objects.
+
+    None for an object that lacks a hook, as one that only looks like a callback may.
+    """
+    try:
+        return (
+            [id(party) for party in (module, strategy, *callbacks)],
+            _READERS[LightningModule](module),
+            _READERS[Strategy](strategy),
+            [(_READERS[Callback](callback), callback.monitors) for callback in callbacks],
+        )
+    except AttributeError:
+        return None
 
 
 def _by_name(method: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:

@@ -194,7 +194,8 @@ class LogBook:
 
     def restore_scope(self, scope: MetricScope) -> None:
         """Opens a scope again that `enter_scope` returned."""
-        self.flush_deferred()
+        if self.deferred is not EMPTY:
+            self.flush_deferred()
         self.scope = scope
 
     def close_scope(self) -> None:
@@ -225,7 +226,8 @@ class LogBook:
 
     @dataloader_idx.setter
     def dataloader_idx(self, dataloader_idx: int | None) -> None:
-        self.flush_deferred()
+        if self.deferred is not EMPTY:
+            self.flush_deferred()
         self._dataloader_idx = dataloader_idx
 
     def current_batch_size(self) -> int:
@@ -360,6 +362,8 @@ class LogBook:
 
     def update_metric_dicts(self) -> None:
         """Keeps the newest step values in all three, before another scope is entered or the epoch closes (sync)."""
+        if not self.scope.entries and self.deferred is EMPTY:
+            return
         _ = self.callback_metrics, self.logged_metrics, self.progress_bar_metrics
 
     def finalize_loader(self, dataloader_idx: int | None) -> None:

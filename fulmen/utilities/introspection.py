@@ -33,7 +33,12 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
 def overrides_method(obj: object, name: str, base: type) -> bool:
     """Does ``obj`` (None does not) answer to ``name``, on class or instance, with another function than ``base``'s?"""
     attribute = getattr(obj, name, None) if obj is not None else None
-    return callable(attribute) and _plain_function(attribute) is not _plain_function(getattr(base, name, None))
+    declared = getattr(base, name, None)
+    if type(declared) is not FunctionType:
+        declared = _plain_function(declared)
+    if type(attribute) is MethodType:  # nearly always, and this is asked in every epoch
+        return attribute.__func__ is not declared
+    return callable(attribute) and _plain_function(attribute) is not declared
 
 
 def is_overridden(method_name: str, instance: object | None = None, parent: type | None = None) -> bool:
@@ -135,9 +140,19 @@ def alias_property(path: str, doc: str) -> Any:
     def find_part(obj: Any) -> Any:
         return functools.reduce(getattr, parts, obj)  # not `attrgetter`, which torch cannot compile
 
-    return property(
-        lambda self: getattr(find_part(self), name), lambda self, value: setattr(find_part(self), name, value), doc=doc
-    )
+    def write(obj: Any, value: object) -> None:
+        setattr(find_part(obj), name, value)
+
+    # Without a second call for the short paths, which are read all the time.
+    if not parts:
+        return property(lambda obj: getattr(obj, name), write, doc=doc)
+    if len(parts) == 1:
+        part = parts[0]
+        return property(lambda obj: getattr(getattr(obj, part), name), write, doc=doc)
+    if len(parts) == 2:
+        outer, inner = parts
+        return property(lambda obj: getattr(getattr(getattr(obj, outer), inner), name), write, doc=doc)
+    return property(lambda obj: getattr(find_part(obj), name), write, doc=doc)
 
 
 # Where frames of this package say that they are: of a tree without sources, where it was compiled.

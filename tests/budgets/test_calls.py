@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 OVER_THE_BARE_LOOP = 40
 FURTHER_LOG = 12
+EPOCH_TURN = 560
 # A first call more or less in one block of a hundred is no cost per step.
 ROUNDING = 0.05
 
@@ -33,6 +34,14 @@ def test_a_step_costs_at_most_forty_calls_over_the_bare_loop(nothing_on: float) 
     extra = nothing_on - calls.bare_calls()[0]
     print(f"\n{extra:.2f} calls over the bare loop, {OVER_THE_BARE_LOOP} allowed")
     assert extra <= OVER_THE_BARE_LOOP
+
+
+def test_the_turn_of_an_epoch_compiles_and_reads_nothing_anew(fulmen, tmp_path: Path) -> None:
+    from benchmarks import calls
+
+    extra = calls.epoch_turn_calls(fulmen, tmp_path)[0]
+    print(f"\n{extra:.0f} calls for an epoch of one training and one validation batch, {EPOCH_TURN} allowed")
+    assert extra <= EPOCH_TURN
 
 
 @pytest.mark.parametrize(
