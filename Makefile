@@ -29,8 +29,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constra
 STAMPS := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-services test-pythons test-dist dist shim check format bench bench-exact bench-kill bench-interchange docs clean
-.PHONY: help demo test test-slow test-services test-compat test-pythons test-dist dist check format bench bench-exact bench-kill bench-interchange docs clean
+.PHONY: help demo test test-slow test-services test-compat test-pythons test-dist dist shim check format bench bench-exact bench-kill bench-interchange docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile

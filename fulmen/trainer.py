@@ -30,7 +30,7 @@ from fulmen.loggers.logger import FolderLogger, Logger, claim_versions
 from fulmen.loops import auto_resume, checks
 from fulmen.loops.evaluate import EvaluationLoop
 from fulmen.loops.fit import FitLoop
-from fulmen.loops.hook_plan import HookPlan
+from fulmen.loops.hook_plan import HookPlan, update_plan
 from fulmen.loops.predict import PredictionLoop
 from fulmen.loops.progress import Loop
 from fulmen.loops.signals import Signals
@@ -714,10 +714,7 @@ class Trainer(TrainerProperties):
 
     def compile_hooks(self) -> HookPlan:
         """The plan of who listens to which hook, made anew if an object or a method of one has changed."""
-        listens = (self.lightning_module, self.callbacks, self.strategy, self.book, self.profiler)
-        made: HookPlan | None = vars(self).get("hooks")
-        if made is None or not made.is_current(*listens):
-            self.hooks = HookPlan(self, *listens)
+        self.hooks = update_plan(vars(self).get("hooks"), self)
         return self.hooks
 
     # ------------------------------------------------------------------ what the loops ask for

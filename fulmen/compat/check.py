@@ -13,27 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fulmen.compat.foreign import OTHERS, PACKAGES, TOP_NAMES, describe_absence, home_of
+from fulmen.compat.grades import GRADES, Grade
 from fulmen.utilities.errors import suggest_name
 from fulmen.utilities.lazy import has_module
 
-GRADES_HOME = "fulmen.compat.grades"
 Places = dict[str, list[str]]  # "file:line" by name
 SKIPPED = ("site-packages", "__pycache__", "node_modules")
-
-
-class Grade(NamedTuple):
-    """How far a name is served ("full", "read-only" or "absent"), and what is different or used instead."""
-
-    grade: str
-    note: str = ""
-
-
-def _read_grades() -> dict[str, Grade]:
-    known = vars(importlib.import_module(GRADES_HOME))["GRADES"] if has_module(GRADES_HOME) else {}
-    return {name: Grade(*grade) for name, grade in known.items()}
-
-
-GRADES = _read_grades()
 
 
 class Finding(NamedTuple):
@@ -128,7 +113,11 @@ def grade_name(path: str) -> Grade:
     names = path.removeprefix(module).lstrip(".").split(".")
     if names == [""] or names[0] == "__version__":
         return Grade("full")
-    home = home_of(module) or ""
+    return _grade_content(module, home_of(module) or "", names)
+
+
+def _grade_content(module: str, home: str, names: Sequence[str]) -> Grade:
+    """Of what a module holds, which shows one of our own."""
     known = GRADES.get(f"{home}.{names[0]}".removeprefix("fulmen."))
     if known is not None:
         return known

@@ -159,9 +159,7 @@ class ViewModule(ModuleType):
 
     def _modules_with(self, name: str) -> Iterator[ModuleType]:
         written: dict[str, ModuleType] = vars(self)["_written"]
-        homes = (
-            [written[name]] if name in written else (*self._home_modules(), importlib.import_module(PRIVATE_NAMES))
-        )
+        homes = [written[name]] if name in written else (*self._home_modules(), importlib.import_module(PRIVATE_NAMES))
         return (module for module in homes if hasattr(module, name))
 
     def _home_modules(self) -> Iterator[ModuleType]:

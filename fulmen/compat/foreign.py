@@ -11,13 +11,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder, PathEntryFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fulmen.compat.finder import PATHS
+from fulmen.compat.finder import PATHS, PRIVATE_NAMES
 from fulmen.compat.versions import VARIABLE, check_version, current_version
 from fulmen.utilities.lazy import has_module, missing_module, missing_name
 
@@ -86,10 +86,11 @@ class ForeignView(ModuleType):
         if below in ROOTS:
             return importlib.import_module(below)
         home = self._home()
-        if not hasattr(home, name) or (self.__name__ == "lightning" and name not in TOP_NAMES):
+        holder = _find_holder(home, name, TOP_NAMES if self.__name__ == "lightning" else (name,))
+        if holder is None:
             known = [known for known in self._names() if not known.startswith("_")]
             raise missing_name(self, name, known, sys._getframe(1), describe_absence(below))
-        value = getattr(home, name)
+        value = getattr(holder, name)
         shown = isinstance(value, ModuleType) and value.__name__ == f"{home.__name__}.{name}"
         return importlib.import_module(below) if shown else value
 
@@ -113,6 +114,14 @@ class ForeignView(ModuleType):
 
     def __dir__(self) -> list[str]:
         return sorted({*(name for name in vars(self) if name.startswith("__")), "__version__", *self._names()})
+
+
+def _find_holder(home: ModuleType, name: str, served: Container[str]) -> ModuleType | None:
+    """The module that has the name: the one that is shown, or the one that holds private names."""
+    if name in served and hasattr(home, name):
+        return home
+    private = importlib.import_module(PRIVATE_NAMES)
+    return private if name.startswith("_") and hasattr(private, name) else None
 
 
 def _exported_names(home: ModuleType, names: Iterable[str]) -> list[str]:
@@ -272,7 +281,11 @@ def install(version: str | None = None) -> None:
         return
     sys.meta_path.insert(0, FINDER)
     sys.path_hooks.insert(0, ViewListing)
-    for module, action in (("fulmen.trainer", _attach_views), ("multiprocessing.spawn", _serve_new_processes)):
+    for module, action in (
+        ("fulmen.trainer", _attach_views),
+        ("multiprocessing.spawn", _serve_new_processes),
+        ("lightning_utilities.core.rank_zero", _share_rank),
+    ):
         if module in sys.modules:
             action()
         else:
@@ -299,8 +312,12 @@ def _refuse_real_package() -> None:
 
 def _attach_views() -> None:
     """The private attributes that programs read, on the Trainer and its loops."""
-    if has_module("fulmen.compat.internals"):
-        importlib.import_module("fulmen.compat.internals").attach_views()
+    importlib.import_module("fulmen.compat.internals").attach_views()
+
+
+def _share_rank() -> None:
+    """One rank for all who ask whether they are the first process."""
+    importlib.import_module("fulmen.compat.internals").share_rank()
 
 
 def _serve_new_processes() -> None:

@@ -63,9 +63,9 @@ core.optimizer  optimizers  _MockOptimizer=NoOptimizer _configure_optimizers=rea
 core.saving  checkpoint.load  _default_map_location=keep_available_device _load_from_checkpoint=load_from_checkpoint
 loggers.logger  -  DummyLogger Logger rank_zero_experiment
 loggers.utilities  compat.logger_tools  _log_hyperparams _scan_checkpoints _version
-loops  loops.fit  _FitLoop=FitLoop
-loops  loops.evaluate  _EvaluationLoop=EvaluationLoop
-loops  loops.predict  _PredictionLoop=PredictionLoop
+loops  compat.loops  _FitLoop=_FitLoop
+loops  compat.loops  _EvaluationLoop=_EvaluationLoop
+loops  compat.loops  _PredictionLoop=_PredictionLoop
 loops.fetchers  data.feed  _DataFetcher=Feed _PrefetchDataFetcher=Feed _DataLoaderIterDataFetcher=IteratorFeed
 loops.loop  loops.progress  _Loop=Loop
 loops.optimization.automatic  loops.optimize  _AutomaticOptimization=AutomaticOptimization
@@ -75,7 +75,7 @@ loops.optimization.manual  loops.optimization_kinds  _ManualOptimization=ManualO
 loops.optimization.manual  compat.results  ManualResult
 loops.progress  compat.trackers  _BaseProgress _BatchProgress _OptimizationProgress _OptimizerProgress _ProcessedTracker
 loops.progress  compat.trackers  _Progress _ReadyCompletedTracker _SchedulerProgress _StartedTracker
-loops.training_epoch_loop  compat.internals  _TrainingEpochLoop=TrainingEpochLoop
+loops.training_epoch_loop  compat.loops  _TrainingEpochLoop=_TrainingEpochLoop
 loops.utilities  compat.tools  _block_parallel_sync_behavior
 overrides.base  compat.tools  _LightningModuleWrapperBase
 overrides.distributed  compat.tools  UnrepeatedDistributedSampler UnrepeatedDistributedSamplerWrapper

@@ -36,8 +36,9 @@ class ClosureResult(OutputResult):
     """A loss to go backward from, and what else the step returned.
 
     >>> import torch
-    >>> ClosureResult.from_training_step_output({"loss": torch.tensor(2.0), "n": 1}, normalize=4).closure_loss
-    tensor(0.5000)
+    >>> output = {"loss": torch.tensor(2.0, requires_grad=True), "n": 1}
+    >>> ClosureResult.from_training_step_output(output, normalize=4).closure_loss.item()
+    0.5
     """
 
     closure_loss: Tensor | None

@@ -31,6 +31,7 @@ class OptionalPackage(NamedTuple):
 OPTIONAL_PACKAGES = (
     OptionalPackage("rich", "bar", "progress bars and summaries in colour"),
     OptionalPackage("tensorboard", "tensorboard", "`TensorBoardLogger`"),
+    OptionalPackage("ray", "ray", "being a worker of Ray Train"),
     OptionalPackage("jsonargparse", "cli", "`LightningCLI`"),
     OptionalPackage("matplotlib", "examples", "pictures of the examples, plots of learning rates"),
     OptionalPackage("scikit-learn", "examples", "the digits of `fulmen demo`"),

@@ -108,6 +108,12 @@ class HookPlan:
         raise AttributeError(name)
 
 
+def update_plan(plan: HookPlan | None, trainer: Trainer) -> HookPlan:
+    """The plan that is there, or a new one if an object that listens, or a method of one, has changed."""
+    parties = (trainer.lightning_module, trainer.callbacks, trainer.strategy, trainer.book, trainer.profiler)
+    return plan if plan is not None and plan.is_current(*parties) else HookPlan(trainer, *parties)
+
+
 def _methods_of(
     module: LightningModule, callbacks: Sequence[Callback], strategy: Strategy
 ) -> tuple[object, ...] | None:

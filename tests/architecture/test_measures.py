@@ -11,7 +11,7 @@ LIMITS = {
     "any_properties": 0,
     "any_parameters": 4.8,
     "set_from_outside": 4.5,
-    "getattr_calls": 2.3,
+    "getattr_calls": 2.5,
     "one_word_functions": 14,
     "parallel_assignments": 1,
     "small_files": 0,

@@ -10,7 +10,7 @@ FILE_LINES = 600
 FACE_LINES = 900  # trainer.py and module.py: what users call
 FUNCTION_LINES = 60
 METHODS = 25
-CODE_LINES = 29_500  # neither blank, nor comment, nor documentation
+CODE_LINES = 30_600  # neither blank, nor comment, nor documentation
 
 # Faces that users see: as many methods as the contract names.
 FACADES = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -243,6 +245,17 @@ def assert_same(found: Any, expected: Any) -> None:
             assert_same(found[name], value)
     else:
         assert found == expected
+
+
+@pytest.fixture(autouse=True)
+def own_processes() -> Iterator[None]:
+    """A strategy for several processes that runs on one leaves its group, and where it meets, to the program's end."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
 
 
 def test_each_program_has_its_answer() -> None:
