@@ -42,14 +42,15 @@ def main(folder: str) -> None:
     last = NBEATSModel.load_from_checkpoint("nbeats", work_dir=folder, best=False, trusted=True)
     reloaded = np.allclose(last.predict(8, series=train).values().flatten(), forecast)
     last.fit(train, val_series=val, epochs=6)
-    trained_on = last.predict(8, series=train).values().flatten()
+    # Another epoch on top, which has to end well; its numbers are those of the order of batches.
+    reloaded = reloaded and len(last.predict(8, series=train)) == 8
     model.save(os.path.join(folder, "model.pt"))
     reloaded = reloaded and np.allclose(
         NBEATSModel.load(os.path.join(folder, "model.pt"), trusted=True).predict(8, series=train).values().flatten(),
         forecast,
     )
     checkpoints = glob.glob(os.path.join(folder, "**", "*.ckpt"), recursive=True)
-    print_report(pl, recorder, checkpoints, reloaded, [*forecast, *at_best, *trained_on])
+    print_report(pl, recorder, checkpoints, reloaded, [*forecast, *at_best])
 
 
 main(sys.argv[1])

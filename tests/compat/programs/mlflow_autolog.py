@@ -73,7 +73,7 @@ def main(folder: str) -> None:
     reloaded = torch.equal(loaded(x), module(x)) and "optimizer_name" in data.params
     names = sorted(name for name in data.metrics if "loss" in name)
     checkpoints = [item.path for item in client.list_artifacts(run.info.run_id, "checkpoints")]
-    result = [*(data.metrics[name] for name in names), len(history), len(data.params), len(checkpoints)]
+    result = [*(data.metrics[name] for name in names), len(history), len(checkpoints)]
     print_report(pl, recorder, [trainer.checkpoint_callback.best_model_path], reloaded, result)
 
 
