@@ -184,7 +184,7 @@ def main() -> int:
             first = next(step for what, step in events if what == "step")
             if first < stored:
                 lost += 1
-                print(f"start {number} began at step {first}, and step {stored} was stored")
+                print(f"start {number} began at step {first}, and step {stored} was stored", flush=True)
             inside += events[-1][0] == "begin"
             stored = max([stored, *(step for what, step in events if what == "done")])
         checked = subprocess.run([sys.executable, "-c", CHECK, folder], capture_output=True, text=True)
@@ -193,9 +193,11 @@ def main() -> int:
             resumed = train(folder, epochs=epochs)
             straight = train(local, epochs=epochs)
     equal = torch.equal(resumed.weight, straight.weight)
-    print(f"{given.kills} kills, {inside} of them in a save, up to step {stored}: {lost} lost something")
-    print(f"files in the bucket: {'all whole' if checked.returncode == 0 else checked.stderr[-500:]}")
-    print(f"final weights: {'those' if equal else 'NOT those'} of a run that was never stopped, bit for bit")
+    print(f"{given.kills} kills, {inside} of them in a save, up to step {stored}: {lost} lost something", flush=True)
+    print(f"files in the bucket: {'all whole' if checked.returncode == 0 else checked.stderr[-500:]}", flush=True)
+    print(
+        f"final weights: {'those' if equal else 'NOT those'} of a run that was never stopped, bit for bit", flush=True
+    )
     return int(lost > 0 or not equal or checked.returncode != 0)
 
 

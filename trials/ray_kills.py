@@ -107,8 +107,8 @@ def main() -> int:
         killed, starts = run_with_kills(Path(name) / "killed", plan, epochs)
         straight, _ = run_with_kills(Path(name) / "straight", [], epochs)
     equal = str(killed) == str(straight) and all(map(torch.equal, killed[0].values(), straight[0].values()))
-    print(f"{given.kills} kills, {starts} starts, {epochs} epochs of {WORKERS} workers")
-    print(f"final weights: {'those' if equal else 'NOT those'} of a run that was never killed, bit for bit")
+    print(f"{given.kills} kills, {starts} starts, {epochs} epochs of {WORKERS} workers", flush=True)
+    print(f"final weights: {'those' if equal else 'NOT those'} of a run that was never killed, bit for bit", flush=True)
     ray.shutdown()
     return int(not equal or starts != given.kills + 1)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fulmen.compat.foreign import OTHERS, PACKAGES, TOP_NAMES, describe_absence, home_of
+from fulmen.compat.foreign import OTHERS, PACKAGES, TOP_NAMES, describe_absence, find_holder, home_of
 from fulmen.compat.grades import GRADES, Grade
 from fulmen.utilities.errors import suggest_name
 from fulmen.utilities.lazy import has_module
@@ -122,10 +122,11 @@ def _grade_content(module: str, home: str, names: Sequence[str]) -> Grade:
     if known is not None:
         return known
     shown = importlib.import_module(home)
-    if not hasattr(shown, names[0]) or (module == "lightning" and names[0] not in TOP_NAMES):
+    holder = find_holder(module, shown, names[0])
+    if holder is None:
         public = TOP_NAMES if module == "lightning" else [name for name in dir(shown) if not name.startswith("_")]
         return Grade("absent", suggest_name(names[0], public).strip() or f"`{module}` has no such name in fulmen")
-    return _grade_member(vars(shown).get(names[0]), names)
+    return _grade_member(vars(holder).get(names[0]), names)
 
 
 def _grade_member(value: object, names: Sequence[str]) -> Grade:

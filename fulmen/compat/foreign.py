@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder, PathEntryFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import CodeType, ModuleType
@@ -86,7 +86,7 @@ class ForeignView(ModuleType):
         if below in ROOTS:
             return importlib.import_module(below)
         home = self._home()
-        holder = _find_holder(home, name, TOP_NAMES if self.__name__ == "lightning" else (name,))
+        holder = find_holder(self.__name__, home, name)
         if holder is None:
             known = [known for known in self._names() if not known.startswith("_")]
             raise missing_name(self, name, known, sys._getframe(1), describe_absence(below))
@@ -116,12 +116,13 @@ class ForeignView(ModuleType):
         return sorted({*(name for name in vars(self) if name.startswith("__")), "__version__", *self._names()})
 
 
-def _find_holder(home: ModuleType, name: str, served: Container[str]) -> ModuleType | None:
-    """The module that has the name: the one that is shown, or the one that holds private names."""
-    if name in served and hasattr(home, name):
+def find_holder(path: str, home: ModuleType, name: str) -> ModuleType | None:
+    """The module that has a name of a view: the one that is shown, or the one that holds what is private."""
+    if hasattr(home, name) and (path != "lightning" or name in TOP_NAMES):
         return home
     private = importlib.import_module(PRIVATE_NAMES)
-    return private if name.startswith("_") and hasattr(private, name) else None
+    known = name.startswith("_") or f"{home.__name__.removeprefix('fulmen.')}.{name}" in vars(private)["PLACES"]
+    return private if known and hasattr(private, name) else None
 
 
 def _exported_names(home: ModuleType, names: Iterable[str]) -> list[str]:

@@ -69,6 +69,17 @@ def test_every_deep_path_is_there(root):
         assert set(dir(view)) >= {name for name in dir(sys.modules[f"fulmen.{path}"]) if not name.startswith("__")}
 
 
+def test_private_names_are_there_where_fulmen_has_a_file_of_that_path_too():
+    from fulmen.compat.private_names import PLACES
+
+    for full in PLACES:
+        path, _, name = full.rpartition(".")
+        root = "lightning." if path.startswith("fabric.") else "lightning.pytorch."
+        assert hasattr(importlib.import_module(root + path), name), full
+    with pytest.raises(ImportError, match="TPUAccelerator"):
+        from lightning.pytorch.callbacks import TPUAccelerator  # noqa: F401  (it is known at another path)
+
+
 def test_star_imports_bring_what_they_bring_from_fulmen():
     for path in ("", ".callbacks", ".loggers", ".core.module", ".trainer.states", ".utilities.rank_zero"):
         ours: dict[str, object] = {}
