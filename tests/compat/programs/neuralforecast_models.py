@@ -25,7 +25,6 @@ def make_frame() -> pd.DataFrame:
 
 
 def main(folder: str) -> None:
-    recorder = Recorder()
     common = {
         "h": 6,
         "input_size": 18,
@@ -37,23 +36,23 @@ def main(folder: str) -> None:
         "logger": False,
     }
     models = [
-        NHITS(**common, mlp_units=[[32, 32]] * 3, callbacks=[recorder], enable_checkpointing=False),
+        NHITS(**common, mlp_units=[[32, 32]] * 3, callbacks=[Recorder()], enable_checkpointing=False),
         LSTM(**common, encoder_hidden_size=8, decoder_hidden_size=8),
     ]
     forecast = NeuralForecast(models=models, freq="MS")
     frame = make_frame()
     os.chdir(folder)
     forecast.fit(frame, val_size=6)
-    predicted = forecast.predict().drop(columns=["unique_id", "ds"], errors="ignore").to_numpy()
-    recorder.trainer = None
-    models[0].trainer_kwargs["callbacks"] = [
-        each for each in models[0].trainer_kwargs.get("callbacks", []) if each is not recorder
-    ]
+    predicted = forecast.predict()[["NHITS", "LSTM"]].to_numpy()
+    # The library trains copies of the models, and so of their callbacks.
+    recorder = next(each for each in forecast.models[0].trainer_kwargs["callbacks"] if isinstance(each, Recorder))
     forecast.save(os.path.join(folder, "saved"), overwrite=True, save_dataset=True)
     loaded = NeuralForecast.load(os.path.join(folder, "saved"))
-    again = loaded.predict().drop(columns=["unique_id", "ds"], errors="ignore").to_numpy()
+    again = loaded.predict()[["NHITS", "LSTM"]].to_numpy()
     reloaded = np.allclose(again, predicted)
-    checkpoints = [os.path.join(folder, "saved", each) for each in os.listdir("saved") if each.endswith(".ckpt")]
+    checkpoints = [
+        os.path.join(folder, "saved", each) for each in os.listdir("saved") if each.endswith((".ckpt", ".safetensors"))
+    ]
     print_report(pl, recorder, checkpoints, reloaded, predicted.flatten().tolist())
 
 
