@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,8 @@ OTHERS = {
     "store": "it belongs to a hosted service. Save with `ModelCheckpoint` or `torch.save`",
     "lite": "it became Fabric: use `lightning.fabric.Fabric`",
 }
+# On which programs set levels and handlers.
+LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 LISTING = "fulmen-views:"  # begins the entry of a view's `__path__` that lists paths which are no files
 DISTRIBUTIONS_HOME = "fulmen.compat.distributions"
 
@@ -282,11 +285,13 @@ def install(version: str | None = None) -> None:
         return
     sys.meta_path.insert(0, FINDER)
     sys.path_hooks.insert(0, ViewListing)
-    for module, action in (
-        ("fulmen.trainer", _attach_views),
-        ("multiprocessing.spawn", _serve_new_processes),
-        ("lightning_utilities.core.rank_zero", _share_rank),
-    ):
+    followed = {
+        "fulmen.trainer": _attach_views,
+        "fulmen.utilities.rank_zero": follow_loggers,
+        "lightning_utilities.core.rank_zero": _share_rank,
+        "multiprocessing.spawn": _serve_new_processes,
+    }
+    for module, action in followed.items():
         if module in sys.modules:
             action()
         else:
@@ -323,3 +328,34 @@ def _share_rank() -> None:
 
 def _serve_new_processes() -> None:
     importlib.import_module("fulmen.compat.spawned").serve_new_processes()
+
+
+# ---------------------------------------------------------------------- messages
+
+
+def follow_loggers() -> None:
+    """Puts the logger of fulmen below those of Lightning, once it is there; a second call changes nothing.
+
+    Programs quieten a training by ``logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)``, and send its
+    messages to a file by a handler of ``logging.getLogger("lightning.pytorch")``.
+    """
+    own = logging.getLogger("fulmen")
+    own.addFilter(is_wanted)
+    own.parent = logging.getLogger("lightning.pytorch")
+
+
+def is_wanted(record: logging.LogRecord) -> bool:
+    """Whether the levels that the program gave to these loggers let a record pass.
+
+    Examples:
+        >>> record = logging.makeLogRecord({"levelno": logging.INFO})
+        >>> is_wanted(record)
+        True
+        >>> logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+        >>> is_wanted(record)
+        False
+        >>> logging.getLogger("pytorch_lightning").setLevel(logging.NOTSET)
+    """
+    known = logging.root.manager.loggerDict
+    named = [known[name] for name in LOGGERS if name in known]
+    return all(logger.level <= record.levelno for logger in named if isinstance(logger, logging.Logger))
