@@ -349,7 +349,8 @@ class Strategy(KeywordHints, ABC):
 
     def barrier_without_timeout(self, name: str) -> None:
         """`barrier` for where others may take hours."""
-        self.barrier(name)
+        if self.world_size > 1:
+            self.barrier(name)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """The object of process `src`, everywhere."""
