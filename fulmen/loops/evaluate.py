@@ -64,6 +64,7 @@ class EvaluationLoop(Loop):
         self.loaders: CombinedLoader | None = None
         self.feed: Any = None
         self.iterator_feed = False  # does the step pull batches itself?
+        self.fed_step: Callable[..., Any] | None = None  # the step that this was asked of
         self.bound_for: tuple[HookPlan, Callable[..., Any], bool] | None = None  # what was bound for the batches
         self.max_batches: list[float] = []
         self.max_batches_of_ranks: list[list[float]] = []
@@ -236,8 +237,9 @@ class EvaluationLoop(Loop):
         assert self.loaders is not None
         self.several = len(self.loaders.flattened) > 1 and self.loaders.mode == "sequential"
         step = getattr(trainer.lightning_module, self.step_name)
-        if self.bound_for is None or step != self.bound_for[1]:
+        if step != self.fed_step:
             self.iterator_feed = takes_argument(step, "dataloader_iter", explicit=True)
+            self.fed_step = step
         profile = build_fetch_profiler(trainer, f"[_{type(self).__name__}].{self.kind}_next")
         self.feed = (IteratorFeed if self.iterator_feed else Feed)(self.loaders, build_transfer(trainer), profile)
         for loader in self.loaders.flattened:
@@ -252,7 +254,6 @@ class EvaluationLoop(Loop):
         bound_for = (self.trainer.hooks, step, self.several)
         if bound_for == self.bound_for:
             return
-        self.bound_for = bound_for
         names = [f"on_{self.infix}_batch_start", f"on_{self.infix}_batch_end"]
         if not self.iterator_feed:
             names.insert(0, self.step_name)
@@ -262,6 +263,7 @@ class EvaluationLoop(Loop):
         self.context = self.trainer.strategy.step_context(self.step_name)
         self.on_batch_start = self.hooks.batch_start
         self.on_batch_end = self.hooks.batch_end
+        self.bound_for = bound_for  # last of all: what was refused is looked at again
 
     # ------------------------------------------------------------------ between and after
 
@@ -342,6 +344,7 @@ class EvaluationLoop(Loop):
 
     def teardown(self) -> None:
         self.frozen = None
+        self.fed_step = self.bound_for = None  # the next run may wrap the module anew
         self.shortfall = ShortLoaderMonitor()
         if self.feed is not None:
             self.feed.close_loaders()

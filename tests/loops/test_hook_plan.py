@@ -6,6 +6,7 @@ import pytest
 from support import Regression, make_loader, make_trainer
 
 import fulmen as pl
+from fulmen.strategies import SingleDeviceStrategy
 
 
 class Tells(pl.Callback):
@@ -104,3 +105,43 @@ def test_a_step_of_validation_that_begins_to_pull_its_own_batches() -> None:
     trainer = make_trainer(max_epochs=2, callbacks=[Between(change)], limit_val_batches=1)
     trainer.fit(Regression(), make_loader(), make_loader())
     assert [row[1:] for row in told] == [(0, 0)]
+
+
+def test_a_step_that_pulls_its_own_batches_and_comes_from_the_hook_of_the_start_gets_them_next_time() -> None:
+    pulls: list = []
+
+    class Model(Regression):
+        def on_validation_start(self):
+            self.validation_step = validation_step
+
+    def validation_step(dataloader_iter):
+        pulls.append(hasattr(dataloader_iter, "__next__"))
+        if pulls[-1]:
+            next(dataloader_iter)
+
+    trainer = make_trainer(max_epochs=2, limit_val_batches=1)
+    trainer.fit(Model(), make_loader(), make_loader())
+    assert pulls[-1]
+
+
+def test_a_step_that_was_refused_is_refused_again() -> None:
+    trainer = make_trainer()
+    model = Regression()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no `dataloader_idx` argument"):
+            trainer.validate(model, [make_loader(), make_loader()], verbose=False)
+
+
+def test_a_second_run_calls_the_module_as_its_strategy_wraps_it_then() -> None:
+    wrapped: list = []
+
+    class Wraps(SingleDeviceStrategy):
+        def wrap_step(self, step_name):
+            wrapped.append(step_name)
+            return super().wrap_step(step_name)
+
+    trainer = make_trainer(strategy=Wraps("cpu"))
+    model = Regression()
+    for _ in range(2):
+        trainer.validate(model, make_loader(), verbose=False)
+    assert wrapped == ["validation_step", "validation_step"]
