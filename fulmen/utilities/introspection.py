@@ -134,8 +134,6 @@ def adapt_to_signature(call: Callable[..., Any], fn: Callable[..., Any], names: 
 def alias_property(path: str, doc: str) -> Any:
     """A property that forwards to an attribute of a part (`"strategy.world_size"`), for reading and writing."""
     *parts, name = path.split(".")
-    if not parts:
-        return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value), doc=doc)
 
     def find_part(obj: Any) -> Any:
         return functools.reduce(getattr, parts, obj)  # not `attrgetter`, which torch cannot compile
