@@ -59,6 +59,7 @@ class FabricLogger(KeywordHints, ABC):
         """Which run of `name` this is."""
 
     root_dir = property(lambda self: None, doc="The folder of all versions, for loggers that write files.")
+    log_dir = property(lambda self: None, doc="The folder of this version, for loggers that write files.")
     group_separator = property(lambda self: "/", doc="What separates the parts of a metric's name.")
 
     @abstractmethod
@@ -114,7 +115,6 @@ class Logger(FabricLogger):
         3 {'loss': 0.5}
     """
 
-    log_dir = property(lambda self: None, doc="The folder of this version, for loggers that write files.")
     save_dir = property(lambda self: None, doc="The folder under which checkpoints of this run are put.")
     opens_first: bool = False  # does its library have to see the writers that are made afterwards?
     log_dir_is_run_dir = False  # whether `trainer.log_dir` means `log_dir` rather than `save_dir`
