@@ -77,13 +77,17 @@ def _default_name(verb: str, callbacks: Sequence[Any], model_given: bool, requeu
 
 def _newest_of_requeued_jobs(verb: str, root_dir: str, is_first_start: bool) -> str | None:
     """The one with the highest number of those that interrupted jobs wrote; None for a job that may be new, if it is."""
-    saved = list_files(root_dir, HPC)
-    if not saved and is_first_start:
+    newest = find_newest_of_requeued_jobs(root_dir)
+    if newest is None and is_first_start:
         rank_zero_info(f"`Trainer.fit(ckpt_path='hpc')` starts anew: no `hpc_ckpt_N.ckpt` is in {root_dir}.")
-        return None
-    if not saved:
+    elif newest is None:
         raise _nothing_to_load(verb, "hpc", f"no `hpc_ckpt_N.ckpt` is in {root_dir}")
-    return max(saved, key=_last_number)
+    return newest
+
+
+def find_newest_of_requeued_jobs(folder: str) -> str | None:
+    """The one with the highest number of those in a folder that interrupted jobs wrote, if there are any."""
+    return max(list_files(folder, HPC), key=_last_number, default=None)
 
 
 def _check_path(ckpt_path: str | os.PathLike[str], verb: str) -> str | os.PathLike[str]:

@@ -84,8 +84,7 @@ def _replace_weights(checkpoint: dict[str, Any], trainer: Trainer) -> None:
 def _add_training_state(checkpoint: dict[str, Any], trainer: Trainer, progress: dict[str, Any]) -> None:
     """Callbacks, optimizers, schedulers, precision, and our own chapter."""
     strategy = trainer.strategy
-    states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
-    checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+    checkpoint["callbacks"] = collect_callback_states(trainer)
     checkpoint["optimizer_states"] = [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers]
     checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     if state := strategy.precision_plugin.state_dict():
@@ -93,6 +92,12 @@ def _add_training_state(checkpoint: dict[str, Any], trainer: Trainer, progress: 
     strategy.precision_plugin.on_save_checkpoint(checkpoint)
     chapter = {"progress": progress, **trainer.resume_state.state_dict()}
     checkpoint["fulmen"] = {"version": CHAPTER_VERSION, **chapter}
+
+
+def collect_callback_states(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """The states of the callbacks that have one, by the keys under which a checkpoint holds them."""
+    states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
+    return {key: state for key, state in states.items() if state}
 
 
 class Snapshot:

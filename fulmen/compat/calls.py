@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+from fulmen.checkpoint.snapshot import collect_callback_states
 from fulmen.utilities.introspection import adapt_to_signature
 from fulmen.utilities.types import TrainerStatus
 
@@ -83,8 +84,7 @@ def _call_configure_model(trainer: Trainer) -> None:
 
 def _call_callbacks_state_dict(trainer: Trainer) -> dict[str, dict[str, Any]]:
     """The states of the callbacks that have one, as a checkpoint holds them."""
-    states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}
-    return {key: state for key, state in states.items() if state}
+    return collect_callback_states(trainer)
 
 
 def _call_callbacks_on_save_checkpoint(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -181,9 +181,7 @@ class CheckpointView(TrainerView):
     @property
     def _hpc_resume_path(self) -> str | None:
         """The newest of those in the root directory."""
-        saved = paths.list_files(self.trainer.default_root_dir, paths.HPC)
-        number = lambda path: int("".join(filter(str.isdigit, os.path.basename(path))))  # noqa: E731
-        return max(saved, key=number, default=None)
+        return paths.find_newest_of_requeued_jobs(self.trainer.default_root_dir)
 
     def _get_lightning_module_state_dict(self) -> dict[str, Tensor]:
         return self.trainer.strategy.lightning_module_state_dict()
