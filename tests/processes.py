@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,19 @@ def run_python():
     """Runs code in a fresh process and gives its exit status."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return lambda code: subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}).returncode
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """The folder of a job of one task, and a `scontrol` that writes down there what it was told."""
+    for name, value in {"SLURM_NTASKS": 1, "SLURM_JOB_ID": 77, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    return tmp_path
 
 
 SCRIPT = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 
 import pytest
 import torch
@@ -239,19 +238,6 @@ def test_a_file_that_cannot_be_written_is_said_and_the_run_ends_as_told(tmp_path
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=1000)
     with pytest.warns(UserWarning, match="No space left"):
         end(Hit("training_step", 2), tmp_path, callbacks=[saver], plugins=[Broken()])
-
-
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
-    """A job of one task, and a `scontrol` that writes down what it was told."""
-    for name, value in {"SLURM_NTASKS": 1, "SLURM_JOB_ID": 77, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}.items():
-        monkeypatch.setenv(name, str(value))
-    tool = tmp_path / "bin" / "scontrol"
-    tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
-    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
-    return tmp_path
 
 
 def test_slurm_requeues_the_job_which_goes_on(slurm):
